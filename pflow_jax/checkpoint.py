@@ -1,0 +1,348 @@
+"""Checkpoints of the training state and the data iterator. The only file that knows Orbax.
+
+Layout: <directory>/<step>/{state, data, checksums.json}. Orbax writes a step into a temporary
+folder in the background and renames it when it is complete, so a killed process leaves the old or
+the new checkpoint. Orbax does not check array data (every flipped bit that we tried came back as a
+wrong number), so the rename carries a checksum of each file with it, and restoring verifies them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+import zlib
+from types import TracebackType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from grain.checkpoint import CheckpointHandler as IteratorHandler
+from grain.checkpoint import CheckpointSave as IteratorSave
+from jax.experimental import multihost_utils
+
+PyTree = Any
+
+logger = logging.getLogger(__name__)
+
+_STATE, _DATA, _CHECKSUMS = "state", "data", "checksums.json"
+
+
+class Checkpointer:
+  """Saves in the background, restores the newest checkpoint that is intact.
+
+  Making one, or only restoring, writes nothing to disk. Use it as a context manager, or call
+  `close`, so that the last save is complete when the program ends.
+
+  Args:
+    directory: made at the first save; an object store's address (gs://...) works too, there
+      without checksums, because such stores keep their own.
+    max_to_keep: newest checkpoints to keep; None keeps all.
+    keep_period: also keep every step that is a multiple of this.
+  """
+
+  def __init__(
+    self,
+    directory: str | epath.PathLike,
+    *,
+    max_to_keep: int | None = 2,
+    keep_period: int | None = None,
+  ):
+    if max_to_keep is not None and max_to_keep < 1:
+      raise ValueError(f"max_to_keep must be >= 1, or None for all, got {max_to_keep}")
+    self._directory = _absolute(directory)
+    self._max_to_keep = max_to_keep
+    self._keep_period = keep_period
+    self._manager: ocp.CheckpointManager | None = None
+    self._writing: int | None = None
+    self._damaged: dict[int, str] = {}
+
+  def save(self, step: int, state: PyTree, data_iterator: Any = None, *, force: bool = False) -> bool:
+    """Starts saving; blocks for the previous save and the copy to the host only.
+
+    A step that is already saved is left as it is. Newer checkpoints that `restore` found damaged
+    are first renamed to <step>.damaged, out of the way of the steps to come.
+
+    Args:
+      state: pytree of arrays; may be donated to the next training step right after.
+      data_iterator: grain iterator, whose position is taken at once.
+      force: also save a step older than the newest checkpoint.
+    Returns: whether a save was started.
+    Raises: ValueError for such an older step; a failure of the previous save.
+    """
+    manager = self._open()
+    manager.wait_until_finished()  # `_writing` is its step; a failure shows now
+    if step in manager.all_steps():
+      return False
+    newest = manager.latest_step()
+    if newest is not None and step < newest and not force:
+      raise ValueError(
+        f"step {step} is older than the newest checkpoint, {newest}, in {self._directory}: remove "
+        "the newer ones to go back, train in another folder, or pass force=True"
+      )
+    self._writing = step
+    items: dict[str, Any] = {_STATE: ocp.args.StandardSave(state)}
+    if data_iterator is not None:
+      items[_DATA] = IteratorSave(data_iterator)
+    return manager.save(step, args=ocp.args.Composite(**items), force=force)
+
+  def restore(
+    self, abstract_state: PyTree, data_iterator: Any = None, step: int | None = None
+  ) -> tuple[PyTree, int] | None:
+    """The newest intact checkpoint, or that of `step`; None where nothing has been saved.
+
+    Args:
+      abstract_state: pytree of jax.ShapeDtypeStruct or arrays. Arrays are placed by its shardings,
+        on the first device where it has none.
+      data_iterator: grain iterator of the same pipeline; moved to the saved position.
+    Returns: (state, step).
+    Raises:
+      ValueError: leaves that differ in name, shape or dtype, all named; no such step; no saved
+        position for `data_iterator`.
+      RuntimeError: there are checkpoints, and every one (or the one asked for) is damaged.
+    """
+    self.wait()
+    found, damaged = _newest_intact(self._directory, step)
+    self._damaged.update(damaged)
+    if found is None:
+      return None
+    path = self._directory / str(found)
+    target = jax.tree.map(_abstract, abstract_state)
+    _check_leaves(target, _metadata(path), path)
+    if data_iterator is not None:
+      _check_iterator(path)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+      state = reader.restore(path / _STATE, args=ocp.args.StandardRestore(target))
+    if data_iterator is not None:
+      IteratorHandler().restore(path / _DATA, item=data_iterator)
+    return state, found
+
+  def all_steps(self) -> list[int]:
+    """Steps with a complete checkpoint, ascending, less those found damaged."""
+    self.wait()
+    return [step for step in _steps(self._directory) if step not in self._damaged]
+
+  def latest_step(self) -> int | None:
+    """The last of `all_steps`, None if there is none."""
+    return max(self.all_steps(), default=None)
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the job is told to stop; True in every process at the same step."""
+    return ocp.utils.reached_preemption(step)
+
+  def wait(self) -> None:
+    """Blocks until the save in progress is complete. Raises what made it fail."""
+    if self._manager is not None:
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and ends the background threads."""
+    if self._manager is not None:
+      self._manager.close()
+      self._manager = None
+
+  def __enter__(self) -> Checkpointer:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self.close()
+
+  def _open(self) -> ocp.CheckpointManager:
+    """The manager; made at the first save, because it makes and tidies the folder."""
+    if self._damaged:
+      self._set_aside()
+    if self._manager is None:
+      finish = None if _is_remote(self._directory) else self._write_checksums
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=self._max_to_keep,
+        keep_period=self._keep_period,
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,  # reading every step's metadata fails on a damaged one
+        async_options=ocp.AsyncOptions(post_finalization_callback=finish),
+      )
+      self._manager = ocp.CheckpointManager(self._directory, options=options)
+    return self._manager
+
+  def _write_checksums(self) -> None:
+    """Called by Orbax in the background, when all is written and before the rename."""
+    final = self._directory / str(self._writing)
+    temporary = self._directory / (final.name + ocp.utils.TMP_DIR_SUFFIX)
+    path = pathlib.Path(temporary if temporary.exists() else final)
+    (path / _CHECKSUMS).write_text(json.dumps(_checksums(path), indent=1))
+
+  def _set_aside(self) -> None:
+    if jax.process_index() == 0:
+      for step in self._damaged:
+        aside = self._directory / f"{step}.damaged"
+        while aside.exists():
+          aside = aside.with_name(aside.name + "+")
+        (self._directory / str(step)).rename(aside)
+    multihost_utils.sync_global_devices("pflow_jax.checkpoint: damaged set aside")
+    self._damaged.clear()
+    if self._manager is not None:
+      self._manager.reload()
+
+
+def load_params(
+  directory: str | epath.PathLike,
+  *,
+  which: Literal["ema", "params"] = "ema",
+  step: int | None = None,
+) -> PyTree:
+  """Only the parameters (or their average) of a checkpoint, without knowing the model.
+
+  Args:
+    directory: the folder given to Checkpointer.
+    step: None for the newest intact checkpoint.
+  Returns: nested dict of NumPy arrays as saved, on the host.
+  Raises: ValueError if there is no checkpoint, no such step or no such part in it; RuntimeError if
+    all are damaged.
+  """
+  directory = _absolute(directory)
+  found, _ = _newest_intact(directory, step)
+  if found is None:
+    raise ValueError(
+      f"no checkpoint in {directory}: expected folders named by their step; train first, or give "
+      "the checkpoints folder of a run"
+    )
+  path = directory / str(found)
+  saved = _metadata(path)
+  if which not in saved:
+    raise ValueError(f"{path}: which must be one of {sorted(saved)}, got {which!r}")
+  item = {which: saved[which]}
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    restored = reader.restore(
+      path / _STATE,
+      args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True),
+    )
+  return restored[which]
+
+
+def _absolute(directory: str | epath.PathLike) -> epath.Path:
+  path = epath.Path(directory)
+  return path if _is_remote(path) else path.expanduser().absolute()
+
+
+def _is_remote(path: epath.Path) -> bool:
+  return "://" in str(path)
+
+
+def _steps(directory: epath.Path) -> list[int]:
+  return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+
+
+def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:
+  """(newest intact step or None if there is none saved, reasons by damaged newer step)."""
+  steps = _steps(directory)
+  if step is not None and step not in steps:
+    raise ValueError(f"no checkpoint of step {step} in {directory}, there are {steps}")
+  damaged: dict[int, str] = {}
+  for candidate in reversed(steps) if step is None else [step]:
+    reason = _damage(directory / str(candidate))
+    if reason is None:
+      return candidate, damaged
+    damaged[candidate] = reason
+    logger.warning("skipping the damaged checkpoint %s: %s", directory / str(candidate), reason)
+  if damaged:
+    reasons = "".join(f"\n  {s}: {reason}" for s, reason in damaged.items())
+    raise RuntimeError(
+      f"no intact checkpoint among those looked at in {directory}:{reasons}\n"
+      "bring one back, or remove the folder to start over"
+    )
+  return None, damaged
+
+
+def _checksums(path: pathlib.Path) -> dict[str, list[int]]:
+  """[size, CRC-32] of each file of each item, by relative path.
+
+  Files beside the items are left out: Orbax still changes them, and restoring does not need them.
+  """
+  return {
+    str(file.relative_to(path)): _checksum(file)
+    for item in sorted(path.iterdir())
+    if item.is_dir()
+    for file in sorted(item.rglob("*"))
+    if file.is_file()
+  }
+
+
+def _checksum(file: pathlib.Path) -> list[int]:
+  size = crc = 0
+  with file.open("rb") as f:
+    while block := f.read(1 << 24):
+      size, crc = size + len(block), zlib.crc32(block, crc)
+  return [size, crc]
+
+
+def _damage(path: epath.Path) -> str | None:
+  """What is wrong with the files of the checkpoint in `path`; None if nothing is."""
+  if _is_remote(path):
+    return None
+  try:
+    expected = dict(json.loads((path / _CHECKSUMS).read_text()))
+    for name, (size, crc) in expected.items():
+      file = pathlib.Path(path / name)
+      if not file.exists():
+        return f"{name} is missing"
+      got_size, got_crc = _checksum(file)
+      if got_size != size:
+        return f"{name} has {got_size} bytes instead of {size}"
+      if got_crc != crc:
+        return f"{name} does not match its checksum"
+  except (OSError, ValueError, TypeError) as error:
+    return f"cannot be read: {error}"
+  return None
+
+
+def _metadata(path: epath.Path) -> dict[str, Any]:
+  """Shape and dtype of every saved leaf, as nested dicts and lists."""
+  return ocp.PyTreeCheckpointHandler().metadata(path / _STATE).tree
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_leaves(target: PyTree, saved: PyTree, path: epath.Path) -> None:
+  """Raises ValueError that names the leaves that differ. Orbax would cast them silently."""
+
+  def describe(tree):
+    return {
+      jax.tree_util.keystr(keys, simple=True, separator="/"): f"{np.dtype(x.dtype)}{list(x.shape)}"
+      for keys, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  expected, got = describe(target), describe(saved)
+  differing = [
+    f"\n  {name}: expected {expected.get(name, 'no such leaf')}, got {got.get(name, 'none')}"
+    for name in sorted(expected | got)
+    if expected.get(name) != got.get(name)
+  ]
+  if differing:
+    raise ValueError(
+      f"the checkpoint {path} does not fit the state of this run, {len(differing)} leaves differ:"
+      f"{''.join(differing)}\nuse the model and optimizer settings it was saved with, or another "
+      "folder"
+    )
+
+
+def _check_iterator(path: epath.Path) -> None:
+  """Raises ValueError if the position of this process's data iterator was not saved."""
+  name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+  if not (path / _DATA / name).exists():
+    saved = sorted(p.name for p in (path / _DATA).iterdir()) if (path / _DATA).exists() else "none"
+    raise ValueError(
+      f"{path}: expected a data iterator position {name}, got {saved}; resume with the number of "
+      "processes that saved it, or restore without data_iterator"
+    )

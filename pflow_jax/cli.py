@@ -1,0 +1,178 @@
+"""The command `pflow`: train, sample, evaluate, data."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+USAGE = """usage: pflow COMMAND [flags]
+
+  pflow train    --config configs/digits.py:teacher --workdir runs/teacher   train, or resume the run in the workdir
+  pflow sample   --workdir runs/student --num 16 --nfe 1                     pictures and arrays from a run
+  pflow evaluate --workdir runs/student                                      measure a student beside its teacher
+  pflow data     emoji                                                       fetch a data set that is not in a package
+
+Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Runs one command; the entry point of the console script."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(USAGE)
+    return
+  command, rest = argv[0], argv[1:]
+  if command not in COMMANDS:
+    sys.exit(f"pflow: there is no command {command!r}\n\n{USAGE}")
+  COMMANDS[command](rest)
+
+
+def _run(define: Callable, body: Callable, argv: list[str]) -> None:
+  """Parses `argv` with the flags that `define` makes and calls `body(flags)`; mistakes end in one line."""
+  from absl import flags, logging
+
+  values = flags.FlagValues()
+  sys.argv = [f"pflow {body.__name__}", *argv]  # config flags look for their overrides there
+  try:
+    define(values)
+    rest = values(sys.argv)
+  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+    # A config file is code of the user's: show where it failed when it is not a mistyped key.
+    if os.environ.get("PFLOW_TRACEBACK"):
+      raise
+    sys.exit(f"pflow: {_one_line(error)}\n(set PFLOW_TRACEBACK=1 for the traceback)")
+  if len(rest) > 1:
+    sys.exit(f"pflow: unexpected argument {rest[1]!r}; flags are given as --name value")
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.WARNING)
+  _cache_compilations()
+  try:
+    body(values)
+  except (ValueError, FloatingPointError, RuntimeError) as error:
+    if os.environ.get("PFLOW_TRACEBACK"):
+      raise
+    sys.exit(f"pflow: {error}\n(set PFLOW_TRACEBACK=1 for the traceback)")
+
+
+def _one_line(error: Exception) -> str:
+  # KeyErrors print their message quoted, line breaks and all.
+  return str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+
+
+def _cache_compilations() -> None:
+  """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR moves the folder."""
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is None:
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(base / "pflow_jax" / "xla"))
+
+
+def _train(argv: list[str]) -> None:
+  from absl import flags
+  from ml_collections import config_flags
+
+  def define(values):
+    config_flags.DEFINE_config_file("config", None, "config file, with its variant after a colon", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+
+  def train(values):
+    from pflow_jax.train import train as run
+
+    run(values.config, values.workdir)
+
+  _run(define, train, argv)
+
+
+def _define_run_flags(argv: list[str], values) -> None:
+  """--workdir, and --config.key for every key of the config that the run was started with."""
+  from absl import flags
+  from ml_collections import config_flags
+
+  from pflow_jax.workdir import load_config
+
+  flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+  flags.mark_flag_as_required("workdir", flag_values=values)
+  given = [
+    a.split("=", 1)[-1] if "=" in a else b
+    for a, b in zip(argv, [*argv[1:], ""], strict=True)
+    if a.lstrip("-").split("=")[0] == "workdir"
+  ]
+  if given:
+    config = load_config(given[-1])
+    config_flags.DEFINE_config_dict("config", config, "config of the run", flag_values=values)
+
+
+def _sample(argv: list[str]) -> None:
+  from absl import flags
+
+  def define(values):
+    _define_run_flags(argv, values)
+    flags.DEFINE_integer("num", 16, "number of samples", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+      "nfe",
+      None,
+      "network evaluations; default: those of the config",
+      lower_bound=1,
+      flag_values=values,
+    )
+    flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0, flag_values=values)
+    flags.DEFINE_list(
+      "labels",
+      None,
+      "classes by number, separated by commas; default: all in turn",
+      flag_values=values,
+    )
+    flags.DEFINE_enum("which", "ema", ["ema", "params"], "averaged or last parameters", flag_values=values)
+    flags.DEFINE_string("out", None, "path of the results without ending", flag_values=values)
+
+  def sample(values):
+    from pflow_jax.sample import sample as run
+
+    labels = [int(label) for label in values.labels] if values.labels else None
+    picture = run(
+      values.config,
+      values.workdir,
+      num=values.num,
+      nfe=values.nfe,
+      seed=values.seed,
+      labels=labels,
+      which=values.which,
+      out=values.out,
+    )
+    print(f"wrote {picture} and {picture.with_suffix('.npz')}")
+
+  _run(define, sample, argv)
+
+
+def _evaluate(argv: list[str]) -> None:
+  from absl import flags
+
+  def define(values):
+    _define_run_flags(argv, values)
+    flags.DEFINE_string("out", None, "folder of the results; default: <workdir>/evaluation", flag_values=values)
+
+  def evaluate(values):
+    from pflow_jax.evaluate import evaluate as run
+
+    run(values.config, values.workdir, out=values.out)
+
+  _run(define, evaluate, argv)
+
+
+def _data(argv: list[str]) -> None:
+  if argv != ["emoji"]:
+    sys.exit("usage: pflow data emoji")
+  from pflow_jax.data import fetch_emoji
+
+  try:
+    print(f"emoji are in {fetch_emoji()}")
+  except (ValueError, RuntimeError) as error:
+    sys.exit(f"pflow: {error}")
+
+
+COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "data": _data}

@@ -1,0 +1,113 @@
+"""What a data set is: a shape, its classes, and the records behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from pflow_jax.data.records import ArrayRecords, Records
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A named set of examples, images or points, with or without classes.
+
+  Attributes:
+    name: what `load` was asked for.
+    shape: (*space, C) of one x0; images are (H, W, C), points are (C,).
+    num_classes: 0 for a set without classes, whose labels are then all 0.
+    class_names: one name a class, in label order; empty without classes.
+    records: `ArrayRecords`, `GeneratedRecords` or `SourceRecords`.
+    texts: one description a record, in record order, or empty.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  num_classes: int
+  class_names: tuple[str, ...]
+  records: Records
+  texts: tuple[str, ...] = ()
+
+  @property
+  def num_records(self) -> int | None:
+    """Records in an epoch; None for a generated set, which never ends."""
+    return self.records.num_records
+
+
+def from_arrays(
+  name: str,
+  x0: np.ndarray,
+  label: np.ndarray | None = None,
+  *,
+  class_names: tuple[str, ...] = (),
+  texts: tuple[str, ...] = (),
+) -> Dataset:
+  """A data set held in memory, from arrays of your own.
+
+  Args:
+    name: shown in messages.
+    x0: (n, *space, C); uint8 in [0, 255], scaled to [-1, 1] when read, or floating, used as it is.
+    label: (n,) integers in [0, len(class_names)), or None for a set without classes.
+    class_names: the names of the classes, in label order.
+    texts: n descriptions, or none.
+  Raises: ValueError where lengths, types or labels do not fit together.
+  """
+  x0 = np.asarray(x0)
+  if x0.ndim < 2 or len(x0) == 0:
+    raise ValueError(f"{name}: x0 must be (n, *space, C) with n >= 1, got shape {x0.shape}.")
+  if x0.dtype != np.uint8:
+    if not np.issubdtype(x0.dtype, np.floating):
+      raise ValueError(f"{name}: x0 must be uint8 or floating, got {x0.dtype}.")
+    x0 = x0.astype(np.float32, copy=False)
+    if not np.isfinite(x0).all():
+      raise ValueError(f"{name}: x0 holds values that are not finite; remove those records.")
+  if label is None:
+    if class_names:
+      raise ValueError(f"{name}: {len(class_names)} class_names without labels; give label=.")
+    label = np.zeros(len(x0), np.int32)
+  else:
+    label = np.asarray(label)
+    _check_labels(name, label, len(x0), len(class_names))
+  if texts and len(texts) != len(x0):
+    raise ValueError(f"{name}: {len(x0)} records need as many texts, got {len(texts)}.")
+  return Dataset(
+    name=name,
+    shape=x0.shape[1:],
+    num_classes=len(class_names),
+    class_names=tuple(class_names),
+    records=ArrayRecords(x0, label.astype(np.int32)),
+    texts=tuple(texts),
+  )
+
+
+def _check_labels(name: str, label: np.ndarray, count: int, num_classes: int) -> None:
+  if label.shape != (count,) or not np.issubdtype(label.dtype, np.integer):
+    raise ValueError(
+      f"{name}: label must be {count} integers, got {label.dtype} of shape {label.shape}."
+    )
+  if label.min() < 0 or label.max() >= num_classes:
+    raise ValueError(
+      f"{name}: labels must lie in [0, {num_classes}), one class name each,"
+      f" got {label.min()} to {label.max()}; name every class in class_names=."
+    )
+
+
+def split_rows(name: str, count: int, split: str, held_out: int) -> np.ndarray:
+  """Rows, int64 and sorted, of the "train" or "test" part of `count` records.
+
+  "test" is `held_out` records drawn once and for all (the same in every run); "train" is the rest,
+  so with held_out = 0 it is everything.
+
+  Raises: ValueError for another split, or a "test" with nothing held out.
+  """
+  if split not in ("train", "test"):
+    raise ValueError(f"{name}: split must be 'train' or 'test', got {split!r}.")
+  if not 0 <= held_out < count:
+    raise ValueError(f"{name}: held_out must be in [0, {count}), got {held_out}.")
+  if split == "test" and held_out == 0:
+    raise ValueError(
+      f"{name}: nothing is held out for the split 'test'; give held_out=<records> to both splits."
+    )
+  order = np.random.default_rng(0).permutation(count)
+  return np.sort(order[:held_out] if split == "test" else order[held_out:])

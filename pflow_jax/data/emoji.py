@@ -1,0 +1,142 @@
+"""Colour emoji as a data set: 3,786 images with a category and a name each."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pflow_jax.data.dataset import Dataset, from_arrays, split_rows
+from pflow_jax.data.pixels import over_white
+
+_PACKAGE = "emoji-datasource-google"
+_VERSION = "16.0.0"
+_SIZES = (32, 64)
+_TABLE = "emoji.json"
+_FILES = ("LICENSE", "package.json", _TABLE, *(f"img/google/sheets-clean/{s}.png" for s in _SIZES))
+_SKIN_TONES = {
+  "1F3FB": "light skin tone",
+  "1F3FC": "medium-light skin tone",
+  "1F3FD": "medium skin tone",
+  "1F3FE": "medium-dark skin tone",
+  "1F3FF": "dark skin tone",
+}
+
+
+def emoji(
+  *, split: str = "train", held_out: int = 0, size: int = 32, cache_dir: str | None = None
+) -> Dataset:
+  """Noto colour emoji over white: (size, size, 3), class = category, text = name.
+
+  Skin tones are records of their own: "father christmas: dark skin tone".
+
+  Args:
+    split: "train" or "test".   held_out: records kept out of "train" for "test".
+    size: 32 or 64 pixels.   cache_dir: where `fetch_emoji` was told to put them.
+  Raises: ValueError if they were never fetched, or for another size.
+  Source: npm package emoji-datasource-google (code MIT, images Apache-2.0).
+  """
+  if size not in _SIZES:
+    raise ValueError(f"emoji: size must be one of {_SIZES}, got {size}.")
+  package = _package_dir(cache_dir)
+  if not _is_complete(package):
+    raise ValueError(
+      f"emoji: no images in {package}; fetch them once with `pflow data emoji` (needs npm, 74 MB),"
+      " or name the folder they were fetched to in cache_dir=."
+    )
+  entries = _entries(json.loads((package / _TABLE).read_text(encoding="utf-8")))
+  with Image.open(_sheet_path(package, size)) as image:
+    sheet = np.asarray(over_white(image).convert("RGB"))
+  # Cells have a transparent border of one pixel.
+  corners = [(1 + y * (size + 2), 1 + x * (size + 2)) for x, y, _, _ in entries]
+  x0 = np.stack([sheet[top : top + size, left : left + size] for top, left in corners])
+  class_names = tuple(sorted({category for _, _, category, _ in entries}))
+  label = np.array([class_names.index(category) for _, _, category, _ in entries], np.int32)
+  rows = split_rows("emoji", len(entries), split, held_out)
+  texts = tuple(entries[row][3] for row in rows)
+  return from_arrays("emoji", x0[rows], label[rows], class_names=class_names, texts=texts)
+
+
+def fetch_emoji(cache_dir: str | None = None) -> pathlib.Path:
+  """Fetches the emoji package with `npm pack` (74 MB) and keeps the 21 MB that are used.
+
+  Args:
+    cache_dir: default $XDG_CACHE_HOME/pflow_jax, or ~/.cache/pflow_jax.
+  Returns: the package's folder in the cache; at once if it is there already.
+  Raises: ValueError if npm is not installed; RuntimeError, with npm's words, if it fails.
+  """
+  package = _package_dir(cache_dir)
+  if _is_complete(package):
+    return package
+  npm = shutil.which("npm")
+  if npm is None:
+    raise ValueError(
+      f"emoji: `npm` was not found; install Node.js, or unpack {_PACKAGE}@{_VERSION} to {package}."
+    )
+  package.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=package.parent, prefix=".fetch-") as work:
+    command = [npm, "pack", f"{_PACKAGE}@{_VERSION}", "--silent"]
+    result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    archives = list(pathlib.Path(work).glob("*.tgz"))
+    if result.returncode != 0 or not archives:
+      raise RuntimeError(
+        f"emoji: `npm pack {_PACKAGE}@{_VERSION}` failed with exit status {result.returncode}:"
+        f" {result.stderr.strip() or result.stdout.strip() or 'no output'}"
+      )
+    unpacked = pathlib.Path(work) / "unpacked"
+    _unpack(archives[0], unpacked)
+    # Moved into place whole: a fetch that is cut short leaves nothing that looks complete.
+    shutil.rmtree(package, ignore_errors=True)
+    unpacked.rename(package)
+  return package
+
+
+def _unpack(archive: pathlib.Path, target: pathlib.Path) -> None:
+  with tarfile.open(archive) as tar:
+    for name in _FILES:
+      try:
+        content = tar.extractfile(f"package/{name}")
+      except KeyError:
+        content = None
+      if content is None:
+        raise RuntimeError(f"emoji: the package {_PACKAGE}@{_VERSION} has no {name}.")
+      path = target / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(content.read())
+
+
+def _entries(table: list[dict[str, Any]]) -> list[tuple[int, int, str, str]]:
+  """(sheet column, sheet row, category, text) of every image, skin tones included."""
+  entries = []
+  for emoji_entry in table:
+    category, name = emoji_entry["category"], emoji_entry["name"].lower()
+    variants = emoji_entry.get("skin_variations", {})
+    for tones, entry in [("", emoji_entry), *variants.items()]:
+      if entry["has_img_google"]:
+        words = ", ".join(_SKIN_TONES[tone] for tone in tones.split("-") if tone)
+        text = f"{name}: {words}" if words else name
+        entries.append((entry["sheet_x"], entry["sheet_y"], category, text))
+  return entries
+
+
+def _package_dir(cache_dir: str | None) -> pathlib.Path:
+  if cache_dir is None:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache_dir = f"{cache}/pflow_jax"
+  return pathlib.Path(cache_dir).expanduser() / f"{_PACKAGE}-{_VERSION}"
+
+
+def _sheet_path(package: pathlib.Path, size: int) -> pathlib.Path:
+  return package / "img" / "google" / "sheets-clean" / f"{size}.png"
+
+
+def _is_complete(package: pathlib.Path) -> bool:
+  return all((package / name).is_file() for name in _FILES)

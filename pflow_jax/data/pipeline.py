@@ -1,0 +1,101 @@
+"""Batches for training and examples for evaluation, from any data set."""
+
+from __future__ import annotations
+
+import grain
+import numpy as np
+
+from pflow_jax.data.dataset import Dataset
+
+
+def batches(
+  dataset: Dataset,
+  batch_size: int,
+  *,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_threads: int | None = None,
+  num_workers: int = 0,
+) -> grain.DatasetIterator:
+  """Endless shuffled batches {"x0": (b, *space, C) float32, "label": (b,) int32}.
+
+  The order depends on `seed` alone. Every record comes once an epoch, each epoch has its own
+  shuffle, and a batch may run over from one epoch into the next, so no record is dropped and
+  `batch_size` may exceed the set. b = batch_size / process_count: the shards of the processes,
+  concatenated in process order, are the batch of a single process.
+
+  The iterator is grain's: `get_state()` and `set_state(state)` resume exactly, and
+  `grain.checkpoint.CheckpointSave(iterator)` / `CheckpointRestore(iterator)` do so through an Orbax
+  CheckpointManager. A state belongs to the same data set, seed, batch size and process count, and
+  the same `num_workers`.
+
+  Args:
+    dataset: from `load` or `from_arrays`.
+    batch_size: global batch size.   seed: in [0, 2^32).
+    process_index, process_count: jax.process_index() and jax.process_count().
+    num_threads: threads that read ahead; 0 reads in the caller, None takes what suits the set
+      (0 in memory, 2 for files).
+    num_workers: processes that read, each with its threads; 0 reads in this process.
+  Raises: ValueError for a batch that does not divide over the processes, or values out of range.
+  """
+  if process_count < 1 or not 0 <= process_index < process_count:
+    raise ValueError(
+      "expected 0 <= process_index < process_count,"
+      f" got process_index={process_index}, process_count={process_count}."
+    )
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+      f"batch_size {batch_size} does not divide over {process_count} process(es);"
+      f" use a multiple of {process_count}."
+    )
+  _check_seed(seed)
+  records = dataset.records
+  threads = records.read_threads if num_threads is None else num_threads
+  if threads < 0 or num_workers < 0:
+    raise ValueError(
+      f"num_threads and num_workers must be >= 0, got {num_threads} and {num_workers}."
+    )
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  stream = records.batches(batch_size, seed, (process_index, process_count)).to_iter_dataset(
+    options
+  )
+  if num_workers > 0:
+    _parse_absl_flags()
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+  return iter(stream)
+
+
+def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """`n` records without replacement, for evaluation: x0 (n, *space, C) float32, label (n,) int32.
+
+  The same for the same `seed`, whatever the batches. Of a generated set, points of a stream of
+  their own.
+
+  Raises: ValueError if the set has fewer than `n` records, or for n < 1.
+  """
+  _check_seed(seed)
+  if n < 1:
+    raise ValueError(f"expected n >= 1 examples, got {n}.")
+  count = dataset.num_records
+  if count is not None and n > count:
+    raise ValueError(
+      f"asked for {n} examples without replacement, but {dataset.name} has {count} records;"
+      f" ask for {count} or fewer."
+    )
+  sample = dataset.records.sample(n, seed)
+  return sample["x0"], sample["label"]
+
+
+def _check_seed(seed: int) -> None:
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"seed must be in [0, 2^32), got {seed}.")
+
+
+def _parse_absl_flags() -> None:
+  # grain's worker processes are started with absl, which refuses while flags are unparsed, as they
+  # are in a notebook or a program that does not use absl.app.
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()

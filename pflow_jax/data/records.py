@@ -1,0 +1,165 @@
+"""The three kinds of records, each able to give an endless grain data set of batches.
+
+The order of a run is one endless stream: epoch 0's shuffle of all records, then epoch 1's, and so
+on. Global batch i is the stretch [i * B, (i + 1) * B) of the stream, so a batch may end one epoch
+and begin the next, every record comes once an epoch, and B may be larger than the set. A shard
+(index, count) is the index-th of `count` equal parts of each global batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Protocol, SupportsIndex
+
+import grain
+import numpy as np
+
+from pflow_jax.data.pixels import to_unit
+
+Batch = dict[str, np.ndarray]
+
+# Batches in an "endless" data set: more than any run takes, and their positions fit int64.
+_ENDLESS = 2**40
+# Keys `examples` away from the shuffles of epochs (and the points of batches) below it.
+_EXAMPLES_KEY = 2**63
+
+
+class Records(Protocol):
+  """What `batches` and `examples` need to know of a data set."""
+
+  @property
+  def num_records(self) -> int | None:
+    """Records in an epoch, or None if they are generated without end."""
+
+  @property
+  def read_threads(self) -> int:
+    """Threads that read best by default; 0 reads in the caller."""
+
+  def batches(self, batch_size: int, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
+    """Endless grain data set whose element i is the shard of global batch i."""
+
+  def sample(self, n: int, seed: int) -> Batch:
+    """`n` records without replacement."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecords:
+  """Records in memory: x0 (n, *space, C) uint8 in [0, 255] or float32; label (n,) int32.
+
+  A grain element is a whole batch: grain costs tens of microseconds an element, many times the
+  price of indexing an array.
+  """
+
+  x0: np.ndarray
+  label: np.ndarray
+  read_threads: int = 0
+
+  @property
+  def num_records(self) -> int:
+    return len(self.x0)
+
+  def take(self, rows: np.ndarray) -> Batch:
+    x0 = self.x0[rows]
+    return {"x0": to_unit(x0) if x0.dtype == np.uint8 else x0, "label": self.label[rows]}
+
+  def batches(self, batch_size: int, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
+    index, count = shard
+    local = batch_size // count
+
+    def batch(i: int) -> Batch:
+      first = i * batch_size + index * local
+      return self.take(stream_rows(len(self.x0), seed, first, local))
+
+    return grain.MapDataset.range(_ENDLESS).map(batch)
+
+  def sample(self, n: int, seed: int) -> Batch:
+    return self.take(_sample_rows(len(self.x0), n, seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedRecords:
+  """Records made on demand: `generate(n, rng)` gives x0 (n, *space, C) float32; no classes."""
+
+  generate: Callable[[int, np.random.Generator], np.ndarray]
+  read_threads: int = 0
+
+  @property
+  def num_records(self) -> None:
+    return None
+
+  def batches(self, batch_size: int, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
+    index, count = shard
+    local = batch_size // count
+
+    def batch(i: int) -> Batch:
+      # Every process makes the global batch and keeps its part, so shards agree with one process.
+      return self._make(batch_size, seed, i, slice(index * local, (index + 1) * local))
+
+    return grain.MapDataset.range(_ENDLESS).map(batch)
+
+  def sample(self, n: int, seed: int) -> Batch:
+    return self._make(n, seed, _EXAMPLES_KEY, slice(n))
+
+  def _make(self, n: int, seed: int, key: int, part: slice) -> Batch:
+    words = np.array([seed, key], np.uint64)
+    x0 = self.generate(n, np.random.Generator(np.random.Philox(key=words)))[part]
+    return {"x0": x0, "label": np.zeros(len(x0), np.int32)}
+
+
+class RecordSource(Protocol):
+  """Random access to records {"x0": (*space, C) float32, "label": () int32}."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, row: SupportsIndex) -> Batch: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRecords:
+  """Records read one by one from a `RecordSource`: files, array_record, parquet."""
+
+  source: RecordSource
+  read_threads: int = 2
+
+  @property
+  def num_records(self) -> int:
+    return len(self.source)
+
+  def batches(self, batch_size: int, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
+    index, count = shard
+    stream = grain.MapDataset.source(self.source).seed(seed).shuffle().repeat()
+    # Batched before the shards are dealt out, so that shards of one global batch are neighbours.
+    return stream.batch(batch_size // count, drop_remainder=True)[index::count]
+
+  def sample(self, n: int, seed: int) -> Batch:
+    records = [self.source[int(row)] for row in _sample_rows(len(self.source), n, seed)]
+    return {name: np.stack([record[name] for record in records]) for name in ("x0", "label")}
+
+
+def stream_rows(n: int, seed: int, first: int, count: int) -> np.ndarray:
+  """Rows, int64 (count,), at positions [first, first + count) of the stream of shuffled epochs."""
+  parts = []
+  while count > 0:
+    epoch, start = divmod(first, n)
+    rows = _permutation(n, seed, epoch)[start : start + count]
+    parts.append(rows)
+    first, count = first + len(rows), count - len(rows)
+  return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+  rows = np.random.default_rng([seed, epoch]).permutation(n)
+  rows.flags.writeable = False  # shared by every caller of this cache
+  return rows
+
+
+def _sample_rows(count: int, n: int, seed: int) -> np.ndarray:
+  if n > count:
+    raise ValueError(
+      f"asked for {n} examples without replacement of a set of {count} records; ask for {count}"
+      " or fewer."
+    )
+  return np.random.default_rng([seed, _EXAMPLES_KEY]).choice(count, n, replace=False)

@@ -1,0 +1,68 @@
+"""`load`: from a name in a config to a data set."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pflow_jax.data.dataset import Dataset
+from pflow_jax.data.emoji import emoji
+from pflow_jax.data.folder import folder
+from pflow_jax.data.images import digits, mnist5k, synthetic
+from pflow_jax.data.points import checkerboard
+from pflow_jax.data.tfds_source import tfds_images
+
+_SOURCES: dict[str, Callable[..., Dataset]] = {
+  "digits": digits,
+  "mnist5k": mnist5k,
+  "emoji": emoji,
+  "checkerboard": checkerboard,
+  "synthetic": synthetic,
+}
+# Called with what follows the colon.
+_OPEN_SOURCES: dict[str, Callable[..., Dataset]] = {
+  "tfds:<name>": tfds_images,
+  "folder:<path>": folder,
+}
+
+
+def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
+  """The data set called `name`.
+
+  Args:
+    name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "tfds:<name>" or
+      "folder:<path>".
+    split: "train" or "test"; for tfds any split it understands. See `held_out` of the sources.
+    **options: keyword arguments of the source's function in this package.
+  Raises: ValueError for an unknown name or option, with the nearest one and the list.
+  """
+  source, arguments = _find(name)
+  parameters = inspect.signature(source).parameters.values()
+  known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "split"]
+  for option in options:
+    if option not in known:
+      raise ValueError(_unknown(f"{name} has no option {option!r}", option, known, "options"))
+  return source(*arguments, split=split, **options)
+
+
+def _find(name: str) -> tuple[Callable[..., Dataset], list[str]]:
+  if name in _SOURCES:
+    return _SOURCES[name], []
+  kind, colon, rest = name.partition(":")
+  for pattern, source in _OPEN_SOURCES.items():
+    if kind == pattern.partition(":")[0]:
+      if not rest:
+        raise ValueError(f"expected {pattern}, got {name!r}.")
+      return source, [rest]
+  names = [*_SOURCES, *_OPEN_SOURCES]
+  message = f"there is no data set {name!r}"
+  raise ValueError(_unknown(message, kind + colon, names, "data sets"))
+
+
+def _unknown(message: str, got: str, known: Iterable[str], what: str) -> str:
+  known = list(known)
+  nearest = difflib.get_close_matches(got, known, n=1, cutoff=0.4)
+  hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+  return f"{message}{hint} The {what} are: {', '.join(known) or 'none'}."

@@ -1,0 +1,321 @@
+"""Pictures of samples and measurements: every function writes a PNG and returns nothing.
+
+Matplotlib is imported inside the functions and used without pyplot, so no display, backend or
+global style is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Array = np.ndarray
+Limits = tuple[tuple[float, float], tuple[float, float]]
+Density = ArrayLike | Callable[[Array], Array]
+
+_DPI = 200
+_INK, _MUTED, _GRID = "#1f2328", "#6e7781", "#e3e6e9"
+# Okabe and Ito's colours: told apart with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*"
+_STYLE: Any = {
+  "font.family": "sans-serif",
+  "font.size": 9,
+  "text.color": _INK,
+  "axes.labelcolor": _INK,
+  "axes.edgecolor": _MUTED,
+  "axes.titlesize": 10,
+  "axes.titlepad": 7,
+  "axes.linewidth": 0.7,
+  "xtick.color": _MUTED,
+  "ytick.color": _MUTED,
+  "xtick.labelcolor": _INK,
+  "ytick.labelcolor": _INK,
+}
+
+
+def image_grid(
+  path: str | os.PathLike,
+  rows: Mapping[str, ArrayLike],
+  *,
+  title: str | None = None,
+  column_labels: Sequence[str] | None = None,
+  scale: int | None = None,
+) -> None:
+  """Labelled rows of images; column i of every row is meant to come from the same noise.
+
+  Args:
+    rows: label -> images (n, H, W, C) in [-1, 1] (clipped; not finite becomes mid-grey), C 1 or 3,
+      one shape for all rows.
+    column_labels: n short texts above the columns, such as the class.
+    scale: pixels of the picture for each pixel of an image, nearest neighbour; by default images
+      become about 96 wide.
+  Raises: ValueError on other shapes.
+  """
+  if not rows:
+    raise ValueError("rows: expected at least one row of images, got none")
+  images = {label: np.asarray(x, np.float32) for label, x in rows.items()}
+  shape = next(iter(images.values())).shape
+  for label, x in images.items():
+    if x.ndim != 4 or x.shape != shape or x.shape[-1] not in (1, 3) or x.size == 0:
+      raise ValueError(
+        f"rows[{label!r}]: expected (n, H, W, 1 or 3), the same for all rows, got {x.shape} beside {shape}"
+      )
+  count, height, width = shape[:3]
+  if column_labels is not None and len(column_labels) != count:
+    raise ValueError(f"column_labels: expected {count}, one per column, got {len(column_labels)}")
+  scale = scale or max(1, round(96 / width))
+  if scale < 1:
+    raise ValueError(f"scale: expected a whole number >= 1, got {scale}")
+
+  gap = max(4, width * scale // 16)
+  cell_h, cell_w = height * scale + gap, width * scale + gap
+  canvas = np.full((len(images) * cell_h - gap, count * cell_w - gap, 3), 255, np.uint8)
+  for i, x in enumerate(images.values()):
+    x = np.nan_to_num(np.clip(x, -1, 1), nan=0.0)
+    x = np.rint((x + 1) * 127.5).astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
+    for j in range(count):
+      top, left = i * cell_h, j * cell_w
+      canvas[top : top + height * scale, left : left + width * scale] = x[j]
+
+  # The figure is laid out in whole pixels, so that every pixel of an image is a sharp square.
+  pad, line = 24, 40
+  texts = [_text_width(label) for label in images]
+  margin = max(texts) + pad if any(images) else 0
+  top = (line + pad // 2 if title else 0) + (line if column_labels is not None else 0)
+  total_w = pad + margin + canvas.shape[1] + pad
+  total_w = max(total_w, _text_width(title, 11) + 2 * pad if title else 0)
+  total_h = pad + top + canvas.shape[0] + pad
+  with _figure(path, total_w / _DPI, total_h / _DPI) as figure:
+    left, bottom = pad + margin, pad
+    box = (left / total_w, bottom / total_h, canvas.shape[1] / total_w, canvas.shape[0] / total_h)
+    axes = figure.add_axes(box)
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    for i, label in enumerate(images):
+      y = bottom + canvas.shape[0] - i * cell_h - height * scale / 2
+      figure.text((left - pad * 0.75) / total_w, y / total_h, label, ha="right", va="center")
+    for j, text in enumerate(column_labels or ()):
+      x, y = left + j * cell_w + width * scale / 2, bottom + canvas.shape[0] + line * 0.45
+      figure.text(x / total_w, y / total_h, str(text), ha="center", va="center", color=_MUTED)
+    if title:
+      figure.text(pad / total_w, 1 - (pad + line / 2) / total_h, title, va="center", fontsize=11)
+
+
+def trajectory_plot(
+  path: str | os.PathLike,
+  density: Density,
+  panels: Mapping[str, ArrayLike],
+  *,
+  title: str | None = None,
+  limits: Limits | None = None,
+) -> None:
+  """Trajectories of 2-D points over the data's density, one square panel per method.
+
+  Args:
+    density: points of the data (N, 2), drawn as a histogram, or a function (M, 2) -> (M,).
+    panels: label -> states (steps, n, 2), steps >= 2, from noise to data; a ring marks the start, a
+      dot the end.
+    limits: ((x_low, x_high), (y_low, y_high)); common to all panels; by default the square
+      around all trajectories and given points.
+  Raises: ValueError on other shapes.
+  """
+  paths = {label: np.asarray(x, np.float64) for label, x in _some(panels).items()}
+  for label, x in paths.items():
+    if x.ndim != 3 or x.shape[0] < 2 or x.shape[-1] != 2 or x.size == 0:
+      raise ValueError(f"panels[{label!r}]: expected (steps >= 2, n, 2), got {x.shape}")
+  known = [x.reshape(-1, 2) for x in paths.values()]
+  if not callable(density):
+    known.append(_points(density, "density"))
+  limits = limits or _square_limits(known)
+  image = _density_image(density, limits, bins=100)
+  with _square_panels(path, list(paths), limits, title) as all_axes:
+    for axes, x in zip(all_axes, paths.values(), strict=True):
+      _show_density(axes, image, limits, _pale())
+      axes.plot(x[..., 0], x[..., 1], color=_INK, linewidth=0.55, alpha=0.55, solid_capstyle="round")
+      axes.scatter(*x[0].T, s=9, facecolors="white", edgecolors=_MUTED, linewidths=0.6, zorder=3)
+      axes.scatter(*x[-1].T, s=10, color=_COLOURS[1], linewidths=0, zorder=4)
+
+
+def scatter_panels(
+  path: str | os.PathLike,
+  panels: Mapping[str, ArrayLike],
+  *,
+  title: str | None = None,
+  limits: Limits | None = None,
+  bins: int = 120,
+) -> None:
+  """2-D samples (n, 2) as density histograms side by side, with common limits and a common colour
+  scale.
+
+  Args: limits: as in `trajectory_plot`; by default those of the first panel (the data, say), so
+    that strays of another do
+  not shrink it.   Raises: ValueError on other shapes.
+  """
+  points = {label: _points(x, f"panels[{label!r}]") for label, x in _some(panels).items()}
+  limits = limits or _square_limits([next(iter(points.values()))])
+  images = [_density_image(x, limits, bins) for x in points.values()]
+  top = _ceiling(images[0])
+  with _square_panels(path, list(points), limits, title) as all_axes:
+    for axes, image in zip(all_axes, images, strict=True):
+      _show_density(axes, image, limits, "magma", top)
+
+
+def curves(
+  path: str | os.PathLike,
+  series: Mapping[str, tuple[ArrayLike, ArrayLike]],
+  *,
+  xlabel: str,
+  ylabel: str,
+  title: str | None = None,
+  xscale: str = "log",
+  yscale: str = "log",
+) -> None:
+  """Lines with markers, such as error against work; log-log unless `xscale` or `yscale` is
+  "linear".
+
+  Args: series: label -> (x (n,), y (n,)), n >= 1.
+  Raises: ValueError on other shapes, or a value that its logarithmic axis cannot show.
+  """
+  lines = {k: (np.asarray(x, float), np.asarray(y, float)) for k, (x, y) in _some(series, "series").items()}
+  for label, (x, y) in lines.items():
+    if x.ndim != 1 or x.shape != y.shape or not len(x):
+      raise ValueError(f"series[{label!r}]: expected x and y of one shape (n,), got {x.shape} and {y.shape}")
+    for name, values, kind in (("x", x, xscale), ("y", y, yscale)):
+      if not np.isfinite(values).all() or (kind == "log" and values.min() <= 0):
+        raise ValueError(f"series[{label!r}]: {name} has values that a {kind} axis cannot show; drop them")
+  from matplotlib.ticker import LogLocator
+
+  with _figure(path, 5.4, 3.6) as figure:
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    axes = figure.add_subplot()
+    for i, (label, (x, y)) in enumerate(lines.items()):
+      marker, colour = _MARKERS[i % len(_MARKERS)], _COLOURS[i % len(_COLOURS)]
+      axes.plot(x, y, label=label, marker=marker, color=colour, ms=4.5, mec="white", mew=0.6, lw=1.5)
+    axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    ticks = np.unique(np.concatenate([x for x, _ in lines.values()]))
+    if len(ticks) <= 10:  # few places on the axis, such as 1, 2, 4 evaluations: name exactly those
+      axes.set_xticks(ticks, [f"{v:g}" for v in ticks])
+      axes.set_xticks([], minor=True)
+    low, high = axes.get_ylim()
+    if yscale == "log" and high < 100 * low:  # powers of ten alone would leave the axis bare
+      digits = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+      axes.yaxis.set_major_locator(LogLocator(subs=digits))
+      axes.yaxis.set_major_formatter("{x:g}")
+      axes.set_yticks([], minor=True)
+    axes.grid(True, color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(which="both", length=0, pad=4)
+    axes.legend(frameon=False, handlelength=1.8, labelspacing=0.35)
+    if title:
+      axes.set_title(title, loc="left")
+
+
+def _some(panels: Mapping[str, Any], name: str = "panels") -> Mapping[str, Any]:
+  if not panels:
+    raise ValueError(f"{name}: expected at least one entry, got none")
+  return panels
+
+
+def _points(x: ArrayLike, name: str) -> Array:
+  x = np.asarray(x, np.float64)
+  if x.ndim != 2 or x.shape[1] != 2 or not len(x):
+    raise ValueError(f"{name}: expected points (n, 2), n >= 1, got {x.shape}")
+  return x
+
+
+def _square_limits(points: Sequence[Array]) -> Limits:
+  """The smallest square around all finite points, with a margin of 4 %."""
+  x = np.concatenate(points)
+  x = x[np.isfinite(x).all(axis=1)]
+  if not len(x):
+    raise ValueError("panels: expected finite points, got none; give limits to draw an empty panel")
+  centre, half = (x.max(axis=0) + x.min(axis=0)) / 2, np.ptp(x, axis=0).max() / 2 * 1.04 or 1.0
+  (a, b), (c, d) = ((float(c - half), float(c + half)) for c in centre)
+  return (a, b), (c, d)
+
+
+def _density_image(density: Density, limits: Limits, bins: int) -> Array:
+  """Density on a (bins, bins) grid over the limits, rows upwards in y."""
+  (x_low, x_high), (y_low, y_high) = limits
+  if not callable(density):
+    points = _points(density, "density")
+    counts = np.histogram2d(points[:, 1], points[:, 0], bins, range=((y_low, y_high), (x_low, x_high)))[0]
+    return counts / len(points)
+  middle = (np.arange(bins) + 0.5) / bins
+  grid = np.meshgrid(x_low + middle * (x_high - x_low), y_low + middle * (y_high - y_low))
+  values = np.asarray(density(np.stack(grid, axis=-1).reshape(-1, 2)), np.float64)
+  if values.shape != (bins * bins,):
+    raise ValueError(f"density: expected a function (M, 2) -> (M,), got {values.shape} for M = {bins * bins}")
+  return values.reshape(bins, bins)
+
+
+def _ceiling(image: Array) -> float:
+  """Brightest colour: a high percentile of the occupied bins, so that one full bin does not dim the
+  rest."""
+  occupied = image[image > 0]
+  return float(np.percentile(occupied, 99)) if len(occupied) else 1.0
+
+
+def _show_density(axes: Any, image: Array, limits: Limits, cmap: Any, top: float | None = None) -> None:
+  extent = (*limits[0], *limits[1])
+  top = _ceiling(image) if top is None else top
+  axes.imshow(image, origin="lower", extent=extent, cmap=cmap, vmin=0, vmax=top, interpolation="nearest")
+
+
+def _pale() -> Any:
+  from matplotlib.colors import LinearSegmentedColormap
+
+  return LinearSegmentedColormap.from_list("pale", ["#ffffff", "#b9d3ea"])
+
+
+def _text_width(text: str, size: float = 9) -> int:
+  """Width in pixels of a line of text in the default font."""
+  from matplotlib.font_manager import FontProperties
+  from matplotlib.textpath import TextPath
+
+  if not text.strip():
+    return 0
+  outline = TextPath((0, 0), text, size=size, prop=FontProperties(family=["sans-serif"]))
+  return round(outline.get_extents().width * _DPI / 72)
+
+
+@contextlib.contextmanager
+def _figure(path: str | os.PathLike, width: float, height: float) -> Iterator[Any]:
+  """A matplotlib Figure in this module's style, saved to `path` when the block ends well."""
+  import matplotlib
+  from matplotlib.figure import Figure
+
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    yield figure
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=_DPI)
+
+
+@contextlib.contextmanager
+def _square_panels(
+  path: str | os.PathLike, names: Sequence[str], limits: Limits, title: str | None
+) -> Iterator[list[Any]]:
+  """Square axes side by side, one for each name, without ticks and with the same limits."""
+  side, gap, head = 2.4, 0.12, 0.6 if title else 0.3
+  width, height = len(names) * (side + gap) + gap, side + head + gap
+  with _figure(path, width, height) as figure:
+    all_axes = []
+    for i, name in enumerate(names):
+      box = ((gap + i * (side + gap)) / width, gap / height, side / width, side / height)
+      axes = figure.add_axes(box)
+      axes.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
+      axes.spines[:].set_color(_GRID)
+      axes.set_title(name)
+      all_axes.append(axes)
+    if title:
+      figure.text(gap / width, 1 - 0.18 / height, title, va="center", fontsize=11)
+    yield all_axes

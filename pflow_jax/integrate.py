@@ -1,0 +1,186 @@
+"""Rollouts: integrating a policy over schedule time. Knows of a policy only `velocity` and `integrate`."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax.policies.base import Array, Policy, check_range
+from pflow_jax.schedule import shift_time
+
+METHODS = ("auto", "euler", "ab2", "exact")
+
+SAVING = 3
+"""Euler substeps that one third-order step stands for in method "auto": benchmarks/rollout_order.py measures it."""
+
+MIN_STEP = 1e-4  # shortest stretch of flow time that an average velocity is divided by
+
+
+def rollout(
+  policy: Policy,
+  x: Array,
+  r_start,
+  r_end,
+  *,
+  shift=1.0,
+  substeps: int = 128,
+  method: str = "auto",
+  max_length: float = 1.0,
+) -> Array:
+  """State at schedule time `r_end` of the policy's ODE, from `x` at `r_start`.
+
+  Args:
+    policy: one policy (unbatched; batch with jax.vmap).
+    x: state at `r_start`, (*space, C).
+    r_start, r_end: schedule times (), 1 >= r_start >= r_end >= 0. May be traced.
+    shift: time shift m between schedule and flow time.
+    substeps: resolution: substeps a unit of schedule time.
+    method: "euler" takes max(round((r_start - r_end) substeps), 1) steps even in schedule time, as the PyTorch release does;
+      "ab2" takes as many steps of a second-order two-step scheme; "exact" is the policy's closed form; "auto" is exact where
+      a closed form exists, else ab2 with a quarter of the substeps, which is no less accurate than Euler with all of them.
+    max_length: static bound on r_start - r_end; sets the length of the compiled loop. A longer stretch is still covered, with
+      longer steps.
+  Returns: (*space, C).
+  Raises: ValueError for an unknown method, `exact` without a closed form, or times out of order.
+  References: pi-Flow, arXiv:2510.14974, Sec. 3.1.
+  """
+  _check(r_start, r_end, substeps, method, max_length)
+  method = _resolve(policy, method)
+  r_start, r_end = jnp.asarray(r_start, x.dtype), jnp.asarray(r_end, x.dtype)
+  if method == "exact":
+    return policy.integrate(x, shift_time(r_start, shift), shift_time(r_end, shift))
+  if method == "auto":
+    return _multistep(policy, x, r_start, r_end, shift, _bound(substeps / SAVING, max_length), 3)
+  bound = _bound(substeps, max_length)
+  if method == "ab2":
+    return _multistep(policy, x, r_start, r_end, shift, bound, 2)
+  count = jnp.clip(jnp.round((r_start - r_end) * substeps), 1, bound)
+  return _euler(policy, x, r_start, r_end, shift, count, bound)
+
+
+def average_velocity(
+  policy: Policy,
+  x: Array,
+  r_start,
+  r_end,
+  *,
+  shift=1.0,
+  substeps: int = 128,
+  method: str = "auto",
+  max_length: float = 1.0,
+) -> Array:
+  """Average over flow time of the policy's velocity along its own trajectory from `x` at `r_start` to `r_end`.
+
+  Arguments as in `rollout`. A stretch that rounds to fewer than two Euler substeps (to none, for the other methods) is
+  represented by the velocity at its start; `max_length=0` says that it always is, and compiles no loop.
+
+  Returns: (*space, C), the velocity v with x(r_end) = x + v (t_end - t_start).
+  """
+  _check(r_start, r_end, substeps, method, max_length)
+  r_start, r_end = jnp.asarray(r_start, x.dtype), jnp.asarray(r_end, x.dtype)
+  t_start, t_end = shift_time(r_start, shift), shift_time(r_end, shift)
+  start = policy.velocity(x, t_start)
+  if max_length == 0:
+    return start
+  end = rollout(policy, x, r_start, r_end, shift=shift, substeps=substeps, method=method, max_length=max_length)
+  chord = (x - end) / jnp.maximum(t_start - t_end, MIN_STEP)
+  fewest = 2 if method == "euler" else 1
+  return jnp.where(jnp.round((r_start - r_end) * substeps) < fewest, start, chord)
+
+
+def _check(r_start, r_end, substeps, method, max_length) -> None:
+  if method not in METHODS:
+    raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+  if isinstance(substeps, bool) or not isinstance(substeps, int) or substeps < 1:
+    raise ValueError(f"substeps: expected an integer of at least 1, got {substeps!r}")
+  if not 0 <= max_length <= 1:
+    raise ValueError(f"max_length: expected a number in [0, 1], got {max_length!r}")
+  for name, value in (("r_start", r_start), ("r_end", r_end)):
+    if jnp.ndim(value) != 0:
+      raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(value)}; use jax.vmap")
+    check_range(name, value, 0.0, 1.0)
+  if not isinstance(r_start, jax.core.Tracer):
+    check_range("r_end (at most r_start)", r_end, 0.0, float(r_start))
+
+
+def _resolve(policy: Policy, method: str) -> str:
+  if method == "auto" and policy.has_closed_form:
+    return "exact"
+  return method
+
+
+def _bound(substeps: float, max_length: float) -> int:
+  # A hair less than the product, lest 128 * (1 / 3.5 * 3.5) becomes 129 steps.
+  return max(math.ceil(substeps * max_length - 1e-6), 1)
+
+
+def _euler(policy, x, r_start, r_end, shift, count, bound):
+  """`count` Euler steps, traced; the loop has the static length `bound` and idles when done."""
+
+  def step(x, i):
+    # Idle steps re-evaluate the last one, where everything is finite, and are masked out.
+    at = jnp.minimum(i, count - 1)
+    t, s = (shift_time(r_start + (r_end - r_start) * (k / count), shift) for k in (at, at + 1))
+    return jnp.where(i < count, x + policy.velocity(x, t) * (s - t), x), None
+
+  # Checkpointed: the backward pass recomputes the policy's (K, pixels) arrays instead of storing them for every substep.
+  steps = jnp.arange(bound, dtype=x.dtype)
+  return jax.lax.scan(jax.checkpoint(step), x, steps)[0]
+
+
+def _multistep(policy, x, r_start, r_end, shift, count, order):
+  """`count` steps of a multistep scheme in (x / t, 1 / t), where only the posterior mean x0 = x - t v varies.
+
+  dy / dlambda = x0 with y = x / t, lambda = 1 / t. x0 is extrapolated through the current and the last (order - 1) points, as a
+  polynomial in t, and integrated exactly: a constant x0 is exact at any step length, and t = 0 is an ordinary end point. The
+  first step has no past: a predicted end point takes its place, which makes it a Heun step. The second is of order 2.
+
+  Steps are even in sqrt(t): x0 varies fastest near the source of a late segment and where t is of the order of the mixture's
+  standard deviation, and this spacing was the best for every shift (benchmarks/rollout_order.py).
+  """
+  t_start, t_end = shift_time(r_start, shift), shift_time(r_end, shift)
+  # Constant for derivatives: sqrt has none at t_end = 0, and where the points lie does not change what is approximated.
+  t_mixed = jnp.sqrt(jax.lax.stop_gradient(t_start * t_end))
+
+  tiny = jnp.finfo(x.dtype).tiny
+
+  def time(k):
+    u = k / count
+    return (1 - u) ** 2 * t_start + 2 * u * (1 - u) * t_mixed + u**2 * t_end
+
+  def x0_at(x, t):
+    return x - t * policy.velocity(x, t)
+
+  def advance(x, t, s, x0, slope=0.0, curvature=0.0):
+    """x(s), given x(t) and x0(t') = x0 + slope (t' - t) + curvature (t' - t)^2: each power times s dlambda, integrated."""
+    q = (t - s) / jnp.maximum(t, tiny)
+    inside = q < 1
+    log = jnp.where(inside, (1 - q) * jnp.log1p(-jnp.where(inside, q, 0.0)), 0.0)
+    first = -log - q
+    second = 2 * (log + q) - q**2
+    return (1 - q) * x + q * x0 + slope * t * first + curvature * t**2 * second
+
+  def divided_difference(a, b, gap):
+    """(a - b) / gap, 0 in a stretch of no length."""
+    return jnp.where(gap == 0, 0.0, (a - b) / jnp.where(gap == 0, 1.0, gap))
+
+  def step(carry, i):
+    x, x0_last, slope_last = carry
+    t, s = time(i), time(i + 1)
+    t_last = jnp.where(i == 0, s, time(i - 1))
+    x0 = x0_at(x, t)
+    slope, curvature = divided_difference(x0, x0_last, t - t_last), 0.0
+    if order == 3:
+      # Newton's form; from the third step on, when there are three points.
+      bend = divided_difference(slope, slope_last, t - time(jnp.maximum(i - 2, 0)))
+      curvature = jnp.where(i < 2, 0.0, bend)
+    at_t = slope + curvature * (t - t_last)
+    return (advance(x, t, s, x0, at_t, curvature), x0, slope), None
+
+  t, s = time(0.0), time(1.0)
+  x0 = x0_at(x, t)
+  predicted = advance(x, t, s, x0)
+  carry = (x, x0_at(predicted, s), jnp.zeros_like(x))
+  return jax.lax.scan(jax.checkpoint(step), carry, jnp.arange(count, dtype=x.dtype))[0][0]

@@ -1,0 +1,1 @@
+"""Networks (Flax linen) behind `apply({"params": params}, x, t, cond)`."""

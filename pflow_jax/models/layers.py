@@ -1,0 +1,157 @@
+"""Parts that several networks share: patches, positions, and the conditioning embedding.
+
+Parameters are float32 everywhere; `dtype` is what a layer computes in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+Dtype = Any
+FREQUENCIES = 256  # width of the sinusoid that feeds the time MLP, as in DiT
+
+
+def accumulation_dtype(dtype: Dtype) -> jnp.dtype:
+  """Returns the dtype of sums, norms and outputs under compute dtype `dtype`: float32, or wider."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_layout(layout: str) -> None:
+  """Raises ValueError unless layout is "dit" or "flux"."""
+  if layout not in ("dit", "flux"):
+    raise ValueError(f'layout: expected "dit" or "flux", got {layout!r}')
+
+
+def _patch_axes(axes: int, layout: str) -> tuple[str, str, str]:
+  """Returns einops names of a space with `axes` axes: its grid, its sub-pixels, and both merged."""
+  check_layout(layout)
+  grid = " ".join(f"g{i}" for i in range(axes))
+  sub = " ".join(f"p{i}" for i in range(axes))
+  space = " ".join(f"(g{i} p{i})" for i in range(axes))
+  return grid, sub, space
+
+
+def grid_of(space: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
+  """Returns the space shape counted in patches; ValueError if a size is not a multiple of it."""
+  if any(size % patch_size or size < 1 for size in space):
+    raise ValueError(
+      f"input size {space}: expected every axis to be a multiple of patch_size {patch_size}; "
+      "crop or pad the data, or choose a patch_size that divides it"
+    )
+  return tuple(size // patch_size for size in space)
+
+
+def patchify(x: jax.Array, patch_size: int, layout: str = "dit") -> jax.Array:
+  """Cuts x (B, *space, C) into row-major patches, (B, T, p^n C) for n space axes.
+
+  Order of the last axis: (p1, p2, c) for "dit" (a convolution's kernel, reshaped), (c, p1, p2) for
+  "flux" (its packed latents).
+  """
+  axes = x.ndim - 2
+  grid, sub, space = _patch_axes(axes, layout)
+  grid_of(x.shape[1:-1], patch_size)
+  row = f"{sub} c" if layout == "dit" else f"c {sub}"
+  sizes = {f"p{i}": patch_size for i in range(axes)}
+  return rearrange(x, f"b {space} c -> b ({grid}) ({row})", **sizes)
+
+
+def unpatchify(rows: jax.Array, grid: tuple[int, ...], patch_size: int, groups: int, layout: str = "dit") -> jax.Array:
+  """Puts the output rows of every token back in space.
+
+  Args:
+    rows: (B, T, p^n M C) with T = prod(grid); a row counts (p1, p2, m, c) for "dit" and
+      (m, c, p1, p2) for "flux".
+    groups: M, how many maps (components, coefficients) a row holds.
+
+  Returns: (B, M, *space, C), space = grid * patch_size.
+  """
+  axes = len(grid)
+  names, sub, space = _patch_axes(axes, layout)
+  row = f"{sub} m c" if layout == "dit" else f"m c {sub}"
+  sizes = {f"g{i}": size for i, size in enumerate(grid)}
+  sizes |= {f"p{i}": patch_size for i in range(axes)}
+  return rearrange(rows, f"b ({names}) ({row}) -> b m {space} c", m=groups, **sizes)
+
+
+def sinusoid(position: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
+  """Returns cosines then sines of position (B,) at width/2 log-spaced frequencies: (B, width)."""
+  half = width // 2
+  frequencies = np.exp(-math.log(max_period) * np.arange(half) / half).astype(position.dtype)
+  angles = position[:, None] * frequencies[None, :]
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_table(grid: tuple[int, ...], width: int) -> np.ndarray:
+  """Fixed 2-D sine-cosine positions of DiT (and MAE) on grid (Hp, Wp): (Hp * Wp, width), float64.
+
+  The first half of the channels encodes the column, the second the row; each half is sines, then
+  cosines. This order is the released checkpoints'.
+  """
+  if width % 4:
+    raise ValueError(f"width: expected a multiple of 4 for 2-D positions, got {width}")
+  frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+
+  def encode(position: np.ndarray) -> np.ndarray:
+    angles = np.outer(position, frequencies)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+  rows, columns = np.indices(grid).reshape(2, -1)
+  return np.concatenate([encode(columns), encode(rows)], axis=1)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+  """Returns x (B, T, D) scaled by 1 + scale and shifted; shift and scale are (B, D)."""
+  return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+  """Normalises the last axis to mean 0, variance 1, without a learned affine map."""
+  centred = x - jnp.mean(x, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(variance + epsilon)
+
+
+class TimeEmbed(nn.Module):
+  """t (B,) in [0, 1] -> (B, width): sinusoid of time_scale * t, Dense, SiLU, Dense (DiT)."""
+
+  width: int
+  time_scale: float = 1000.0
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, t: jax.Array) -> jax.Array:
+    init = nn.initializers.normal(0.02)
+    t = t.astype(accumulation_dtype(self.dtype))
+    h = sinusoid(self.time_scale * t, FREQUENCIES)
+    h = nn.silu(nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="in")(h))
+    return nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="out")(h)
+
+
+def check_head(head: Any, channels: int, patch_size: int) -> None:
+  """Raises ValueError if a network and its head disagree about the data."""
+  got = (head.channels, head.patch_size)
+  if got != (channels, patch_size):
+    raise ValueError(f"head: expected the network's (channels, patch_size) {(channels, patch_size)}, got {got}")
+
+
+class FinalNorm(nn.Module):
+  """Last adaLN: norm, then shift and scale from SiLU(embedding), both zero at the start."""
+
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, embedding: jax.Array) -> jax.Array:
+    """tokens (B, T, D), embedding (B, D) -> (B, T, D), float32 or wider."""
+    wide = accumulation_dtype(self.dtype)
+    adaln = nn.Dense(2 * tokens.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaln")(
+      nn.silu(embedding)
+    )
+    shift, scale = jnp.split(adaln.astype(wide), 2, axis=-1)
+    return modulate(layer_norm(tokens.astype(wide)), shift, scale)

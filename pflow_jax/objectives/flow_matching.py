@@ -1,0 +1,71 @@
+"""Flow matching: the objective of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax.schedule import shift_time
+
+Array = jax.Array
+
+
+def sample_time(key: Array, shape: tuple[int, ...], *, mean: float | None, std: float) -> Array:
+  """Flow times in (0, 1): logit-normal with `mean` and `std`, or uniform when `mean` is None."""
+  if mean is None:
+    return jax.random.uniform(key, shape)
+  return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
+
+
+def drop_condition(key: Array, cond: Any, null_cond: Any, rate: float) -> Any:
+  """Replaces the condition by the empty one, example by example, with probability `rate`.
+
+  Args:
+    cond: pytree of arrays with a leading batch axis.
+    null_cond: pytree of the same structure, broadcast against each leaf.
+  """
+  if rate == 0:
+    return cond
+  batch = jax.tree.leaves(cond)[0].shape[0]
+  drop = jax.random.bernoulli(key, rate, (batch,))
+
+  def pick(c, n):
+    n = jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)
+    return jnp.where(jnp.expand_dims(drop, tuple(range(1, c.ndim))), n, c)
+
+  return jax.tree.map(pick, cond, null_cond)
+
+
+def flow_matching_loss(
+  network: Callable[[Array, Array, Any], Array],
+  x0: Array,
+  cond: Any,
+  key: Array,
+  *,
+  null_cond: Any = None,
+  cond_dropout: float = 0.0,
+  shift: float = 1.0,
+  time_mean: float | None = None,
+  time_std: float = 1.0,
+) -> tuple[Array, dict[str, Array]]:
+  """Regression of the velocity eps - x0 on the straight path x = (1 - t) x0 + t eps.
+
+  Args:
+    network: (x, t, cond) -> velocity, like x.
+    x0: data, (B, *space, C).
+    cond, null_cond, cond_dropout: see `drop_condition`.
+    shift: time shift applied to the drawn times.
+    time_mean, time_std: see `sample_time`.
+  Returns: loss per example (B,), the mean squared error over a sample, and no metrics.
+  References: flow matching, arXiv:2210.02747; logit-normal times, arXiv:2403.03206.
+  """
+  key_time, key_noise, key_drop = jax.random.split(key, 3)
+  t = shift_time(sample_time(key_time, x0.shape[:1], mean=time_mean, std=time_std), shift)
+  t = t.astype(x0.dtype)
+  eps = jax.random.normal(key_noise, x0.shape, x0.dtype)
+  wide = jnp.expand_dims(t, tuple(range(1, x0.ndim)))
+  v = network((1 - wide) * x0 + wide * eps, t, drop_condition(key_drop, cond, null_cond, cond_dropout))
+  return jnp.mean((v - (eps - x0)) ** 2, axis=tuple(range(1, x0.ndim))), {}

@@ -1,0 +1,137 @@
+"""GMFlow policy: the velocity field of a Gaussian mixture over the clean sample."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax.policies.base import Array, Mixture, as_float, check_shape, check_source
+
+
+def _channels_first(x: Array) -> Array:
+  """(*space, C) -> (C, P) with the P pixels last, where they fill the lanes of every vector unit."""
+  return jnp.moveaxis(x.reshape(-1, x.shape[-1]), -1, 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GMFlowPolicy(Mixture):
+  """Per-pixel Gaussian mixture of the clean sample, seen from (x_s, t_s).
+
+  At any later (x, t) the posterior mean E[x0 | x_t = x] under the mixture is closed form, and the velocity is
+  (x - E[x0]) / t. Make one with `GMFlowPolicy.create`.
+
+  Arrays are kept as (C, K, P), pixels flattened and last: the posterior mean is evaluated at every substep of a rollout and this
+  layout ran 20x faster on CPU than (K, H, W, C).
+
+  References: GMFlow, arXiv:2504.05304; pi-Flow, arXiv:2510.14974, Sec. 3.2.
+  """
+
+  x_s: Array  # (C, P)
+  t_s: Array  # ()
+  means: Array  # (C, K, P), data space
+  squared_norms: Array  # (K, P), sum over channels of means^2: does not depend on time
+  logits: Array  # (K, P), log-softmaxed over K
+  variance: Array  # (), of every component, data space
+  eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
+
+  @classmethod
+  def create(cls, x_s, t_s, means, logits, log_std, *, eps: float = 1e-6) -> GMFlowPolicy:
+    """Policy from a network's output in velocity space.
+
+    Args:
+      x_s: state where the network was evaluated, (*space, C).
+      t_s: flow time of `x_s`, (), in (0, 1].
+      means: velocities of the components, (K, *space, C).
+      logits: unnormalised log-weights of the components, (K, *space).
+      log_std: log standard deviation in velocity space, (); shared by all components and pixels.
+      eps: lower bound of flow times and denominators. The PyTorch release uses 1e-6, and 1e-4 in its sampler.
+    Returns: the policy, in float32 (or float64 if an input is).
+    Raises: ValueError for shapes that do not fit or a t_s outside (0, 1].
+    """
+    x_s, t_s, means, logits, log_std = as_float(x_s, t_s, means, logits, log_std)
+    check_source(x_s, t_s)
+    if means.ndim != x_s.ndim + 1:
+      raise ValueError(
+        f"means: expected (K, *space, C) = (K, {', '.join(map(str, x_s.shape))}), got {means.shape}"
+      )
+    k, space, c = means.shape[0], x_s.shape[:-1], x_s.shape[-1]
+    check_shape("means", means, (k, *space, c), "(K, *space, C) with x_s (*space, C)")
+    check_shape("logits", logits, (k, *space), "(K, *space)")
+    check_shape("log_std", log_std, (), "one value a sample")
+    # Pixels are flattened and the channels brought to the front of the means once, here.
+    velocities = jnp.moveaxis(means.reshape(k, -1, c), -1, 0)
+    x_s = _channels_first(x_s)
+    means = x_s[:, None, :] - t_s * velocities
+    return cls(
+      x_s=x_s,
+      t_s=t_s,
+      means=means,
+      squared_norms=jnp.sum(means**2, axis=0),
+      logits=jax.nn.log_softmax(logits.reshape(k, -1), axis=0),
+      variance=jnp.exp(2 * log_std) * t_s**2,
+      eps=eps,
+    )
+
+  @property
+  def has_closed_form(self) -> bool:  # type: ignore[override]
+    return self.num_components == 1
+
+  def posterior_mean(self, x: Array, t: Array) -> Array:
+    """Posterior mean E[x0 | x at t] of the mixture anchored at (x_s, t_s).
+
+    Args:
+      x: state at `t`, (*space, C).
+      t: flow time in [0, t_s], (); clamped to at least eps.
+    Returns: (*space, C).
+    References: pi-Flow, arXiv:2510.14974, Sec. 3.2.
+    """
+    shape = x.shape
+    x = _channels_first(x)
+    t, t_s = jnp.maximum(t, self.eps), jnp.maximum(self.t_s, self.eps)
+    rho, rho_s = (1 - t) / t, (1 - t_s) / t_s
+    zeta = rho**2 - rho_s**2
+    nu = (rho / t) * x - (rho_s / t_s) * self.x_s
+    denominator = jnp.maximum(self.variance * zeta + 1, self.eps)
+    # Channels are few: summed one by one, each term is a fused multiply-add over whole rows of pixels.
+    projection = sum(m * n[None] for m, n in zip(self.means, nu, strict=True))
+    logits = self.logits + (projection - (0.5 * zeta) * self.squared_norms) / denominator
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True)))
+    total = jnp.sum(weights, axis=0)
+    mixture = jnp.stack([jnp.sum(weights * m, axis=0) for m in self.means]) / total[None]
+    x0 = (self.variance * nu + mixture) / denominator
+    return jnp.moveaxis(x0, 0, -1).reshape(shape)
+
+  def velocity(self, x: Array, t: Array) -> Array:
+    return (x - self.posterior_mean(x, t)) / jnp.maximum(t, self.eps)
+
+  def integrate(self, x: Array, t: Array, s: Array) -> Array:
+    """Exact solution for a single component; a mixture has none (ValueError).
+
+    With y = x / t and rho = 1/t - 1 a single Gaussian makes dx/dt = velocity linear, y' = (variance rho y + b) / D, with the
+    homogeneous solution sqrt(D), D = 1 + variance (rho^2 - rho_s^2). Written below so that s = 0, variance = 0 and a
+    variance of exactly rho_s^-2 (where the textbook form divides by zero) are ordinary values.
+    """
+    if not self.has_closed_form:
+      raise ValueError(
+        f"GMFlowPolicy with K = {self.num_components} has no closed-form integral (only K = 1 has); "
+        "use method='ab2', 'euler' or 'auto'"
+      )
+    shape = x.shape
+    y = _channels_first(x) / jnp.maximum(t, self.eps)
+    t, t_s = jnp.maximum(t, self.eps), jnp.maximum(self.t_s, self.eps)
+    rho, rho_s = (1 - t) / t, (1 - t_s) / t_s
+    d = jnp.maximum(self.variance * (rho**2 - rho_s**2) + 1, self.eps)
+    # root = s sqrt(D(s)), finite as s goes to 0
+    root = jnp.sqrt(s**2 * (1 - self.variance * rho_s**2) + self.variance * (1 - s) ** 2)
+    b = self.means[:, 0] - (self.variance * rho_s / t_s) * self.x_s
+    gain = ((1 - s) ** 2 - (s * rho) ** 2) / d
+    x = (root / jnp.sqrt(d)) * y + b * (
+      gain / jnp.maximum(rho / jnp.sqrt(d) * root + 1 - s, self.eps)
+    )
+    return jnp.moveaxis(x, 0, -1).reshape(shape)
+
+  def temper(self, temperature: float) -> GMFlowPolicy:
+    return dataclasses.replace(super().temper(temperature), variance=self.variance * temperature)

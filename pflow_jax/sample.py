@@ -1,0 +1,182 @@
+"""`pflow sample`: pictures and arrays from a trained run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from pflow_jax import figures, guidance, workdir
+from pflow_jax.checkpoint import load_params
+from pflow_jax.experiment import Experiment, build, call
+from pflow_jax.policies import auto_temperature
+from pflow_jax.sampler import sample_student, sample_teacher
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+  """The section `sample` of a config; what is not given comes from the objective.
+
+  Attributes:
+    nfe: numbers of network evaluations of a student (of Euler steps, for a teacher's run).
+    h: noise level between segments, 0 is deterministic.
+    temperature: of the policies of every segment but the last, a number, or "auto".
+    substeps, method: of the rollouts, see `integrate.rollout`.
+    batch_size: samples at a time.
+  """
+
+  nfe: tuple[int, ...] = (1, 2, 4)
+  h: float = 0.0
+  temperature: float | str = 1.0
+  substeps: int = 128
+  method: str = "auto"
+  batch_size: int = 256
+
+  def __post_init__(self):
+    if self.temperature != "auto" and not isinstance(self.temperature, (int, float)):
+      raise ValueError(f"config.sample.temperature: expected a number or 'auto', got {self.temperature!r}")
+
+
+def make_sampler(
+  experiment: Experiment, settings: SampleSettings, nfe: int
+) -> Callable[[Any, Array, Array, Array], Array]:
+  """Jitted (params, noise, labels, key) -> samples with `nfe` evaluations of this run's network."""
+
+  @jax.jit
+  def run(params, noise, labels, key):
+    if experiment.imitation is None:
+      shift = experiment.config.objective.get("shift", 1.0)
+      return sample_teacher(experiment.velocity(params), noise, labels, key, steps=nfe, shift=shift, h=settings.h)
+    imitation = experiment.imitation
+    warm = auto_temperature(nfe) if settings.temperature == "auto" else settings.temperature
+    return sample_student(
+      experiment.student(params),
+      noise,
+      labels,
+      key,
+      nfe=nfe,
+      final_scale=imitation.final_scale,
+      shift=imitation.shift,
+      h=settings.h,
+      temperature_=warm,
+      substeps=settings.substeps,
+      method=settings.method,
+    )
+
+  return run
+
+
+def make_teacher_sampler(
+  velocity: Callable[[Any], guidance.Velocity], steps: int, shift: float
+) -> Callable[[Any, Array, Array], Array]:
+  """Jitted (params, noise, labels) -> samples with `steps` Euler steps of a teacher."""
+
+  @jax.jit
+  def run(params, noise, labels):
+    return sample_teacher(velocity(params), noise, labels, steps=steps, shift=shift)
+
+  return run
+
+
+def in_batches(run: Callable[..., Array], batch_size: int, *arrays: Array) -> np.ndarray:
+  """`run` on slices of `arrays`, all of one length; whole batches only, so it compiles once."""
+  count = len(arrays[0])
+  size = min(batch_size, count)
+  outputs = []
+  for start in range(0, count, size):
+    rows = np.arange(start, start + size) % count  # the last batch wraps and is cut
+    outputs.append(np.asarray(run(*(a[rows] for a in arrays))))
+  return np.concatenate(outputs)[:count]
+
+
+def draw_noise(
+  experiment: Experiment, count: int, seed: int, labels: list[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Noise (count, *space, C) and labels (count,): those given, repeated, else all classes in turn."""
+  noise = jax.random.normal(jax.random.key(seed), (count, *experiment.dataset.shape), jnp.float32)
+  classes = max(experiment.dataset.num_classes, 1)
+  bad = [c for c in labels or [] if not 0 <= c < classes]
+  if bad:
+    raise ValueError(f"labels: expected classes in [0, {classes}), got {bad}")
+  turn = np.asarray(labels or range(classes), np.int32)
+  return np.asarray(noise), turn[np.arange(count) % len(turn)]
+
+
+def save_picture(
+  experiment: Experiment, rows: dict[str, np.ndarray], labels: np.ndarray, path: str | os.PathLike
+) -> None:
+  """A PNG of samples, one row (images) or panel (points) for each entry of `rows`."""
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  if experiment.dataset.shape == (2,):
+    figures.scatter_panels(path, rows)
+    return
+  names = experiment.dataset.class_names
+  titles = [names[i] for i in labels] if names and max(map(len, names)) <= 8 else None
+  figures.image_grid(path, rows, column_labels=titles)
+
+
+def preview(experiment: Experiment, config: ConfigDict, columns: int = 10) -> Callable[[Any, str], str]:
+  """A function (params, path) -> path that draws a small picture of samples during training."""
+  settings = call(SampleSettings, "sample", config.sample)
+  count = 4096 if experiment.dataset.shape == (2,) else columns
+  noise, labels = draw_noise(experiment, count, seed=0)
+  samplers = {f"{n} NFE": make_sampler(experiment, settings, n) for n in settings.nfe}
+
+  def draw(params, path):
+    key = jax.random.key(0)
+    rows = {name: np.asarray(run(params, noise, labels, key)) for name, run in samplers.items()}
+    save_picture(experiment, rows, labels, path)
+    return path
+
+  return draw
+
+
+def sample(
+  config: ConfigDict,
+  folder: str | os.PathLike,
+  *,
+  num: int,
+  nfe: int | None = None,
+  seed: int = 0,
+  labels: list[int] | None = None,
+  which: str = "ema",
+  out: str | os.PathLike | None = None,
+) -> pathlib.Path:
+  """Samples of the run in `folder`: <out>.npz with x0 and label, and <out>.png.
+
+  Args:
+    num: number of samples.   nfe: network evaluations; by default all of config.sample.nfe.
+    labels: classes, repeated; by default all in turn.   which: "ema" or "params".
+    out: path without its ending; by default <folder>/samples/seed<seed>.
+  Returns: the path of the picture.
+  """
+  settings = call(SampleSettings, "sample", config.sample)
+  if num < 1:
+    raise ValueError(f"num: expected at least 1 sample, got {num}")
+  experiment = build(config)
+  params = load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which)  # type: ignore[arg-type]
+  noise, classes = draw_noise(experiment, num, seed, labels)
+  rows = {}
+  for n in (nfe,) if nfe else settings.nfe:
+    run = functools.partial(make_sampler(experiment, settings, n), params)
+    # One key a sample, so that slicing gives every batch its own.
+    keys = jax.random.split(jax.random.key(seed + 1), num)
+    rows[f"{n} NFE"] = in_batches(lambda x, c, k, run=run: run(x, c, k[0]), settings.batch_size, noise, classes, keys)
+  out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"seed{seed}")
+  out.parent.mkdir(parents=True, exist_ok=True)
+  arrays = {f"x0_nfe{name.split()[0]}": x for name, x in rows.items()}
+  np.savez(f"{out}.npz", label=classes, **arrays)
+  picture = pathlib.Path(f"{out}.png")
+  shown = num if experiment.dataset.shape == (2,) else min(num, 16)
+  save_picture(experiment, {k: v[:shown] for k, v in rows.items()}, classes[:shown], picture)
+  return picture

@@ -1,0 +1,155 @@
+"""Samplers: from noise to data with a student (a policy a segment) or a teacher (a velocity a step).
+
+All take callables and a batch; nothing here knows a network. Random keys are needed only for stochastic steps (h > 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pflow_jax.integrate import rollout
+from pflow_jax.policies import Policy, temperature
+from pflow_jax.policies.base import Array
+from pflow_jax.schedule import segment_grid, segment_length, shift_time, unshift_time
+
+MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
+
+
+def kept_noise(t: Array, t_next: Array, h: float) -> Array:
+  """Share m in [0, 1] of the present noise that a stochastic step from `t` to `t_next` keeps.
+
+  Args:
+    t, t_next: flow times, 1 >= t >= t_next >= 0, any shape.
+    h: noise level of the sampler: 0 keeps all noise (deterministic), inf replaces all of it.
+  """
+  if h < 0:
+    raise ValueError(f"noise level h: expected a number of at least 0, got {h}")
+  if h == 0:
+    return jnp.ones_like(t)
+  if np.isinf(h):
+    return jnp.zeros_like(t)
+  ratio = t_next * (1 - t) / jnp.maximum(t * (1 - t_next), MIN_PRODUCT)
+  return ratio ** (h**2)
+
+
+def flow_map_sde_target(t: Array, t_next: Array, h: float) -> tuple[Array, Array]:
+  """Where the flow map must land so that re-noising ends at `t_next` (FlowMapSDE).
+
+  Returns: the landing time t_dst <= t_next, and the share m of noise that is kept.
+  References: pi-Flow, arXiv:2510.14974, and its release.
+  """
+  m = kept_noise(t, t_next, h)
+  return t_next * m / jnp.maximum(1 - t_next + t_next * m, MIN_PRODUCT), m
+
+
+def flow_map_sde_renoise(x: Array, noise: Array, t_next: Array, m: Array) -> Array:
+  """State at `t_next` from the state `x` at the landing time of `flow_map_sde_target`; `noise` like `x`."""
+  return (1 - t_next + t_next * m) * x + t_next * jnp.sqrt(jnp.maximum(1 - m**2, 0)) * noise
+
+
+def flow_sde_step(x: Array, v: Array, noise: Array, t: Array, t_next: Array, h: float) -> Array:
+  """One step of a velocity sampler that renews part of the noise (FlowSDE); h = 0 is the Euler step.
+
+  Args: x, v, noise: (*shape). t, t_next: (). h: noise level.
+  """
+  m = kept_noise(t, t_next, h)
+  x0, eps = x - t * v, x + (1 - t) * v
+  return (1 - t_next) * x0 + t_next * (m * eps + jnp.sqrt(jnp.maximum(1 - m**2, 0)) * noise)
+
+
+def sample_student(
+  student: Callable[[Array, Array, Any], Policy],
+  noise: Array,
+  cond: Any,
+  key: Array | None = None,
+  *,
+  nfe: int,
+  final_scale: float = 1.0,
+  shift: float = 1.0,
+  h: float = 0.0,
+  temperature_: float = 1.0,
+  substeps: int = 128,
+  method: str = "auto",
+) -> Array:
+  """Samples of a policy student.
+
+  Args:
+    student: (x, t, cond) -> batch of policies; one network evaluation.
+    noise: initial states at t = 1, (B, *space, C).
+    cond: condition, passed on.
+    key: PRNG key; needed when h > 0.
+    nfe, final_scale, shift: the grid, see `segment_grid` and `shift_time`.
+    h: noise level between segments (FlowMapSDE).
+    temperature_: of the policies of every segment but the last.
+    substeps, method: of the rollouts, see `rollout`.
+  Returns: (B, *space, C).
+  """
+  if h > 0 and key is None and nfe > 1:
+    raise ValueError("sample_student: h > 0 renews noise between segments and needs a `key`")
+  x = noise
+  grid = segment_grid(nfe, final_scale)
+  batch = noise.shape[:1]
+  for i in range(nfe):
+    t, t_next = (shift_time(jnp.asarray(r, x.dtype), shift) for r in grid[i : i + 2])
+    policy = student(x, jnp.broadcast_to(t, batch), cond)
+    last = i == nfe - 1
+    if not last:
+      policy = jax.vmap(lambda p: temperature(p, temperature_))(policy)
+    t_dst, m = flow_map_sde_target(t, t_next, h)
+    r_dst = unshift_time(t_dst, shift)
+    reach = segment_length(nfe, final_scale) if h == 0 else 1.0
+
+    def roll(p, x, r=grid[i], r_dst=r_dst, reach=reach):
+      return rollout(p, x, r, r_dst, shift=shift, substeps=substeps, method=method, max_length=reach)
+
+    x = jax.vmap(roll)(policy, x)
+    if h > 0 and not last:
+      fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+      x = flow_map_sde_renoise(x, fresh, t_next, m)
+  return x
+
+
+def sample_teacher(
+  teacher: Callable[[Array, Array, Any], Array],
+  noise: Array,
+  cond: Any,
+  key: Array | None = None,
+  *,
+  steps: int,
+  shift: float = 1.0,
+  h: float = 0.0,
+  trajectory: bool = False,
+) -> Array:
+  """Samples of a velocity field: Euler steps even in schedule time, FlowSDE when h > 0.
+
+  Args:
+    teacher: (x, t, cond) -> v; one network evaluation (two when guided).
+    noise: initial states at t = 1, (B, *space, C).
+    steps: number of steps.
+    trajectory: return all states, (steps + 1, B, *space, C), from noise to data.
+  Returns: (B, *space, C).
+  """
+  if steps < 1:
+    raise ValueError(f"steps: expected an integer of at least 1, got {steps}")
+  if h > 0 and key is None:
+    raise ValueError("sample_teacher: h > 0 needs a `key`")
+  times = shift_time(jnp.linspace(1.0, 0.0, steps + 1, dtype=noise.dtype), shift)
+  batch = noise.shape[:1]
+
+  def step(x, inputs):
+    t, t_next, i = inputs
+    v = teacher(x, jnp.broadcast_to(t, batch), cond)
+    if h == 0:
+      x = x + v * (t_next - t)
+    else:
+      fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+      x = flow_sde_step(x, v, fresh, t, t_next, h)
+    return x, x if trajectory else None
+
+  x, states = jax.lax.scan(step, noise, (times[:-1], times[1:], jnp.arange(steps)))
+  return jnp.concatenate([noise[None], states]) if trajectory else x

@@ -1,0 +1,37 @@
+"""What training changes and a checkpoint keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Pytree of everything that trains; change it with dataclasses.replace."""
+
+  step: Array  # () int32, number of steps taken
+  params: PyTree
+  ema: PyTree  # like params, float32
+  opt_state: PyTree
+
+
+def create_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+  """State at step 0, its average a float32 copy of `params`.
+
+  A real copy, so that a jitted step may donate the state. Works under jit and jax.eval_shape.
+  """
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params),
+    opt_state=optimizer.init(params),
+  )

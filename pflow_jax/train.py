@@ -1,0 +1,271 @@
+"""`pflow train`: one loop for every objective."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from pflow_jax import data, optim, sample, workdir
+from pflow_jax.checkpoint import Checkpointer
+from pflow_jax.experiment import Experiment, LossFn, build, call, make_optimizer
+from pflow_jax.flops import count_flops
+from pflow_jax.sharding import batch_sharding, make_mesh, replicated, shard_batch
+from pflow_jax.state import TrainState, create_state
+from pflow_jax.writer import MetricsWriter, parameter_table, progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """The section `train` of a config.
+
+  Attributes:
+    steps: optimizer steps of the whole run.
+    batch_size: examples a step, over all processes.
+    accumulation: micro-batches that a step's batch is cut into, one after the other.
+    log_every, checkpoint_every, sample_every: in steps; 0 never (checkpoints: only at the end).
+    keep_checkpoints: newest checkpoints to keep.
+    max_skipped: non-finite updates in a row after which the run stops with an error.
+    profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
+    num_workers: processes that read data; 0 reads in this one.
+  """
+
+  steps: int
+  batch_size: int
+  accumulation: int = 1
+  log_every: int = 50
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+  sample_every: int = 0
+  max_skipped: int = 20
+  profile: tuple[int, int] = (0, 0)
+  tensorboard: bool = True
+  num_workers: int = 0
+
+  def __post_init__(self):
+    for name in (
+      "steps",
+      "batch_size",
+      "accumulation",
+      "log_every",
+      "keep_checkpoints",
+      "max_skipped",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(f"config.train.{name}: expected at least 1, got {getattr(self, name)}")
+    if self.batch_size % self.accumulation:
+      raise ValueError(
+        f"config.train.accumulation: expected a divisor of batch_size {self.batch_size}, got {self.accumulation}"
+      )
+
+
+def train_step(
+  state: TrainState,
+  teacher_params: Any,
+  batch: dict[str, Array],
+  key: Array,
+  *,
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  ema_decay: Callable[[Array], Array],
+  accumulation: int = 1,
+) -> tuple[TrainState, dict[str, Array]]:
+  """One optimizer step.
+
+  Args:
+    state: what trains.   teacher_params: an argument, not part of the state.
+    batch: pytree of arrays with a leading axis of examples.
+    key: the run's key; the step's own is folded from it, so a resumed run draws the same numbers.
+  Returns: the new state, and scalar metrics.
+  """
+  key = jax.random.fold_in(key, state.step)
+
+  def mean_loss(params, batch, key):
+    loss, aux = loss_fn(params, teacher_params, batch, key, state.step)
+    return jnp.mean(loss), jax.tree.map(jnp.mean, aux)
+
+  gradient = jax.value_and_grad(mean_loss, has_aux=True)
+  if accumulation == 1:
+    out = gradient(state.params, batch, key)
+  else:
+    # Every micro-batch takes every accumulation-th example, so that each device keeps its own shard.
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def micro_step(total, inputs):
+      micro_batch, i = inputs
+      one = gradient(state.params, micro_batch, jax.random.fold_in(key, i))
+      return jax.tree.map(lambda a, b: a + b / accumulation, total, one), None
+
+    shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro), key)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    out, _ = jax.lax.scan(micro_step, start, (micro, jnp.arange(accumulation)))
+  (loss, aux), grads = out
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = optim.update_ema(state.ema, params, ema_decay(state.step))
+  in_a_row, total = optim.skipped(opt_state)
+  metrics = {
+    "loss": loss,
+    **aux,
+    "gradient_norm": optax.global_norm(grads),
+    "skipped_in_a_row": in_a_row,
+    "skipped": total,
+  }
+  return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+
+def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
+  """Trains what `config` describes in the workdir `folder`; resumes a run that is already there.
+
+  Returns: the final state, or the one saved when SIGTERM came.
+  Raises: ValueError for a config that does not fit; FloatingPointError when updates stay non-finite.
+  """
+  settings = call(TrainSettings, "train", config.train)
+  experiment = build(config)
+  optimizer, schedule = make_optimizer(config)
+  ema_decay = functools.partial(call, optim.ema_decay, "ema", config.ema)
+  mesh = call(make_mesh, "mesh", config.mesh)
+  first_process = jax.process_index() == 0
+  workdir.claim(folder, config, write=first_process)
+
+  iterator = data.batches(
+    experiment.dataset,
+    settings.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_workers=settings.num_workers,
+  )
+  key_init, key_steps = jax.random.split(jax.random.key(config.seed))
+  everywhere = replicated(mesh)
+  init = jax.jit(lambda key: create_state(experiment.init(key), optimizer), out_shardings=everywhere)
+  with (
+    Checkpointer(f"{folder}/{workdir.CHECKPOINTS}", max_to_keep=settings.keep_checkpoints) as checkpointer,
+    Interruption(checkpointer) as interruption,
+  ):
+    abstract = jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
+      jax.eval_shape(init, key_init),
+    )
+    restored = checkpointer.restore(abstract, iterator)
+    state, start = restored or (init(key_init), 0)
+    if first_process and not restored:
+      print(parameter_table(state.params))
+    if start >= settings.steps:
+      print(f"{folder}: already trained for {start} of {settings.steps} steps")
+      return state
+    teacher_params = jax.device_put(experiment.teacher.params if experiment.teacher else {}, everywhere)
+    compiled, flops = _compile(
+      functools.partial(
+        train_step,
+        loss_fn=experiment.loss_fn,
+        optimizer=optimizer,
+        ema_decay=lambda step: ema_decay(step=step),
+        accumulation=settings.accumulation,
+      ),
+      (state, teacher_params, _abstract_batch(experiment, settings, mesh), key_steps),
+      everywhere,
+    )
+    sampler = sample.preview(experiment, config) if settings.sample_every else None
+    pending: list[dict[str, Array]] = []
+    clock = time.perf_counter()
+    with (
+      MetricsWriter(folder, tensorboard=settings.tensorboard, active=first_process, resume_step=start) as writer,
+      progress(settings.steps, start, str(config.objective.kind), not first_process) as report,
+    ):
+      for step in range(start + 1, settings.steps + 1):
+        _profile(settings.profile, step, folder)
+        state, metrics = compiled(state, teacher_params, shard_batch(next(iterator), mesh), key_steps)
+        # The step runs while the host looks at the numbers of the ones before.
+        if step % settings.log_every == 0 and pending:
+          values = jax.device_get(pending)
+          elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+          row = {name: sum(float(v[name]) for v in values) / len(values) for name in values[0]}
+          row |= {name: int(values[-1][name]) for name in ("skipped", "skipped_in_a_row")}
+          row["learning_rate"] = float(schedule(step - 1 - row["skipped"]))
+          row["images_per_second"] = len(values) * settings.batch_size / elapsed
+          row["tflops_per_second"] = len(values) * flops / elapsed / 1e12
+          writer.write(step - 1, row)
+          report.update(step - 1, row["loss"])
+          if row["skipped_in_a_row"] >= settings.max_skipped:
+            raise FloatingPointError(
+              f"step {step - 1}: {int(row['skipped_in_a_row'])} updates in a row were not finite and were skipped; "
+              "the newest checkpoint is intact. Lower optimizer.learning_rate, or look at the data."
+            )
+          pending = []
+        pending.append(metrics)
+        stop = interruption.requested(step)
+        last = step == settings.steps
+        if stop or last or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+          checkpointer.save(step, state, iterator)
+        if sampler and step % settings.sample_every == 0 and first_process:
+          writer.image(step, "samples", sampler(state.ema, f"{folder}/samples/{step:07d}.png"))
+        if stop:
+          logger.warning("told to stop: saved step %d; the same command resumes", step)
+          break
+      report.update(step, float(metrics["loss"]))
+  return state
+
+
+class Interruption:
+  """Turns SIGTERM into a request to stop at a step boundary, the same one in every process."""
+
+  def __init__(self, checkpointer: Checkpointer):
+    self._checkpointer = checkpointer
+    self._flag = threading.Event()
+    self._previous: Any = None
+
+  def __enter__(self) -> Interruption:
+    # With several processes JAX's own service catches the signal and agrees on the step.
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._previous = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+  def requested(self, step: int) -> bool:
+    """Whether to save `step` and stop."""
+    if jax.process_count() > 1:
+      return self._checkpointer.reached_preemption(step)
+    return self._flag.is_set()
+
+
+def _abstract_batch(experiment: Experiment, settings: TrainSettings, mesh) -> dict[str, Any]:
+  sharding = batch_sharding(mesh)
+  struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+  rows = settings.batch_size
+  return {
+    "x0": struct((rows, *experiment.dataset.shape), jnp.float32),
+    "label": struct((rows,), jnp.int32),
+  }
+
+
+def _compile(step: Callable, arguments: tuple, out_sharding) -> tuple[Callable, int]:
+  """The compiled step, which can only run at these shapes, and its floating-point operations."""
+  print("compiling the train step", flush=True)
+  traced = jax.jit(step, donate_argnums=0, out_shardings=out_sharding).trace(*arguments)
+  return traced.lower().compile(), count_flops(traced.jaxpr)
+
+
+def _profile(window: tuple[int, int], step: int, folder: Any) -> None:
+  first, last = window
+  if first and step == first:
+    jax.profiler.start_trace(f"{folder}/profile")
+  elif first and step == last + 1:
+    jax.profiler.stop_trace()

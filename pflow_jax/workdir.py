@@ -1,0 +1,85 @@
+"""A run's folder: the config it was started with, and what may change when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+# What may differ when a run is resumed: how long it goes on, and what it reports.
+CHANGEABLE = (
+  "evaluate.",
+  "sample.",
+  "mesh.",
+  "train.steps",
+  "train.log_every",
+  "train.checkpoint_every",
+  "train.keep_checkpoints",
+  "train.sample_every",
+  "train.max_skipped",
+  "train.profile",
+  "train.tensorboard",
+)
+
+
+def as_plain(config: ConfigDict) -> dict[str, Any]:
+  """The config as JSON would give it back: nested dicts, lists, numbers, strings, None."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"train.steps": 10, ...}; lists stay values."""
+  flat: dict[str, Any] = {}
+  for key, value in config.items():
+    name = f"{prefix}{key}"
+    flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+  return flat
+
+
+def load_config(workdir: str | os.PathLike) -> ConfigDict:
+  """The config that the run in `workdir` was started with.
+
+  Raises: ValueError when there is none.
+  """
+  path = epath.Path(workdir) / CONFIG
+  if not path.exists():
+    raise ValueError(f"no run in {workdir}: expected the file {CONFIG} that `pflow train --workdir {workdir}` writes")
+  try:
+    return ConfigDict(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(f"{path} is not valid JSON ({error}); restore it, or start a new run") from error
+
+
+def claim(workdir: str | os.PathLike, config: ConfigDict, *, write: bool = True) -> None:
+  """Writes the config into a new workdir; checks it against the one of a run to be resumed.
+
+  Args:
+    write: False only checks (all processes but the first).
+  Raises: ValueError naming every key that differs and may not.
+  """
+  folder, new = epath.Path(workdir), as_plain(config)
+  path = folder / CONFIG
+  if path.exists():
+    old_flat, new_flat = flatten(load_config(workdir).to_dict()), flatten(new)
+    missing = "(absent)"
+    differing = [
+      f"  {key}: the run has {old_flat.get(key, missing)!r}, now {new_flat.get(key, missing)!r}"
+      for key in sorted(old_flat.keys() | new_flat.keys())
+      if old_flat.get(key, missing) != new_flat.get(key, missing) and not key.startswith(CHANGEABLE)
+    ]
+    if differing:
+      raise ValueError(
+        f"{workdir} holds a run with another config; resume it with its own, or give a new --workdir:\n"
+        + "\n".join(differing)
+      )
+  if write:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (CONFIG + ".partial")
+    partial.write_text(json.dumps(new, indent=2) + "\n")
+    partial.replace(path)

@@ -1,0 +1,220 @@
+"""Metrics to JSON lines and TensorBoard, and a progress report for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+PyTree = Any
+
+
+class MetricsWriter:
+  """Writes scalars to <workdir>/metrics.jsonl and to TensorBoard events in <workdir>/tensorboard.
+
+  A line is {"step": int, "time": seconds since the epoch, name: number, ...}; a NaN or an infinity
+  is written as null, because JSON has neither.
+
+  Args:
+    active: False makes every method do nothing, for all processes but the first.
+    resume_step: drop what an earlier run logged after this step; None drops nothing.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    tensorboard: bool = True,
+    active: bool = True,
+    resume_step: int | None = None,
+  ):
+    self._file = self._events = None
+    if not active:
+      return
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
+    _drop_lines(path, resume_step)
+    self._file = path.open("a", buffering=1, encoding="utf-8")
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      purge = None if resume_step is None else resume_step + 1
+      self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Logs scalars: Python, NumPy or JAX numbers of shape ().
+
+    Raises: ValueError for a value that is not a single number, naming it.
+    """
+    if self._file is None:
+      return
+    values = {name: _number(name, value) for name, value in metrics.items()}
+    line: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+    line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+    self._file.write(json.dumps(line, allow_nan=False) + "\n")
+    if self._events is not None:
+      for name, value in values.items():
+        self._events.add_scalar(name, value, step)
+
+  def image(self, step: int, name: str, image: np.ndarray | str | os.PathLike) -> None:
+    """Shows an image in TensorBoard: uint8 (H, W, C), C = 1, 3 or 4, or the path of a picture."""
+    if self._file is None:
+      return
+    if isinstance(image, (str, os.PathLike)):
+      from PIL import Image
+
+      image = np.asarray(Image.open(image).convert("RGB"))
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+      raise ValueError(f"image {name!r}: expected uint8 (H, W, 1, 3 or 4), got {image.dtype} {image.shape}")
+    if self._events is not None:
+      self._events.add_image(name, image, step, dataformats="HWC")
+
+  def flush(self) -> None:
+    """Puts everything on disk; the JSON lines are there already."""
+    if self._events is not None:
+      self._events.flush()
+
+  def close(self) -> None:
+    """Flushes and closes; writing afterwards does nothing."""
+    if self._events is not None:
+      self._events.close()
+    if self._file is not None:
+      self._file.close()
+    self._file = self._events = None
+
+  def __enter__(self) -> MetricsWriter:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self.close()
+
+
+class Progress:
+  """Progress with rate, time left and loss: a bar on a terminal, else a plain line at intervals.
+
+  The rate counts from the first `update`, so that compiling does not enter it.
+
+      with progress(total=1000, initial=200, description="teacher") as report:
+        report.update(201, loss=0.5)
+  """
+
+  def __init__(self, total: int, initial: int, description: str, disable: bool, interval: float):
+    self._total, self._initial, self._description = total, initial, description
+    self._interval = interval
+    self._disable = disable
+    self._first: tuple[float, int] | None = None
+    self._printed = -math.inf
+    self._bar: Any = None
+    self._task: Any = None
+
+  def __enter__(self) -> Progress:
+    if not self._disable and sys.stdout.isatty():
+      from rich import progress as rich_progress
+
+      self._bar = rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[status]}"),
+      )
+      self._task = self._bar.add_task(self._description, total=self._total, completed=self._initial, status="")
+      self._bar.start()
+    return self
+
+  def update(self, step: int, loss: float | None = None) -> None:
+    """Reports that `step` of `total` steps are done; `loss` as a number already on the host."""
+    if self._disable:
+      return
+    now = time.monotonic()
+    if self._first is None:
+      self._first = (now, step)
+    status = self._status(now, step, loss)
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step, status=status)
+    elif now - self._printed >= self._interval or step >= self._total:
+      self._printed = now
+      print(f"{self._description} {step}/{self._total} {status}".strip(), flush=True)
+
+  def _status(self, now: float, step: int, loss: float | None) -> str:
+    start, first = self._first or (now, step)
+    parts = []
+    if step > first and now > start:
+      rate = (step - first) / (now - start)
+      left = max(self._total - step, 0) / rate
+      parts = [f"{rate:.1f} steps/s", f"left {_clock(left)}"]
+    if loss is not None:
+      parts.append(f"loss {loss:.4g}")
+    return "  ".join(parts)
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+
+
+def progress(
+  total: int,
+  initial: int = 0,
+  description: str = "",
+  disable: bool = False,
+  *,
+  interval: float = 10.0,
+) -> Progress:
+  """Context manager that reports steps `initial` to `total`; plain lines every `interval` s."""
+  return Progress(total, initial, description, disable, interval)
+
+
+def parameter_table(params: PyTree) -> str:
+  """Table of the parameters: name, shape, dtype, size; arrays or jax.ShapeDtypeStruct."""
+  from clu import parameter_overview
+
+  return parameter_overview.get_parameter_overview(params, include_stats=False)
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _number(name: str, value: Any) -> int | float:
+  value = np.asarray(value)
+  if value.shape != () or value.dtype.kind in "OUSc":
+    raise ValueError(f"metric {name!r}: expected one number, got {value.dtype} {value.shape}")
+  return int(value) if value.dtype.kind in "iub" else float(value)
+
+
+def _drop_lines(path: pathlib.Path, last: int | None) -> None:
+  """Rewrites the log without steps after `last` and without the torn line of a killed process."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+      step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+      continue
+    if last is None or step <= last:
+      kept.append(line + "\n")
+  new = path.with_suffix(".jsonl.new")
+  new.write_text("".join(kept), encoding="utf-8")
+  os.replace(new, path)

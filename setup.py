@@ -1,0 +1,48 @@
+"""Package metadata. Tool settings live in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+setup(
+  name="pflow-jax",
+  version="0.1.0",
+  description="Few-step generation by policy-based flow distillation, in JAX for TPU and GPU",
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["pflow_jax", "pflow_jax.*"]),
+  entry_points={"console_scripts": ["pflow=pflow_jax.cli:main"]},
+  install_requires=[
+    "absl-py>=2.0",
+    "array-record>=0.8",
+    "clu>=0.0.12",
+    "einops>=0.8",
+    "etils[epath]>=1.9",
+    "flax>=0.12",
+    "grain>=0.2.15",
+    "importlib_resources>=6.0",  # imported by tensorflow-datasets, which does not declare it
+    "jax>=0.10",
+    "matplotlib>=3.9",
+    "ml_collections>=1.1",
+    "mlxtend>=0.23",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.12",
+    "pillow>=10.1",
+    "rich>=13.0",
+    "scikit-learn>=1.5",
+    "scipy>=1.13",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.8",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10"],
+    "torch": ["torch>=2.5", "safetensors>=0.4"],
+    "dev": ["diffrax>=0.7", "mypy>=1.11", "pyarrow>=16", "pytest>=8.0", "ruff>=0.6"],
+  },
+)

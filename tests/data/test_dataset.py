@@ -1,0 +1,63 @@
+"""Data sets from arrays, and held-out parts."""
+
+import numpy as np
+import pytest
+
+from pflow_jax import data
+from pflow_jax.data.dataset import split_rows
+
+
+def test_uint8_is_scaled_to_the_unit_range():
+  x0 = np.array([0, 51, 255], np.uint8).reshape(3, 1, 1)
+  batch = data.from_arrays("pixels", x0).records.take(np.arange(3))
+  np.testing.assert_allclose(batch["x0"].ravel(), [-1.0, -0.6, 1.0], atol=1e-7)
+  assert batch["x0"].dtype == np.float32
+
+
+def test_a_set_without_labels_has_no_classes():
+  dataset = data.from_arrays("points", np.zeros((4, 2)))
+  assert (dataset.shape, dataset.num_classes, dataset.num_records) == ((2,), 0, 4)
+  np.testing.assert_array_equal(next(data.batches(dataset, 4, seed=0))["label"], np.zeros(4))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"x0": np.zeros(3)}, "must be \\(n, \\*space, C\\)"),
+    ({"x0": np.zeros((0, 2))}, "n >= 1"),
+    ({"x0": np.zeros((3, 2), np.int64)}, "uint8 or floating, got int64"),
+    ({"x0": np.full((3, 2), np.nan)}, "not finite"),
+    ({"label": np.array([0, 1])}, "label must be 3 integers"),
+    ({"label": np.array([0.0, 1.0, 1.0])}, "label must be 3 integers"),
+    ({"label": np.array([0, 1, 2])}, "labels must lie in \\[0, 2\\).*got 0 to 2"),
+    ({"label": None}, "2 class_names without labels"),
+    ({"texts": ("one",)}, "3 records need as many texts, got 1"),
+  ],
+)
+def test_arrays_that_do_not_fit_are_refused(arguments, message):
+  defaults = {"x0": np.zeros((3, 2)), "label": np.array([0, 1, 0]), "class_names": ("a", "b")}
+  with pytest.raises(ValueError, match=message):
+    data.from_arrays("mine", **{**defaults, **arguments})
+
+
+def test_train_and_test_are_disjoint_complete_and_fixed():
+  train, test = (split_rows("set", 100, split, 30) for split in ("train", "test"))
+  assert len(test) == 30
+  np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(100))
+  np.testing.assert_array_equal(split_rows("set", 100, "test", 30), test)
+  assert not np.array_equal(test, np.arange(70, 100))  # drawn, so that sorted classes are spread
+  np.testing.assert_array_equal(split_rows("set", 100, "train", 0), np.arange(100))
+
+
+@pytest.mark.parametrize(
+  ("split", "held_out", "message"),
+  [
+    ("valid", 0, "'train' or 'test', got 'valid'"),
+    ("test", 0, "nothing is held out"),
+    ("train", 100, "held_out must be in"),
+    ("train", -1, "held_out must be in"),
+  ],
+)
+def test_bad_splits_are_refused(split, held_out, message):
+  with pytest.raises(ValueError, match=message):
+    split_rows("set", 100, split, held_out)

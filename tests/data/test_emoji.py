@@ -1,0 +1,152 @@
+"""Emoji from a miniature of the npm package, and its fetching with a stand-in for npm."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pflow_jax import data
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+TABLE = [
+  {
+    "name": "WAVING HAND",
+    "category": "People & Body",
+    "sheet_x": 0,
+    "sheet_y": 0,
+    "has_img_google": True,
+    "skin_variations": {
+      "1F3FB-1F3FF": {"sheet_x": 1, "sheet_y": 0, "has_img_google": True},
+      "1F3FD": {"sheet_x": 1, "sheet_y": 1, "has_img_google": False},
+    },
+  },
+  {
+    "name": "Blue Book",
+    "category": "Objects",
+    "sheet_x": 0,
+    "sheet_y": 1,
+    "has_img_google": True,
+  },
+]
+
+
+def write_package(package):
+  """A 2 x 2 sheet: red and green above, blue (half transparent) below."""
+  sheets = package / "img" / "google" / "sheets-clean"
+  sheets.mkdir(parents=True)
+  for size in (32, 64):
+    sheet = Image.new("RGBA", (2 * (size + 2), 2 * (size + 2)))
+    for name, column, row, alpha in [
+      ("red", 0, 0, 255),
+      ("green", 1, 0, 255),
+      ("blue", 0, 1, 128),
+    ]:
+      cell = Image.new("RGBA", (size, size), (*COLOURS[name], alpha))
+      sheet.paste(cell, (column * (size + 2) + 1, row * (size + 2) + 1))
+    sheet.save(sheets / f"{size}.png")
+  (package / "emoji.json").write_text(json.dumps(TABLE))
+  for name in ("LICENSE", "package.json"):
+    (package / name).write_text("{}")
+
+
+@pytest.fixture
+def cache(tmp_path):
+  write_package(tmp_path / "cache" / "emoji-datasource-google-16.0.0")
+  return str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_images_categories_and_names(cache, size):
+  dataset = data.load("emoji", size=size, cache_dir=cache)
+  assert dataset.shape == (size, size, 3)
+  assert dataset.class_names == ("Objects", "People & Body")
+  assert dataset.texts == (
+    "waving hand",
+    "waving hand: light skin tone, dark skin tone",
+    "blue book",
+  )
+  np.testing.assert_array_equal(dataset.records.label, [1, 1, 0])
+  colours = [(255, 0, 0), (0, 255, 0), (127, 127, 255)]
+  for image, colour in zip(dataset.records.x0, colours, strict=True):
+    np.testing.assert_array_equal(image, np.broadcast_to(np.uint8(colour), image.shape))
+
+
+def test_texts_follow_the_records_of_a_split(cache):
+  everything = data.load("emoji", cache_dir=cache)
+  parts = [data.load("emoji", split=s, held_out=1, cache_dir=cache) for s in ("train", "test")]
+  assert [part.num_records for part in parts] == [2, 1]
+  images = {text: everything.records.x0[i] for i, text in enumerate(everything.texts)}
+  for part in parts:
+    for text, image in zip(part.texts, part.records.x0, strict=True):
+      np.testing.assert_array_equal(image, images.pop(text))
+  assert not images
+
+
+def test_absent_images_name_the_command(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match="`pflow data emoji`"):
+    data.load("emoji", cache_dir=str(tmp_path))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  with pytest.raises(ValueError, match="xdg/pflow_jax/emoji-datasource-google-16.0.0"):
+    data.load("emoji")
+
+
+def test_other_sizes_are_refused(cache):
+  with pytest.raises(ValueError, match=r"one of \(32, 64\), got 48"):
+    data.load("emoji", size=48, cache_dir=cache)
+
+
+@pytest.fixture
+def fake_npm(tmp_path, monkeypatch):
+  """Puts an `npm` on the PATH that notes its arguments and copies `archive` to its folder."""
+  binaries = tmp_path / "bin"
+  binaries.mkdir()
+  archive, log = tmp_path / "package.tar.gz", tmp_path / "log"
+  script = binaries / "npm"
+  script.write_text(
+    f'#!/bin/sh\necho "$@" >> {log}\n'
+    f'[ -f {archive} ] || {{ echo "no network" >&2; exit 7; }}\n/bin/cp {archive} ./emoji.tgz\n'
+  )
+  script.chmod(0o755)
+  monkeypatch.setenv("PATH", str(binaries))
+  return archive, log
+
+
+def write_archive(archive, tmp_path, without=None):
+  write_package(tmp_path / "package")
+  (tmp_path / "package" / "surplus.txt").write_text("not kept")
+  if without is not None:
+    (tmp_path / "package" / without).unlink()
+  with tarfile.open(archive, "w:gz") as tar:
+    tar.add(tmp_path / "package", "package")
+
+
+def test_fetch_keeps_what_is_needed_and_only_once(fake_npm, tmp_path):
+  archive, log = fake_npm
+  write_archive(archive, tmp_path)
+  cache = str(tmp_path / "new" / "cache")
+  package = data.fetch_emoji(cache)
+  assert log.read_text() == "pack emoji-datasource-google@16.0.0 --silent\n"
+  assert not (package / "surplus.txt").exists()
+  assert data.load("emoji", cache_dir=cache).num_records == 3
+  assert data.fetch_emoji(cache) == package
+  assert len(log.read_text().splitlines()) == 1
+  assert [p.name for p in package.parent.iterdir()] == [package.name]
+
+
+def test_a_failed_fetch_says_why_and_leaves_nothing(fake_npm, tmp_path):
+  archive, _ = fake_npm
+  cache = tmp_path / "cache"
+  with pytest.raises(RuntimeError, match="exit status 7: no network"):
+    data.fetch_emoji(str(cache))
+  write_archive(archive, tmp_path, without="emoji.json")
+  with pytest.raises(RuntimeError, match=r"has no emoji\.json"):
+    data.fetch_emoji(str(cache))
+  assert list(cache.iterdir()) == []
+
+
+def test_fetch_without_npm_says_what_to_install(tmp_path, monkeypatch):
+  monkeypatch.setenv("PATH", str(tmp_path))
+  with pytest.raises(ValueError, match=r"`npm` was not found; install Node\.js"):
+    data.fetch_emoji(str(tmp_path / "cache"))

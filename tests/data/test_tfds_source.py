@@ -1,0 +1,138 @@
+"""A tiny tfds builder, prepared and read without TensorFlow."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from pflow_jax import data
+
+
+class TinyColours(tfds.core.GeneratorBasedBuilder):
+  """Grey level 10 i and label i % 3; wide images, with a centre 20 brighter than the rest."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    image = tfds.features.Image(shape=(None, None, 3))
+    features = {
+      "image": image,
+      "thumbnail": tfds.features.Image(shape=(4, 4, 1)),
+      "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
+      "number": np.int64,
+    }
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples(12), "test": self._generate_examples(5)}
+
+  def _generate_examples(self, count):
+    for i in range(count):
+      wide = np.full((6, 18, 3), 10 * i, np.uint8)
+      wide[:, 6:12] += 20
+      yield (
+        i,
+        {
+          "image": _png(wide),
+          "thumbnail": _png(np.full((4, 4), 10 * i, np.uint8)),
+          "label": i % 3,
+          "number": i,
+        },
+      )
+
+
+def _png(pixels):
+  # An array would need TensorFlow to be encoded.
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, "PNG")
+  buffer.seek(0)
+  return buffer
+
+
+def prepare(data_dir, file_format):
+  tfds.builder(
+    "tiny_colours", data_dir=str(data_dir), file_format=file_format
+  ).download_and_prepare()
+  return str(data_dir)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  return prepare(tmp_path_factory.mktemp("tfds"), "array_record")
+
+
+def level(x0):
+  return np.round((x0.mean(axis=(1, 2, 3)) + 1) * 127.5).astype(int)
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "parquet"])
+def test_images_are_cropped_and_resized(tmp_path, file_format):
+  dataset = data.load("tfds:tiny_colours", data_dir=prepare(tmp_path, file_format), image_size=6)
+  assert (dataset.shape, dataset.num_classes, dataset.num_records) == ((6, 6, 3), 3, 12)
+  assert dataset.class_names == ("a", "b", "c")
+  x0, label = data.examples(dataset, 12)
+  assert (x0.dtype, label.dtype) == (np.float32, np.int32)
+  np.testing.assert_array_equal(np.sort(level(x0)), 10 * np.arange(12) + 20)  # the centre
+  np.testing.assert_array_equal(label, (level(x0) - 20) // 10 % 3)
+  assert "tensorflow" not in sys.modules
+
+
+def test_an_unprepared_set_is_prepared_as_array_record(tmp_path):
+  dataset = data.load("tfds:tiny_colours", data_dir=str(tmp_path), image_size=6)
+  assert dataset.num_records == 12
+  assert list(tmp_path.rglob("*.array_record*"))
+
+
+def test_batches_cover_an_epoch_and_resume(data_dir):
+  dataset = data.load("tfds:tiny_colours", data_dir=data_dir, image_size=6)
+  iterator = data.batches(dataset, 4, seed=0)
+  epoch = np.concatenate([level(next(iterator)["x0"]) for _ in range(3)])
+  np.testing.assert_array_equal(np.sort(epoch), 10 * np.arange(12) + 20)
+  state = iterator.get_state()
+  want = next(iterator)
+  fresh = data.batches(dataset, 4, seed=0)
+  fresh.set_state(state)
+  np.testing.assert_array_equal(next(fresh)["x0"], want["x0"])
+
+
+def test_splits_and_features_can_be_chosen(data_dir):
+  options = {"data_dir": data_dir, "image_key": "thumbnail"}
+  dataset = data.load("tfds:tiny_colours", split="train[:5]", label_key=None, **options)
+  assert (dataset.shape, dataset.num_classes, dataset.num_records) == ((4, 4, 1), 0, 5)
+  np.testing.assert_array_equal(data.examples(dataset, 5)[1], np.zeros(5))
+  assert data.load("tfds:tiny_colours", split="test", **options).num_records == 5
+  small = data.load("tfds:tiny_colours", image_size=2, **options)
+  assert small.shape == data.examples(small, 1)[0].shape[1:] == (2, 2, 1)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({}, "give image_size="),
+    ({"image_key": "picture"}, "no feature 'picture'; choose image_key= from .*thumbnail"),
+    ({"image_key": "label"}, "expected \\(H, W, C\\) uint8 images in 'label'"),
+    ({"image_size": 6, "label_key": "klass"}, "no feature 'klass'; choose label_key="),
+    ({"image_size": 6, "label_key": "number"}, "'number' is not a class label"),
+    ({"image_size": 6, "split": "trian"}, "trian"),
+  ],
+)
+def test_bad_options_are_refused(data_dir, options, message):
+  with pytest.raises(ValueError, match=message):
+    data.load("tfds:tiny_colours", data_dir=data_dir, **options)
+
+
+def test_an_unknown_set_names_the_nearest():
+  with pytest.raises(ValueError, match="no data set 'tiny_colors'; the nearest .* tiny_colours"):
+    data.load("tfds:tiny_colors")
+
+
+def test_tfrecord_is_refused(data_dir, monkeypatch):
+  def refuse(self, split):
+    raise NotImplementedError("tfrecord")
+
+  monkeypatch.setattr(TinyColours, "as_data_source", refuse)
+  with pytest.raises(ValueError, match="need TensorFlow; give another data_dir"):
+    data.load("tfds:tiny_colours", data_dir=data_dir, image_size=6)

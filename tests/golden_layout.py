@@ -1,0 +1,52 @@
+"""Layout of the golden vectors, and the toy networks that they were made with (see golden/README.md)."""
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy
+
+
+def channels_last(array):
+  """(..., C, H, W) -> (..., H, W, C)."""
+  return jnp.moveaxis(jnp.asarray(array), -3, -1)
+
+
+def toy_teacher(x, t, cond=None):
+  del cond
+  return 0.7 * x + 0.3 * jnp.sin(3 * x) - 0.4 * t[:, None, None, None]
+
+
+def toy_params(file):
+  """The toy student's parameters, channels last and without their batch axis of one."""
+  return {
+    "means": channels_last(file["in_param_means"])[0],
+    "lw": jnp.asarray(file["in_param_lw"])[0, :, 0],
+    "ls": jnp.asarray(file["in_param_ls"]).reshape(()),
+    "lg": jnp.asarray(file["in_param_lg"])[0, :, 0],
+  }
+
+
+def toy_student(params, kind, **options):
+  """(x, t, cond) -> batch of policies of `kind` "GM", "DXgrid", "DXpolynomial" or "Arc"."""
+
+  def one(x, t):
+    means = params["means"] + 0.5 * x[None] + 0.25 * t
+    logits = jax.nn.log_softmax(params["lw"] * (1 + t), axis=0)
+    if kind == "GM":
+      return GMFlowPolicy.create(x, t, means, logits, params["ls"], **options)
+    if kind == "Arc":
+      return ArcPolicy.create(x, t, means, logits, params["lg"], **options)
+    # The release keeps every coefficient of the polynomial as a denoised state.
+    return DXPolicy.create(x, t, means, basis=kind[2:], compat=True, **options)
+
+  return lambda x, t, cond=None: jax.vmap(one)(x, t)
+
+
+def toy_gradients(file):
+  """`out_grad_*` of a file in the layout of `toy_params`."""
+  return {
+    "means": channels_last(file["out_grad_means"])[0],
+    "lw": jnp.asarray(file["out_grad_lw"])[0, :, 0],
+    "ls": jnp.asarray(file["out_grad_ls"]).reshape(()),
+    "lg": jnp.asarray(file["out_grad_lg"])[0, :, 0],
+  }

@@ -1,0 +1,164 @@
+"""Pictures are written whole, show what they were given, and refuse what they cannot show."""
+
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from pflow_jax.figures import curves, image_grid, scatter_panels, trajectory_plot
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)
+
+
+def _pixels(path):
+  with Image.open(path) as image:
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def _colours(path):
+  return {tuple(colour) for colour in np.unique(_pixels(path).reshape(-1, 3), axis=0)}
+
+
+def test_image_grid_shows_every_pixel_as_a_sharp_square(tmp_path):
+  path = tmp_path / "deep" / "grid.png"
+  # 24 shades, none of which text or background has, each of an own colour.
+  ramp = np.linspace(-0.9, 0.9, 24)
+  image = np.stack([ramp, -ramp, np.full(24, -1.0)], axis=-1).reshape(1, 4, 6, 3)
+  image_grid(path, {"teacher": image, "student": image}, title="Samples", scale=10)
+  pixels = _pixels(path).reshape(-1, 3)
+  for colour in np.rint((image.astype(np.float32) + 1) * 127.5).astype(int).reshape(-1, 3):
+    assert np.sum((pixels == colour[None, :]).all(axis=1)) == 2 * 10 * 10
+
+
+def test_image_grid_clips_and_draws_non_finite_values_grey(tmp_path):
+  path = tmp_path / "grid.png"
+  x = np.stack([np.full((8, 8, 3), v) for v in ([5, -5, -5], [np.nan] * 3)])
+  image_grid(path, {"": x})
+  assert {(255, 0, 0), (128, 128, 128)} <= _colours(path)
+
+
+def test_image_grid_has_room_for_labels_titles_and_columns(tmp_path, rng):
+  x = rng.uniform(-1, 1, size=(3, 8, 8, 1))
+  sizes = {}
+  for name, kwargs in {
+    "plain": {},
+    "title": {"title": "a title"},
+    "columns": {"column_labels": ["0", "1", "2"]},
+  }.items():
+    image_grid(tmp_path / "grid.png", {"teacher, 128 steps": x}, **kwargs)
+    sizes[name] = _pixels(tmp_path / "grid.png").shape[:2]
+  assert sizes["title"][0] > sizes["plain"][0] + 30
+  assert sizes["columns"][0] > sizes["plain"][0] + 30
+  image_grid(tmp_path / "grid.png", {"a": x})
+  assert _pixels(tmp_path / "grid.png").shape[1] < sizes["plain"][1] - 100
+
+
+def test_image_grid_refuses_wrong_shapes(tmp_path, rng):
+  path, x = tmp_path / "grid.png", rng.uniform(size=(3, 8, 8, 1))
+  for rows in ({"a": x[..., 0]}, {"a": x, "b": x[:2]}, {"a": x.repeat(2, axis=-1)}):
+    with pytest.raises(ValueError, match="1 or 3"):
+      image_grid(path, rows)
+  with pytest.raises(ValueError, match="at least one row"):
+    image_grid(path, {})
+  with pytest.raises(ValueError, match="column_labels: expected 3"):
+    image_grid(path, {"a": x}, column_labels=["0"])
+  with pytest.raises(ValueError, match="scale"):
+    image_grid(path, {"a": x}, scale=-1)
+  assert not path.exists()
+
+
+def test_trajectory_plot_with_points_and_with_a_function(tmp_path, rng):
+  t = np.linspace(1, 0, 9)[:, None, None]
+  states = t * rng.normal(size=(1, 20, 2)) + (1 - t) * rng.uniform(-2, 2, size=(1, 20, 2))
+  points = rng.uniform(-2, 2, size=(5000, 2))
+  for density in (points, lambda p: np.exp(-np.sum(p**2, axis=1))):
+    path = tmp_path / "trajectories.png"
+    trajectory_plot(path, density, {"teacher": states, "student": states}, title="Paths")
+    height, width = _pixels(path).shape[:2]
+    assert 1.5 < width / height < 2.0  # two squares and a heading
+    assert path.stat().st_size > 20_000
+    colours = _colours(path)
+    assert (213, 94, 0) in colours  # an end point
+    assert any(b > r + 30 for r, _, b in colours)  # the density
+    path.unlink()
+
+
+def test_density_function_is_drawn_the_right_way_up(tmp_path):
+  path = tmp_path / "trajectories.png"
+  states = np.zeros((2, 1, 2))
+  limits = ((-1.0, 1.0), (-1.0, 1.0))
+  trajectory_plot(
+    path, lambda p: ((p[:, 0] > 0) & (p[:, 1] > 0)) * 1.0, {"": states}, limits=limits
+  )
+  blue = _pixels(path)[..., 2] - _pixels(path)[..., 0] > 30
+  rows, columns = np.nonzero(blue)
+  height, width = blue.shape
+  assert rows.max() < 0.65 * height  # the upper
+  assert columns.min() > 0.45 * width  # right quarter
+
+
+def test_scatter_panels_share_limits_and_show_where_samples_are(tmp_path, rng):
+  path = tmp_path / "scatter.png"
+  data = rng.uniform(-1, 1, size=(20_000, 2))
+  right = np.abs(data) * np.array([[1.0, -1.0]])  # the lower right quarter
+  scatter_panels(path, {"data": data, "student": right}, bins=20)
+  pixels = _pixels(path)
+  height, width = pixels.shape[:2]
+  bright = pixels[:, width // 2 :].sum(axis=-1) > 250
+  panel = bright[int(0.2 * height) : int(0.92 * height), int(0.05 * width) : int(0.47 * width)]
+  h, w = panel.shape
+  assert panel[: h // 3].mean() < 0.02
+  assert panel[-h // 3 :, -w // 3 :].mean() > 0.95
+
+
+def test_curves_are_written(tmp_path):
+  n = 2.0 ** np.arange(8)
+  sizes = []
+  for series in ({"euler": (n, 1 / n)}, {"euler": (n, 1 / n), "ab2": (n, 1 / n**2)}):
+    path = tmp_path / "curves.png"
+    curves(path, series, xlabel="substeps", ylabel="error", title="Work and precision")
+    sizes.append(path.stat().st_size)
+    assert (0, 114, 178) in _colours(path)
+  assert 10_000 < sizes[0] < sizes[1]
+  curves(path, {"a": ([0, 1], [-1, 1])}, xlabel="", ylabel="", xscale="linear", yscale="linear")
+
+
+@pytest.mark.parametrize(
+  ("draw", "match"),
+  [
+    (lambda p: trajectory_plot(p, np.zeros((5, 2)), {"a": np.zeros((4, 2))}), "steps >= 2"),
+    (lambda p: trajectory_plot(p, np.zeros((5, 2)), {"a": np.zeros((1, 4, 2))}), "steps >= 2"),
+    (lambda p: trajectory_plot(p, np.zeros((5, 3)), {"a": np.zeros((2, 4, 2))}), "density"),
+    (lambda p: trajectory_plot(p, lambda x: x, {"a": np.zeros((2, 4, 2))}), "density"),
+    (lambda p: trajectory_plot(p, np.zeros((5, 2)), {}), "at least one"),
+    (lambda p: scatter_panels(p, {"a": np.zeros((5, 3))}), "points"),
+    (lambda p: scatter_panels(p, {}), "at least one"),
+    (lambda p: curves(p, {"a": ([1, 2], [1])}, xlabel="", ylabel=""), "one shape"),
+    (lambda p: curves(p, {"a": ([0, 2], [1, 2])}, xlabel="", ylabel=""), "x has values"),
+    (lambda p: curves(p, {"a": ([1, 2], [1, np.nan])}, xlabel="", ylabel=""), "y has values"),
+    (lambda p: curves(p, {}, xlabel="", ylabel=""), "at least one"),
+  ],
+)
+def test_wrong_shapes_are_refused_and_nothing_is_written(tmp_path, draw, match):
+  path = tmp_path / "picture.png"
+  with pytest.raises(ValueError, match=match):
+    draw(path)
+  assert not path.exists()
+
+
+def test_global_style_is_left_alone(tmp_path):
+  with matplotlib.rc_context({"font.size": 17.0}):
+    scatter_panels(tmp_path / "scatter.png", {"a": np.random.default_rng(0).normal(size=(50, 2))})
+    assert matplotlib.rcParams["font.size"] == 17.0
+
+
+def test_import_does_not_load_matplotlib():
+  code = "import sys, pflow_jax.figures; sys.exit('matplotlib' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

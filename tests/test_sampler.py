@@ -1,0 +1,120 @@
+"""Samplers against the PyTorch release."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pflow_jax import sampler
+from pflow_jax.policies import auto_temperature
+from pflow_jax.schedule import segment_grid, shift_time
+from tests.golden_layout import channels_last, toy_params, toy_student, toy_teacher
+
+LEVELS = {"0.0": 0.0, "0.5": 0.5, "1.0": 1.0, "inf": float("inf")}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("nfe", [1, 2, 4])
+@pytest.mark.parametrize("level", list(LEVELS))
+def test_flow_map_sde_targets_match_the_release(golden, level, nfe, scale):
+  file, name = golden(f"schedulers_h{level}"), f"n{nfe}_f{scale}"
+  t = shift_time(jnp.asarray(segment_grid(nfe, scale)), file["in_shift"])
+  np.testing.assert_allclose(t, file[f"out_sigmas_{name}"], rtol=1e-6, atol=1e-7)
+  t_dst, m = sampler.flow_map_sde_target(t[:-1], t[1:], LEVELS[level])
+  np.testing.assert_allclose(1000 * t_dst, file[f"out_tdst_{name}"], rtol=2e-6, atol=1e-5)
+  # At t = 0 nothing is kept or renewed, and the release writes a zero where h = 0 has a one.
+  np.testing.assert_allclose(m[:-1], file[f"out_m_{name}"][:-1], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", list(LEVELS))
+def test_stochastic_steps_match_the_release(golden, level):
+  file, h = golden(f"schedulers_h{level}"), LEVELS[level]
+  x, noise, v = (jnp.asarray(file[f"in_{k}"]) for k in ("x", "noise", "u"))
+  t = shift_time(jnp.asarray(segment_grid(4, 0.5), jnp.float32), 3.2)
+  sde_times = jnp.asarray(file["out_sde_sigmas"])
+  for i in range(4):
+    _, m = sampler.flow_map_sde_target(t[i], t[i + 1], h)
+    stepped = sampler.flow_map_sde_renoise(x, noise, t[i + 1], m)
+    np.testing.assert_allclose(stepped, file[f"out_step_{i}"], rtol=1e-5, atol=1e-6)
+    now, after = sde_times[i], sde_times[i + 1]
+    stepped = sampler.flow_sde_step(x, v, noise, now, after, h)
+    np.testing.assert_allclose(stepped, file[f"out_sde_u_step_{i}"], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ("kind", "name"),
+  [
+    ("GM", "GM_temp1.0"),
+    ("GM", "GM_temp0.3"),
+    ("DXgrid", "DXgrid_temp1.0"),
+    ("DXpolynomial", "DXpolynomial_temp1.0"),
+  ],
+)
+def test_samples_match_the_release(golden, kind, name):
+  file = golden(f"sample_{name}")
+  options = {"GM": {}, "DXgrid": dict(segment=1 / 3.5, shift=3.2), "DXpolynomial": dict(shift=3.2)}
+  student = toy_student(toy_params(file), kind, eps=1e-4, **options[kind])
+  samples = sampler.sample_student(
+    student,
+    channels_last(file["in_noise"]),
+    None,
+    nfe=4,
+    final_scale=0.5,
+    shift=3.2,
+    temperature_=float(name[-3:]),
+    method="euler",
+  )
+  np.testing.assert_allclose(samples, channels_last(file["out_x0"]), rtol=1e-4, atol=2e-5)
+
+
+def test_arc_samples_match_the_release(golden):
+  file = golden("arc_sample_2nfe")
+  student = toy_student(toy_params(file), "Arc")
+  samples = sampler.sample_student(student, channels_last(file["in_noise"]), None, nfe=2, shift=3.2)
+  np.testing.assert_allclose(samples, channels_last(file["out_x0"]), rtol=1e-4, atol=2e-5)
+
+
+def test_noise_that_is_renewed_keeps_the_marginal():
+  """Data at 0: the state at t has standard deviation t, also after a stochastic step."""
+  noise = jax.random.normal(jax.random.key(0), (100_000,))
+  for h in (0.3, 1.0, float("inf")):
+    t, s = jnp.array(0.9), jnp.array(0.6)
+    t_dst, m = sampler.flow_map_sde_target(t, s, h)
+    x = t_dst * jax.random.normal(jax.random.key(1), noise.shape)
+    np.testing.assert_allclose(jnp.std(sampler.flow_map_sde_renoise(x, noise, s, m)), 0.6, rtol=1e-2)
+    x = t * jax.random.normal(jax.random.key(1), noise.shape)
+    stepped = sampler.flow_sde_step(x, x / t, noise, t, s, h)
+    np.testing.assert_allclose(jnp.std(stepped), 0.6, rtol=1e-2)
+
+
+def test_teacher_sampler_converges_at_first_order_and_returns_its_path():
+  x = jnp.linspace(-1.0, 1.0, 8).reshape(2, 2, 1, 2)
+  run = lambda n: sampler.sample_teacher(toy_teacher, x, None, steps=n, shift=3.2)
+  best = run(4096)
+  errors = [float(jnp.max(jnp.abs(run(n) - best))) for n in (32, 64, 128)]
+  slope = np.polyfit(np.log([32, 64, 128]), np.log(errors), 1)[0]
+  np.testing.assert_allclose(slope, -1.0, atol=0.1)
+  path = sampler.sample_teacher(toy_teacher, x, None, steps=32, shift=3.2, trajectory=True)
+  assert path.shape == (33, *x.shape)
+  np.testing.assert_array_equal(path[0], x)
+  np.testing.assert_array_equal(path[-1], run(32))
+
+
+def test_stochastic_sampling_runs_and_needs_a_key(golden):
+  file = golden("sample_GM_temp1.0")
+  student = toy_student(toy_params(file), "GM")
+  noise = channels_last(file["in_noise"])
+  sample = lambda h, key: sampler.sample_student(student, noise, None, key, nfe=3, h=h)
+  a, b = sample(0.5, jax.random.key(0)), sample(0.5, jax.random.key(1))
+  assert jnp.all(jnp.isfinite(a))
+  assert not jnp.allclose(a, b)
+  with pytest.raises(ValueError, match="key"):
+    sample(0.5, None)
+  with pytest.raises(ValueError, match="at least 0"):
+    sample(-1.0, jax.random.key(0))
+  with pytest.raises(ValueError, match="key"):
+    sampler.sample_teacher(toy_teacher, noise, None, steps=2, h=1.0)
+
+
+def test_auto_temperature():
+  np.testing.assert_allclose([auto_temperature(n) for n in (1, 2, 4, 20)], [0.0, 0.1, 0.3, 1.0])

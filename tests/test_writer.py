@@ -1,0 +1,148 @@
+"""Logs that stay valid and clean over kills and resumes, and the two progress reports."""
+
+import json
+import math
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from pflow_jax.writer import MetricsWriter, parameter_table, progress
+
+
+def lines(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+  """Events in all files: length (8 bytes), its checksum (4), payload, its checksum (4)."""
+  found = []
+  for file in sorted((folder / "tensorboard").iterdir()):
+    data = file.read_bytes()
+    while data:
+      size = int.from_bytes(data[:8], "little")
+      found.append(Event.FromString(data[12 : 12 + size]))
+      data = data[16 + size :]
+  return found
+
+
+def test_scalars_reach_both_files(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(3, {"loss": jnp.float32(0.5), "count": np.int64(7), "half": jnp.bfloat16(0.25)})
+  (line,) = lines(tmp_path)
+  assert line.pop("time") > 1e9
+  assert line == {"step": 3, "loss": 0.5, "count": 7, "half": 0.25}
+  scalars = {v.tag: v.simple_value for e in events(tmp_path) for v in e.summary.value}
+  assert scalars == {"loss": 0.5, "count": 7, "half": 0.25}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, jnp.float32(-math.inf)])
+def test_non_finite_is_null(tmp_path, value):
+  with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(0, {"loss": value})
+  text = (tmp_path / "metrics.jsonl").read_text()
+  assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["loss"] is None
+  assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("value", [np.ones(2), "text", None, 1j])
+def test_refuses_what_is_not_one_number(tmp_path, value):
+  with (
+    MetricsWriter(tmp_path, tensorboard=False) as writer,
+    pytest.raises(ValueError, match="'loss'"),
+  ):
+    writer.write(0, {"loss": value})
+
+
+def test_lines_are_on_disk_before_closing(tmp_path):
+  writer = MetricsWriter(tmp_path, tensorboard=False)
+  writer.write(1, {"loss": 1.0})
+  assert len(lines(tmp_path)) == 1
+  writer.close()
+
+
+@pytest.mark.parametrize(
+  ("resume_step", "expected"), [(None, [1, 2, 3, 9]), (2, [1, 2, 9]), (0, [9])]
+)
+def test_resume_drops_later_lines_and_a_torn_one(tmp_path, resume_step, expected):
+  with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, {"loss": step})
+  with (tmp_path / "metrics.jsonl").open("a") as f:
+    f.write('{"step": 2, "lo')
+  with MetricsWriter(tmp_path, tensorboard=False, resume_step=resume_step) as writer:
+    writer.write(9, {"loss": 9})
+  assert [line["step"] for line in lines(tmp_path)] == expected
+  assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_purges_tensorboard(tmp_path):
+  for resume_step in (None, 2):
+    with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
+      writer.write(3, {"loss": 1.0})
+  starts = [e.step for e in events(tmp_path) if e.session_log.status == 1]
+  assert starts == [3]
+
+
+def test_images(tmp_path):
+  from PIL import Image
+
+  picture = np.zeros((4, 5, 3), np.uint8)
+  Image.fromarray(picture).save(tmp_path / "grid.png")
+  with MetricsWriter(tmp_path) as writer:
+    writer.image(1, "array", picture)
+    writer.image(2, "path", tmp_path / "grid.png")
+    with pytest.raises(ValueError, match=r"'float'.*uint8.*float64 \(4, 5, 3\)"):
+      writer.image(3, "float", picture / 2)
+  shapes = {
+    v.tag: (v.image.height, v.image.width) for e in events(tmp_path) for v in e.summary.value
+  }
+  assert shapes == {"array": (4, 5), "path": (4, 5)}
+
+
+def test_inactive_writes_nothing(tmp_path):
+  with MetricsWriter(tmp_path / "run", active=False) as writer:
+    writer.write(1, {"loss": 1.0})
+    writer.image(1, "x", np.zeros((1, 1, 3), np.uint8))
+    writer.flush()
+  assert not (tmp_path / "run").exists()
+
+
+def test_plain_lines_come_at_intervals(capsys, monkeypatch):
+  now = iter([0.0, 1.0, 4.0, 10.0, 11.0, 12.0])
+  monkeypatch.setattr("pflow_jax.writer.time.monotonic", lambda: next(now))
+  with progress(26, initial=20, description="teacher", interval=10) as report:
+    for step in range(21, 27):
+      report.update(step, loss=0.5)
+  out = capsys.readouterr().out.splitlines()
+  assert out == [
+    "teacher 21/26 loss 0.5",
+    "teacher 24/26 0.3 steps/s  left 0:07  loss 0.5",
+    "teacher 26/26 0.4 steps/s  left 0:00  loss 0.5",
+  ]
+
+
+def test_terminal_shows_a_bar(capsys, monkeypatch):
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+  with progress(3, description="student") as report:
+    for step in (1, 2, 3):
+      report.update(step, loss=0.25)
+  out = capsys.readouterr().out
+  assert "student" in out
+  assert "3/3" in out
+  assert "loss 0.25" in out
+
+
+def test_disabled_progress_is_silent(capsys):
+  with progress(3, disable=True) as report:
+    report.update(1)
+    report.update(3)
+  assert capsys.readouterr().out == ""
+
+
+def test_parameter_table():
+  table = parameter_table({"dense": {"kernel": jnp.ones((20, 3)), "bias": jnp.ones(3)}})
+  assert "dense/kernel" in table
+  assert "Total: 63" in table
