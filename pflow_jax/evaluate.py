@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -210,7 +211,7 @@ def trajectories(experiment, folder, noise, labels, sampling: SampleSettings) ->
   for nfe in sampling.nfe:
     x, states = noise, [noise]
     grid = segment_grid(nfe, experiment.imitation.final_scale)
-    for r_start, r_end in zip(grid[:-1], grid[1:], strict=True):
+    for r_start, r_end in itertools.pairwise(grid):
       t = np.full(len(x), shift_time(r_start, shift), np.float32)
       policy = student(x, t, labels)
       for r in np.linspace(r_start, r_end, max(round(32 / nfe), 2) + 1)[1:]:

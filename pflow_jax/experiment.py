@@ -22,7 +22,7 @@ from pflow_jax.checkpoint import load_params
 from pflow_jax.models import heads
 from pflow_jax.models.dit import DiT
 from pflow_jax.models.mlp import MLP
-from pflow_jax.objectives.flow_matching import flow_matching_loss
+from pflow_jax.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy, Policy
 
@@ -37,7 +37,10 @@ HEADS: dict[str, type[heads.Head]] = {
   "dx": heads.DXHead,
   "arc": heads.ArcHead,
 }
-SECTIONS = "seed data model policy teacher objective optimizer ema train sample evaluate mesh".split()
+SECTIONS = (
+  *("seed", "data", "model", "policy", "teacher", "objective"),
+  *("optimizer", "ema", "train", "sample", "evaluate", "mesh"),
+)
 
 
 def call(function: Callable, section: str, values: Mapping[str, Any], **given: Any) -> Any:
@@ -130,16 +133,17 @@ def build(config: ConfigDict) -> Experiment:
   Raises: ValueError for anything in the config that does not fit, before any work is done.
   """
   _refuse_unknown(config, SECTIONS, "config")
+  make_loss, objective = _choose(OBJECTIVES, "objective", config.objective)
+  if (make_loss is _flow_matching) != (config.policy.kind == "velocity"):
+    raise ValueError(
+      f"config.objective.kind {config.objective.kind!r} does not train the policy {config.policy.kind!r}: flow matching "
+      "needs policy.kind 'velocity', imitation one of 'gmflow', 'dx', 'arc'"
+    )
   dataset = data.load(**config.data)
   network = make_network(config.model, config.policy, dataset)
-  make_loss, objective = _choose(OBJECTIVES, "objective", config.objective)
   if make_loss is _flow_matching:
-    if config.policy.kind != "velocity":
-      raise ValueError("config.objective.kind 'flow_matching' trains a teacher: set policy.kind to 'velocity'")
-    loss_fn = _flow_matching(network, dataset, objective)
+    loss_fn = _flow_matching(network, dataset, call(FlowMatching, "objective", objective))
     return Experiment(config, dataset, network, None, None, loss_fn)
-  if config.policy.kind == "velocity":
-    raise ValueError("config.objective imitates with a policy: set policy.kind to 'gmflow', 'dx' or 'arc'")
   imitation = call(Imitation, "objective", objective)
   if isinstance(network.head, heads.DXHead) and len(imitation.nfes) > 1:
     raise ValueError(
@@ -224,14 +228,12 @@ def load_teacher(config: ConfigDict, dataset: data.Dataset) -> Teacher:
   return Teacher(settings.workdir, network, params, velocity)
 
 
-def _flow_matching(network: nn.Module, dataset: data.Dataset, objective: dict[str, Any]) -> LossFn:
-  known = ["cond_dropout", "shift", "time_mean", "time_std"]
-  _refuse_unknown(objective, known, "config.objective")
-
+def _flow_matching(network: nn.Module, dataset: data.Dataset, settings: FlowMatching) -> LossFn:
   def loss_fn(params, teacher_params, batch, key, step):
     del teacher_params, step
     velocity = lambda x, t, cond: network.apply({"params": params}, x, t, cond)
-    return flow_matching_loss(velocity, batch["x0"], batch["label"], key, null_cond=dataset.num_classes, **objective)
+    null_cond = dataset.num_classes
+    return flow_matching_loss(velocity, batch["x0"], batch["label"], key, settings, null_cond=null_cond)
 
   return loss_fn
 
@@ -267,6 +269,7 @@ OBJECTIVES: dict[str, Callable] = {
 def make_optimizer(config: ConfigDict):
   """Optimizer and learning-rate schedule of a run."""
   values = dict(config.optimizer, total_steps=config.train.steps)
+  values = {k: v for k, v in values.items() if v is not None}
   schedule_keys = inspect.signature(optim.make_schedule).parameters
   schedule = optim.make_schedule(**{k: v for k, v in values.items() if k in schedule_keys})
   return call(optim.make_optimizer, "optimizer", values), schedule

@@ -30,21 +30,23 @@ class SampleSettings:
   Attributes:
     nfe: numbers of network evaluations of a student (of Euler steps, for a teacher's run).
     h: noise level between segments, 0 is deterministic.
-    temperature: of the policies of every segment but the last, a number, or "auto".
+    temperature: of the policies of every segment but the last.
+    auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
     substeps, method: of the rollouts, see `integrate.rollout`.
     batch_size: samples at a time.
   """
 
   nfe: tuple[int, ...] = (1, 2, 4)
   h: float = 0.0
-  temperature: float | str = 1.0
+  temperature: float = 1.0
+  auto_temperature: bool = False
   substeps: int = 128
   method: str = "auto"
   batch_size: int = 256
 
   def __post_init__(self):
-    if self.temperature != "auto" and not isinstance(self.temperature, (int, float)):
-      raise ValueError(f"config.sample.temperature: expected a number or 'auto', got {self.temperature!r}")
+    if not self.nfe or min(self.nfe) < 1:
+      raise ValueError(f"config.sample.nfe: expected numbers of at least 1, got {self.nfe}")
 
 
 def make_sampler(
@@ -58,7 +60,7 @@ def make_sampler(
       shift = experiment.config.objective.get("shift", 1.0)
       return sample_teacher(experiment.velocity(params), noise, labels, key, steps=nfe, shift=shift, h=settings.h)
     imitation = experiment.imitation
-    warm = auto_temperature(nfe) if settings.temperature == "auto" else settings.temperature
+    warm = auto_temperature(nfe) if settings.auto_temperature else settings.temperature
     return sample_student(
       experiment.student(params),
       noise,

@@ -24,7 +24,7 @@ from pflow_jax.experiment import Experiment, LossFn, build, call, make_optimizer
 from pflow_jax.flops import count_flops
 from pflow_jax.sharding import batch_sharding, make_mesh, replicated, shard_batch
 from pflow_jax.state import TrainState, create_state
-from pflow_jax.writer import MetricsWriter, parameter_table, progress
+from pflow_jax.writer import MetricsWriter, Progress, parameter_table, progress
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   experiment = build(config)
   optimizer, schedule = make_optimizer(config)
   ema_decay = functools.partial(call, optim.ema_decay, "ema", config.ema)
+  ema_decay(step=0)  # refuses bad keys before anything is written
   mesh = call(make_mesh, "mesh", config.mesh)
   first_process = jax.process_index() == 0
   workdir.claim(folder, config, write=first_process)
@@ -181,44 +182,72 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
       everywhere,
     )
     sampler = sample.preview(experiment, config) if settings.sample_every else None
-    pending: list[dict[str, Array]] = []
-    clock = time.perf_counter()
     with (
       MetricsWriter(folder, tensorboard=settings.tensorboard, active=first_process, resume_step=start) as writer,
       progress(settings.steps, start, str(config.objective.kind), not first_process) as report,
     ):
+      meter = Meter(settings, schedule, flops, writer, report)
       for step in range(start + 1, settings.steps + 1):
         _profile(settings.profile, step, folder)
         state, metrics = compiled(state, teacher_params, shard_batch(next(iterator), mesh), key_steps)
-        # The step runs while the host looks at the numbers of the ones before.
-        if step % settings.log_every == 0 and pending:
-          values = jax.device_get(pending)
-          elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-          row = {name: sum(float(v[name]) for v in values) / len(values) for name in values[0]}
-          row |= {name: int(values[-1][name]) for name in ("skipped", "skipped_in_a_row")}
-          row["learning_rate"] = float(schedule(step - 1 - row["skipped"]))
-          row["images_per_second"] = len(values) * settings.batch_size / elapsed
-          row["tflops_per_second"] = len(values) * flops / elapsed / 1e12
-          writer.write(step - 1, row)
-          report.update(step - 1, row["loss"])
-          if row["skipped_in_a_row"] >= settings.max_skipped:
-            raise FloatingPointError(
-              f"step {step - 1}: {int(row['skipped_in_a_row'])} updates in a row were not finite and were skipped; "
-              "the newest checkpoint is intact. Lower optimizer.learning_rate, or look at the data."
-            )
-          pending = []
-        pending.append(metrics)
+        meter.flush()  # the numbers of the steps before, while this one runs
+        meter.add(step, metrics)
         stop = interruption.requested(step)
-        last = step == settings.steps
-        if stop or last or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+        if stop or step == settings.steps or _due(step, settings.checkpoint_every):
           checkpointer.save(step, state, iterator)
-        if sampler and step % settings.sample_every == 0 and first_process:
+        if sampler and first_process and _due(step, settings.sample_every):
           writer.image(step, "samples", sampler(state.ema, f"{folder}/samples/{step:07d}.png"))
         if stop:
           logger.warning("told to stop: saved step %d; the same command resumes", step)
           break
-      report.update(step, float(metrics["loss"]))
+      meter.flush()
   return state
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+class Meter:
+  """Collects the metrics of every step on the device and reports their means, one interval late."""
+
+  def __init__(
+    self, settings: TrainSettings, schedule: optax.Schedule, flops: int, writer: MetricsWriter, report: Progress
+  ):
+    self._settings, self._schedule, self._flops = settings, schedule, flops
+    self._writer, self._report = writer, report
+    self._pending: list[dict[str, Array]] = []
+    self._due: int | None = None
+    self._clock = time.perf_counter()
+
+  def add(self, step: int, metrics: dict[str, Array]) -> None:
+    """Takes a step's metrics without waiting for them."""
+    self._pending.append(metrics)
+    if _due(step, self._settings.log_every) or step == self._settings.steps:
+      self._due = step
+
+  def flush(self) -> None:
+    """Writes the interval that is complete, if one is.
+
+    Raises: FloatingPointError after max_skipped non-finite updates in a row.
+    """
+    if self._due is None:
+      return
+    step, count, values = self._due, len(self._pending), jax.device_get(self._pending)
+    elapsed, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+    self._pending, self._due = [], None
+    row = {name: sum(float(v[name]) for v in values) / count for name in values[0]}
+    row |= {name: int(values[-1][name]) for name in ("skipped", "skipped_in_a_row")}
+    row["learning_rate"] = float(self._schedule(max(step - 1 - row["skipped"], 0)))
+    row["images_per_second"] = count * self._settings.batch_size / elapsed
+    row["tflops_per_second"] = count * self._flops / elapsed / 1e12
+    self._writer.write(step, row)
+    self._report.update(step, row["loss"])
+    if row["skipped_in_a_row"] >= self._settings.max_skipped:
+      raise FloatingPointError(
+        f"step {step}: {row['skipped_in_a_row']} updates in a row were not finite and were skipped. "
+        "The parameters are those of the last finite update; lower optimizer.learning_rate, or look at the data."
+      )
 
 
 class Interruption:

@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAG = "--xla_force_host_platform_device_count=8"
+_FLAG = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 
@@ -28,3 +28,42 @@ def golden():
       return dict(data)
 
   return load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Runs of one session share their compiled programs, in this process and in those it starts."""
+  folder = str(tmp_path_factory.getbasetemp().parent / "xla")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@pytest.fixture
+def float32():
+  """The programs as they run: without float64 and with JAX's own broadcasting rules."""
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory):
+  """Workdir of a tiny teacher on digits, trained for three steps."""
+  from pflow_jax.train import train
+  from tests.programs import quick
+
+  folder = tmp_path_factory.mktemp("teacher")
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    train(quick("digits", "teacher"), folder)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def student_run(tmp_path_factory, teacher_run):
+  """Workdir of a tiny GMFlow student of `teacher_run`."""
+  from pflow_jax.train import train
+  from tests.programs import quick
+
+  folder = tmp_path_factory.mktemp("student")
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    train(quick("digits", "gmflow", teacher_run), folder)
+  return folder

@@ -33,9 +33,7 @@ def make_state(seed=0, dtype=jnp.float32, width=4):
     "half": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3) + seed,
   }
   state = create_state(params, OPTIMIZER)
-  return dataclasses.replace(
-    state, step=jnp.int32(seed), ema=jax.tree.map(lambda x: x + 1, state.ema)
-  )
+  return dataclasses.replace(state, step=jnp.int32(seed), ema=jax.tree.map(lambda x: x + 1, state.ema))
 
 
 ABSTRACT = jax.eval_shape(make_state)
@@ -255,16 +253,12 @@ def test_restores_onto_other_devices(tmp_path):
   def place(state, mesh):
     spread, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=spread if x.shape[:1] == (16,) else whole
-      ),
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread if x.shape[:1] == (16,) else whole),
       state,
     )
 
   eight, two = make_mesh(), make_mesh(devices=jax.devices()[:2])
-  state = jax.tree.map(
-    lambda x, like: jax.device_put(x, like.sharding), make_state(3), place(ABSTRACT, eight)
-  )
+  state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), make_state(3), place(ABSTRACT, eight))
   assert len(state.params["dense"]["kernel"].addressable_shards) == 8
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(3, state)

@@ -94,9 +94,7 @@ def test_density_function_is_drawn_the_right_way_up(tmp_path):
   path = tmp_path / "trajectories.png"
   states = np.zeros((2, 1, 2))
   limits = ((-1.0, 1.0), (-1.0, 1.0))
-  trajectory_plot(
-    path, lambda p: ((p[:, 0] > 0) & (p[:, 1] > 0)) * 1.0, {"": states}, limits=limits
-  )
+  trajectory_plot(path, lambda p: ((p[:, 0] > 0) & (p[:, 1] > 0)) * 1.0, {"": states}, limits=limits)
   blue = _pixels(path)[..., 2] - _pixels(path)[..., 0] > 30
   rows, columns = np.nonzero(blue)
   height, width = blue.shape

@@ -86,9 +86,7 @@ def test_frechet_distance_survives_a_large_offset(rng):
 
 def test_frechet_distance_upward_bias_is_as_documented(rng):
   dim, n = 16, 16 * 25
-  distances = [
-    frechet_distance(rng.normal(size=(n, dim)), rng.normal(size=(n, dim))) for _ in range(40)
-  ]
+  distances = [frechet_distance(rng.normal(size=(n, dim)), rng.normal(size=(n, dim))) for _ in range(40)]
   expected = (dim + 5) / 4 * (2 / n) * dim
   np.testing.assert_allclose(np.mean(distances), expected, rtol=0.06)
 
@@ -153,17 +151,13 @@ def _experiment(rng, n, dim=8):
 
 
 @pytest.mark.parametrize("resample_reference", [True, False])
-def test_bootstrap_error_of_a_frechet_ratio_is_the_spread_of_repeated_experiments(
-  rng, resample_reference
-):
+def test_bootstrap_error_of_a_frechet_ratio_is_the_spread_of_repeated_experiments(rng, resample_reference):
   real = rng.normal(size=(300, 8))
   results = []
   for _ in range(100):
     candidate, baseline, drawn = _experiment(rng, 300)
     reference = drawn if resample_reference else Moments.from_features(real)
-    results.append(
-      paired_bootstrap(frechet_distance, candidate, baseline, reference, num_resamples=25)
-    )
+    results.append(paired_bootstrap(frechet_distance, candidate, baseline, reference, num_resamples=25))
   spread = np.std([r.ratio for r in results], ddof=1)
   np.testing.assert_allclose(np.mean([r.standard_error for r in results]), spread, rtol=0.25)
 
@@ -181,8 +175,7 @@ def test_bootstrap_error_is_not_inflated_where_the_distance_is_mostly_sampling_n
 
 def test_bootstrap_error_shrinks_with_the_root_of_the_samples(rng):
   errors = [
-    paired_bootstrap(frechet_distance, *_experiment(rng, n), num_resamples=200).standard_error
-    for n in (400, 6400)
+    paired_bootstrap(frechet_distance, *_experiment(rng, n), num_resamples=200).standard_error for n in (400, 6400)
   ]
   np.testing.assert_allclose(errors[0] / errors[1], 4.0, rtol=0.3)
 

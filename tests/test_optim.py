@@ -39,9 +39,7 @@ def run(optimizer, grads, params=PARAMS, state=None):
 
 def test_matches_adamw_written_out():
   lr, b1, b2, eps, decay = 0.1, 0.8, 0.9, 1e-3, 0.01
-  optimizer = make_optimizer(
-    learning_rate=lr, warmup_steps=3, b1=b1, b2=b2, eps=eps, weight_decay=decay
-  )
+  optimizer = make_optimizer(learning_rate=lr, warmup_steps=3, b1=b1, b2=b2, eps=eps, weight_decay=decay)
   grads = [gradients(i) for i in range(6)]
   got, _ = run(optimizer, grads)
   for name, value in PARAMS.items():
@@ -145,9 +143,7 @@ def test_refuses_bad_settings(settings, match):
 
 def test_karras_decay_matches_the_release(golden):
   data = golden("ema_karras")
-  decay = jax.jit(
-    lambda i: ema_decay(i, start=int(data["in_start_iter"]), gamma=float(data["in_gamma"]))
-  )
+  decay = jax.jit(lambda i: ema_decay(i, start=int(data["in_start_iter"]), gamma=float(data["in_gamma"])))
   got = np.array([decay(i) for i in data["in_iter"]])
   assert got.dtype == np.float32
   np.testing.assert_allclose(got, data["out_momentum"], rtol=1e-6)

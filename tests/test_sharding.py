@@ -9,9 +9,7 @@ from jax.sharding import AxisType
 from pflow_jax.sharding import batch_sharding, make_mesh, replicated, shard_batch
 
 
-@pytest.mark.parametrize(
-  ("sizes", "shape"), [({}, (8, 1)), ({"fsdp": 4}, (2, 4)), ({"data": 1, "fsdp": 8}, (1, 8))]
-)
+@pytest.mark.parametrize(("sizes", "shape"), [({}, (8, 1)), ({"fsdp": 4}, (2, 4)), ({"data": 1, "fsdp": 8}, (1, 8))])
 def test_make_mesh(sizes, shape):
   mesh = make_mesh(**sizes)
   assert dict(mesh.shape) == {"data": shape[0], "fsdp": shape[1]}

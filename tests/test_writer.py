@@ -63,9 +63,7 @@ def test_lines_are_on_disk_before_closing(tmp_path):
   writer.close()
 
 
-@pytest.mark.parametrize(
-  ("resume_step", "expected"), [(None, [1, 2, 3, 9]), (2, [1, 2, 9]), (0, [9])]
-)
+@pytest.mark.parametrize(("resume_step", "expected"), [(None, [1, 2, 3, 9]), (2, [1, 2, 9]), (0, [9])])
 def test_resume_drops_later_lines_and_a_torn_one(tmp_path, resume_step, expected):
   with MetricsWriter(tmp_path, tensorboard=False) as writer:
     for step in (1, 2, 3):
@@ -96,9 +94,7 @@ def test_images(tmp_path):
     writer.image(2, "path", tmp_path / "grid.png")
     with pytest.raises(ValueError, match=r"'float'.*uint8.*float64 \(4, 5, 3\)"):
       writer.image(3, "float", picture / 2)
-  shapes = {
-    v.tag: (v.image.height, v.image.width) for e in events(tmp_path) for v in e.summary.value
-  }
+  shapes = {v.tag: (v.image.height, v.image.width) for e in events(tmp_path) for v in e.summary.value}
   assert shapes == {"array": (4, 5), "path": (4, 5)}
 
 

@@ -83,9 +83,7 @@ def from_arrays(
 
 def _check_labels(name: str, label: np.ndarray, count: int, num_classes: int) -> None:
   if label.shape != (count,) or not np.issubdtype(label.dtype, np.integer):
-    raise ValueError(
-      f"{name}: label must be {count} integers, got {label.dtype} of shape {label.shape}."
-    )
+    raise ValueError(f"{name}: label must be {count} integers, got {label.dtype} of shape {label.shape}.")
   if label.min() < 0 or label.max() >= num_classes:
     raise ValueError(
       f"{name}: labels must lie in [0, {num_classes}), one class name each,"
@@ -106,8 +104,6 @@ def split_rows(name: str, count: int, split: str, held_out: int) -> np.ndarray:
   if not 0 <= held_out < count:
     raise ValueError(f"{name}: held_out must be in [0, {count}), got {held_out}.")
   if split == "test" and held_out == 0:
-    raise ValueError(
-      f"{name}: nothing is held out for the split 'test'; give held_out=<records> to both splits."
-    )
+    raise ValueError(f"{name}: nothing is held out for the split 'test'; give held_out=<records> to both splits.")
   order = np.random.default_rng(0).permutation(count)
   return np.sort(order[:held_out] if split == "test" else order[held_out:])

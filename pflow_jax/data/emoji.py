@@ -31,9 +31,7 @@ _SKIN_TONES = {
 }
 
 
-def emoji(
-  *, split: str = "train", held_out: int = 0, size: int = 32, cache_dir: str | None = None
-) -> Dataset:
+def emoji(*, split: str = "train", held_out: int = 0, size: int = 32, cache_dir: str | None = None) -> Dataset:
   """Noto colour emoji over white: (size, size, 3), class = category, text = name.
 
   Skin tones are records of their own: "father christmas: dark skin tone".
@@ -78,9 +76,7 @@ def fetch_emoji(cache_dir: str | None = None) -> pathlib.Path:
     return package
   npm = shutil.which("npm")
   if npm is None:
-    raise ValueError(
-      f"emoji: `npm` was not found; install Node.js, or unpack {_PACKAGE}@{_VERSION} to {package}."
-    )
+    raise ValueError(f"emoji: `npm` was not found; install Node.js, or unpack {_PACKAGE}@{_VERSION} to {package}.")
   package.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=package.parent, prefix=".fetch-") as work:
     command = [npm, "pack", f"{_PACKAGE}@{_VERSION}", "--silent"]

@@ -41,25 +41,19 @@ def batches(
   """
   if process_count < 1 or not 0 <= process_index < process_count:
     raise ValueError(
-      "expected 0 <= process_index < process_count,"
-      f" got process_index={process_index}, process_count={process_count}."
+      f"expected 0 <= process_index < process_count, got process_index={process_index}, process_count={process_count}."
     )
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
-      f"batch_size {batch_size} does not divide over {process_count} process(es);"
-      f" use a multiple of {process_count}."
+      f"batch_size {batch_size} does not divide over {process_count} process(es); use a multiple of {process_count}."
     )
   _check_seed(seed)
   records = dataset.records
   threads = records.read_threads if num_threads is None else num_threads
   if threads < 0 or num_workers < 0:
-    raise ValueError(
-      f"num_threads and num_workers must be >= 0, got {num_threads} and {num_workers}."
-    )
+    raise ValueError(f"num_threads and num_workers must be >= 0, got {num_threads} and {num_workers}.")
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-  stream = records.batches(batch_size, seed, (process_index, process_count)).to_iter_dataset(
-    options
-  )
+  stream = records.batches(batch_size, seed, (process_index, process_count)).to_iter_dataset(options)
   if num_workers > 0:
     _parse_absl_flags()
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
@@ -80,8 +74,7 @@ def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[np.ndarray, np.nd
   count = dataset.num_records
   if count is not None and n > count:
     raise ValueError(
-      f"asked for {n} examples without replacement, but {dataset.name} has {count} records;"
-      f" ask for {count} or fewer."
+      f"asked for {n} examples without replacement, but {dataset.name} has {count} records; ask for {count} or fewer."
     )
   sample = dataset.records.sample(n, seed)
   return sample["x0"], sample["label"]

@@ -43,8 +43,6 @@ def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
 def check_image_options(name: str, image_size: int | None, channels: int) -> None:
   """Raises ValueError unless image_size >= 1 and channels is 1 or 3."""
   if image_size is None or image_size < 1:
-    raise ValueError(
-      f"{name}: its images have no one size; give image_size=<pixels>, e.g. 64 (got {image_size})."
-    )
+    raise ValueError(f"{name}: its images have no one size; give image_size=<pixels>, e.g. 64 (got {image_size}).")
   if channels not in MODES:
     raise ValueError(f"{name}: channels must be 1 (grey) or 3 (RGB), got {channels}.")

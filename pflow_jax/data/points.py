@@ -8,9 +8,7 @@ from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.records import GeneratedRecords
 
 # Lower left corners of the 8 black unit squares of the 4 x 4 board on [-2, 2]^2.
-_CORNERS = np.array(
-  [(x, y) for x in range(-2, 2) for y in range(-2, 2) if (x + y) % 2 == 0], np.float32
-)
+_CORNERS = np.array([(x, y) for x in range(-2, 2) for y in range(-2, 2) if (x + y) % 2 == 0], np.float32)
 
 
 def checkerboard(*, split: str = "train") -> Dataset:

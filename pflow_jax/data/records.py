@@ -159,7 +159,6 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 def _sample_rows(count: int, n: int, seed: int) -> np.ndarray:
   if n > count:
     raise ValueError(
-      f"asked for {n} examples without replacement of a set of {count} records; ask for {count}"
-      " or fewer."
+      f"asked for {n} examples without replacement of a set of {count} records; ask for {count} or fewer."
     )
   return np.random.default_rng([seed, _EXAMPLES_KEY]).choice(count, n, replace=False)

@@ -109,9 +109,7 @@ def _feature(name: str, features: Any, key: str, option: str) -> Any:
   return features[key]
 
 
-def _image_shape(
-  name: str, features: Any, image_key: str, image_size: int | None
-) -> tuple[int, int, int]:
+def _image_shape(name: str, features: Any, image_key: str, image_size: int | None) -> tuple[int, int, int]:
   feature = _feature(name, features, image_key, "image_key")
   if len(feature.shape) != 3 or feature.np_dtype != np.uint8:
     raise ValueError(

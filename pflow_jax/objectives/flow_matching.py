@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,28 @@ import jax.numpy as jnp
 from pflow_jax.schedule import shift_time
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+  """Settings of flow matching.
+
+  Attributes:
+    cond_dropout: rate at which the condition is replaced by the empty one, for classifier-free guidance.
+    shift: time shift applied to the drawn times.
+    time_mean, time_std: of the logit-normal the times are drawn from; time_mean None draws them uniformly.
+  """
+
+  cond_dropout: float = 0.0
+  shift: float = 1.0
+  time_mean: float | None = None
+  time_std: float = 1.0
+
+  def __post_init__(self):
+    if not 0 <= self.cond_dropout <= 1:
+      raise ValueError(f"cond_dropout: expected a rate in [0, 1], got {self.cond_dropout}")
+    if self.shift <= 0 or self.time_std <= 0:
+      raise ValueError(f"shift and time_std: expected > 0, got {self.shift} and {self.time_std}")
 
 
 def sample_time(key: Array, shape: tuple[int, ...], *, mean: float | None, std: float) -> Array:
@@ -44,28 +67,24 @@ def flow_matching_loss(
   x0: Array,
   cond: Any,
   key: Array,
+  settings: FlowMatching = FlowMatching(),
   *,
   null_cond: Any = None,
-  cond_dropout: float = 0.0,
-  shift: float = 1.0,
-  time_mean: float | None = None,
-  time_std: float = 1.0,
 ) -> tuple[Array, dict[str, Array]]:
   """Regression of the velocity eps - x0 on the straight path x = (1 - t) x0 + t eps.
 
   Args:
     network: (x, t, cond) -> velocity, like x.
     x0: data, (B, *space, C).
-    cond, null_cond, cond_dropout: see `drop_condition`.
-    shift: time shift applied to the drawn times.
-    time_mean, time_std: see `sample_time`.
+    cond, null_cond: condition of the examples, and the empty one, see `drop_condition`.
   Returns: loss per example (B,), the mean squared error over a sample, and no metrics.
   References: flow matching, arXiv:2210.02747; logit-normal times, arXiv:2403.03206.
   """
+  s = settings
   key_time, key_noise, key_drop = jax.random.split(key, 3)
-  t = shift_time(sample_time(key_time, x0.shape[:1], mean=time_mean, std=time_std), shift)
+  t = shift_time(sample_time(key_time, x0.shape[:1], mean=s.time_mean, std=s.time_std), s.shift)
   t = t.astype(x0.dtype)
   eps = jax.random.normal(key_noise, x0.shape, x0.dtype)
   wide = jnp.expand_dims(t, tuple(range(1, x0.ndim)))
-  v = network((1 - wide) * x0 + wide * eps, t, drop_condition(key_drop, cond, null_cond, cond_dropout))
+  v = network((1 - wide) * x0 + wide * eps, t, drop_condition(key_drop, cond, null_cond, s.cond_dropout))
   return jnp.mean((v - (eps - x0)) ** 2, axis=tuple(range(1, x0.ndim))), {}

@@ -7,6 +7,7 @@ References: pi-Flow, arXiv:2510.14974, Algorithm 1; the release's generalisation
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,11 +41,11 @@ class Imitation:
     substeps, method: of the rollouts, see `rollout`; "euler" reproduces the PyTorch release.
   """
 
-  nfe: int | tuple[int, ...] = 1
+  nfe: int | tuple[int, ...] = (1,)
   final_scale: float = 1.0
   shift: float = 1.0
   num_states: int = 2
-  window: float = 0
+  window: float = 0.0
   dropout: float = 0.0
   ratio_decay: int = 0
   loss_scale: float = 3.0
@@ -222,7 +223,7 @@ def imitation_loss_data_free(
   batch, total, x = noise.shape[0], jnp.zeros(noise.shape[:1], noise.dtype), noise
   ratio = settings.teacher_ratio(step)
   grid = segment_grid(settings.nfes[0], settings.final_scale)
-  for i, (r, r_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+  for i, (r, r_next) in enumerate(itertools.pairwise(grid)):
     r_s, length = (jnp.full((batch,), value, noise.dtype) for value in (r, r - r_next))
     policy = student(x, shift_time(r_s, settings.shift), cond)
     draws = draw(jax.random.fold_in(key, i), batch, policy.num_components, settings.num_states)

@@ -43,8 +43,7 @@ class ArcPolicy(Mixture):
     check_source(x_s, t_s)
     if velocities.ndim != x_s.ndim + 1:
       raise ValueError(
-        f"velocities: expected (K, *space, C) = (K, {', '.join(map(str, x_s.shape))}), "
-        f"got {velocities.shape}"
+        f"velocities: expected (K, *space, C) = (K, {', '.join(map(str, x_s.shape))}), got {velocities.shape}"
       )
     k, space = velocities.shape[0], x_s.shape[:-1]
     check_shape("velocities", velocities, (k, *x_s.shape), "(K, *space, C), x_s (*space, C)")

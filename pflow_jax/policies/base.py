@@ -30,9 +30,7 @@ class Policy:
 
   def integrate(self, x: Array, t: Array, s: Array) -> Array:
     """Exact solution at flow time `s` <= `t` of dx/dt = velocity(x, t) from `x` (*space, C) at `t`."""
-    raise ValueError(
-      f"{type(self).__name__} has no closed-form integral; use method='ab2', 'euler' or 'auto'"
-    )
+    raise ValueError(f"{type(self).__name__} has no closed-form integral; use method='ab2', 'euler' or 'auto'")
 
   def drop(self, dropped: Array) -> Policy:
     """The policy without the components marked in `dropped` (num_components,) bool."""

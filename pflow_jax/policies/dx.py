@@ -144,9 +144,7 @@ class DXPolicy(Policy):
     span = s_over_low - s / t_high
     # s * integral of (r - high) dlambda = s (log1p(z) - z) / m, z = high / low - 1
     z = jnp.where(low > 0, (high - low) / safe_low, 0.0)
-    tail = jnp.where(
-      low > 0, s * _log1p_minus_identity(z) / m, -s_over_low * high * (m + (1 - m) * t_low) / m
-    )
+    tail = jnp.where(low > 0, s * _log1p_minus_identity(z) / m, -s_over_low * high * (m + (1 - m) * t_low) / m)
     inner = slice(1, n)
     # Inside cell j the hat of node j + 1 is u = (r - node_j) / h, that of node j is 1 - u.
     right = ((high[inner] - nodes[:-1]) / h) * span[inner] + tail[inner] / h

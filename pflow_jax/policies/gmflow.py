@@ -31,7 +31,7 @@ class GMFlowPolicy(Mixture):
 
   x_s: Array  # (C, P)
   t_s: Array  # ()
-  means: Array  # (C, K, P), data space
+  means: tuple[Array, ...]  # C times (K, P), data space
   squared_norms: Array  # (K, P), sum over channels of means^2: does not depend on time
   logits: Array  # (K, P), log-softmaxed over K
   variance: Array  # (), of every component, data space
@@ -54,9 +54,7 @@ class GMFlowPolicy(Mixture):
     x_s, t_s, means, logits, log_std = as_float(x_s, t_s, means, logits, log_std)
     check_source(x_s, t_s)
     if means.ndim != x_s.ndim + 1:
-      raise ValueError(
-        f"means: expected (K, *space, C) = (K, {', '.join(map(str, x_s.shape))}), got {means.shape}"
-      )
+      raise ValueError(f"means: expected (K, *space, C) = (K, {', '.join(map(str, x_s.shape))}), got {means.shape}")
     k, space, c = means.shape[0], x_s.shape[:-1], x_s.shape[-1]
     check_shape("means", means, (k, *space, c), "(K, *space, C) with x_s (*space, C)")
     check_shape("logits", logits, (k, *space), "(K, *space)")
@@ -64,12 +62,12 @@ class GMFlowPolicy(Mixture):
     # Pixels are flattened and the channels brought to the front of the means once, here.
     velocities = jnp.moveaxis(means.reshape(k, -1, c), -1, 0)
     x_s = _channels_first(x_s)
-    means = x_s[:, None, :] - t_s * velocities
+    means = tuple(x[None] - t_s * v for x, v in zip(x_s, velocities, strict=True))
     return cls(
       x_s=x_s,
       t_s=t_s,
       means=means,
-      squared_norms=jnp.sum(means**2, axis=0),
+      squared_norms=sum(m**2 for m in means),
       logits=jax.nn.log_softmax(logits.reshape(k, -1), axis=0),
       variance=jnp.exp(2 * log_std) * t_s**2,
       eps=eps,
@@ -126,11 +124,9 @@ class GMFlowPolicy(Mixture):
     d = jnp.maximum(self.variance * (rho**2 - rho_s**2) + 1, self.eps)
     # root = s sqrt(D(s)), finite as s goes to 0
     root = jnp.sqrt(s**2 * (1 - self.variance * rho_s**2) + self.variance * (1 - s) ** 2)
-    b = self.means[:, 0] - (self.variance * rho_s / t_s) * self.x_s
+    b = jnp.concatenate(self.means) - (self.variance * rho_s / t_s) * self.x_s
     gain = ((1 - s) ** 2 - (s * rho) ** 2) / d
-    x = (root / jnp.sqrt(d)) * y + b * (
-      gain / jnp.maximum(rho / jnp.sqrt(d) * root + 1 - s, self.eps)
-    )
+    x = (root / jnp.sqrt(d)) * y + b * (gain / jnp.maximum(rho / jnp.sqrt(d) * root + 1 - s, self.eps))
     return jnp.moveaxis(x, 0, -1).reshape(shape)
 
   def temper(self, temperature: float) -> GMFlowPolicy:

@@ -37,9 +37,7 @@ def test_held_out_images_are_not_trained_on():
   test = data.load("digits", split="test", held_out=300)
   assert (train.num_records, test.num_records) == (1497, 300)
   parts = np.concatenate([train.records.x0, test.records.x0])
-  order, reference = (
-    sorted(x0.tobytes() for x0 in rows) for rows in (parts, everything.records.x0)
-  )
+  order, reference = (sorted(x0.tobytes() for x0 in rows) for rows in (parts, everything.records.x0))
   assert order == reference
   assert np.all(np.bincount(test.records.label, minlength=10) > 10)
 

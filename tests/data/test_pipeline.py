@@ -29,9 +29,7 @@ def array_set():
 
 
 def source_set():
-  return data.Dataset(
-    "counting", (2, 2, 1), 3, ("a", "b", "c"), data.SourceRecords(CountingSource())
-  )
+  return data.Dataset("counting", (2, 2, 1), 3, ("a", "b", "c"), data.SourceRecords(CountingSource()))
 
 
 SETS = {
@@ -86,9 +84,7 @@ def test_every_record_once_an_epoch_whatever_the_batch_size(make, batch_size):
 
 
 def test_array_batches_are_the_stream_of_rows():
-  rows = np.concatenate(
-    [b["x0"][:, 0, 0, 0] for b in take(data.batches(array_set(), 8, seed=5), 9)]
-  )
+  rows = np.concatenate([b["x0"][:, 0, 0, 0] for b in take(data.batches(array_set(), 8, seed=5), 9)])
   np.testing.assert_array_equal(rows, stream_rows(N, 5, 0, 72))
 
 

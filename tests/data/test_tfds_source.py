@@ -53,9 +53,7 @@ def _png(pixels):
 
 
 def prepare(data_dir, file_format):
-  tfds.builder(
-    "tiny_colours", data_dir=str(data_dir), file_format=file_format
-  ).download_and_prepare()
+  tfds.builder("tiny_colours", data_dir=str(data_dir), file_format=file_format).download_and_prepare()
   return str(data_dir)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pflow_jax.objectives.flow_matching import drop_condition, flow_matching_loss, sample_time
+from pflow_jax.objectives.flow_matching import FlowMatching, drop_condition, flow_matching_loss, sample_time
 
 
 def test_loss_of_the_exact_velocity_is_zero():
@@ -35,3 +35,9 @@ def test_condition_dropout_drops_whole_examples_at_its_rate():
   np.testing.assert_allclose(jnp.mean(dropped), 0.1, atol=0.01)
   np.testing.assert_array_equal(out["text"].sum(1), jnp.where(dropped, 0.0, 3.0))
   assert drop_condition(jax.random.key(0), cond, null, 0.0) is cond
+
+
+def test_settings_refuse_bad_values():
+  for bad in (dict(cond_dropout=1.5), dict(shift=0.0), dict(time_std=0.0)):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+      FlowMatching(**bad)

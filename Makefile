@@ -1,0 +1,33 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: both install into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/demo
+SEED ?= 0
+
+.PHONY: demo test lint types clean
+
+demo: .venv/core
+	bash launch/local.sh demo $(RUN) $(SEED)
+
+test: .venv/dev lint types
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+.venv/core: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,39 @@
+"""Points on a checkerboard: teacher, 1-NFE student and pictures of their trajectories in 90 seconds."""
+
+from ml_collections import ConfigDict
+
+from pflow_jax.defaults import default_config
+
+VARIANTS = ("teacher", "gmflow", "dx")
+
+
+def get_config(variant: str = "teacher") -> ConfigDict:
+  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  name, *switches = variant.split(",")
+  if name not in VARIANTS or set(switches) - {"quicktest"}:
+    raise ValueError(f"variant: expected one of {VARIANTS}, optionally with ',quicktest', got {variant!r}")
+  config = default_config("flow_matching" if name == "teacher" else "imitation")
+  config.data = dict(name="checkerboard")
+  config.model = dict(kind="mlp", width=128, depth=4)
+  config.sample.update(nfe=(1,), batch_size=10_000)
+  config.evaluate.num_samples = 10_000
+  config.train.update(steps=1500, batch_size=1024, log_every=100, checkpoint_every=0)
+  config.optimizer.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine")
+  if name == "teacher":
+    config.policy = dict(kind="velocity")
+  else:
+    config.train.steps = 1000
+    config.objective.update(nfe=(1,), num_states=2, substeps=64)
+  if name == "gmflow":
+    config.policy = dict(kind="gmflow", num_components=32)
+    config.objective.dropout = 0.05
+  if name == "dx":
+    config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
+    config.objective.window = 10.0
+  if "quicktest" in switches:
+    config.model.update(width=16, depth=1)
+    config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
+    config.optimizer.warmup_steps = 1
+    config.evaluate.update(num_samples=128, teacher_steps=(4, 128), num_resamples=2)
+    config.sample.batch_size = 64
+  return config

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Runs on this machine.
+#
+#   launch/local.sh demo [FOLDER] [SEED]   teacher, student and evaluation on digits: what `make demo` calls
+#   launch/local.sh train FLAGS...         `pflow train` with these flags, started again when it dies, up to RESTARTS times
+#
+# A run resumes from its workdir, so starting it again loses nothing but the steps since its last checkpoint.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+
+demo() {
+  local folder=${1:-runs/demo} seed=${2:-0} start=$SECONDS
+  pflow train --config configs/digits.py:teacher --workdir "$folder/teacher" --config.seed="$seed"
+  pflow train --config configs/digits.py:gmflow --workdir "$folder/student" --config.seed="$seed" \
+    --config.teacher.workdir="$folder/teacher"
+  pflow evaluate --workdir "$folder/student"
+  echo
+  echo "done in $((SECONDS - start)) s. The picture: $folder/student/evaluation/samples.png"
+}
+
+train() {
+  local tries=0 code=0
+  while true; do
+    code=0
+    pflow train "$@" || code=$?
+    # 1 and 2 are a mistake in the flags or the config, which another try would only repeat.
+    if ((code <= 2)) || ((tries >= ${RESTARTS:-3})); then exit "$code"; fi
+    tries=$((tries + 1))
+    echo "launch/local.sh: training ended with code $code; restart $tries of ${RESTARTS:-3}" >&2
+  done
+}
+
+case "${1:-}" in
+  demo | train) "$@" ;;
+  *)
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac

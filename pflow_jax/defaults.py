@@ -1,0 +1,63 @@
+"""Every key that a config may set, with its default: what the files in configs/ start from."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from pflow_jax import optim
+from pflow_jax.evaluate import EvaluateSettings
+from pflow_jax.experiment import TeacherSettings
+from pflow_jax.objectives.flow_matching import FlowMatching
+from pflow_jax.objectives.imitation import Imitation
+from pflow_jax.sample import SampleSettings
+from pflow_jax.sharding import make_mesh
+from pflow_jax.train import TrainSettings
+
+# Type of the keys without a default, or with None: a ConfigDict needs it to take them from the command line.
+_TYPES = {
+  "steps": int,
+  "batch_size": int,
+  "learning_rate": float,
+  "clip_norm": float,
+  "time_mean": float,
+  "workdir": str,
+}
+
+
+def default_config(objective: str) -> ConfigDict:
+  """A config with every key of every section but data, model and policy, which a config adds.
+
+  The sections are locked: a misspelt key is an AttributeError that names the nearest.
+
+  Args:
+    objective: "flow_matching" for a teacher; "imitation" or "imitation_data_free" for a student.
+  """
+  student = objective != "flow_matching"
+  config = ConfigDict()
+  config.seed = 0
+  config.objective = {"kind": objective, **_defaults(Imitation if student else FlowMatching)}
+  if student:
+    config.teacher = _defaults(TeacherSettings)
+  config.optimizer = _defaults(optim.make_optimizer, but=("total_steps",))
+  config.ema = _defaults(optim.ema_decay, but=("step",))
+  config.train = _defaults(TrainSettings)
+  config.sample = _defaults(SampleSettings)
+  config.evaluate = _defaults(EvaluateSettings)
+  config.mesh = _defaults(make_mesh, but=("devices",))
+  for section in config.values():
+    if isinstance(section, ConfigDict):
+      section.lock()
+  return config
+
+
+def _defaults(owner: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
+  """Keyword arguments of a function or dataclass with their defaults."""
+  values = {}
+  for name, parameter in inspect.signature(owner).parameters.items():
+    if name not in but:
+      default = None if parameter.default is inspect.Parameter.empty else parameter.default
+      values[name] = config_dict.placeholder(_TYPES[name]) if default is None else default
+  return values

@@ -1,0 +1,44 @@
+"""Small runs that the tests of the programs share."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load_module(path):
+  spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def quick(config, variant, teacher=None, **train):
+  """The quicktest of configs/<config>.py:<variant>, with keys of its section `train` changed."""
+  values = load_module(ROOT / "configs" / f"{config}.py").get_config(f"{variant},quicktest")
+  if teacher is not None:
+    values.teacher.workdir = str(teacher)
+  values.train.tensorboard = False
+  values.train.update(train)
+  return values
+
+
+def pflow(*args, check=True, **options):
+  """Runs the command in a process of its own; returns it completed."""
+  run = subprocess.run(command(*args), capture_output=True, text=True, env=environment(), cwd=ROOT, **options)
+  if check and run.returncode:
+    raise AssertionError(f"pflow {' '.join(map(str, args))} ended with {run.returncode}:\n{run.stdout}\n{run.stderr}")
+  return run
+
+
+def command(*args):
+  return [sys.executable, "-c", "from pflow_jax.cli import main; main()", *map(str, args)]
+
+
+def environment():
+  # One device, and the compiled programs of this session's other runs.
+  return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,64 @@
+"""Every config: two steps, save, restore, a third step; and nothing in it that nobody reads."""
+
+import jax
+import pytest
+
+from pflow_jax import data
+from pflow_jax.experiment import build
+from pflow_jax.train import train
+from tests.programs import CONFIGS, ROOT, load_module, quick
+
+CASES = [(path.stem, variant) for path in CONFIGS for variant in load_module(path).VARIANTS]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+  """Workdir of a three-step teacher by config."""
+  folders = {}
+
+  def get(config):
+    if config not in folders:
+      folders[config] = tmp_path_factory.mktemp(config)
+      train(quick(config, "teacher"), folders[config])
+    return folders[config]
+
+  return get
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize(("config", "variant"), CASES)
+def test_config_trains_saves_restores_and_goes_on(config, variant, teachers, tmp_path):
+  teacher = None if variant == "teacher" else teachers(config)
+  train(quick(config, variant, teacher, steps=2), tmp_path)
+  state = train(quick(config, variant, teacher, steps=3), tmp_path)
+  assert int(state.step) == 3
+  assert all(bool(jax.numpy.all(jax.numpy.isfinite(x))) for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(("config", "variant"), CASES)
+def test_full_size_config_is_read_whole(config, variant, tmp_path, monkeypatch):
+  """The real config, not its quicktest: sections fit their owners and the network has a shape."""
+  values = load_module(ROOT / "configs" / f"{config}.py").get_config(variant)
+  monkeypatch.setattr(data, "load", lambda **kw: quick_dataset(config, variant))
+  if variant != "teacher":
+    from pflow_jax import experiment
+
+    monkeypatch.setattr(experiment, "load_teacher", lambda *_: None)
+  made = build(values)
+  x = jax.ShapeDtypeStruct((2, *made.dataset.shape), "float32")
+  labels = jax.ShapeDtypeStruct((2,), "int32")
+  t = jax.ShapeDtypeStruct((2,), "float32")
+  shapes = jax.eval_shape(made.network.init, jax.random.key(0), x, t, labels)
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1000
+
+
+def quick_dataset(config, variant):
+  values = quick(config, variant).data.to_dict()
+  return data.registry.load(**values)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_unknown_variant_is_refused(path):
+  with pytest.raises(ValueError, match="teacher"):
+    load_module(path).get_config("no-such-variant")
+  assert load_module(path).__doc__

@@ -1,0 +1,197 @@
+"""The trainer: what a step does, and that a run survives what happens to it."""
+
+import json
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pflow_jax import optim
+from pflow_jax.checkpoint import load_params
+from pflow_jax.state import create_state
+from pflow_jax.train import TrainSettings, train, train_step
+from tests.programs import command, environment, pflow, quick
+
+OPTIMIZER = dict(learning_rate=0.1)
+
+
+def linear_loss(params, teacher_params, batch, key, step):
+  """Squares of a linear fit, with noise from the key so that randomness is seen."""
+  noise = 0.0 * jax.random.normal(key, batch["y"].shape)
+  error = batch["x"] @ params["w"] + noise - batch["y"]
+  return error**2 + teacher_params["offset"], {"error": jnp.abs(error)}
+
+
+def problem(rows=8):
+  x = jax.random.normal(jax.random.key(0), (rows, 3))
+  return {"x": x, "y": x @ jnp.array([1.0, -2.0, 0.5])}
+
+
+def one_step(state, batch, accumulation=1, loss_fn=linear_loss, optimizer=None):
+  optimizer = optimizer or optim.make_optimizer(**OPTIMIZER)
+  return train_step(
+    state,
+    {"offset": jnp.array(0.0)},
+    batch,
+    jax.random.key(1),
+    loss_fn=loss_fn,
+    optimizer=optimizer,
+    ema_decay=lambda step: optim.ema_decay(step, kind="constant", decay=0.5),
+    accumulation=accumulation,
+  )
+
+
+def test_step_moves_parameters_average_and_counter():
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  batch = problem()
+  first, metrics = one_step(state, batch)
+  second, _ = one_step(first, batch)
+  grad = jax.grad(lambda w: jnp.mean((batch["x"] @ w - batch["y"]) ** 2))(jnp.zeros(3))
+  np.testing.assert_allclose(metrics["gradient_norm"], jnp.linalg.norm(grad))
+  np.testing.assert_allclose(metrics["loss"], jnp.mean(batch["y"] ** 2))
+  np.testing.assert_allclose(first.params["w"], -0.1 * jnp.sign(grad), rtol=1e-5)  # Adam's first step
+  assert (int(first.step), int(second.step)) == (1, 2)
+  np.testing.assert_array_equal(first.ema["w"], first.params["w"])  # step 0 copies
+  np.testing.assert_allclose(second.ema["w"], (first.params["w"] + second.params["w"]) / 2, rtol=1e-6)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  whole, m1 = one_step(state, problem())
+  parts, m4 = one_step(state, problem(), accumulation=4)
+  np.testing.assert_allclose(m1["gradient_norm"], m4["gradient_norm"], rtol=1e-6)
+  np.testing.assert_allclose(m1["loss"], m4["loss"], rtol=1e-6)
+  np.testing.assert_allclose(whole.params["w"], parts.params["w"], rtol=1e-5)
+
+
+def test_non_finite_gradients_are_skipped_and_counted():
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  bad = problem() | {"y": jnp.full(8, jnp.nan)}
+  after, metrics = one_step(state, bad)
+  np.testing.assert_array_equal(after.params["w"], state.params["w"])
+  assert (int(metrics["skipped_in_a_row"]), int(metrics["skipped"])) == (1, 1)
+  after, metrics = one_step(after, problem())
+  assert jnp.all(after.params["w"] != 0)
+  assert (int(metrics["skipped_in_a_row"]), int(metrics["skipped"])) == (0, 1)
+
+
+def test_teacher_is_an_argument_and_gets_no_gradient_state():
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+  assert not any("offset" in name for name in names)
+
+
+@pytest.mark.usefixtures("float32")
+def test_run_stops_when_updates_stay_non_finite(tmp_path):
+  config = quick("digits", "teacher", steps=10, max_skipped=3)
+  config.optimizer.learning_rate = 1e38  # parameters overflow at once
+  config.optimizer.schedule = "constant"
+  with pytest.raises(FloatingPointError, match="in a row"):
+    train(config, tmp_path)
+
+
+def same(a, b):
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves)
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("objective", ["imitation", "imitation_data_free"])
+def test_resumed_run_is_the_undisturbed_run_to_the_bit(tmp_path, teacher_run, objective):
+  def run(steps, folder):
+    config = quick("digits", "gmflow", teacher_run, steps=steps)
+    config.optimizer.schedule = "constant"  # a cosine would depend on the number of steps
+    config.objective.update(kind=objective, nfe=(2,))
+    return train(config, tmp_path / folder)
+
+  whole = run(4, "whole")
+  assert int(run(2, "parts").step) == 2
+  parts = run(4, "parts")
+  assert int(parts.step) == 4
+  assert same(whole, parts)
+
+
+@pytest.mark.parametrize("name", ["sigkill", "sigterm"])
+def test_killed_run_ends_in_the_same_bits(tmp_path, teacher_run, name):
+  """A real process, killed in the middle of training, started again with the same command."""
+  flags = [
+    "--config=configs/digits.py:gmflow,quicktest",
+    f"--config.teacher.workdir={teacher_run}",
+    "--config.train.steps=60",
+    "--config.train.checkpoint_every=7",
+    "--config.train.tensorboard=False",
+    "--config.optimizer.schedule=constant",
+  ]
+  pflow("train", *flags, f"--workdir={tmp_path}/whole")
+  victim = subprocess.Popen(
+    command("train", *flags, f"--workdir={tmp_path}/killed"), env=environment(), stdout=subprocess.PIPE, text=True
+  )
+  log = tmp_path / "killed" / "metrics.jsonl"
+  deadline = time.time() + 120
+  while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 17):
+    time.sleep(0.01)
+  victim.send_signal(signal.SIGKILL if name == "sigkill" else signal.SIGTERM)
+  victim.communicate(timeout=120)
+  steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}")]
+  assert victim.returncode == (-signal.SIGKILL if name == "sigkill" else 0)
+  assert 17 < max(steps) < 60, "the kill must fall inside the run"
+  if name == "sigterm":
+    saved = max(int(p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved >= max(steps)
+  pflow("train", *flags, f"--workdir={tmp_path}/killed")
+  for which in ("params", "ema"):
+    whole, killed = (load_params(tmp_path / run / "checkpoints", which=which) for run in ("whole", "killed"))
+    assert same(whole, killed)
+  steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+  assert steps == sorted(set(steps))
+
+
+@pytest.mark.usefixtures("float32")
+def test_damaged_checkpoint_is_skipped_by_name(tmp_path, caplog):
+  config = quick("digits", "teacher", steps=4, checkpoint_every=2)
+  config.optimizer.schedule = "constant"
+  whole = train(config, tmp_path)
+  newest = tmp_path / "checkpoints" / "4"
+  victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  victim.write_bytes(victim.read_bytes()[:-7])
+  again = train(config, tmp_path)
+  assert str(newest) in caplog.text
+  assert same(whole, again)
+
+
+@pytest.mark.usefixtures("float32")
+def test_resuming_with_another_model_names_the_keys(tmp_path):
+  train(quick("digits", "teacher", steps=2), tmp_path)
+  other = quick("digits", "teacher", steps=5)
+  other.model.width = 32
+  other.optimizer.learning_rate = 0.5
+  with pytest.raises(ValueError, match=r"(?s)model\.width: the run has 16, now 32.*optimizer\.learning_rate"):
+    train(other, tmp_path)
+
+
+@pytest.mark.usefixtures("float32")
+def test_metrics_are_logged_for_every_interval(tmp_path):
+  train(quick("digits", "teacher", steps=5, log_every=2), tmp_path)
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [2, 4, 5]
+  for key in ("loss", "gradient_norm", "learning_rate", "images_per_second", "tflops_per_second", "skipped"):
+    assert rows[-1][key] is not None
+
+
+@pytest.mark.usefixtures("float32")
+def test_preview_pictures_and_profile_are_written(tmp_path, teacher_run):
+  train(quick("digits", "gmflow", teacher_run, sample_every=3, profile=(2, 2), tensorboard=True), tmp_path)
+  assert (tmp_path / "samples" / "0000003.png").stat().st_size > 1000
+  assert list((tmp_path / "profile").rglob("*.pb"))
+  assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_settings_refuse_bad_values():
+  good = dict(steps=1, batch_size=8)
+  for bad in (dict(steps=0), dict(batch_size=0), dict(accumulation=3), dict(log_every=0), dict(max_skipped=0)):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+      TrainSettings(**(good | bad))

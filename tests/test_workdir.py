@@ -1,0 +1,43 @@
+"""The folder of a run."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from pflow_jax import workdir
+
+
+def config(**changes):
+  values = {"seed": 0, "model": {"width": 8}, "train": {"steps": 10, "batch_size": 4}, "sample": {"nfe": (1, 2)}}
+  return ConfigDict(values | changes)
+
+
+def test_config_comes_back(tmp_path):
+  workdir.claim(tmp_path / "run", config())
+  assert workdir.load_config(tmp_path / "run").to_dict() == workdir.as_plain(config())
+  assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_only_what_may_change_changes(tmp_path):
+  workdir.claim(tmp_path, config())
+  workdir.claim(tmp_path, config(train={"steps": 20, "batch_size": 4}, sample={"nfe": (4,)}))
+  assert workdir.load_config(tmp_path).train.steps == 20
+  with pytest.raises(ValueError, match=r"(?s)model\.width: the run has 8, now 9.*train\.batch_size"):
+    workdir.claim(tmp_path, config(model={"width": 9}, train={"steps": 20, "batch_size": 8}))
+  with pytest.raises(ValueError, match=r"model\.depth: the run has '\(absent\)', now 1"):
+    workdir.claim(tmp_path, config(model={"width": 8, "depth": 1}))
+  assert workdir.load_config(tmp_path).model.width == 8
+
+
+def test_missing_and_damaged_configs_are_named(tmp_path):
+  with pytest.raises(ValueError, match="pflow train"):
+    workdir.load_config(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps({"seed": 0})[:-2])
+  with pytest.raises(ValueError, match="not valid JSON"):
+    workdir.load_config(tmp_path)
+
+
+def test_checking_alone_writes_nothing(tmp_path):
+  workdir.claim(tmp_path / "run", config(), write=False)
+  assert not (tmp_path / "run").exists()
