@@ -15,7 +15,7 @@ def get_config(variant: str = "teacher") -> ConfigDict:
   config = default_config("flow_matching" if name == "teacher" else "imitation")
   config.data = dict(name="checkerboard")
   config.model = dict(kind="mlp", width=128, depth=4)
-  config.sample.update(nfe=(1,), batch_size=10_000)
+  config.sample.update(batch_size=10_000)
   config.evaluate.num_samples = 10_000
   config.train.update(steps=1500, batch_size=1024, log_every=100, checkpoint_every=0)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine")
@@ -23,7 +23,7 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.policy = dict(kind="velocity")
   else:
     config.train.steps = 1000
-    config.objective.update(nfe=(1,), num_states=2, substeps=64)
+    config.objective.update(num_states=2, substeps=64)
   if name == "gmflow":
     config.policy = dict(kind="gmflow", num_components=32)
     config.objective.dropout = 0.05

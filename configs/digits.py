@@ -22,14 +22,13 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.policy = dict(kind="velocity")
   else:
     config.optimizer.learning_rate = 1e-3
-    config.objective.update(nfe=(1, 2, 4), num_states=2, substeps=64)
+    config.objective.update(num_states=2, substeps=64)
   if name == "gmflow":
     config.policy = dict(kind="gmflow", num_components=16)
     config.objective.dropout = 0.05
   if name == "dx":
     config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
-    config.objective.update(nfe=(1,), window=10.0)
-    config.sample.nfe = (1,)
+    config.objective.update(window=10.0)
   if name == "arc":
     config.policy = dict(kind="arc", num_components=8)
     config.objective.update(window=3.0, dropout=0.1)

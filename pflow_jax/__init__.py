@@ -1,0 +1,34 @@
+"""pflow_jax: few-step generation by policy-based flow distillation, in JAX."""
+
+from pflow_jax.guidance import guided as guided
+from pflow_jax.integrate import average_velocity as average_velocity
+from pflow_jax.integrate import rollout as rollout
+from pflow_jax.models.dit import DIT_SIZES as DIT_SIZES
+from pflow_jax.models.dit import DiT as DiT
+from pflow_jax.models.heads import ArcHead as ArcHead
+from pflow_jax.models.heads import DXHead as DXHead
+from pflow_jax.models.heads import GMFlowHead as GMFlowHead
+from pflow_jax.models.heads import VelocityHead as VelocityHead
+from pflow_jax.models.heads import student_params_from_teacher as student_params_from_teacher
+from pflow_jax.models.mlp import MLP as MLP
+from pflow_jax.objectives.flow_matching import FlowMatching as FlowMatching
+from pflow_jax.objectives.flow_matching import flow_matching_loss as flow_matching_loss
+from pflow_jax.objectives.imitation import Imitation as Imitation
+from pflow_jax.objectives.imitation import imitation_loss as imitation_loss
+from pflow_jax.objectives.imitation import imitation_loss_data_free as imitation_loss_data_free
+from pflow_jax.policies import ArcPolicy as ArcPolicy
+from pflow_jax.policies import DXPolicy as DXPolicy
+from pflow_jax.policies import GMFlowPolicy as GMFlowPolicy
+from pflow_jax.policies import Policy as Policy
+from pflow_jax.policies import auto_temperature as auto_temperature
+from pflow_jax.policies import dropout as dropout
+from pflow_jax.policies import temperature as temperature
+from pflow_jax.sampler import flow_map_sde_renoise as flow_map_sde_renoise
+from pflow_jax.sampler import flow_map_sde_target as flow_map_sde_target
+from pflow_jax.sampler import flow_sde_step as flow_sde_step
+from pflow_jax.sampler import sample_student as sample_student
+from pflow_jax.sampler import sample_teacher as sample_teacher
+from pflow_jax.schedule import dynamic_shift as dynamic_shift
+from pflow_jax.schedule import segment_grid as segment_grid
+from pflow_jax.schedule import shift_time as shift_time
+from pflow_jax.schedule import unshift_time as unshift_time

@@ -154,12 +154,15 @@ def _evaluate(argv: list[str]) -> None:
 
   def define(values):
     _define_run_flags(argv, values)
+    flags.DEFINE_multi_string(
+      "also", [], "workdir of another student of the same teacher; may be repeated", flag_values=values
+    )
     flags.DEFINE_string("out", None, "folder of the results; default: <workdir>/evaluation", flag_values=values)
 
   def evaluate(values):
     from pflow_jax.evaluate import evaluate as run
 
-    run(values.config, values.workdir, out=values.out)
+    run(values.config, values.workdir, others=values.also, out=values.out)
 
   _run(define, evaluate, argv)
 

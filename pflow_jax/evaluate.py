@@ -1,4 +1,4 @@
-"""`pflow evaluate`: a student beside its teacher, from the same noise and labels."""
+"""`pflow evaluate`: students beside their teacher, from the same noise and labels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +21,7 @@ from pflow_jax.checkpoint import load_params
 from pflow_jax.experiment import Experiment, build, call
 from pflow_jax.features import Classifier, pixel_features, train_classifier
 from pflow_jax.integrate import rollout
-from pflow_jax.sample import (
-  SampleSettings,
-  draw_noise,
-  in_batches,
-  make_sampler,
-  make_teacher_sampler,
-  save_picture,
-)
+from pflow_jax.sample import SampleSettings, draw_noise, evaluations, in_batches, make_sampler, save_picture
 from pflow_jax.sampler import sample_teacher
 from pflow_jax.schedule import segment_grid, shift_time
 
@@ -45,7 +39,7 @@ COLUMNS = {
   "accuracy": "class accuracy",
   "images_per_second": "images/s",
 }
-REFERENCE_STEPS = 128
+REFERENCE_STEPS, YARDSTICK_STEPS = 128, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +48,9 @@ class EvaluateSettings:
 
   Attributes:
     num_samples: samples of every sampler.
-    teacher_steps: Euler steps of the teacher; the largest is the reference.
+    teacher_steps: Euler steps of the teacher; 4 and 128 are the yardsticks of the ratios.
     seed: of the noise.
-    classifier_steps: training steps of the classifier whose features and classes are used (images with classes only).
+    classifier_steps: training steps of the classifier whose features and classes are used (images with classes).
     num_resamples: of the bootstrap errors.
   """
 
@@ -67,37 +61,67 @@ class EvaluateSettings:
   num_resamples: int = 50
 
   def __post_init__(self):
-    if REFERENCE_STEPS not in self.teacher_steps or 4 not in self.teacher_steps:
+    if not {REFERENCE_STEPS, YARDSTICK_STEPS} <= set(self.teacher_steps):
       raise ValueError(
-        f"config.evaluate.teacher_steps: expected 4 and {REFERENCE_STEPS} among them (the yardsticks of every ratio), "
-        f"got {tuple(self.teacher_steps)}"
+        f"config.evaluate.teacher_steps: expected {YARDSTICK_STEPS} and {REFERENCE_STEPS} among them (the yardsticks "
+        f"of every ratio), got {tuple(self.teacher_steps)}"
       )
 
 
-def evaluate(config: ConfigDict, folder: str | os.PathLike, *, out: str | os.PathLike | None = None) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """One row of the table: who draws with how many network evaluations."""
+
+  name: str
+  nfe: int
+  run: Callable[[np.ndarray, np.ndarray], jax.Array]  # (noise, labels) -> samples
+  path: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (noise, labels) -> states (steps + 1, ...), from noise to data
+  is_student: bool = False
+
+
+def evaluate(
+  config: ConfigDict,
+  folder: str | os.PathLike,
+  *,
+  others: Sequence[str | os.PathLike] = (),
+  out: str | os.PathLike | None = None,
+) -> dict[str, Any]:
   """Measures the run in `folder`; writes evaluation.json, .md and pictures into <folder>/evaluation.
 
-  Alignment, the primary measure, is the mean root-mean-square distance to the teacher's 128-step sample from the same noise.
-  Ratios carry a standard error over the paired samples.
+  Alignment, the primary measure, is the mean root-mean-square distance to the teacher's 128-step sample from the same
+  noise. Ratios carry a standard error over the paired samples.
 
+  Args:
+    others: workdirs of more students of the same teacher, for the same table and picture.
   Returns: what evaluation.json holds.
-  Raises: ValueError for fewer samples than a Fréchet distance needs.
+  Raises: ValueError for students of different teachers, or fewer samples than a Fréchet distance needs.
   """
   settings = call(EvaluateSettings, "evaluate", config.evaluate)
-  sampling = call(SampleSettings, "sample", config.sample)
-  experiment = build(config)
+  experiments = {folder: build(config)} | {other: build(workdir.load_config(other)) for other in others}
+  experiment = experiments[folder]
+  _check_teachers(experiments)
   out = pathlib.Path(out or pathlib.Path(folder) / "evaluation")
-  out.mkdir(parents=True, exist_ok=True)
   noise, labels = draw_noise(experiment, settings.num_samples, settings.seed)
-  real, real_labels = _real(experiment.dataset, settings.num_samples)
-  classifier = _classifier(experiment, settings, real, real_labels, _owner(experiment, folder))
+  limit = 10 * settings.num_samples  # of an endless or very large data set
+  real, real_labels = data.examples(experiment.dataset, min(experiment.dataset.num_records or limit, limit))
+  samplers = teacher_samplers(experiment, folder, settings)
+  for name, one in experiments.items():
+    if one.imitation is not None:
+      samplers += student_samplers(one, name, settings)
+  if len({s.name for s in samplers}) < len(samplers):
+    samplers = [dataclasses.replace(s, name=f"{s.name} #{i}") if s.is_student else s for i, s in enumerate(samplers)]
+  classifier = _classifier(experiment, settings, real, real_labels, folder)
   features = classifier.features if classifier else pixel_features
   _check_count(settings.num_samples, features(real[:1]).shape[1])
 
-  samples, speed = draw_all(experiment, folder, settings, sampling, noise, labels)
-  rows = [{"name": name, "nfe": int(name.split()[1]), "images_per_second": speed[name]} for name in samples]
-  reference, yardstick = samples[f"teacher {REFERENCE_STEPS}"], samples["teacher 4"]
-  error_of = functools.partial(metrics.alignment_errors, reference=reference)
+  batch_size = call(SampleSettings, "sample", config.sample).batch_size
+  samples, rows = {}, []
+  for s in samplers:
+    print(f"sampling: {s.name}", flush=True)
+    samples[s.name], speed = _draw(s, batch_size, noise, labels)
+    rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
+  reference, yardstick = samples[_teacher_name(REFERENCE_STEPS)], samples[_teacher_name(YARDSTICK_STEPS)]
+  yardstick_errors = metrics.alignment_errors(yardstick, reference)
   spread = metrics.diversity(reference, labels)
   spaces = {"fd": features} if classifier is None else {"fd": features, "fd_pixels": pixel_features}
   for row in rows:
@@ -105,16 +129,15 @@ def evaluate(config: ConfigDict, folder: str | os.PathLike, *, out: str | os.Pat
     row["diversity"] = metrics.diversity(x, labels)
     row["diversity_ratio"] = row["diversity"] / spread
     if x is not reference:
-      ratio = metrics.ratio_of_means(error_of(x), error_of(yardstick))
+      ratio = metrics.ratio_of_means(metrics.alignment_errors(x, reference), yardstick_errors)
       row["alignment"], row["alignment_ratio"] = ratio.value, (ratio.ratio, ratio.standard_error)
     for name, space in spaces.items():
-      row |= _frechet(name, space(x), space(reference), space(real), settings)
-    near = metrics.precision_recall(features(real), features(x))
-    row["precision"], row["recall"] = near.precision, near.recall
+      row |= _frechet(name, space, x, reference, real, settings)
+    row["precision"], row["recall"] = metrics.precision_recall(features(real), features(x))
     if classifier:
       row["accuracy"] = metrics.accuracy(classifier.predict(x), labels)
   report = {
-    "workdir": str(folder),
+    "workdirs": [str(name) for name in experiments],
     "data": experiment.dataset.name,
     "num_samples": settings.num_samples,
     "num_real": len(real),
@@ -122,116 +145,104 @@ def evaluate(config: ConfigDict, folder: str | os.PathLike, *, out: str | os.Pat
     "device": jax.devices()[0].device_kind,
     "rows": rows,
   }
-  columns = {k: v for k, v in COLUMNS.items() if any(k in row for row in rows)}
-  table = metrics.markdown_table(rows, columns)
+  table = metrics.markdown_table(rows, {k: v for k, v in COLUMNS.items() if any(k in row for row in rows)})
+  out.mkdir(parents=True, exist_ok=True)
   (out / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
   (out / "evaluation.md").write_text(table)
-  pictures(experiment, folder, samples, noise, labels, real, sampling, out)
+  _pictures(experiment, samplers, samples, noise, labels, real, out)
   print(table)
   print(f"wrote {out}/evaluation.json, evaluation.md and samples.png")
   return report
 
 
-def draw_all(
-  experiment: Experiment,
-  folder: str | os.PathLike,
-  settings: EvaluateSettings,
-  sampling: SampleSettings,
-  noise: np.ndarray,
-  labels: np.ndarray,
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-  """Samples and images per second of every sampler: "teacher 4", "student 1", ..."""
-  params = load_params(f"{folder}/{workdir.CHECKPOINTS}")
-  if experiment.teacher is None:
-    teacher_params, velocity, shift = (
-      params,
-      experiment.velocity,
-      experiment.config.objective.get("shift", 1.0),
-    )
-  else:
-    assert experiment.imitation is not None
-    teacher_params, velocity = experiment.teacher.params, experiment.teacher.velocity
+def teacher_samplers(experiment: Experiment, folder: str | os.PathLike, settings: EvaluateSettings) -> list[Sampler]:
+  """The teacher at all its numbers of Euler steps; the run itself if it is a teacher's."""
+  if experiment.imitation is not None and experiment.teacher is not None:
+    params, velocity = experiment.teacher.params, experiment.teacher.velocity
     shift = experiment.imitation.shift
-  runs = {
-    f"teacher {n}": functools.partial(make_teacher_sampler(velocity, n, shift), teacher_params)
-    for n in settings.teacher_steps
-  }
-  if experiment.teacher is not None:
-    key = jax.random.key(settings.seed + 1)
-    for n in sampling.nfe:
-      student = functools.partial(make_sampler(experiment, sampling, n), params)
-      runs[f"student {n}"] = lambda x, c, run=student: run(x, c, key)
-  samples, speed = {}, {}
-  for name, run in runs.items():
-    print(f"sampling: {name}", flush=True)
-    size = min(sampling.batch_size, len(noise))
-    jax.block_until_ready(run(noise[:size], labels[:size]))  # compiles
-    start = time.perf_counter()
-    samples[name] = in_batches(run, sampling.batch_size, noise, labels)
-    batches = -(-len(noise) // size)
-    speed[name] = batches * size / (time.perf_counter() - start)
-  return samples, speed
-
-
-def pictures(experiment, folder, samples, noise, labels, real, sampling, out: pathlib.Path) -> None:
-  """samples.png: data, teacher and student; for 2-D data trajectories.png as well."""
-  titles = {}
-  for name, x in samples.items():
-    who, n = name.split()
-    if who == "student" or n in ("1", "4", str(REFERENCE_STEPS)):
-      titles[f"{who}, {n} {'NFE' if who == 'student' else 'step' + 's' * (n != '1')}"] = x
-  order = sorted(titles, key=lambda t: (t.startswith("student"), -int(t.split()[1])))
-  if experiment.dataset.shape == (2,):
-    figures.scatter_panels(out / "samples.png", {"data": real} | {t: titles[t] for t in order})
-    figures.trajectory_plot(
-      out / "trajectories.png",
-      real,
-      trajectories(experiment, folder, noise[:64], labels[:64], sampling),
-    )
-    return
-  count = max(10, min(experiment.dataset.num_classes, 12))
-  save_picture(experiment, {t: titles[t][:count] for t in order}, labels[:count], out / "samples.png")
-
-
-def trajectories(experiment, folder, noise, labels, sampling: SampleSettings) -> dict[str, np.ndarray]:
-  """Paths (steps + 1, n, 2) of the teacher and of the student's policies from the same noise."""
-  params = load_params(f"{folder}/{workdir.CHECKPOINTS}")
-  if experiment.teacher is None:
-    velocity, shift = experiment.velocity(params), experiment.config.objective.get("shift", 1.0)
   else:
-    velocity, shift = (
-      experiment.teacher.velocity(experiment.teacher.params),
-      experiment.imitation.shift,
+    params, velocity = load_params(f"{folder}/{workdir.CHECKPOINTS}"), experiment.velocity
+    shift = experiment.config.objective.shift
+
+  def make(steps):
+    def walk(params, noise, labels, trajectory):
+      return sample_teacher(velocity(params), noise, labels, steps=steps, shift=shift, trajectory=trajectory)
+
+    jitted = jax.jit(walk, static_argnames="trajectory")
+    return Sampler(
+      _teacher_name(steps),
+      steps,
+      lambda x, c: jitted(params, x, c, trajectory=False),
+      lambda x, c: np.asarray(jitted(params, x, c, trajectory=True)),
     )
-  walk = functools.partial(sample_teacher, velocity, noise, labels, steps=REFERENCE_STEPS, shift=shift, trajectory=True)
-  panels = {f"teacher, {REFERENCE_STEPS} steps": np.asarray(jax.jit(walk)())}
-  if experiment.imitation is None:
-    return panels
-  student = experiment.student(params)
-  for nfe in sampling.nfe:
-    x, states = noise, [noise]
-    grid = segment_grid(nfe, experiment.imitation.final_scale)
-    for r_start, r_end in itertools.pairwise(grid):
-      t = np.full(len(x), shift_time(r_start, shift), np.float32)
-      policy = student(x, t, labels)
-      for r in np.linspace(r_start, r_end, max(round(32 / nfe), 2) + 1)[1:]:
-        roll = lambda p, x, a=r_start, b=r: rollout(p, x, a, b, shift=shift, method=sampling.method)
-        states.append(np.asarray(jax.vmap(roll)(policy, x)))
-      x = states[-1]
-    panels[f"student, {nfe} NFE"] = np.stack(states)
-  return panels
+
+  return [make(steps) for steps in settings.teacher_steps]
 
 
-def _frechet(name, x, reference, real, settings) -> dict[str, Any]:
-  """Distance to the real data, and its ratio to the reference's; nothing where N is too small for the space."""
-  try:
-    if x is reference or np.array_equal(x, reference):
-      return {name: metrics.frechet_distance(x, real), f"{name}_ratio": 1.0}
-    pair = metrics.paired_bootstrap(metrics.frechet_distance, x, reference, real, num_resamples=settings.num_resamples)
-  except ValueError:
-    if name == "fd":
-      raise
-    return {}  # many more pixels than samples: the features' distance stands alone
+def student_samplers(experiment: Experiment, folder: str | os.PathLike, settings: EvaluateSettings) -> list[Sampler]:
+  """The student of a run at its numbers of evaluations."""
+  sampling = call(SampleSettings, "sample", experiment.config.sample)
+  params = load_params(f"{folder}/{workdir.CHECKPOINTS}")
+  key = jax.random.key(settings.seed + 1)
+
+  def make(nfe):
+    run = make_sampler(experiment, sampling, nfe)
+    path = functools.partial(trajectory, experiment, params, nfe)
+    return Sampler(f"student, {nfe} NFE", nfe, lambda x, c: run(params, x, c, key), path, is_student=True)
+
+  return [make(nfe) for nfe in evaluations(experiment, sampling)]
+
+
+def trajectory(experiment: Experiment, params: Any, nfe: int, noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """States (steps + 1, B, *space, C) along the student's policies, without stochastic steps."""
+  imitation = experiment.imitation
+  assert imitation is not None
+  student, states = experiment.student(params), [noise]
+  for r_start, r_end in itertools.pairwise(segment_grid(nfe, imitation.final_scale)):
+    source = states[-1]
+    policy = student(source, np.full(len(noise), shift_time(r_start, imitation.shift), np.float32), labels)
+    for r in np.linspace(r_start, r_end, max(32 // nfe, 2) + 1)[1:]:
+      roll = lambda p, x, a=r_start, b=r: rollout(p, x, a, b, shift=imitation.shift)
+      states.append(np.asarray(jax.vmap(roll)(policy, source)))
+  return np.stack(states)
+
+
+def _teacher_name(steps: int) -> str:
+  return f"teacher, {steps} step{'s' * (steps != 1)}"
+
+
+def _draw(sampler: Sampler, batch_size: int, noise: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+  """Samples, and images per second once compiled."""
+  size = min(batch_size, len(noise))
+  jax.block_until_ready(sampler.run(noise[:size], labels[:size]))
+  start = time.perf_counter()
+  samples = in_batches(sampler.run, batch_size, noise, labels)
+  return samples, -(-len(noise) // size) * size / (time.perf_counter() - start)
+
+
+def _pictures(experiment, samplers, samples, noise, labels, real, out: pathlib.Path) -> None:
+  """samples.png: teacher and students; for 2-D data trajectories.png as well."""
+  shown = [s for s in samplers if s.is_student or s.nfe in (1, YARDSTICK_STEPS, REFERENCE_STEPS)]
+  shown.sort(key=lambda s: (s.is_student, -s.nfe))
+  if experiment.dataset.shape == (2,):
+    figures.scatter_panels(out / "samples.png", {"data": real} | {s.name: samples[s.name] for s in shown})
+    paths = [s for s in shown if s.is_student or s.nfe == REFERENCE_STEPS]
+    figures.trajectory_plot(out / "trajectories.png", real, {s.name: s.path(noise[:64], labels[:64]) for s in paths})
+    return
+  count = min(len(noise), max(10, min(experiment.dataset.num_classes, 12)))
+  save_picture(experiment, {s.name: samples[s.name][:count] for s in shown}, labels[:count], out / "samples.png")
+
+
+def _frechet(name, space, x, reference, real, settings) -> dict[str, Any]:
+  """Distance to the real data and its ratio to the reference's; nothing for pixels where there are too few samples."""
+  real = space(real)
+  if name != "fd" and min(len(x), len(real)) < metrics.SAMPLES_PER_FEATURE * real.shape[1]:
+    return {}
+  if x is reference:
+    return {name: metrics.frechet_distance(space(x), real), f"{name}_ratio": 1.0}
+  pair = metrics.paired_bootstrap(
+    metrics.frechet_distance, space(x), space(reference), real, num_resamples=settings.num_resamples
+  )
   return {name: pair.value, f"{name}_ratio": (pair.ratio, pair.standard_error)}
 
 
@@ -239,26 +250,28 @@ def _check_count(count: int, dimension: int) -> None:
   fewest = metrics.SAMPLES_PER_FEATURE * dimension
   if count < fewest:
     raise ValueError(
-      f"config.evaluate.num_samples: a Fréchet distance in {dimension} features needs at least {fewest} samples, got {count}"
+      f"config.evaluate.num_samples: a Fréchet distance in {dimension} features needs at least {fewest} samples, "
+      f"got {count}"
     )
 
 
-def _real(dataset: data.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Real examples to compare with: the whole set, or 10 times the samples of an endless or large one."""
-  limit = 10 * count
-  return data.examples(dataset, min(dataset.num_records or limit, limit))
+def _check_teachers(experiments: dict[Any, Experiment]) -> None:
+  teachers = {name: os.path.realpath(_teacher_folder(one, name)) for name, one in experiments.items()}
+  if len(set(teachers.values())) > 1:
+    listing = "".join(f"\n  {name}: {teacher}" for name, teacher in teachers.items())
+    raise ValueError(f"runs that are compared must share a teacher, got:{listing}")
 
 
-def _owner(experiment: Experiment, folder: str | os.PathLike) -> str | os.PathLike:
-  """The teacher's folder: all students of a teacher are measured with one classifier, kept there."""
+def _teacher_folder(experiment: Experiment, folder: str | os.PathLike) -> str | os.PathLike:
   return experiment.teacher.workdir if experiment.teacher else folder
 
 
 def _classifier(experiment, settings, real, real_labels, folder) -> Classifier | None:
+  """The data set's classifier; kept in the teacher's folder, so that all its students are measured alike."""
   dataset = experiment.dataset
   if len(dataset.shape) != 3 or dataset.num_classes < 2:
     return None
-  path = pathlib.Path(folder) / "evaluation" / "classifier.npz"
+  path = pathlib.Path(_teacher_folder(experiment, folder)) / "evaluation" / "classifier.npz"
   if path.exists():
     return Classifier.load(path, image_shape=dataset.shape, num_classes=dataset.num_classes)
   print("training the classifier that features and class accuracy are measured with", flush=True)

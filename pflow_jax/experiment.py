@@ -145,10 +145,6 @@ def build(config: ConfigDict) -> Experiment:
     loss_fn = _flow_matching(network, dataset, call(FlowMatching, "objective", objective))
     return Experiment(config, dataset, network, None, None, loss_fn)
   imitation = call(Imitation, "objective", objective)
-  if isinstance(network.head, heads.DXHead) and len(imitation.nfes) > 1:
-    raise ValueError(
-      f"config.objective.nfe: a DX policy's grid spans one length of segment, got several: {imitation.nfes}"
-    )
   teacher = load_teacher(config, dataset)
   loss_fn = make_loss(network, teacher, imitation)
   return Experiment(config, dataset, network, teacher, imitation, loss_fn)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pflow_jax import figures, guidance, workdir
+from pflow_jax import figures, workdir
 from pflow_jax.checkpoint import load_params
 from pflow_jax.experiment import Experiment, build, call
 from pflow_jax.policies import auto_temperature
@@ -25,10 +25,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-  """The section `sample` of a config; what is not given comes from the objective.
+  """The section `sample` of a config.
 
   Attributes:
-    nfe: numbers of network evaluations of a student (of Euler steps, for a teacher's run).
+    nfe: numbers of network evaluations to sample with; () is the one that a student was trained for, or 128 Euler steps of
+      a teacher.
     h: noise level between segments, 0 is deterministic.
     temperature: of the policies of every segment but the last.
     auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
@@ -36,7 +37,7 @@ class SampleSettings:
     batch_size: samples at a time.
   """
 
-  nfe: tuple[int, ...] = (1, 2, 4)
+  nfe: tuple[int, ...] = ()
   h: float = 0.0
   temperature: float = 1.0
   auto_temperature: bool = False
@@ -45,8 +46,15 @@ class SampleSettings:
   batch_size: int = 256
 
   def __post_init__(self):
-    if not self.nfe or min(self.nfe) < 1:
+    if min(self.nfe, default=1) < 1:
       raise ValueError(f"config.sample.nfe: expected numbers of at least 1, got {self.nfe}")
+
+
+def evaluations(experiment: Experiment, settings: SampleSettings) -> tuple[int, ...]:
+  """The numbers of network evaluations that `settings.nfe` stands for."""
+  if settings.nfe:
+    return tuple(settings.nfe)
+  return (experiment.imitation.nfe if experiment.imitation else 128,)
 
 
 def make_sampler(
@@ -57,7 +65,7 @@ def make_sampler(
   @jax.jit
   def run(params, noise, labels, key):
     if experiment.imitation is None:
-      shift = experiment.config.objective.get("shift", 1.0)
+      shift = experiment.config.objective.shift
       return sample_teacher(experiment.velocity(params), noise, labels, key, steps=nfe, shift=shift, h=settings.h)
     imitation = experiment.imitation
     warm = auto_temperature(nfe) if settings.auto_temperature else settings.temperature
@@ -74,18 +82,6 @@ def make_sampler(
       substeps=settings.substeps,
       method=settings.method,
     )
-
-  return run
-
-
-def make_teacher_sampler(
-  velocity: Callable[[Any], guidance.Velocity], steps: int, shift: float
-) -> Callable[[Any, Array, Array], Array]:
-  """Jitted (params, noise, labels) -> samples with `steps` Euler steps of a teacher."""
-
-  @jax.jit
-  def run(params, noise, labels):
-    return sample_teacher(velocity(params), noise, labels, steps=steps, shift=shift)
 
   return run
 
@@ -132,7 +128,7 @@ def preview(experiment: Experiment, config: ConfigDict, columns: int = 10) -> Ca
   settings = call(SampleSettings, "sample", config.sample)
   count = 4096 if experiment.dataset.shape == (2,) else columns
   noise, labels = draw_noise(experiment, count, seed=0)
-  samplers = {f"{n} NFE": make_sampler(experiment, settings, n) for n in settings.nfe}
+  samplers = {f"{n} NFE": make_sampler(experiment, settings, n) for n in evaluations(experiment, settings)}
 
   def draw(params, path):
     key = jax.random.key(0)
@@ -157,7 +153,7 @@ def sample(
   """Samples of the run in `folder`: <out>.npz with x0 and label, and <out>.png.
 
   Args:
-    num: number of samples.   nfe: network evaluations; by default all of config.sample.nfe.
+    num: number of samples.   nfe: network evaluations; by default those of config.sample.nfe.
     labels: classes, repeated; by default all in turn.   which: "ema" or "params".
     out: path without its ending; by default <folder>/samples/seed<seed>.
   Returns: the path of the picture.
@@ -169,7 +165,7 @@ def sample(
   params = load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which)  # type: ignore[arg-type]
   noise, classes = draw_noise(experiment, num, seed, labels)
   rows = {}
-  for n in (nfe,) if nfe else settings.nfe:
+  for n in (nfe,) if nfe else evaluations(experiment, settings):
     run = functools.partial(make_sampler(experiment, settings, n), params)
     # One key a sample, so that slicing gives every batch its own.
     keys = jax.random.split(jax.random.key(seed + 1), num)

@@ -51,9 +51,16 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   if not path.exists():
     raise ValueError(f"no run in {workdir}: expected the file {CONFIG} that `pflow train --workdir {workdir}` writes")
   try:
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(_with_tuples(json.loads(path.read_text())))
   except ValueError as error:
     raise ValueError(f"{path} is not valid JSON ({error}); restore it, or start a new run") from error
+
+
+def _with_tuples(value: Any) -> Any:
+  """JSON's lists as tuples, which config flags can override."""
+  if isinstance(value, dict):
+    return {key: _with_tuples(inner) for key, inner in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def claim(workdir: str | os.PathLike, config: ConfigDict, *, write: bool = True) -> None:
@@ -66,7 +73,7 @@ def claim(workdir: str | os.PathLike, config: ConfigDict, *, write: bool = True)
   folder, new = epath.Path(workdir), as_plain(config)
   path = folder / CONFIG
   if path.exists():
-    old_flat, new_flat = flatten(load_config(workdir).to_dict()), flatten(new)
+    old_flat, new_flat = flatten(as_plain(load_config(workdir))), flatten(new)
     missing = "(absent)"
     differing = [
       f"  {key}: the run has {old_flat.get(key, missing)!r}, now {new_flat.get(key, missing)!r}"

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy
 
@@ -50,3 +51,14 @@ def toy_gradients(file):
     "ls": jnp.asarray(file["out_grad_ls"]).reshape(()),
     "lg": jnp.asarray(file["out_grad_lg"])[0, :, 0],
   }
+
+
+def gm_outputs(file, means="in_means", logits="in_logweights", log_std="in_logstds"):
+  """A file's arrays as `GMFlowPolicy.create` takes them, batched."""
+  return channels_last(file[means]), jnp.asarray(file[logits])[:, :, 0], jnp.asarray(file[log_std]).reshape(-1)
+
+
+def assert_close(actual, expected, rtol, atol=0.0):
+  """Compares to `rtol` of the largest expected magnitude."""
+  scale = float(np.max(np.abs(expected)))
+  np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol + rtol * scale)

@@ -52,7 +52,6 @@ def test_sections_that_do_not_belong_together_are_refused(teacher_run, student_r
   refused("holds a student", teacher=student_run)
   refused("no run in", teacher="/nonexistent")
   refused("trained on other data", data=dict(name="digits", held_out=10))
-  refused("one length of segment", variant="dx", objective=dict(nfe=(1, 2)))
   refused("does not train the policy 'velocity'", policy=dict(kind="velocity"))
   refused("does not train the policy 'gmflow'", objective=dict(kind="flow_matching"))
   refused("expected one of", objective=dict(kind="gan"))

@@ -105,7 +105,7 @@ def test_resumed_run_is_the_undisturbed_run_to_the_bit(tmp_path, teacher_run, ob
   def run(steps, folder):
     config = quick("digits", "gmflow", teacher_run, steps=steps)
     config.optimizer.schedule = "constant"  # a cosine would depend on the number of steps
-    config.objective.update(kind=objective, nfe=(2,))
+    config.objective.update(kind=objective, nfe=2)
     return train(config, tmp_path / folder)
 
   whole = run(4, "whole")

@@ -29,8 +29,7 @@ class Imitation:
   """Settings of π-ID.
 
   Attributes:
-    nfe: network evaluations the student is trained for. In data mode several may be given, (1, 2, 4): every example draws one
-      of them and a single student serves all.
+    nfe: network evaluations the student is trained for.
     final_scale: length of the last segment relative to the others.
     shift: time shift m.
     num_states: M, teacher evaluations a segment.
@@ -41,7 +40,7 @@ class Imitation:
     substeps, method: of the rollouts, see `rollout`; "euler" reproduces the PyTorch release.
   """
 
-  nfe: int | tuple[int, ...] = (1,)
+  nfe: int = 1
   final_scale: float = 1.0
   shift: float = 1.0
   num_states: int = 2
@@ -53,8 +52,7 @@ class Imitation:
   method: str = "auto"
 
   def __post_init__(self):
-    for nfe in self.nfes:
-      segment_length(nfe, self.final_scale)  # raises on bad values
+    segment_length(self.nfe, self.final_scale)  # raises on bad values
     if self.num_states < 1:
       raise ValueError(f"num_states: expected at least 1, got {self.num_states}")
     if self.window < 0:
@@ -65,19 +63,14 @@ class Imitation:
       raise ValueError(f"ratio_decay: expected at least 0 steps, got {self.ratio_decay}")
 
   @property
-  def nfes(self) -> tuple[int, ...]:
-    return tuple(self.nfe) if isinstance(self.nfe, (tuple, list)) else (self.nfe,)
-
-  @property
   def max_segment(self) -> float:
     """Longest segment, in schedule time."""
-    return max(segment_length(nfe, self.final_scale) for nfe in self.nfes)
+    return segment_length(self.nfe, self.final_scale)
 
   @property
   def max_window(self) -> float:
     """Longest window, in schedule time."""
-    lengths = [segment_length(nfe, self.final_scale) for nfe in self.nfes]
-    lengths += [length * self.final_scale for length in lengths]
+    lengths = [self.max_segment, self.max_segment * self.final_scale]
     return max(float(_window(length, self.window, np)) for length in lengths)
 
   def teacher_ratio(self, step: Array) -> Array | float:
@@ -194,8 +187,8 @@ def imitation_loss(
   Returns: loss per example (B,), and metrics.
   """
   key_source, key_draw = jax.random.split(key)
-  uniform, noise, choice = draw_source(key_source, x0, settings)
-  r, length = choose_segment(uniform, choice, settings)
+  uniform, noise = draw_source(key_source, x0)
+  r, length = sample_segment(uniform, settings.nfe, settings.final_scale)
   t = shift_time(r, settings.shift)
   x = x0 + _wide(t, x0) * (noise - x0)
   policy = student(x, t, cond)
@@ -218,11 +211,9 @@ def imitation_loss_data_free(
 
   Arguments and result as for `imitation_loss`, but for `noise`, the states at t = 1. Segments are weighted by their length.
   """
-  if len(settings.nfes) != 1:
-    raise ValueError(f"data-free imitation walks one grid: nfe must be one number, got {settings.nfe}")
   batch, total, x = noise.shape[0], jnp.zeros(noise.shape[:1], noise.dtype), noise
   ratio = settings.teacher_ratio(step)
-  grid = segment_grid(settings.nfes[0], settings.final_scale)
+  grid = segment_grid(settings.nfe, settings.final_scale)
   for i, (r, r_next) in enumerate(itertools.pairwise(grid)):
     r_s, length = (jnp.full((batch,), value, noise.dtype) for value in (r, r - r_next))
     policy = student(x, shift_time(r_s, settings.shift), cond)
@@ -232,26 +223,10 @@ def imitation_loss_data_free(
   return total, {"teacher_ratio": jnp.asarray(ratio)}
 
 
-def draw_source(key: Array, x0: Array, settings: Imitation) -> tuple[Array, Array, Array]:
-  """Uniform numbers (B,) for the source's time, its noise (like x0), and the choice (B,) of a grid."""
-  key_time, key_noise, key_choice = jax.random.split(key, 3)
-  batch = x0.shape[:1]
-  return (
-    jax.random.uniform(key_time, batch),
-    jax.random.normal(key_noise, x0.shape, x0.dtype),
-    jax.random.randint(key_choice, batch, 0, len(settings.nfes)),
-  )
-
-
-def choose_segment(uniform: Array, choice: Array, settings: Imitation) -> tuple[Array, Array]:
-  """Source and length (B,) of a segment of the grid that `choice` (B,) names among `settings.nfes`."""
-  drawn = [sample_segment(uniform, nfe, settings.final_scale) for nfe in settings.nfes]
-  r, length = (jnp.stack(values) for values in zip(*drawn, strict=True))
-  pick = choice[None, :]
-  return (
-    jnp.take_along_axis(r, pick, axis=0)[0],
-    jnp.take_along_axis(length, pick, axis=0)[0],
-  )
+def draw_source(key: Array, x0: Array) -> tuple[Array, Array]:
+  """Uniform numbers (B,) for the sources' times, and their noise, like x0."""
+  key_time, key_noise = jax.random.split(key)
+  return jax.random.uniform(key_time, x0.shape[:1]), jax.random.normal(key_noise, x0.shape, x0.dtype)
 
 
 def _window(length, substeps: float, xp=jnp):

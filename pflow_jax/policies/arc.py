@@ -78,7 +78,8 @@ class ArcPolicy(Mixture):
 def phi(z: Array) -> Array:
   """(exp(z) - 1) / z, 1 at 0, with derivatives that stay right near 0.
 
-  expm1(z) / z is accurate, but its derivative cancels: a series replaces it for |z| < 0.1, where nine terms reach float64.
+  expm1(z) / z is accurate, but its derivative cancels: a series replaces it for |z| < 0.1, where nine terms reach
+  float64.
   """
   small = jnp.abs(z) < 0.1
   w = jnp.where(small, z, 0.0)

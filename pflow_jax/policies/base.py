@@ -14,8 +14,8 @@ Array = jax.Array
 class Policy:
   """Base of the policies: immutable pytrees of arrays for *one* sample; batch with `jax.vmap`.
 
-  A policy is predicted by one evaluation of the student at (x_s, t_s) and stands in for the network from there on. Integrators
-  and objectives use what is declared here and nothing else.
+  A policy is predicted by one evaluation of the student at (x_s, t_s) and stands in for the network from there on.
+  Integrators and objectives use what is declared here and nothing else.
   """
 
   num_components: int = 0

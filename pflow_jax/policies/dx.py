@@ -18,11 +18,12 @@ BASES = ("grid", "polynomial")
 class DXPolicy(Policy):
   """Posterior mean that depends on time alone: x0(r) = sum_i weight_i(r) X_i.
 
-  grid: piecewise linear between N denoised states on an even grid over the segment. polynomial: powers of the schedule time
-  elapsed since the source. Velocity and integral are linear in the X_i, so both are one weighted sum. Make one with
-  `DXPolicy.create`.
+  grid: piecewise linear between N denoised states on an even grid over the segment. polynomial: powers of the
+  schedule time elapsed since the source. Velocity and integral are linear in the X_i, so both are one weighted sum.
+  Make one with `DXPolicy.create`.
 
-  References: pi-Flow, arXiv:2510.14974, Sec. 3.2. The exact integral is this project's (the release takes Euler substeps).
+  References: pi-Flow, arXiv:2510.14974, Sec. 3.2. The exact integral is this project's (the release takes Euler
+  substeps).
   """
 
   states: Array  # (N, *space, C), data space
@@ -62,7 +63,8 @@ class DXPolicy(Policy):
     """
     if basis not in BASES:
       raise ValueError(f"basis: expected one of {BASES}, got {basis!r}")
-    x_s, t_s, coefficients, segment, shift = as_float(x_s, t_s, coefficients, segment, shift)
+    x_s, t_s, coefficients = as_float(x_s, t_s, coefficients)
+    segment, shift = (jnp.asarray(a, x_s.dtype) for a in (segment, shift))
     check_source(x_s, t_s)
     if coefficients.ndim != x_s.ndim + 1 or coefficients.shape[0] < 1:
       raise ValueError(
@@ -111,7 +113,10 @@ class DXPolicy(Policy):
 
   def posterior_mean(self, t: Array) -> Array:
     """The denoised state at flow time `t` (), in [0, t_s]; returns (*space, C)."""
-    return jnp.tensordot(self._weights(unshift_time(t, self.shift)), self.states, axes=1)
+    return self._weighted(self._weights(unshift_time(t, self.shift)))
+
+  def _weighted(self, weights: Array) -> Array:
+    return jnp.tensordot(weights, self.states, axes=1, precision="highest")
 
   def velocity(self, x: Array, t: Array) -> Array:
     return (x - self.posterior_mean(t)) / jnp.maximum(t, self.eps)
@@ -119,12 +124,13 @@ class DXPolicy(Policy):
   def integrate(self, x: Array, t: Array, s: Array) -> Array:
     """Exact solution at `s` from `x` at `t`.
 
-    In y = x / t and lambda = 1 / t the equation reads dy/dlambda = x0, so x(s) = (s / t) x + s * integral of x0 dlambda, a
-    weighted sum of the states. dlambda = -dr / (m r^2), and s * (...) stays finite at s = 0.
+    In y = x / t and lambda = 1 / t the equation reads dy/dlambda = x0, so x(s) = (s / t) x + s * integral of x0
+    dlambda, a weighted sum of the states. dlambda = -dr / (m r^2), and s * (...) stays finite at s = 0.
     """
-    t = jnp.maximum(t, self.eps)
+    from_t = jnp.maximum(t, self.eps)
     integral = self._integral_powers if self.basis == "polynomial" else self._integral_grid
-    return (s / t) * x + jnp.tensordot(integral(t, s), self.states, axes=1)
+    x_s = (s / from_t) * x + self._weighted(integral(from_t, s))
+    return jnp.where(t > s, x_s, x)
 
   def _integral_grid(self, t: Array, s: Array) -> Array:
     """Weights (N,): s times the integral of each hat function over lambda, from `t` to `s`."""
@@ -139,9 +145,9 @@ class DXPolicy(Policy):
     low, high = edges[:-1], edges[1:]
     t_low, t_high = shift_time(low, m), shift_time(high, m)
     safe_low = jnp.where(low > 0, low, 1.0)
-    # s * dlambda over the cell; s / t_low is 1 in the cell that ends at s, also when s is 0.
-    s_over_low = jnp.where(t_low > s, s / jnp.where(t_low > 0, t_low, 1.0), 1.0)
-    span = s_over_low - s / t_high
+    # s * dlambda over the cell; s / t is 1 in the cell that ends at s, also when s is 0.
+    s_over_low, s_over_high = (jnp.where(u > s, s / jnp.where(u > 0, u, 1.0), 1.0) for u in (t_low, t_high))
+    span = s_over_low - s_over_high
     # s * integral of (r - high) dlambda = s (log1p(z) - z) / m, z = high / low - 1
     z = jnp.where(low > 0, (high - low) / safe_low, 0.0)
     tail = jnp.where(low > 0, s * _log1p_minus_identity(z) / m, -s_over_low * high * (m + (1 - m) * t_low) / m)

@@ -79,7 +79,7 @@ def test_data_loss_matches_the_release(golden, monkeypatch):
   file = golden("forward_train_data_GM_2nfe")
   settings = Imitation(nfe=2, num_states=2, dropout=0.05, loss_scale=3.0, method="euler")
   x0 = channels_last(file["in_x0"])
-  source = (jnp.asarray(file["rng_t"]), channels_last(file["rng_noise"]), jnp.zeros(4, int))
+  source = (jnp.asarray(file["rng_t"]), channels_last(file["rng_noise"]))
   monkeypatch.setattr(imitation, "draw_source", lambda *_: source)
   monkeypatch.setattr(imitation, "draw", lambda *_: draws_of(file, 4))
 
@@ -156,21 +156,9 @@ def test_no_gradient_reaches_the_teacher_or_the_detached_rollout(golden):
   assert loss(1.0) != loss(1.1)
 
 
-def test_several_nfe_share_a_student():
-  settings = Imitation(nfe=(1, 2, 4))
-  uniform = jnp.linspace(0.0, 0.999, 64)
-  r, length = imitation.choose_segment(uniform, jnp.tile(jnp.arange(4) % 3, 16), settings)
-  pairs = {(round(float(a), 4), round(float(b), 4)) for a, b in zip(r, length, strict=True)}
-  assert (1.0, 1.0) in pairs
-  assert {(1.0, 0.5), (0.5, 0.5)} <= pairs
-  assert {(1.0, 0.25), (0.75, 0.25), (0.5, 0.25), (0.25, 0.25)} <= pairs
-  assert len(pairs) == 7
-
-
 def test_settings_refuse_bad_values():
   for bad in (
     dict(nfe=0),
-    dict(nfe=(1, 0)),
     dict(final_scale=0.0),
     dict(num_states=0),
     dict(window=-1),
@@ -179,9 +167,6 @@ def test_settings_refuse_bad_values():
   ):
     with pytest.raises(ValueError, match=next(iter(bad))):
       Imitation(**bad)
-  settings = Imitation(nfe=(1, 2))
-  with pytest.raises(ValueError, match="one number"):
-    imitation.imitation_loss_data_free(None, None, jnp.zeros((1, 2)), None, None, 0, settings)
 
 
 def test_ratio_decays_linearly():

@@ -1,0 +1,54 @@
+"""The command line: whole commands, and what a mistake looks like."""
+
+import pytest
+
+from tests.programs import pflow
+
+
+def test_train_sample_evaluate_one_step_at_a_time(tmp_path):
+  teacher, student = tmp_path / "teacher", tmp_path / "student"
+  run = pflow("train", "--config=configs/digits.py:teacher,quicktest", "--workdir", teacher)
+  assert "head/proj_out/kernel" in run.stdout, "the parameter table"
+  assert "3/3" in run.stdout
+  flags = [f"--config.teacher.workdir={teacher}", "--config.train.steps=2", f"--workdir={student}"]
+  pflow("train", "--config=configs/digits.py:gmflow,quicktest", *flags)
+  run = pflow("evaluate", "--workdir", student, "--config.sample.nfe=(2, 3)")
+  assert "student, 3 NFE" in run.stdout
+  assert "student, 1 NFE" not in run.stdout
+  run = pflow("sample", "--workdir", student, "--num", 4, "--nfe", 2, "--labels", "3,5", "--out", tmp_path / "s")
+  assert (tmp_path / "s.png").exists()
+  assert (tmp_path / "s.npz").exists()
+
+
+MISTAKES = {
+  "no command": (["trian"], "no command 'trian'"),
+  "no workdir": (["train", "--config=configs/digits.py"], "workdir"),
+  "no config": (["train", "--workdir=x"], "config"),
+  "unknown flag": (["sample", "--workdir=x", "--nun=3"], "pflow"),
+  "unknown variant": (["train", "--config=configs/digits.py:techer", "--workdir=x"], "'teacher'"),
+  "misspelt key": (["train", "--config=configs/digits.py", "--workdir=x", "--config.train.stepps=1"], "steps"),
+  "wrong type": (["train", "--config=configs/digits.py", "--workdir=x", "--config.train.steps=many"], "steps"),
+  "no teacher": (["train", "--config=configs/digits.py:gmflow", "--workdir=x"], "train a teacher first"),
+  "no run": (["evaluate", "--workdir=/nonexistent"], "pflow train"),
+  "stray word": (["train", "--config=configs/digits.py", "--workdir=x", "now"], "'now'"),
+}
+
+
+@pytest.mark.parametrize("name", list(MISTAKES))
+def test_mistakes_end_in_a_message_without_a_traceback(name, tmp_path, monkeypatch, capsys):
+  from pflow_jax.cli import main
+
+  args, expected = MISTAKES[name]
+  args = [a.replace("--workdir=x", f"--workdir={tmp_path}/x") for a in args]
+  with pytest.raises(SystemExit) as exit_:
+    main(args)
+  assert expected in str(exit_.value)
+  assert not (tmp_path / "x").exists()
+
+
+def test_help_names_the_commands(capsys):
+  from pflow_jax.cli import main
+
+  main([])
+  shown = capsys.readouterr().out
+  assert all(name in shown for name in ("train", "sample", "evaluate", "data"))

@@ -1,0 +1,109 @@
+"""The evaluation of tiny runs: files, numbers that must agree, refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from pflow_jax.evaluate import evaluate
+from pflow_jax.train import train
+from pflow_jax.workdir import load_config
+from tests.programs import quick
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@pytest.fixture(scope="module")
+def report(student_run):
+  import jax
+
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    config = load_config(student_run)
+    config.sample.nfe = (1, 2)
+    return evaluate(config, student_run)
+
+
+def test_rows_and_files(report, student_run, teacher_run):
+  folder = student_run / "evaluation"
+  assert json.loads((folder / "evaluation.json").read_text()) == json.loads(json.dumps(report))
+  names = [row["name"] for row in report["rows"]]
+  assert names == ["teacher, 4 steps", "teacher, 128 steps", "student, 1 NFE", "student, 2 NFE"]
+  table = (folder / "evaluation.md").read_text()
+  assert all(name in table for name in names)
+  assert (folder / "samples.png").stat().st_size > 5000
+  assert (teacher_run / "evaluation" / "classifier.npz").exists(), "kept with the teacher, for all its students"
+
+
+def test_yardsticks_are_one_and_nothing_is_missing(report):
+  rows = {row["name"]: row for row in report["rows"]}
+  assert rows["teacher, 4 steps"]["alignment_ratio"][0] == 1.0
+  assert rows["teacher, 128 steps"]["fd_ratio"] == rows["teacher, 128 steps"]["diversity_ratio"] == 1.0
+  assert "alignment" not in rows["teacher, 128 steps"]
+  for name in ("student, 1 NFE", "student, 2 NFE"):
+    row = rows[name]
+    keys = ("alignment", "alignment_ratio", "fd", "fd_ratio", "fd_pixels_ratio", "diversity", "precision", "recall")
+    assert all(np.all(np.isfinite(row[key])) for key in (*keys, "accuracy", "images_per_second"))
+
+
+def test_student_that_is_its_teacher_is_measured_as_such(teacher_run, tmp_path):
+  """An untrained student, without noise on its biases and with hardly any variance, is the teacher's one Euler step."""
+  config = quick("digits", "gmflow", teacher_run, steps=1)
+  config.teacher.bias_noise = 0.0
+  config.policy.log_std = -10.0
+  config.optimizer.update(learning_rate=1e-30, schedule="constant")
+  config.evaluate.teacher_steps = (1, 4, 128)
+  config.sample.nfe = (1,)
+  train(config, tmp_path)
+  rows = {row["name"]: row for row in evaluate(load_config(tmp_path), tmp_path)["rows"]}
+  for key in ("alignment", "fd", "diversity"):
+    np.testing.assert_allclose(rows["student, 1 NFE"][key], rows["teacher, 1 step"][key], rtol=1e-2)
+
+
+def test_students_of_one_teacher_share_a_table(student_run, teacher_run, tmp_path):
+  config = quick("digits", "gmflow", teacher_run, steps=2)
+  config.objective.nfe = 2
+  train(config, tmp_path / "two")
+  report = evaluate(load_config(student_run), student_run, others=[tmp_path / "two"], out=tmp_path / "both")
+  names = [row["name"] for row in report["rows"]]
+  assert names[-2:] == ["student, 1 NFE", "student, 2 NFE"]
+  train(quick("digits", "teacher", steps=2), tmp_path / "teacher")
+  train(quick("digits", "gmflow", tmp_path / "teacher", steps=2), tmp_path / "stranger")
+  with pytest.raises(ValueError, match=r"(?s)share a teacher.*stranger"):
+    evaluate(load_config(student_run), student_run, others=[tmp_path / "stranger"])
+
+
+def test_points_have_trajectories_and_no_classifier(tmp_path):
+  train(quick("checkerboard", "teacher"), tmp_path / "teacher")
+  train(quick("checkerboard", "gmflow", tmp_path / "teacher"), tmp_path / "student")
+  report = evaluate(load_config(tmp_path / "student"), tmp_path / "student")
+  assert report["features"] == "coordinates"
+  assert all("accuracy" not in row for row in report["rows"])
+  folder = tmp_path / "student" / "evaluation"
+  assert (folder / "trajectories.png").stat().st_size > 5000
+  assert (folder / "samples.png").stat().st_size > 5000
+
+
+def test_too_few_samples_are_refused_before_any_are_drawn(student_run, capsys):
+  config = load_config(student_run)
+  config.evaluate.num_samples = 50
+  with pytest.raises(ValueError, match=r"num_samples.*at least 96.*got 50"):
+    evaluate(config, student_run)
+  assert "sampling" not in capsys.readouterr().out
+
+
+def test_yardsticks_cannot_be_left_out(student_run):
+  config = load_config(student_run)
+  config.evaluate.teacher_steps = (1, 128)
+  with pytest.raises(ValueError, match="4 and 128"):
+    evaluate(config, student_run)
+
+
+def test_damaged_classifier_is_named(student_run, teacher_run, tmp_path, report):
+  shutil.copytree(teacher_run, tmp_path / "teacher")
+  path = tmp_path / "teacher" / "evaluation" / "classifier.npz"
+  path.write_bytes(path.read_bytes()[:100])
+  config = load_config(student_run)
+  config.teacher.workdir = str(tmp_path / "teacher")
+  with pytest.raises(ValueError, match=r"classifier\.npz"):
+    evaluate(config, student_run, out=tmp_path / "out")
