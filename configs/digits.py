@@ -1,10 +1,15 @@
-"""Handwritten digits, 8x8: teacher and students in minutes on a laptop."""
+"""Handwritten digits, 8x8: a teacher in one minute and students in one to two, on two cores.
+
+pflow train --config configs/digits.py:teacher --workdir runs/teacher
+pflow train --config configs/digits.py:gmflow --workdir runs/student --config.teacher.workdir=runs/teacher
+pflow evaluate --workdir runs/student
+"""
 
 from ml_collections import ConfigDict
 
 from pflow_jax.defaults import default_config
 
-VARIANTS = ("teacher", "gmflow", "dx", "arc")
+VARIANTS = ("teacher", "gmflow", "gmflow_2nfe", "gmflow_4nfe", "gmflow_long", "dx", "arc")
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
@@ -15,20 +20,30 @@ def get_config(variant: str = "teacher") -> ConfigDict:
   config = default_config("flow_matching" if name == "teacher" else "imitation")
   config.data = dict(name="digits")
   config.model = dict(kind="dit", patch_size=2, width=64, depth=4, num_heads=4, scan_unroll=4)
-  config.train.update(steps=2500, batch_size=128, log_every=100, checkpoint_every=1000)
+  config.train.update(log_every=100, checkpoint_every=1000)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine")
   config.sample.batch_size = 500
   if name == "teacher":
     config.policy = dict(kind="velocity")
+    config.train.update(steps=2500, batch_size=128)
   else:
-    config.optimizer.learning_rate = 1e-3
+    # Many small steps: 4,000 of 64 came closer to the teacher than 1,500 of 128, and 2e-3 closer than 1e-3.
+    config.train.update(steps=3000, batch_size=64)
     config.objective.update(num_states=2, substeps=64)
-  if name == "gmflow":
+  if name.startswith("gmflow"):
     config.policy = dict(kind="gmflow", num_components=16)
     config.objective.dropout = 0.05
+  if name == "gmflow_2nfe":
+    config.objective.nfe = 2
+    config.train.steps = 1200
+  if name == "gmflow_4nfe":
+    config.objective.nfe = 4
+    config.train.steps = 1000
+  if name == "gmflow_long":
+    config.train.steps = 24_000
   if name == "dx":
     config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
-    config.objective.update(window=10.0)
+    config.objective.window = 10.0
   if name == "arc":
     config.policy = dict(kind="arc", num_components=8)
     config.objective.update(window=3.0, dropout=0.1)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on this machine.
 #
-#   launch/local.sh demo [FOLDER] [SEED]   teacher, student and evaluation on digits: what `make demo` calls
+#   launch/local.sh demo [FOLDER] [SEED]   teacher, students and evaluation on digits: what `make demo` calls
 #   launch/local.sh train FLAGS...         `pflow train` with these flags, started again when it dies, up to RESTARTS times
 #
 # A run resumes from its workdir, so starting it again loses nothing but the steps since its last checkpoint.
@@ -10,13 +10,15 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
 demo() {
-  local folder=${1:-runs/demo} seed=${2:-0} start=$SECONDS
+  local folder=${1:-runs/demo} seed=${2:-0} start=$SECONDS variant
   pflow train --config configs/digits.py:teacher --workdir "$folder/teacher" --config.seed="$seed"
-  pflow train --config configs/digits.py:gmflow --workdir "$folder/student" --config.seed="$seed" \
-    --config.teacher.workdir="$folder/teacher"
-  pflow evaluate --workdir "$folder/student"
+  for variant in gmflow gmflow_2nfe gmflow_4nfe; do
+    pflow train --config "configs/digits.py:$variant" --workdir "$folder/$variant" --config.seed="$seed" \
+      --config.teacher.workdir="$folder/teacher"
+  done
+  pflow evaluate --workdir "$folder/gmflow" --also "$folder/gmflow_2nfe" --also "$folder/gmflow_4nfe" --out "$folder"
   echo
-  echo "done in $((SECONDS - start)) s. The picture: $folder/student/evaluation/samples.png"
+  echo "done in $((SECONDS - start)) s. The picture: $folder/samples.png, the table: $folder/evaluation.md"
 }
 
 train() {

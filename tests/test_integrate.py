@@ -1,0 +1,281 @@
+"""Rollouts: against the PyTorch release, their order of convergence, and their behaviour at the edges."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pflow_jax.integrate import average_velocity, rollout
+from pflow_jax.policies import DXPolicy, Policy
+from pflow_jax.schedule import segment_grid, shift_time
+from tests import cases
+from tests.golden_layout import assert_close, channels_last, toy_params, toy_student
+
+ALL = {"gmflow": cases.gmflow, "gmflow1": functools.partial(cases.gmflow, k=1), "dx": cases.dx, "arc": cases.arc}
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.2])
+@pytest.mark.parametrize("kind", ["GM", "DX"])
+def test_euler_matches_the_release(golden, kind, shift):
+  """Whole and partial stretches of different lengths in one batch, one of no length, one that ends at the data."""
+  file = golden(f"rollout_{kind}_shift{shift}")
+  x, r_start, r_end = (
+    channels_last(file["in_x_src"]),
+    jnp.asarray(file["in_raw_start"]),
+    jnp.asarray(file["in_raw_end"]),
+  )
+  options = dict(segment=1 / 3.5, shift=3.2) if kind == "DX" else {}
+
+  @jax.jit
+  def evaluate(params):
+    policy = toy_student(params, "GM" if kind == "GM" else "DXgrid", **options)(x, shift_time(r_start, shift))
+    roll = functools.partial(rollout, shift=shift, method="euler")
+    average = functools.partial(average_velocity, shift=shift, method="euler")
+    return jax.vmap(average)(policy, x, r_start, r_end), jax.vmap(roll)(policy, x, r_start, r_end)
+
+  params = toy_params(file)
+  v, pull, end = jax.vjp(evaluate, params, has_aux=True)
+  assert_close(end, channels_last(file["out_x_end"]), 1e-9)
+  assert_close(v, channels_last(file["out_avg_u"]), 1e-9)
+  (grads,) = pull(channels_last(file["in_cotangent"]))
+  assert_close(grads["means"], channels_last(file["out_gradavg_means"])[0], 1e-9)
+  assert_close(grads["lw"], file["out_gradavg_lw"][0, :, 0], 1e-9)
+  assert_close(grads["ls"], file["out_gradavg_ls"].reshape(()), 1e-9)
+
+
+def test_one_precision_throughout():
+  """Times and shifts of another type do not leak into the state."""
+  x, policy = cases.gmflow(dtype=jnp.float32)
+  times = np.float64(1.0), np.float64(0.4)
+  for method in ("euler", "ab2", "auto"):
+    assert rollout(policy, x, *times, shift=np.float64(3.2), substeps=4, method=method).dtype == jnp.float32
+    low = rollout(policy, x.astype(jnp.bfloat16), *times, substeps=4, method=method)
+    assert low.dtype == jnp.float32
+    want = rollout(policy, x.astype(jnp.bfloat16).astype(jnp.float32), *times, substeps=4, method=method)
+    np.testing.assert_array_equal(low, want)
+
+
+def test_the_reference_is_converged():
+  """The reference of the tests below, thousands of small steps, against another method by other people."""
+  for std in (0.1, 0.3):
+    x, policy = cases.gmflow(space=(8,), std=std)
+    end = jax.jit(functools.partial(rollout, method="auto", substeps=6000))(policy, x, 1.0, 0.02)
+    np.testing.assert_allclose(end, cases.converged(policy, x, 1.0, 0.02), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "order", "counts"), [
+  ("euler", 1, (128, 256, 512, 1024)), ("ab2", 2, (128, 256, 512, 1024)), ("auto", 3, (192, 384, 768, 1536)),
+])  # fmt: skip
+@pytest.mark.parametrize("shift", [1.0, 3.2])
+def test_order_of_convergence(method, order, counts, shift):
+  x, policy = cases.gmflow(space=(16,), std=0.3)
+  r_end = 0.1
+  exact = cases.converged(policy, x, 1.0, shift_time(r_end, shift))
+  errors = []
+  for n in counts:
+    end = jax.jit(functools.partial(rollout, method=method, substeps=n))(policy, x, 1.0, r_end, shift=shift)
+    errors.append(float(jnp.sqrt(jnp.mean((end - exact) ** 2))))
+  slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+  assert abs(slope - order) < 0.2, (slope, errors)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "substeps", "max_length"))
+@functools.partial(jax.vmap, in_axes=(0, 0, None, None, None, None, None, None))
+def roll_batch(policy, x, r_start, r_end, shift, method, substeps, max_length):
+  return rollout(policy, x, r_start, r_end, shift=shift, method=method, substeps=substeps, max_length=max_length)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 4])
+def test_auto_is_no_less_accurate_than_euler(nfe):
+  """On random mixtures, sharp and broad, over the first and the last segment of the student's grid."""
+  better, total = 0, 0
+  grid = segment_grid(nfe)
+  for i in sorted({0, nfe - 1}):
+    r_start, r_end = grid[i], grid[i + 1]
+    length = float(r_start - r_end)
+    for shift in (1.0, 3.2):
+      ratios = []
+      for std in (0.05, 0.1, 0.3):
+        t_s = float(shift_time(r_start, shift))
+        made = [cases.gmflow(seed, space=(32,), t_s=t_s, std=std) for seed in range(12)]
+        x, policy = jax.tree.map(lambda *a: jnp.stack(a), *made)
+        run = functools.partial(roll_batch, policy, x, r_start, r_end, shift, max_length=length)
+        exact = run(method="auto", substeps=3000)
+        error = {m: jnp.sqrt(jnp.mean((run(method=m, substeps=128) - exact) ** 2, (1, 2))) for m in ("auto", "euler")}
+        pooled = {m: float(jnp.sqrt(jnp.mean(e**2))) for m, e in error.items()}
+        assert pooled["auto"] <= pooled["euler"], (i, shift, std, pooled)
+        ratios.append(np.asarray(error["auto"] / error["euler"]))
+      ratios = np.concatenate(ratios)
+      assert np.median(ratios) < 0.75, (i, shift)
+      better, total = better + np.sum(ratios <= 1), total + len(ratios)
+  # A pixel may lie between two components so narrowly that either method's error decides which of them it goes to.
+  assert better >= 0.95 * total
+
+
+@pytest.mark.parametrize("method", ["auto", "ab2", "euler", "exact"])
+@pytest.mark.parametrize("kind", list(ALL))
+def test_derivatives(kind, method):
+  if (kind, method) == ("gmflow", "exact"):
+    pytest.skip("has no closed form")
+  x, policy = ALL[kind](t_s=0.9)
+  roll = functools.partial(rollout, method=method, substeps=12)
+  # The placing of multistep points is no part of their derivative: times are left out.
+  cases.assert_derivative(lambda p, x: roll(p, x, 0.8, 0.1, shift=2.0), policy, x)
+  average = functools.partial(average_velocity, method=method, substeps=12)
+  cases.assert_derivative(lambda p, x: average(p, x, 0.8, 0.1, shift=2.0), policy, x)
+
+
+@pytest.mark.parametrize("method", ["auto", "ab2", "euler"])
+def test_derivative_by_the_times(method):
+  """dx/dr at the end is the velocity there, whatever the method: exact in the limit of many steps."""
+  x, policy = cases.gmflow(space=(16,), t_s=0.9)
+  roll = jax.jit(functools.partial(rollout, method=method, substeps=2000, max_length=0.5))
+  end, by_end = jax.jvp(lambda r: roll(policy, x, 0.9, r), (0.4,), (1.0,))
+  np.testing.assert_allclose(by_end, policy.velocity(end, 0.4), rtol=5e-3, atol=5e-3)
+  at_data = jax.jit(jax.grad(lambda r: jnp.sum(roll(policy, x, 0.5, r))))(0.0)
+  assert jnp.isfinite(at_data)
+
+
+@pytest.mark.parametrize("method", ["auto", "ab2", "euler"])
+@pytest.mark.parametrize("kind", list(ALL))
+def test_ends_at_the_data_and_stays_where_it_is(kind, method):
+  x, policy = ALL[kind](dtype=jnp.float32)
+
+  @jax.jit
+  def evaluate(policy, x, r_start, r_end):
+    def of(policy, x):
+      return sum(jnp.sum(f(policy, x, r_start, r_end, shift=3.2, substeps=16, method=method) ** 2)
+                 for f in (rollout, average_velocity))  # fmt: skip
+
+    end = rollout(policy, x, r_start, r_end, shift=3.2, substeps=16, method=method)
+    return end, jax.grad(of, argnums=(0, 1))(policy, x)
+
+  for r_start, r_end in ((1.0, 0.0), (1.0, 1.0), (0.3, 0.3), (1e-4, 0.0), (0.0, 0.0)):
+    end, grads = evaluate(policy, x, r_start, r_end)
+    assert all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves((end, grads))), (r_start, r_end)
+    if r_start == r_end:
+      np.testing.assert_allclose(end, x, rtol=1e-6)
+
+
+def test_float32_is_accurate_over_short_windows():
+  """The error of an average velocity over 3 of 128 substeps, where x(a) - x(b) is small."""
+  for std in (0.05, 0.3):
+    x, policy = cases.gmflow(space=(64,), std=std)
+    single_policy, single_x = jax.tree.map(lambda a: a.astype(jnp.float32), (policy, x))
+    for method in ("auto", "euler"):
+      for max_length in (1.0, 3 / 128):
+        f = jax.jit(functools.partial(average_velocity, method=method, max_length=max_length, shift=3.2))
+        for r in (1.0, 0.5, 3 / 128):
+          want, got = f(policy, x, r, r - 3 / 128), f(single_policy, single_x, r, r - 3 / 128)
+          error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+          assert error < 1e-4, (std, method, max_length, r, error)
+
+
+@pytest.mark.parametrize("method", ["auto", "ab2", "euler"])
+def test_vmapped_stretches_are_those_taken_one_by_one(method):
+  made = [cases.gmflow(seed) for seed in range(3)]
+  x, policy = jax.tree.map(lambda *a: jnp.stack(a), *made)
+  r_start, r_end = jnp.array([1.0, 0.7, 0.4]), jnp.array([0.5, 0.68, 0.0])
+  roll = jax.jit(functools.partial(rollout, substeps=24, shift=2.0, method=method))
+  together = jax.vmap(roll)(policy, x, r_start, r_end)
+  for i, (x_i, policy_i) in enumerate(made):
+    np.testing.assert_allclose(together[i], roll(policy_i, x_i, r_start[i], r_end[i]), rtol=1e-10)
+
+
+def test_max_length_bounds_the_loop_and_not_the_result():
+  x, policy = cases.gmflow()
+  roll = functools.partial(rollout, policy, x, 0.9, 0.65, method="euler")
+  np.testing.assert_allclose(roll(max_length=0.25), roll(), rtol=1e-12)
+  text = jax.make_jaxpr(functools.partial(rollout, method="auto", max_length=0.25))(policy, x, 0.9, 0.65)
+  assert "length=11" in str(text)  # ceil(128 / 4 / 3)
+  # A longer stretch is covered all the same, in longer steps.
+  np.testing.assert_allclose(roll(max_length=0.05, method="auto"), roll(method="auto"), atol=0.05)
+
+
+def test_short_stretches_average_to_the_velocity_at_their_start():
+  x, policy = cases.gmflow()
+  start = policy.velocity(x, 0.5)
+  average = functools.partial(average_velocity, policy, x, 0.5)
+  np.testing.assert_array_equal(average(0.5 - 1.4 / 128), start)
+  np.testing.assert_array_equal(average(0.2, max_length=0), start)
+  assert not jnp.allclose(average(0.5 - 1.6 / 128), start, rtol=1e-4)
+  end = rollout(policy, x, 0.5, 0.2)
+  np.testing.assert_allclose(average(0.2), (x - end) / 0.3, rtol=1e-10)
+
+
+def test_steps_are_checkpointed():
+  """The backward pass keeps states, not the (K, pixels) arrays of every substep."""
+  x, policy = cases.gmflow(k=32, space=(64,))
+  for method in ("euler", "ab2", "auto"):
+    roll = functools.partial(rollout, method=method)
+    assert "remat" in str(jax.make_jaxpr(lambda p: roll(p, x, 1.0, 0.0))(policy))
+    sizes = []
+    for substeps in (32, 128):
+      grad = jax.jit(jax.grad(lambda p, n=substeps, roll=roll: jnp.sum(roll(p, x, 1.0, 0.0, substeps=n))))
+      sizes.append(grad.lower(policy).compile().memory_analysis().temp_size_in_bytes)
+    states = 96 * 3 * x.nbytes
+    assert sizes[1] - sizes[0] < 2 * states < 96 * policy.logits.nbytes, (method, sizes)
+
+
+def test_numbers_do_not_recompile():
+  traces = []
+
+  @functools.partial(jax.jit, static_argnames="basis")
+  def run(x, d, t_s, segment, dx_shift, r_start, r_end, shift, basis):
+    traces.append(basis)
+    policy = DXPolicy.create(x, t_s, d, segment=segment, shift=dx_shift, basis=basis)
+    return rollout(policy, x, r_start, r_end, shift=shift)
+
+  x, d = jnp.ones((3, 2)), jnp.ones((4, 3, 2))
+  for numbers in ((1.0, 0.5, 1.0, 1.0, 0.5, 1.0), (0.5, 1.0, 3.2, 0.4, 0.0, 3.2)):
+    run(x, d, *numbers, basis="grid")
+  assert traces == ["grid"]
+
+
+def test_auto_is_exact_where_it_can_be():
+  for kind, make in ALL.items():
+    x, policy = make()
+    roll = functools.partial(rollout, policy, x, 1.0, 0.2)
+    if kind == "gmflow":
+      with pytest.raises(ValueError, match="K = 8 has no closed-form"):
+        roll(method="exact")
+    else:
+      np.testing.assert_array_equal(roll(), roll(method="exact"))
+      np.testing.assert_allclose(roll(), roll(method="ab2", substeps=512), atol=2e-3)
+
+
+def test_bad_arguments_say_what_was_expected():
+  x, policy = cases.gmflow()
+  for f in (rollout, average_velocity):
+    for bad, message in (
+      (dict(method="rk4"), r"method: expected one of \('auto', 'euler', 'ab2', 'exact'\), got 'rk4'"),
+      (dict(substeps=0), "substeps: expected an integer of at least 1, got 0"),
+      (dict(substeps=8.0), "substeps: .*got 8.0"),
+      (dict(substeps=True), "substeps: .*got True"),
+      (dict(max_length=1.5), r"max_length: expected a number in \[0, 1\], got 1.5"),
+      (dict(r_start=1.1), r"r_start: expected a value in \[0.0, 1.0\], got 1.1"),
+      (dict(r_end=-0.1), r"r_end: .*got -0.1"),
+      (dict(r_end=0.9), r"r_end \(at most r_start\): expected a value in \[0.0, 0.8\], got 0.9"),
+      (dict(r_start=jnp.ones(2)), r"r_start: expected a scalar, got shape \(2,\); use jax.vmap"),
+    ):
+      with pytest.raises(ValueError, match=message):
+        f(policy, x, **({"r_start": 0.8, "r_end": 0.2} | bad))
+
+
+def test_a_policy_of_ones_own_needs_velocity_alone():
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass(frozen=True)
+  class Decay(Policy):
+    rate: jax.Array
+
+    def velocity(self, x, t):
+      return self.rate * x
+
+  x = jnp.ones((2, 3))
+  end = rollout(Decay(jnp.float64(0.7)), x, 1.0, 0.0, substeps=512)
+  np.testing.assert_allclose(end, x * np.exp(-0.7), rtol=1e-5)
+  with pytest.raises(ValueError, match="Decay has no closed-form integral"):
+    rollout(Decay(jnp.float64(0.7)), x, 1.0, 0.0, method="exact")
