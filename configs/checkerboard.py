@@ -23,10 +23,10 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.policy = dict(kind="velocity")
   else:
     config.train.steps = 1000
-    config.objective.update(num_states=2, substeps=64)
+    config.objective.num_states = 2
   if name == "gmflow":
     config.policy = dict(kind="gmflow", num_components=32)
-    config.objective.dropout = 0.05
+    config.objective.update(dropout=0.05, substeps=64)
   if name == "dx":
     config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
     config.objective.window = 10.0

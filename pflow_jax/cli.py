@@ -55,6 +55,9 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
     sys.exit(f"pflow: {error}\n(set PFLOW_TRACEBACK=1 for the traceback)")
+  except KeyboardInterrupt:
+    print("\npflow: stopped; the same command resumes from the newest checkpoint", file=sys.stderr)
+    sys.exit(130)
 
 
 def _one_line(error: Exception) -> str:
@@ -66,7 +69,7 @@ def _cache_compilations() -> None:
   """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR moves the folder."""
   import jax
 
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     jax.config.update("jax_compilation_cache_dir", str(base / "pflow_jax" / "xla"))
 

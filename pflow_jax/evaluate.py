@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -74,7 +75,7 @@ class Sampler:
 
   name: str
   nfe: int
-  run: Callable[[np.ndarray, np.ndarray], jax.Array]  # (noise, labels) -> samples
+  run: Callable[..., Any]  # (noise, labels) -> samples
   path: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (noise, labels) -> states (steps + 1, ...), from noise to data
   is_student: bool = False
 
@@ -115,7 +116,8 @@ def evaluate(
   _check_count(settings.num_samples, features(real[:1]).shape[1])
 
   batch_size = call(SampleSettings, "sample", config.sample).batch_size
-  samples, rows = {}, []
+  samples: dict[str, np.ndarray] = {}
+  rows: list[dict[str, Any]] = []
   for s in samplers:
     print(f"sampling: {s.name}", flush=True)
     samples[s.name], speed = _draw(s, batch_size, noise, labels)
@@ -200,7 +202,8 @@ def trajectory(experiment: Experiment, params: Any, nfe: int, noise: np.ndarray,
   student, states = experiment.student(params), [noise]
   for r_start, r_end in itertools.pairwise(segment_grid(nfe, imitation.final_scale)):
     source = states[-1]
-    policy = student(source, np.full(len(noise), shift_time(r_start, imitation.shift), np.float32), labels)
+    t = jnp.full(len(noise), shift_time(r_start, imitation.shift), jnp.float32)
+    policy = student(jnp.asarray(source), t, labels)
     for r in np.linspace(r_start, r_end, max(32 // nfe, 2) + 1)[1:]:
       roll = lambda p, x, a=r_start, b=r: rollout(p, x, a, b, shift=imitation.shift)
       states.append(np.asarray(jax.vmap(roll)(policy, source)))

@@ -1,7 +1,7 @@
 """From a config to the pieces of a run: data set, networks, policy, objective.
 
-Every section of a config is the keyword arguments of one function or class, named here; a key that its owner does not take is an
-error that names the nearest one.
+Every section of a config is the keyword arguments of one function or class, named here; a key that its owner does not
+take is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ def call(function: Callable, section: str, values: Mapping[str, Any], **given: A
   return function(**values, **given)
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> None:
+def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
   for key in values:
     if key not in known:
       near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -119,7 +119,7 @@ class Experiment:
 
   def velocity(self, params: Params) -> guidance.Velocity:
     """Velocity field of this run's network (a teacher's run)."""
-    return lambda x, t, cond: self.network.apply({"params": params}, x, t, cond)
+    return velocity_of(self.network, params)
 
   def student(self, params: Params) -> Callable[[Array, Array, Any], Policy]:
     """(x, t, cond) -> batch of policies, from this run's network (a student's run)."""
@@ -136,8 +136,8 @@ def build(config: ConfigDict) -> Experiment:
   make_loss, objective = _choose(OBJECTIVES, "objective", config.objective)
   if (make_loss is _flow_matching) != (config.policy.kind == "velocity"):
     raise ValueError(
-      f"config.objective.kind {config.objective.kind!r} does not train the policy {config.policy.kind!r}: flow matching "
-      "needs policy.kind 'velocity', imitation one of 'gmflow', 'dx', 'arc'"
+      f"config.objective.kind {config.objective.kind!r} does not train the policy {config.policy.kind!r}: flow "
+      "matching needs policy.kind 'velocity', imitation one of 'gmflow', 'dx', 'arc'"
     )
   dataset = data.load(**config.data)
   network = make_network(config.model, config.policy, dataset)
@@ -175,6 +175,17 @@ def make_network(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: d
   )
 
 
+def velocity_of(network: nn.Module, params: Params) -> guidance.Velocity:
+  """The network with a velocity head as a velocity field."""
+
+  def velocity(x: Array, t: Array, cond: Any) -> Array:
+    v = network.apply({"params": params}, x, t, cond)
+    assert isinstance(v, Array)
+    return v
+
+  return velocity
+
+
 def make_student(network: nn.Module, imitation: Imitation, params: Params) -> Callable[[Array, Array, Any], Policy]:
   """The network as a student: (x, t, cond) -> batch of policies."""
   head = network.head
@@ -199,22 +210,23 @@ def load_teacher(config: ConfigDict, dataset: data.Dataset) -> Teacher:
   settings = call(TeacherSettings, "teacher", config.get("teacher", {}))
   if not settings.workdir:
     raise ValueError(
-      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant) and pass "
-      "--config.teacher.workdir=<its workdir>"
+      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant) and "
+      "pass --config.teacher.workdir=<its workdir>"
     )
   own = workdir.load_config(settings.workdir)
   if own.objective.kind != "flow_matching":
     raise ValueError(f"config.teacher.workdir: {settings.workdir} holds a student, expected a teacher")
   if workdir.as_plain(own)["data"] != workdir.as_plain(config)["data"]:
     raise ValueError(
-      f"the teacher in {settings.workdir} was trained on other data: {own.data.to_dict()} instead of {config.data.to_dict()}"
+      f"the teacher in {settings.workdir} was trained on other data: {own.data.to_dict()} instead of "
+      f"{config.data.to_dict()}"
     )
   network = make_network(own.model, own.policy, dataset)
   params = load_params(f"{settings.workdir}/{workdir.CHECKPOINTS}", which=settings.which)  # type: ignore[arg-type]
 
   def velocity(params):
     return guidance.guided(
-      lambda x, t, cond: network.apply({"params": params}, x, t, cond),
+      velocity_of(network, params),
       dataset.num_classes,
       scale=settings.guidance,
       interval=tuple(settings.interval),  # type: ignore[arg-type]
@@ -227,9 +239,10 @@ def load_teacher(config: ConfigDict, dataset: data.Dataset) -> Teacher:
 def _flow_matching(network: nn.Module, dataset: data.Dataset, settings: FlowMatching) -> LossFn:
   def loss_fn(params, teacher_params, batch, key, step):
     del teacher_params, step
-    velocity = lambda x, t, cond: network.apply({"params": params}, x, t, cond)
     null_cond = dataset.num_classes
-    return flow_matching_loss(velocity, batch["x0"], batch["label"], key, settings, null_cond=null_cond)
+    return flow_matching_loss(
+      velocity_of(network, params), batch["x0"], batch["label"], key, settings, null_cond=null_cond
+    )
 
   return loss_fn
 

@@ -11,12 +11,12 @@ import jax
 def count_flops(jaxpr: Any) -> int:
   """Operations of the matrix products and convolutions of a jaxpr; a multiply-add counts 2.
 
-  XLA's own cost analysis counts the body of a loop once; here a scan counts its length. Elementwise work is left out, as is
-  usual when a fraction of peak is stated.
+  XLA's own cost analysis counts the body of a loop once; here a scan counts its length.
 
   Args:
     jaxpr: a ClosedJaxpr, such as `jax.jit(f).trace(*args).jaxpr`.
-  Returns: operations for the whole (global) computation. A while loop counts one iteration, a cond its largest branch.
+  Returns: operations of the whole (global) computation. A while loop counts one iteration, a cond its largest branch,
+    elementwise work nothing.
   """
   return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 

@@ -20,7 +20,7 @@ from pflow_jax.experiment import Experiment, build, call
 from pflow_jax.policies import auto_temperature
 from pflow_jax.sampler import sample_student, sample_teacher
 
-Array = jax.Array
+Array = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class SampleSettings:
   """The section `sample` of a config.
 
   Attributes:
-    nfe: numbers of network evaluations to sample with; () is the one that a student was trained for, or 128 Euler steps of
-      a teacher.
+    nfe: numbers of network evaluations to sample with; () is the one that a student was trained for, or 128 Euler
+      steps of a teacher.
     h: noise level between segments, 0 is deterministic.
     temperature: of the policies of every segment but the last.
     auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
@@ -78,7 +78,7 @@ def make_sampler(
       final_scale=imitation.final_scale,
       shift=imitation.shift,
       h=settings.h,
-      temperature_=warm,
+      temperature=warm,
       substeps=settings.substeps,
       method=settings.method,
     )
@@ -172,8 +172,8 @@ def sample(
     rows[f"{n} NFE"] = in_batches(lambda x, c, k, run=run: run(x, c, k[0]), settings.batch_size, noise, classes, keys)
   out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"seed{seed}")
   out.parent.mkdir(parents=True, exist_ok=True)
-  arrays = {f"x0_nfe{name.split()[0]}": x for name, x in rows.items()}
-  np.savez(f"{out}.npz", label=classes, **arrays)
+  arrays = {f"x0_nfe{name.split()[0]}": x for name, x in rows.items()} | {"label": classes}
+  np.savez(f"{out}.npz", **arrays)  # type: ignore[arg-type]
   picture = pathlib.Path(f"{out}.png")
   shown = num if experiment.dataset.shape == (2,) else min(num, 16)
   save_picture(experiment, {k: v[:shown] for k, v in rows.items()}, classes[:shown], picture)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pflow_jax.integrate import rollout
-from pflow_jax.policies import Policy, temperature
+from pflow_jax.policies import Policy
+from pflow_jax.policies import temperature as with_temperature
 from pflow_jax.policies.base import Array
 from pflow_jax.schedule import segment_grid, segment_length, shift_time, unshift_time
 
@@ -72,7 +73,7 @@ def sample_student(
   final_scale: float = 1.0,
   shift: float = 1.0,
   h: float = 0.0,
-  temperature_: float = 1.0,
+  temperature: float = 1.0,
   substeps: int = 128,
   method: str = "auto",
 ) -> Array:
@@ -85,7 +86,7 @@ def sample_student(
     key: PRNG key; needed when h > 0.
     nfe, final_scale, shift: the grid, see `segment_grid` and `shift_time`.
     h: noise level between segments (FlowMapSDE).
-    temperature_: of the policies of every segment but the last.
+    temperature: of the policies of every segment but the last.
     substeps, method: of the rollouts, see `rollout`.
   Returns: (B, *space, C).
   """
@@ -99,7 +100,7 @@ def sample_student(
     policy = student(x, jnp.broadcast_to(t, batch), cond)
     last = i == nfe - 1
     if not last:
-      policy = jax.vmap(lambda p: temperature(p, temperature_))(policy)
+      policy = jax.vmap(lambda p: with_temperature(p, temperature))(policy)
     t_dst, m = flow_map_sde_target(t, t_next, h)
     r_dst = unshift_time(t_dst, shift)
     reach = segment_length(nfe, final_scale) if h == 0 else 1.0
@@ -108,7 +109,7 @@ def sample_student(
       return rollout(p, x, r, r_dst, shift=shift, substeps=substeps, method=method, max_length=reach)
 
     x = jax.vmap(roll)(policy, x)
-    if h > 0 and not last:
+    if key is not None and h > 0 and not last:
       fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
       x = flow_map_sde_renoise(x, fresh, t_next, m)
   return x
@@ -144,7 +145,7 @@ def sample_teacher(
   def step(x, inputs):
     t, t_next, i = inputs
     v = teacher(x, jnp.broadcast_to(t, batch), cond)
-    if h == 0:
+    if key is None or h == 0:
       x = x + v * (t_next - t)
     else:
       fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)

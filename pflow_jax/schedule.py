@@ -81,4 +81,4 @@ def sample_segment(uniform: Array, nfe: int, final_scale: float = 1.0) -> tuple[
   r = jnp.maximum(1.0 - uniform, MIN_TIME)
   index = jnp.clip(jnp.ceil(r / length + 1 - final_scale), 1, nfe)
   r_s = jnp.clip((index - 1 + final_scale) * length, MIN_TIME, 1.0)
-  return r_s, jnp.where(index == 1, final_scale * length, length)
+  return r_s, jnp.where(index == 1, final_scale * length, length).astype(r_s.dtype)

@@ -164,8 +164,8 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
     )
     restored = checkpointer.restore(abstract, iterator)
     state, start = restored or (init(key_init), 0)
-    if first_process and not restored:
-      print(parameter_table(state.params))
+    if first_process:
+      print(f"resuming {folder} from step {start}" if restored else parameter_table(state.params))
     if start >= settings.steps:
       print(f"{folder}: already trained for {start} of {settings.steps} steps")
       return state

@@ -83,9 +83,8 @@ def test_order_of_convergence(method, order, counts, shift):
 
 
 @functools.partial(jax.jit, static_argnames=("method", "substeps", "max_length"))
-@functools.partial(jax.vmap, in_axes=(0, 0, None, None, None, None, None, None))
-def roll_batch(policy, x, r_start, r_end, shift, method, substeps, max_length):
-  return rollout(policy, x, r_start, r_end, shift=shift, method=method, substeps=substeps, max_length=max_length)
+def roll_batch(policy, x, r_start, r_end, shift, **options):
+  return jax.vmap(lambda p, x: rollout(p, x, r_start, r_end, shift=shift, **options))(policy, x)
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 4])
@@ -157,7 +156,7 @@ def test_ends_at_the_data_and_stays_where_it_is(kind, method):
     end, grads = evaluate(policy, x, r_start, r_end)
     assert all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves((end, grads))), (r_start, r_end)
     if r_start == r_end:
-      np.testing.assert_allclose(end, x, rtol=1e-6)
+      np.testing.assert_allclose(end, x, rtol=1e-6, atol=1e-6)
 
 
 def test_float32_is_accurate_over_short_windows():
@@ -166,12 +165,13 @@ def test_float32_is_accurate_over_short_windows():
     x, policy = cases.gmflow(space=(64,), std=std)
     single_policy, single_x = jax.tree.map(lambda a: a.astype(jnp.float32), (policy, x))
     for method in ("auto", "euler"):
-      for max_length in (1.0, 3 / 128):
+      # With the default bound "auto" takes all its steps, 43, for the window, each with its rounding.
+      for max_length, bound in ((1.0, 4e-4), (3 / 128, 5e-5)):
         f = jax.jit(functools.partial(average_velocity, method=method, max_length=max_length, shift=3.2))
         for r in (1.0, 0.5, 3 / 128):
           want, got = f(policy, x, r, r - 3 / 128), f(single_policy, single_x, r, r - 3 / 128)
           error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
-          assert error < 1e-4, (std, method, max_length, r, error)
+          assert error < bound, (std, method, max_length, r, error)
 
 
 @pytest.mark.parametrize("method", ["auto", "ab2", "euler"])

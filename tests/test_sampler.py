@@ -61,7 +61,7 @@ def test_samples_match_the_release(golden, kind, name):
     nfe=4,
     final_scale=0.5,
     shift=3.2,
-    temperature_=float(name[-3:]),
+    temperature=float(name[-3:]),
     method="euler",
   )
   np.testing.assert_allclose(samples, channels_last(file["out_x0"]), rtol=1e-4, atol=2e-5)

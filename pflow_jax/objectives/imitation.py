@@ -1,7 +1,7 @@
 """π-ID: imitation of the teacher's velocity along the policy's own trajectory.
 
-References: pi-Flow, arXiv:2510.14974, Algorithm 1; the release's generalisation with a teacher ratio and windows; ArcFlow
-(arXiv:2602.09014) trains with the same objective.
+References: pi-Flow, arXiv:2510.14974, Algorithm 1; the release's generalisation with a teacher ratio and windows;
+ArcFlow (arXiv:2602.09014) trains with the same objective.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Imitation:
     num_states: M, teacher evaluations a segment.
     window: W, substeps over which the policy's velocity is averaged; 0 matches it at a point.
     dropout: rate at which components are dropped in the detached policy that makes the rollouts.
-    ratio_decay: D, optimizer steps over which the share of the segment that the teacher walks decays from 1 to 0; 0 starts at 0.
+    ratio_decay: D, optimizer steps over which the share of the segment that the teacher walks decays from 1 to 0; 0
+      starts at 0.
     loss_scale: factor of the loss; 3 for ImageNet, 30 for FLUX and Qwen-Image.
     substeps, method: of the rollouts, see `rollout`; "euler" reproduces the PyTorch release.
   """
@@ -110,8 +111,8 @@ def segment_loss(
 ) -> tuple[Array, Array | None]:
   """π-ID loss of one segment.
 
-  The detached policy walks from `x`, with the teacher in turns when `ratio` > 0, to M intermediate states. At each the policy's
-  velocity (averaged over the window) is to be the teacher's.
+  The detached policy walks from `x`, in turns with the teacher when `ratio` > 0, to M intermediate states. At each, the
+  policy's velocity (averaged over the window) is to be the teacher's.
 
   Args:
     policy: batch of policies, with gradient.
@@ -119,7 +120,8 @@ def segment_loss(
     x, r, length: sources (B, *space, C), schedule times (B,) and lengths (B,) of the segments.
     draws: uniform random numbers, see `draw`.
     ratio: share of the segment walked by the teacher, in [0, 1]. A Python 0 compiles the shorter program.
-    destination: also return the state at r - length, where the detached policy arrives from the last intermediate state.
+    destination: also return the state at r - length, where the detached policy arrives from the last intermediate
+      state.
   Returns: loss per example (B,), and the destination (B, *space, C) or None.
   """
   s = settings
@@ -209,7 +211,8 @@ def imitation_loss_data_free(
 ) -> tuple[Array, dict[str, Array]]:
   """π-ID without data: the student's own trajectory from noise, all segments in one optimizer step.
 
-  Arguments and result as for `imitation_loss`, but for `noise`, the states at t = 1. Segments are weighted by their length.
+  Arguments and result as for `imitation_loss`, but for `noise`, the states at t = 1. Segments are weighted by their
+  length.
   """
   batch, total, x = noise.shape[0], jnp.zeros(noise.shape[:1], noise.dtype), noise
   ratio = settings.teacher_ratio(step)
@@ -218,8 +221,9 @@ def imitation_loss_data_free(
     r_s, length = (jnp.full((batch,), value, noise.dtype) for value in (r, r - r_next))
     policy = student(x, shift_time(r_s, settings.shift), cond)
     draws = draw(jax.random.fold_in(key, i), batch, policy.num_components, settings.num_states)
-    loss, x = segment_loss(policy, teacher, x, r_s, length, cond, draws, settings, ratio=ratio, destination=True)
-    total = total + length * loss
+    loss, end = segment_loss(policy, teacher, x, r_s, length, cond, draws, settings, ratio=ratio, destination=True)
+    assert end is not None
+    total, x = total + length * loss, end
   return total, {"teacher_ratio": jnp.asarray(ratio)}
 
 

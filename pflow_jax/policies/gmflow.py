@@ -149,4 +149,5 @@ class GMFlowPolicy(Mixture):
     return jnp.where(t > s, _channels_last(x_s, x.shape), x)
 
   def temper(self, temperature: float) -> GMFlowPolicy:
-    return dataclasses.replace(super().temper(temperature), variance=self.variance * temperature)
+    sharper = jax.nn.log_softmax(self.logits / temperature, axis=0)
+    return dataclasses.replace(self, logits=sharper, variance=self.variance * temperature)
