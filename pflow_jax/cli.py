@@ -37,6 +37,10 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
   values = flags.FlagValues()
   sys.argv = [f"pflow {body.__name__}", *argv]  # config flags look for their overrides there
   try:
+    if {"-h", "--help"} & set(argv):
+      define(values)
+      print(f"{USAGE}\nFlags of pflow {body.__name__}:\n{values.get_help()}")
+      return
     define(values)
     rest = values(sys.argv)
   except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
@@ -51,7 +55,7 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
   _cache_compilations()
   try:
     body(values)
-  except (ValueError, FloatingPointError, RuntimeError) as error:
+  except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
     sys.exit(f"pflow: {error}\n(set PFLOW_TRACEBACK=1 for the traceback)")
@@ -62,7 +66,8 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
 
 def _one_line(error: Exception) -> str:
   # KeyErrors print their message quoted, line breaks and all.
-  return str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+  text = str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+  return f"the config has no key {text}" if isinstance(error, (AttributeError, KeyError)) else text
 
 
 def _cache_compilations() -> None:

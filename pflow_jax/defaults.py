@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -24,7 +25,16 @@ _TYPES = {
   "clip_norm": float,
   "time_mean": float,
   "workdir": str,
+  "step": int,
 }
+
+
+def parse_variant(variant: str, variants: Sequence[str]) -> tuple[str, bool]:
+  """Splits what follows the colon after a config's path: (one of `variants`, whether ",quicktest" follows it)."""
+  name, *switches = variant.split(",")
+  if name not in variants or switches not in ([], ["quicktest"]):
+    raise ValueError(f"variant: expected one of {tuple(variants)}, perhaps with ',quicktest', got {variant!r}")
+  return name, bool(switches)
 
 
 def default_config(objective: str) -> ConfigDict:
@@ -42,7 +52,7 @@ def default_config(objective: str) -> ConfigDict:
   if student:
     config.teacher = _defaults(TeacherSettings)
   config.optimizer = _defaults(optim.make_optimizer, but=("total_steps",))
-  config.ema = _defaults(optim.ema_decay, but=("step",))
+  config.ema = _defaults(optim.make_ema_decay)
   config.train = _defaults(TrainSettings)
   config.sample = _defaults(SampleSettings)
   config.evaluate = _defaults(EvaluateSettings)

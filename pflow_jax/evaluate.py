@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -22,7 +21,16 @@ from pflow_jax.checkpoint import load_params
 from pflow_jax.experiment import Experiment, build, call
 from pflow_jax.features import Classifier, pixel_features, train_classifier
 from pflow_jax.integrate import rollout
-from pflow_jax.sample import SampleSettings, draw_noise, evaluations, in_batches, make_sampler, save_picture
+from pflow_jax.objectives.imitation import Imitation
+from pflow_jax.sample import (
+  SampleSettings,
+  draw_noise,
+  evaluations,
+  in_batches,
+  make_sampler,
+  on_device,
+  save_picture,
+)
 from pflow_jax.sampler import sample_teacher
 from pflow_jax.schedule import segment_grid, shift_time
 
@@ -75,8 +83,8 @@ class Sampler:
 
   name: str
   nfe: int
-  run: Callable[..., Any]  # (noise, labels) -> samples
-  path: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (noise, labels) -> states (steps + 1, ...), from noise to data
+  run: Callable[..., Any]  # (noise, labels, keys) -> samples
+  path: Callable[..., np.ndarray]  # (noise, labels) -> states (steps + 1, B, *space, C), from noise to data
   is_student: bool = False
 
 
@@ -93,61 +101,68 @@ def evaluate(
   noise. Ratios carry a standard error over the paired samples.
 
   Args:
-    others: workdirs of more students of the same teacher, for the same table and picture.
+    config: of the run in `folder`, perhaps with other settings for evaluation.
+    others: workdirs of more students of the same teacher, with their own settings, for the same table and picture.
   Returns: what evaluation.json holds.
   Raises: ValueError for students of different teachers, or fewer samples than a Fréchet distance needs.
   """
   settings = call(EvaluateSettings, "evaluate", config.evaluate)
-  experiments = {folder: build(config)} | {other: build(workdir.load_config(other)) for other in others}
-  experiment = experiments[folder]
+  configs = {str(folder): config} | {str(other): workdir.load_config(other) for other in others}
+  experiments = {name: build(one) for name, one in configs.items()}
+  experiment = experiments[str(folder)]
   _check_teachers(experiments)
-  out = pathlib.Path(out or pathlib.Path(folder) / "evaluation")
+  dataset = experiment.dataset
   noise, labels = draw_noise(experiment, settings.num_samples, settings.seed)
-  limit = 10 * settings.num_samples  # of an endless or very large data set
-  real, real_labels = data.examples(experiment.dataset, min(experiment.dataset.num_records or limit, limit))
-  samplers = teacher_samplers(experiment, folder, settings)
-  for name, one in experiments.items():
-    if one.imitation is not None:
-      samplers += student_samplers(one, name, settings)
-  if len({s.name for s in samplers}) < len(samplers):
-    samplers = [dataclasses.replace(s, name=f"{s.name} #{i}") if s.is_student else s for i, s in enumerate(samplers)]
+  # All of a small data set; of an endless one as many as there are samples.
+  real, real_labels = data.examples(
+    dataset, min(dataset.num_records or settings.num_samples, 10 * settings.num_samples)
+  )
   classifier = _classifier(experiment, settings, real, real_labels, folder)
   features = classifier.features if classifier else pixel_features
-  _check_count(settings.num_samples, features(real[:1]).shape[1])
+  real_spaces = {"fd": features(real)} | ({"fd_pixels": pixel_features(real)} if classifier else {})
+  _check_count(settings.num_samples, real_spaces["fd"].shape[1])
 
+  samplers = teacher_samplers(experiment, folder, settings)
+  for name, one in experiments.items():
+    if one.teacher is not None:
+      suffix = f" ({pathlib.Path(name).name})" if others else ""
+      samplers += student_samplers(one, call(SampleSettings, "sample", configs[name].sample), name, suffix)
   batch_size = call(SampleSettings, "sample", config.sample).batch_size
+  keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
   for s in samplers:
     print(f"sampling: {s.name}", flush=True)
-    samples[s.name], speed = _draw(s, batch_size, noise, labels)
+    samples[s.name], speed = _draw(s, batch_size, noise, labels, keys)
     rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
   reference, yardstick = samples[_teacher_name(REFERENCE_STEPS)], samples[_teacher_name(YARDSTICK_STEPS)]
   yardstick_errors = metrics.alignment_errors(yardstick, reference)
   spread = metrics.diversity(reference, labels)
-  spaces = {"fd": features} if classifier is None else {"fd": features, "fd_pixels": pixel_features}
+  reference_spaces = {"fd": features(reference), "fd_pixels": pixel_features(reference)}
   for row in rows:
     x = samples[row["name"]]
+    spaces = {"fd": features(x), "fd_pixels": pixel_features(x)}
     row["diversity"] = metrics.diversity(x, labels)
     row["diversity_ratio"] = row["diversity"] / spread
     if x is not reference:
       ratio = metrics.ratio_of_means(metrics.alignment_errors(x, reference), yardstick_errors)
       row["alignment"], row["alignment_ratio"] = ratio.value, (ratio.ratio, ratio.standard_error)
-    for name, space in spaces.items():
-      row |= _frechet(name, space, x, reference, real, settings)
-    row["precision"], row["recall"] = metrics.precision_recall(features(real), features(x))
+    for name, real_space in real_spaces.items():
+      row |= _frechet(name, spaces[name], reference_spaces[name], real_space, settings.num_resamples)
+    row["precision"], row["recall"] = metrics.precision_recall(real_spaces["fd"], spaces["fd"])
     if classifier:
       row["accuracy"] = metrics.accuracy(classifier.predict(x), labels)
   report = {
-    "workdirs": [str(name) for name in experiments],
-    "data": experiment.dataset.name,
+    "workdirs": list(experiments),
+    "data": dataset.name,
     "num_samples": settings.num_samples,
     "num_real": len(real),
-    "features": "classifier" if classifier else "coordinates",
+    "features": f"classifier, {settings.classifier_steps} steps" if classifier else "coordinates",
     "device": jax.devices()[0].device_kind,
     "rows": rows,
   }
   table = metrics.markdown_table(rows, {k: v for k, v in COLUMNS.items() if any(k in row for row in rows)})
+  out = pathlib.Path(out or pathlib.Path(folder) / "evaluation")
   out.mkdir(parents=True, exist_ok=True)
   (out / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
   (out / "evaluation.md").write_text(table)
@@ -159,54 +174,62 @@ def evaluate(
 
 def teacher_samplers(experiment: Experiment, folder: str | os.PathLike, settings: EvaluateSettings) -> list[Sampler]:
   """The teacher at all its numbers of Euler steps; the run itself if it is a teacher's."""
-  if experiment.imitation is not None and experiment.teacher is not None:
-    params, velocity = experiment.teacher.params, experiment.teacher.velocity
-    shift = experiment.imitation.shift
+  if experiment.teacher is not None:
+    params, velocity = on_device(experiment.teacher.params), experiment.teacher.velocity
   else:
-    params, velocity = load_params(f"{folder}/{workdir.CHECKPOINTS}"), experiment.velocity
-    shift = experiment.config.objective.shift
+    params, velocity = on_device(load_params(f"{folder}/{workdir.CHECKPOINTS}")), experiment.velocity
+  shift = experiment.objective.shift
 
   def make(steps):
-    def walk(params, noise, labels, trajectory):
+    @functools.partial(jax.jit, static_argnames="trajectory")
+    def walk(params, noise, labels, trajectory=False):
       return sample_teacher(velocity(params), noise, labels, steps=steps, shift=shift, trajectory=trajectory)
 
-    jitted = jax.jit(walk, static_argnames="trajectory")
     return Sampler(
       _teacher_name(steps),
       steps,
-      lambda x, c: jitted(params, x, c, trajectory=False),
-      lambda x, c: np.asarray(jitted(params, x, c, trajectory=True)),
+      lambda x, c, k: walk(params, x, c),
+      lambda x, c: np.asarray(walk(params, x, c, trajectory=True)),
     )
 
   return [make(steps) for steps in settings.teacher_steps]
 
 
-def student_samplers(experiment: Experiment, folder: str | os.PathLike, settings: EvaluateSettings) -> list[Sampler]:
-  """The student of a run at its numbers of evaluations."""
-  sampling = call(SampleSettings, "sample", experiment.config.sample)
-  params = load_params(f"{folder}/{workdir.CHECKPOINTS}")
-  key = jax.random.key(settings.seed + 1)
+def student_samplers(
+  experiment: Experiment, sampling: SampleSettings, folder: str | os.PathLike, suffix: str = ""
+) -> list[Sampler]:
+  """The student of a run at its numbers of evaluations; `suffix` tells it from other students."""
+  params = on_device(load_params(f"{folder}/{workdir.CHECKPOINTS}"))
 
   def make(nfe):
-    run = make_sampler(experiment, sampling, nfe)
-    path = functools.partial(trajectory, experiment, params, nfe)
-    return Sampler(f"student, {nfe} NFE", nfe, lambda x, c: run(params, x, c, key), path, is_student=True)
+    run = functools.partial(make_sampler(experiment, sampling, nfe), params)
+    path = functools.partial(trajectory, experiment, sampling, params, nfe)
+    return Sampler(f"student, {nfe} NFE{suffix}", nfe, run, path, is_student=True)
 
   return [make(nfe) for nfe in evaluations(experiment, sampling)]
 
 
-def trajectory(experiment: Experiment, params: Any, nfe: int, noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def trajectory(
+  experiment: Experiment, sampling: SampleSettings, params: Any, nfe: int, noise: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
   """States (steps + 1, B, *space, C) along the student's policies, without stochastic steps."""
-  imitation = experiment.imitation
-  assert imitation is not None
-  student, states = experiment.student(params), [noise]
+  imitation = experiment.objective
+  assert isinstance(imitation, Imitation)
+  shift = imitation.shift
+  student = jax.jit(lambda params, x, t, c: experiment.student(params)(x, t, c))
+
+  @jax.jit
+  def roll(policy, x, r_start, r_end):
+    one = lambda p, x: rollout(p, x, r_start, r_end, shift=shift, substeps=sampling.substeps, method=sampling.method)
+    return jax.vmap(one)(policy, x)
+
+  states = [noise]
   for r_start, r_end in itertools.pairwise(segment_grid(nfe, imitation.final_scale)):
     source = states[-1]
-    t = jnp.full(len(noise), shift_time(r_start, imitation.shift), jnp.float32)
-    policy = student(jnp.asarray(source), t, labels)
-    for r in np.linspace(r_start, r_end, max(32 // nfe, 2) + 1)[1:]:
-      roll = lambda p, x, a=r_start, b=r: rollout(p, x, a, b, shift=imitation.shift)
-      states.append(np.asarray(jax.vmap(roll)(policy, source)))
+    t = np.full(len(noise), shift_time(r_start, shift), np.float32)
+    policy = student(params, source, t, labels)
+    points = np.linspace(r_start, r_end, max(32 // nfe, 2) + 1, dtype=np.float32)
+    states += [np.asarray(roll(policy, source, points[0], r)) for r in points[1:]]
   return np.stack(states)
 
 
@@ -214,12 +237,14 @@ def _teacher_name(steps: int) -> str:
   return f"teacher, {steps} step{'s' * (steps != 1)}"
 
 
-def _draw(sampler: Sampler, batch_size: int, noise: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+def _draw(
+  sampler: Sampler, batch_size: int, noise: np.ndarray, labels: np.ndarray, keys: jax.Array
+) -> tuple[np.ndarray, float]:
   """Samples, and images per second once compiled."""
   size = min(batch_size, len(noise))
-  jax.block_until_ready(sampler.run(noise[:size], labels[:size]))
+  jax.block_until_ready(sampler.run(noise[:size], labels[:size], keys[:size]))
   start = time.perf_counter()
-  samples = in_batches(sampler.run, batch_size, noise, labels)
+  samples = in_batches(sampler.run, batch_size, noise, labels, keys)
   return samples, -(-len(noise) // size) * size / (time.perf_counter() - start)
 
 
@@ -236,16 +261,13 @@ def _pictures(experiment, samplers, samples, noise, labels, real, out: pathlib.P
   save_picture(experiment, {s.name: samples[s.name][:count] for s in shown}, labels[:count], out / "samples.png")
 
 
-def _frechet(name, space, x, reference, real, settings) -> dict[str, Any]:
+def _frechet(name: str, x: np.ndarray, reference: np.ndarray, real: np.ndarray, num_resamples: int) -> dict[str, Any]:
   """Distance to the real data and its ratio to the reference's; nothing for pixels where there are too few samples."""
-  real = space(real)
   if name != "fd" and min(len(x), len(real)) < metrics.SAMPLES_PER_FEATURE * real.shape[1]:
     return {}
-  if x is reference:
-    return {name: metrics.frechet_distance(space(x), real), f"{name}_ratio": 1.0}
-  pair = metrics.paired_bootstrap(
-    metrics.frechet_distance, space(x), space(reference), real, num_resamples=settings.num_resamples
-  )
+  if np.array_equal(x, reference):
+    return {name: metrics.frechet_distance(x, real), f"{name}_ratio": 1.0}
+  pair = metrics.paired_bootstrap(metrics.frechet_distance, x, reference, real, num_resamples=num_resamples)
   return {name: pair.value, f"{name}_ratio": (pair.ratio, pair.standard_error)}
 
 
@@ -258,15 +280,20 @@ def _check_count(count: int, dimension: int) -> None:
     )
 
 
-def _check_teachers(experiments: dict[Any, Experiment]) -> None:
-  teachers = {name: os.path.realpath(_teacher_folder(one, name)) for name, one in experiments.items()}
-  if len(set(teachers.values())) > 1:
-    listing = "".join(f"\n  {name}: {teacher}" for name, teacher in teachers.items())
+def _check_teachers(experiments: dict[str, Experiment]) -> None:
+  """Raises ValueError unless all runs have one teacher, guided and walked alike: the common reference."""
+
+  def reference(experiment, name):
+    if experiment.teacher is None:
+      return f"itself, {name}"
+    t = experiment.teacher.settings
+    how = f"guidance {t.guidance} in {tuple(t.interval)}, orthogonal {t.orthogonal}, shift {experiment.objective.shift}"
+    return f"{os.path.realpath(t.workdir)} at step {t.step} ({t.which}), {how}"
+
+  references = {name: reference(one, name) for name, one in experiments.items()}
+  if len(set(references.values())) > 1:
+    listing = "".join(f"\n  {name}: {text}" for name, text in references.items())
     raise ValueError(f"runs that are compared must share a teacher, got:{listing}")
-
-
-def _teacher_folder(experiment: Experiment, folder: str | os.PathLike) -> str | os.PathLike:
-  return experiment.teacher.workdir if experiment.teacher else folder
 
 
 def _classifier(experiment, settings, real, real_labels, folder) -> Classifier | None:
@@ -274,7 +301,9 @@ def _classifier(experiment, settings, real, real_labels, folder) -> Classifier |
   dataset = experiment.dataset
   if len(dataset.shape) != 3 or dataset.num_classes < 2:
     return None
-  path = pathlib.Path(_teacher_folder(experiment, folder)) / "evaluation" / "classifier.npz"
+  owner = experiment.teacher.settings.workdir if experiment.teacher else folder
+  # The name says how it was trained: another setting trains another.
+  path = pathlib.Path(owner) / "evaluation" / f"classifier_{settings.classifier_steps}_steps.npz"
   if path.exists():
     return Classifier.load(path, image_shape=dataset.shape, num_classes=dataset.num_classes)
   print("training the classifier that features and class accuracy are measured with", flush=True)

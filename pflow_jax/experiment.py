@@ -44,13 +44,20 @@ SECTIONS = (
 
 
 def call(function: Callable, section: str, values: Mapping[str, Any], **given: Any) -> Any:
-  """`function(**values, **given)`; a key that it does not take is a ValueError naming the nearest."""
-  known = [
-    name
+  """`function(**values, **given)`; a key that it does not take, or needs and does not get, is a ValueError.
+
+  A key whose value is None is one that is not set.
+  """
+  known = {
+    name: p.default is p.empty
     for name, p in inspect.signature(function).parameters.items()
     if name not in given and name not in ("parent", "name") and p.kind is not p.VAR_KEYWORD
-  ]
-  _refuse_unknown(values, known, f"config.{section}")
+  }
+  _refuse_unknown(values, list(known), f"config.{section}")
+  values = {key: value for key, value in values.items() if value is not None}
+  missing = [name for name, required in known.items() if required and name not in values]
+  if missing:
+    raise ValueError(f"config.{section}: {', '.join(missing)} must be set")
   return function(**values, **given)
 
 
@@ -76,6 +83,7 @@ class TeacherSettings:
   """The teacher of a student: a run's folder, and how it is guided (see `guidance.guided`)."""
 
   workdir: str | None = None
+  step: int | None = None  # of its checkpoint; None is the newest, and a run keeps the one it started with
   which: str = "ema"
   guidance: float = 1.0
   interval: tuple[float, float] = (0.0, 1.0)
@@ -87,7 +95,7 @@ class TeacherSettings:
 class Teacher:
   """A trained flow model."""
 
-  workdir: str
+  settings: TeacherSettings
   network: nn.Module
   params: Params
   velocity: Callable[[Params], guidance.Velocity]  # params -> (x, t, cond) -> v, guided
@@ -95,25 +103,19 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The pieces of a run. `network` is the one that trains; `teacher` is None for a teacher's own run."""
+  """The pieces of a run. `network` is the one that trains; a teacher's own run has no `teacher`."""
 
-  config: ConfigDict
   dataset: data.Dataset
   network: nn.Module
+  objective: FlowMatching | Imitation
   teacher: Teacher | None
-  imitation: Imitation | None
   loss_fn: LossFn
 
-  @property
-  def null_cond(self) -> int:
-    """The condition of the null class."""
-    return self.dataset.num_classes
-
-  def init(self, key: Array) -> Params:
-    """Parameters at the start: random, or for a student the teacher's."""
+  def init(self, key: Array, teacher_params: Params) -> Params:
+    """Parameters at the start: random, or for a student made from its teacher's."""
     if self.teacher is not None:
-      settings = call(TeacherSettings, "teacher", self.config.get("teacher", {}))
-      return heads.student_params_from_teacher(self.teacher.params, self.network, key, bias_noise=settings.bias_noise)
+      noise = self.teacher.settings.bias_noise
+      return heads.student_params_from_teacher(teacher_params, self.network, key, bias_noise=noise)
     x = jnp.zeros((1, *self.dataset.shape), jnp.float32)
     return self.network.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
 
@@ -123,8 +125,8 @@ class Experiment:
 
   def student(self, params: Params) -> Callable[[Array, Array, Any], Policy]:
     """(x, t, cond) -> batch of policies, from this run's network (a student's run)."""
-    assert self.imitation is not None
-    return make_student(self.network, self.imitation, params)
+    assert isinstance(self.objective, Imitation)
+    return make_student(self.network, self.objective, params)
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -133,21 +135,23 @@ def build(config: ConfigDict) -> Experiment:
   Raises: ValueError for anything in the config that does not fit, before any work is done.
   """
   _refuse_unknown(config, SECTIONS, "config")
-  make_loss, objective = _choose(OBJECTIVES, "objective", config.objective)
-  if (make_loss is _flow_matching) != (config.policy.kind == "velocity"):
+  missing = [name for name in ("data", "model", "policy", "objective") if name not in config]
+  if missing:
+    raise ValueError(f"config: the sections {missing} must be set")
+  make_loss, values = _choose(OBJECTIVES, "objective", config.objective)
+  if (make_loss is _flow_matching) != (config.policy.get("kind") == "velocity"):
     raise ValueError(
-      f"config.objective.kind {config.objective.kind!r} does not train the policy {config.policy.kind!r}: flow "
+      f"config.objective.kind {config.objective.kind!r} does not train the policy {config.policy.get('kind')!r}: flow "
       "matching needs policy.kind 'velocity', imitation one of 'gmflow', 'dx', 'arc'"
     )
   dataset = data.load(**config.data)
   network = make_network(config.model, config.policy, dataset)
   if make_loss is _flow_matching:
-    loss_fn = _flow_matching(network, dataset, call(FlowMatching, "objective", objective))
-    return Experiment(config, dataset, network, None, None, loss_fn)
-  imitation = call(Imitation, "objective", objective)
+    settings = call(FlowMatching, "objective", values)
+    return Experiment(dataset, network, settings, None, _flow_matching(network, dataset, settings))
+  imitation = call(Imitation, "objective", values)
   teacher = load_teacher(config, dataset)
-  loss_fn = make_loss(network, teacher, imitation)
-  return Experiment(config, dataset, network, teacher, imitation, loss_fn)
+  return Experiment(dataset, network, imitation, teacher, make_loss(network, teacher, imitation))
 
 
 def make_network(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: data.Dataset) -> nn.Module:
@@ -206,7 +210,10 @@ def make_student(network: nn.Module, imitation: Imitation, params: Params) -> Ca
 
 
 def load_teacher(config: ConfigDict, dataset: data.Dataset) -> Teacher:
-  """The trained teacher that `config.teacher` names."""
+  """The trained teacher that `config.teacher` names.
+
+  Raises: ValueError where there is none, or it does not fit the student, with all that differs.
+  """
   settings = call(TeacherSettings, "teacher", config.get("teacher", {}))
   if not settings.workdir:
     raise ValueError(
@@ -216,13 +223,10 @@ def load_teacher(config: ConfigDict, dataset: data.Dataset) -> Teacher:
   own = workdir.load_config(settings.workdir)
   if own.objective.kind != "flow_matching":
     raise ValueError(f"config.teacher.workdir: {settings.workdir} holds a student, expected a teacher")
-  if workdir.as_plain(own)["data"] != workdir.as_plain(config)["data"]:
-    raise ValueError(
-      f"the teacher in {settings.workdir} was trained on other data: {own.data.to_dict()} instead of "
-      f"{config.data.to_dict()}"
-    )
+  _check_fits(config, own, settings)
   network = make_network(own.model, own.policy, dataset)
-  params = load_params(f"{settings.workdir}/{workdir.CHECKPOINTS}", which=settings.which)  # type: ignore[arg-type]
+  folder = f"{settings.workdir}/{workdir.CHECKPOINTS}"
+  params = load_params(folder, which=settings.which, step=settings.step)  # type: ignore[arg-type]
 
   def velocity(params):
     return guidance.guided(
@@ -233,7 +237,30 @@ def load_teacher(config: ConfigDict, dataset: data.Dataset) -> Teacher:
       orthogonal=settings.orthogonal,
     )
 
-  return Teacher(settings.workdir, network, params, velocity)
+  return Teacher(settings, network, params, velocity)
+
+
+def _check_fits(config: ConfigDict, own: ConfigDict, settings: TeacherSettings) -> None:
+  """The student starts from its teacher's parameters: same data, same network but for how it is computed."""
+  computed = ("model.dtype", "model.remat", "model.attention", "model.scan_unroll")
+  mine, teachers = (
+    {k: v for k, v in workdir.flatten(workdir.as_plain(c)).items() if k.startswith(("data.", "model."))}
+    for c in (config, own)
+  )
+  differing = [
+    f"\n  {key}: the teacher has {teachers.get(key, '(default)')!r}, the student {mine.get(key, '(default)')!r}"
+    for key in sorted(mine.keys() | teachers.keys())
+    if mine.get(key) != teachers.get(key) and key not in computed
+  ]
+  if differing:
+    raise ValueError(
+      f"the teacher in {settings.workdir} was trained on other data or with another network:{''.join(differing)}"
+    )
+  if settings.guidance != 1 and not own.objective.cond_dropout:
+    raise ValueError(
+      f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
+      "objective.cond_dropout=0.1"
+    )
 
 
 def _flow_matching(network: nn.Module, dataset: data.Dataset, settings: FlowMatching) -> LossFn:
@@ -277,8 +304,7 @@ OBJECTIVES: dict[str, Callable] = {
 
 def make_optimizer(config: ConfigDict):
   """Optimizer and learning-rate schedule of a run."""
+  keys = inspect.signature(optim.make_schedule).parameters
   values = dict(config.optimizer, total_steps=config.train.steps)
-  values = {k: v for k, v in values.items() if v is not None}
-  schedule_keys = inspect.signature(optim.make_schedule).parameters
-  schedule = optim.make_schedule(**{k: v for k, v in values.items() if k in schedule_keys})
+  schedule = call(optim.make_schedule, "optimizer", {k: v for k, v in values.items() if k in keys})
   return call(optim.make_optimizer, "optimizer", values), schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -119,32 +120,33 @@ def skipped(opt_state: optax.OptState) -> tuple[Array, Array]:
   return in_a_row, total
 
 
-def ema_decay(
-  step: Array | int,
+def make_ema_decay(
   *,
   kind: Literal["karras", "constant"] = "karras",
   start: int = 0,
   gamma: float = 7.0,
   decay: float = 0.9999,
-) -> Array:
-  """Share of the old average kept at 0-based `step`; 0 up to and including step `start`.
+) -> Callable[[Array | int], Array]:
+  """Share of the old average kept at a 0-based step; 0 up to and including step `start`.
 
   "karras": (1 - 1/k)^(gamma + 1), k = step - start + 1; "constant": `decay`.
 
-  Args:
-    step: index of the update just made, () int, may be traced: TrainState.step before it advances.
-  Returns: () float32.
+  Returns: step (), TrainState.step before it advances, may be traced -> () float32.
+  Raises: ValueError for settings out of range.
   References: Karras et al., arXiv:2312.02696, Eq. 121, as used in the pi-Flow release.
   """
-  after = jnp.asarray(step, jnp.int32) - start
-  if kind == "karras":
+  if kind not in ("karras", "constant"):
+    raise ValueError(f"ema: kind must be 'karras' or 'constant', got {kind!r}")
+  if start < 0 or gamma <= 0 or not 0 <= decay < 1:
+    raise ValueError(f"ema: expected start >= 0, gamma > 0, decay in [0, 1), got {start}, {gamma}, {decay}")
+
+  def kept(step: Array | int) -> Array:
+    after = jnp.asarray(step, jnp.int32) - start
     k = jnp.maximum(after, 0).astype(jnp.float32) + 1.0
-    kept: Array | float = (1.0 - 1.0 / k) ** (gamma + 1.0)
-  elif kind == "constant":
-    kept = decay
-  else:
-    raise ValueError(f"kind must be 'karras' or 'constant', got {kind!r}")
-  return jnp.where(after > 0, kept, 0.0).astype(jnp.float32)
+    share = (1.0 - 1.0 / k) ** (gamma + 1.0) if kind == "karras" else decay
+    return jnp.where(after > 0, share, 0.0).astype(jnp.float32)
+
+  return kept
 
 
 def update_ema(ema: PyTree, params: PyTree, decay: Array | float) -> PyTree:

@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 from pflow_jax import figures, workdir
 from pflow_jax.checkpoint import load_params
 from pflow_jax.experiment import Experiment, build, call
+from pflow_jax.objectives.imitation import Imitation
 from pflow_jax.policies import auto_temperature
 from pflow_jax.sampler import sample_student, sample_teacher
+from pflow_jax.sharding import make_mesh, replicated
 
 Array = jax.Array | np.ndarray
 
@@ -46,39 +48,38 @@ class SampleSettings:
   batch_size: int = 256
 
   def __post_init__(self):
-    if min(self.nfe, default=1) < 1:
-      raise ValueError(f"config.sample.nfe: expected numbers of at least 1, got {self.nfe}")
+    if min(self.nfe, default=1) < 1 or self.batch_size < 1:
+      raise ValueError(f"config.sample: expected nfe and batch_size of at least 1, got {self.nfe}, {self.batch_size}")
+    if self.h < 0 or self.temperature < 0:
+      raise ValueError(f"config.sample: expected h and temperature of at least 0, got {self.h}, {self.temperature}")
 
 
 def evaluations(experiment: Experiment, settings: SampleSettings) -> tuple[int, ...]:
   """The numbers of network evaluations that `settings.nfe` stands for."""
   if settings.nfe:
     return tuple(settings.nfe)
-  return (experiment.imitation.nfe if experiment.imitation else 128,)
+  return (experiment.objective.nfe if isinstance(experiment.objective, Imitation) else 128,)
 
 
-def make_sampler(
-  experiment: Experiment, settings: SampleSettings, nfe: int
-) -> Callable[[Any, Array, Array, Array], Array]:
-  """Jitted (params, noise, labels, key) -> samples with `nfe` evaluations of this run's network."""
+def make_sampler(experiment: Experiment, settings: SampleSettings, nfe: int) -> Callable[..., jax.Array]:
+  """Jitted (params, noise, labels, keys) -> samples with `nfe` evaluations of this run's network."""
+  objective = experiment.objective
 
   @jax.jit
-  def run(params, noise, labels, key):
-    if experiment.imitation is None:
-      shift = experiment.config.objective.shift
-      return sample_teacher(experiment.velocity(params), noise, labels, key, steps=nfe, shift=shift, h=settings.h)
-    imitation = experiment.imitation
-    warm = auto_temperature(nfe) if settings.auto_temperature else settings.temperature
+  def run(params, noise, labels, keys):
+    if not isinstance(objective, Imitation):
+      velocity = experiment.velocity(params)
+      return sample_teacher(velocity, noise, labels, keys, steps=nfe, shift=objective.shift, h=settings.h)
     return sample_student(
       experiment.student(params),
       noise,
       labels,
-      key,
+      keys,
       nfe=nfe,
-      final_scale=imitation.final_scale,
-      shift=imitation.shift,
+      final_scale=objective.final_scale,
+      shift=objective.shift,
       h=settings.h,
-      temperature=warm,
+      temperature=auto_temperature(nfe) if settings.auto_temperature else settings.temperature,
       substeps=settings.substeps,
       method=settings.method,
     )
@@ -86,7 +87,12 @@ def make_sampler(
   return run
 
 
-def in_batches(run: Callable[..., Array], batch_size: int, *arrays: Array) -> np.ndarray:
+def on_device(params: Any) -> Any:
+  """Parameters on the devices, once: host arrays would be sent again with every batch."""
+  return jax.device_put(params, replicated(make_mesh()))
+
+
+def in_batches(run: Callable[..., Any], batch_size: int, *arrays: Array) -> np.ndarray:
   """`run` on slices of `arrays`, all of one length; whole batches only, so it compiles once."""
   count = len(arrays[0])
   size = min(batch_size, count)
@@ -131,8 +137,8 @@ def preview(experiment: Experiment, config: ConfigDict, columns: int = 10) -> Ca
   samplers = {f"{n} NFE": make_sampler(experiment, settings, n) for n in evaluations(experiment, settings)}
 
   def draw(params, path):
-    key = jax.random.key(0)
-    rows = {name: np.asarray(run(params, noise, labels, key)) for name, run in samplers.items()}
+    keys = jax.random.split(jax.random.key(0), count)
+    rows = {name: np.asarray(run(params, noise, labels, keys)) for name, run in samplers.items()}
     save_picture(experiment, rows, labels, path)
     return path
 
@@ -162,14 +168,13 @@ def sample(
   if num < 1:
     raise ValueError(f"num: expected at least 1 sample, got {num}")
   experiment = build(config)
-  params = load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which)  # type: ignore[arg-type]
+  params = on_device(load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which))  # type: ignore[arg-type]
   noise, classes = draw_noise(experiment, num, seed, labels)
+  keys = jax.random.split(jax.random.key(seed + 1), num)
   rows = {}
   for n in (nfe,) if nfe else evaluations(experiment, settings):
     run = functools.partial(make_sampler(experiment, settings, n), params)
-    # One key a sample, so that slicing gives every batch its own.
-    keys = jax.random.split(jax.random.key(seed + 1), num)
-    rows[f"{n} NFE"] = in_batches(lambda x, c, k, run=run: run(x, c, k[0]), settings.batch_size, noise, classes, keys)
+    rows[f"{n} NFE"] = in_batches(run, settings.batch_size, noise, classes, keys)
   out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"seed{seed}")
   out.parent.mkdir(parents=True, exist_ok=True)
   arrays = {f"x0_nfe{name.split()[0]}": x for name, x in rows.items()} | {"label": classes}

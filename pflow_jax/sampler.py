@@ -1,6 +1,7 @@
 """Samplers: from noise to data with a student (a policy a segment) or a teacher (a velocity a step).
 
-All take callables and a batch; nothing here knows a network. Random keys are needed only for stochastic steps (h > 0).
+All take callables and a batch; nothing here knows a network. Random keys are needed only for stochastic steps (h > 0):
+one a sample, so that what is drawn does not depend on how samples are batched.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def sample_student(
   student: Callable[[Array, Array, Any], Policy],
   noise: Array,
   cond: Any,
-  key: Array | None = None,
+  keys: Array | None = None,
   *,
   nfe: int,
   final_scale: float = 1.0,
@@ -83,15 +84,15 @@ def sample_student(
     student: (x, t, cond) -> batch of policies; one network evaluation.
     noise: initial states at t = 1, (B, *space, C).
     cond: condition, passed on.
-    key: PRNG key; needed when h > 0.
+    keys: PRNG keys (B,); needed when h > 0.
     nfe, final_scale, shift: the grid, see `segment_grid` and `shift_time`.
     h: noise level between segments (FlowMapSDE).
     temperature: of the policies of every segment but the last.
     substeps, method: of the rollouts, see `rollout`.
   Returns: (B, *space, C).
   """
-  if h > 0 and key is None and nfe > 1:
-    raise ValueError("sample_student: h > 0 renews noise between segments and needs a `key`")
+  if h > 0 and keys is None and nfe > 1:
+    raise ValueError("sample_student: h > 0 renews noise between segments and needs `keys`, one a sample")
   x = noise
   grid = segment_grid(nfe, final_scale)
   batch = noise.shape[:1]
@@ -109,9 +110,8 @@ def sample_student(
       return rollout(p, x, r, r_dst, shift=shift, substeps=substeps, method=method, max_length=reach)
 
     x = jax.vmap(roll)(policy, x)
-    if key is not None and h > 0 and not last:
-      fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-      x = flow_map_sde_renoise(x, fresh, t_next, m)
+    if keys is not None and h > 0 and not last:
+      x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)
   return x
 
 
@@ -119,7 +119,7 @@ def sample_teacher(
   teacher: Callable[[Array, Array, Any], Array],
   noise: Array,
   cond: Any,
-  key: Array | None = None,
+  keys: Array | None = None,
   *,
   steps: int,
   shift: float = 1.0,
@@ -137,20 +137,24 @@ def sample_teacher(
   """
   if steps < 1:
     raise ValueError(f"steps: expected an integer of at least 1, got {steps}")
-  if h > 0 and key is None:
-    raise ValueError("sample_teacher: h > 0 needs a `key`")
+  if h > 0 and keys is None:
+    raise ValueError("sample_teacher: h > 0 needs `keys`, one a sample")
   times = shift_time(jnp.linspace(1.0, 0.0, steps + 1, dtype=noise.dtype), shift)
   batch = noise.shape[:1]
 
   def step(x, inputs):
     t, t_next, i = inputs
     v = teacher(x, jnp.broadcast_to(t, batch), cond)
-    if key is None or h == 0:
+    if keys is None or h == 0:
       x = x + v * (t_next - t)
     else:
-      fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-      x = flow_sde_step(x, v, fresh, t, t_next, h)
+      x = flow_sde_step(x, v, _fresh_noise(keys, i, x), t, t_next, h)
     return x, x if trajectory else None
 
   x, states = jax.lax.scan(step, noise, (times[:-1], times[1:], jnp.arange(steps)))
   return jnp.concatenate([noise[None], states]) if trajectory else x
+
+
+def _fresh_noise(keys: Array, i, x: Array) -> Array:
+  """Noise like `x` (B, ...) for step `i`, each sample from its own key."""
+  return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype))(keys)

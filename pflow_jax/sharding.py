@@ -11,35 +11,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
 
-AXES = ("data", "fsdp")
+AXIS = "data"
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-  """Mesh with axes ("data", "fsdp") over `devices` (default: all of them).
-
-  Both axes split the batch; "fsdp" is for parameters too.
+def make_mesh(data: int = -1, *, devices: Sequence[Any] | None = None) -> Mesh:
+  """Mesh with the one axis "data", which splits the batch, over `devices` (default: all of them).
 
   Args:
-    data: size of the data axis; -1 takes what is left.
-    fsdp: size of the axis that parameters may be sharded over.
-  Raises: ValueError if the sizes do not multiply to the number of devices.
+    data: size of the axis; -1 takes all devices.
+  Raises: ValueError if the size is not the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  if fsdp < 1 or (data < 1 and data != -1):
-    raise ValueError(f"expected fsdp >= 1 and data >= 1 or -1, got data={data}, fsdp={fsdp}")
-  if data == -1:
-    data = len(devices) // fsdp
-  if data * fsdp != len(devices):
+  if data not in (-1, len(devices)):
     raise ValueError(
-      f"data * fsdp must be the number of devices, {len(devices)}: got data={data}, fsdp={fsdp}; "
-      "set data=-1 and an fsdp that divides it, or pass the devices to use"
+      f"config.mesh.data: expected the number of devices, {len(devices)}, or -1 for all of them, got {data}"
     )
-  return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+  return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Sharding of arrays whose leading axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec(AXES))
+  return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -9,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -57,20 +58,14 @@ class TrainSettings:
   num_workers: int = 0
 
   def __post_init__(self):
-    for name in (
-      "steps",
-      "batch_size",
-      "accumulation",
-      "log_every",
-      "keep_checkpoints",
-      "max_skipped",
-    ):
+    for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints", "max_skipped"):
       if getattr(self, name) < 1:
         raise ValueError(f"config.train.{name}: expected at least 1, got {getattr(self, name)}")
-    if self.batch_size % self.accumulation:
-      raise ValueError(
-        f"config.train.accumulation: expected a divisor of batch_size {self.batch_size}, got {self.accumulation}"
-      )
+    for name in ("checkpoint_every", "sample_every", "num_workers"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
+    if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
+      raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")
 
 
 def train_step(
@@ -102,7 +97,7 @@ def train_step(
   if accumulation == 1:
     out = gradient(state.params, batch, key)
   else:
-    # Every micro-batch takes every accumulation-th example, so that each device keeps its own shard.
+    # Every micro-batch takes every accumulation-th example, so that examples stay on their devices.
     micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def micro_step(total, inputs):
@@ -131,17 +126,22 @@ def train_step(
 def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   """Trains what `config` describes in the workdir `folder`; resumes a run that is already there.
 
-  Returns: the final state, or the one saved when SIGTERM came.
+  Returns: the final state, or the one saved when SIGTERM or Ctrl-C came.
   Raises: ValueError for a config that does not fit; FloatingPointError when updates stay non-finite.
   """
   settings = call(TrainSettings, "train", config.train)
+  workdir.pin_teacher(folder, config)
   experiment = build(config)
   optimizer, schedule = make_optimizer(config)
-  ema_decay = functools.partial(call, optim.ema_decay, "ema", config.ema)
-  ema_decay(step=0)  # refuses bad keys before anything is written
+  ema_decay = call(optim.make_ema_decay, "ema", config.ema)
   mesh = call(make_mesh, "mesh", config.mesh)
+  if settings.batch_size % (mesh.size * settings.accumulation):
+    raise ValueError(
+      "config.train.batch_size: expected a multiple of devices x accumulation = "
+      f"{mesh.size} x {settings.accumulation}, got {settings.batch_size}"
+    )
+  sampler = sample.preview(experiment, config) if settings.sample_every else None
   first_process = jax.process_index() == 0
-  workdir.claim(folder, config, write=first_process)
 
   iterator = data.batches(
     experiment.dataset,
@@ -153,54 +153,61 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   )
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
   everywhere = replicated(mesh)
-  init = jax.jit(lambda key: create_state(experiment.init(key), optimizer), out_shardings=everywhere)
+  teacher_params = jax.device_put(experiment.teacher.params if experiment.teacher else {}, everywhere)
+  init = jax.jit(lambda *args: create_state(experiment.init(*args), optimizer), out_shardings=everywhere)
+  abstract = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
+    jax.eval_shape(init, key_init, teacher_params),
+  )
+  print("compiling the train step", flush=True)
+  step_fn = functools.partial(
+    train_step,
+    loss_fn=experiment.loss_fn,
+    optimizer=optimizer,
+    ema_decay=ema_decay,
+    accumulation=settings.accumulation,
+  )
+  # Ahead of time: a later batch of another shape is an error, not a second compilation.
+  traced = jax.jit(step_fn, donate_argnums=0, out_shardings=everywhere).trace(
+    abstract, teacher_params, _abstract_batch(experiment, settings, mesh), key_steps
+  )
+  compiled, flops = traced.lower().compile(), count_flops(traced.jaxpr)
+  # Only now: a config that does not compile leaves no trace.
+  workdir.claim(folder, config, write=first_process)
   with (
     Checkpointer(f"{folder}/{workdir.CHECKPOINTS}", max_to_keep=settings.keep_checkpoints) as checkpointer,
     Interruption(checkpointer) as interruption,
   ):
-    abstract = jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
-      jax.eval_shape(init, key_init),
-    )
     restored = checkpointer.restore(abstract, iterator)
-    state, start = restored or (init(key_init), 0)
+    state, start = restored or (init(key_init, teacher_params), 0)
     if first_process:
       print(f"resuming {folder} from step {start}" if restored else parameter_table(state.params))
     if start >= settings.steps:
       print(f"{folder}: already trained for {start} of {settings.steps} steps")
       return state
-    teacher_params = jax.device_put(experiment.teacher.params if experiment.teacher else {}, everywhere)
-    compiled, flops = _compile(
-      functools.partial(
-        train_step,
-        loss_fn=experiment.loss_fn,
-        optimizer=optimizer,
-        ema_decay=lambda step: ema_decay(step=step),
-        accumulation=settings.accumulation,
-      ),
-      (state, teacher_params, _abstract_batch(experiment, settings, mesh), key_steps),
-      everywhere,
-    )
-    sampler = sample.preview(experiment, config) if settings.sample_every else None
     with (
       MetricsWriter(folder, tensorboard=settings.tensorboard, active=first_process, resume_step=start) as writer,
       progress(settings.steps, start, str(config.objective.kind), not first_process) as report,
+      Profiler(settings.profile, f"{folder}/profile") as profiler,
     ):
       meter = Meter(settings, schedule, flops, writer, report)
       for step in range(start + 1, settings.steps + 1):
-        _profile(settings.profile, step, folder)
+        profiler.before(step)
         state, metrics = compiled(state, teacher_params, shard_batch(next(iterator), mesh), key_steps)
+        profiler.after(step, metrics)
         meter.flush()  # the numbers of the steps before, while this one runs
         meter.add(step, metrics)
         stop = interruption.requested(step)
         if stop or step == settings.steps or _due(step, settings.checkpoint_every):
-          checkpointer.save(step, state, iterator)
+          with meter.paused():
+            checkpointer.save(step, state, iterator)
         if sampler and first_process and _due(step, settings.sample_every):
-          writer.image(step, "samples", sampler(state.ema, f"{folder}/samples/{step:07d}.png"))
+          with meter.paused():
+            writer.image(step, "samples", sampler(state.ema, f"{folder}/samples/{step:07d}.png"))
         if stop:
           logger.warning("told to stop: saved step %d; the same command resumes", step)
           break
-      meter.flush()
+      meter.flush(final=True)
   return state
 
 
@@ -217,56 +224,101 @@ class Meter:
     self._settings, self._schedule, self._flops = settings, schedule, flops
     self._writer, self._report = writer, report
     self._pending: list[dict[str, Array]] = []
-    self._due: int | None = None
+    self._step, self._due = 0, False
     self._clock = time.perf_counter()
 
   def add(self, step: int, metrics: dict[str, Array]) -> None:
     """Takes a step's metrics without waiting for them."""
     self._pending.append(metrics)
-    if _due(step, self._settings.log_every) or step == self._settings.steps:
-      self._due = step
+    self._step = step
+    self._due = _due(step, self._settings.log_every)
 
-  def flush(self) -> None:
-    """Writes the interval that is complete, if one is.
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves what is done meanwhile out of the rates."""
+    start = time.perf_counter()
+    yield
+    self._clock += time.perf_counter() - start
+
+  def flush(self, final: bool = False) -> None:
+    """Writes the interval that is complete, if one is; `final` writes what there is.
 
     Raises: FloatingPointError after max_skipped non-finite updates in a row.
     """
-    if self._due is None:
+    if not self._pending or not (self._due or final):
       return
-    step, count, values = self._due, len(self._pending), jax.device_get(self._pending)
+    count, values = len(self._pending), jax.device_get(self._pending)
     elapsed, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-    self._pending, self._due = [], None
-    row = {name: sum(float(v[name]) for v in values) / count for name in values[0]}
-    row |= {name: int(values[-1][name]) for name in ("skipped", "skipped_in_a_row")}
-    row["learning_rate"] = float(self._schedule(max(step - 1 - row["skipped"], 0)))
+    self._pending, self._due = [], False
+    # A skipped step has no loss to speak of; its absence shows in `skipped`.
+    finite = [v for v in values if not v["skipped_in_a_row"]] or values
+    row = {name: sum(float(v[name]) for v in finite) / len(finite) for name in finite[0]}
+    row["skipped"] = int(values[-1]["skipped"])
+    row["skipped_in_a_row"] = max(int(v["skipped_in_a_row"]) for v in values)
+    row["learning_rate"] = float(self._schedule(max(self._step - 1 - row["skipped"], 0)))
     row["images_per_second"] = count * self._settings.batch_size / elapsed
     row["tflops_per_second"] = count * self._flops / elapsed / 1e12
-    self._writer.write(step, row)
-    self._report.update(step, row["loss"])
+    self._writer.write(self._step, row)
+    self._report.update(self._step, row["loss"])
     if row["skipped_in_a_row"] >= self._settings.max_skipped:
       raise FloatingPointError(
-        f"step {step}: {row['skipped_in_a_row']} updates in a row were not finite and were skipped. "
-        "The parameters are those of the last finite update; lower optimizer.learning_rate, or look at the data."
+        f"by step {self._step}, {row['skipped_in_a_row']} updates in a row were not finite and were skipped; the "
+        "newest checkpoint is from before. Lower optimizer.learning_rate, or look at the data."
       )
 
 
+class Profiler:
+  """Traces the steps first to last of `window`, wherever a run is resumed; (0, 0) is none."""
+
+  def __init__(self, window: tuple[int, int], folder: str):
+    self._window, self._folder, self._active = window, folder, False
+
+  def before(self, step: int) -> None:
+    first, last = self._window
+    if 0 < first <= step <= last and not self._active:
+      jax.profiler.start_trace(self._folder)
+      self._active = True
+
+  def after(self, step: int, metrics: dict[str, Array]) -> None:
+    if self._active and step >= self._window[1]:
+      jax.block_until_ready(metrics)
+      self._stop()
+
+  def _stop(self) -> None:
+    if self._active:
+      jax.profiler.stop_trace()
+    self._active = False
+
+  def __enter__(self) -> Profiler:
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self._stop()
+
+
 class Interruption:
-  """Turns SIGTERM into a request to stop at a step boundary, the same one in every process."""
+  """Turns SIGTERM and Ctrl-C into a request to stop at a step boundary, the same one in every process."""
 
   def __init__(self, checkpointer: Checkpointer):
     self._checkpointer = checkpointer
     self._flag = threading.Event()
-    self._previous: Any = None
+    self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Interruption:
     # With several processes JAX's own service catches the signal and agrees on the step.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._previous[number] = signal.signal(number, self._note)
     return self
 
+  def _note(self, number: int, frame: Any) -> None:
+    if number == signal.SIGINT and self._flag.is_set():
+      raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+    self._flag.set()
+
   def __exit__(self, *_: Any) -> None:
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
 
   def requested(self, step: int) -> bool:
     """Whether to save `step` and stop."""
@@ -283,18 +335,3 @@ def _abstract_batch(experiment: Experiment, settings: TrainSettings, mesh) -> di
     "x0": struct((rows, *experiment.dataset.shape), jnp.float32),
     "label": struct((rows,), jnp.int32),
   }
-
-
-def _compile(step: Callable, arguments: tuple, out_sharding) -> tuple[Callable, int]:
-  """The compiled step, which can only run at these shapes, and its floating-point operations."""
-  print("compiling the train step", flush=True)
-  traced = jax.jit(step, donate_argnums=0, out_shardings=out_sharding).trace(*arguments)
-  return traced.lower().compile(), count_flops(traced.jaxpr)
-
-
-def _profile(window: tuple[int, int], step: int, folder: Any) -> None:
-  first, last = window
-  if first and step == first:
-    jax.profiler.start_trace(f"{folder}/profile")
-  elif first and step == last + 1:
-    jax.profiler.stop_trace()

@@ -9,11 +9,14 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from pflow_jax.checkpoint import newest_step
+
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 
 # What may differ when a run is resumed: how long it goes on, and what it reports.
 CHANGEABLE = (
+  "teacher.workdir",  # it may have moved; its step is checked
   "evaluate.",
   "sample.",
   "mesh.",
@@ -56,6 +59,27 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
     raise ValueError(f"{path} is not valid JSON ({error}); restore it, or start a new run") from error
 
 
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+  """Whether a step of the run has been saved, intact or not."""
+  checkpoints = epath.Path(workdir) / CHECKPOINTS
+  return checkpoints.exists() and any(child.name.split(".")[0].isdigit() for child in checkpoints.iterdir())
+
+
+def pin_teacher(workdir: str | os.PathLike, config: ConfigDict) -> None:
+  """Makes a student's config name one teacher for good: an absolute folder and the step of a checkpoint.
+
+  A teacher that trains on would otherwise change under a student that is resumed or evaluated.
+  """
+  teacher = config.get("teacher")
+  if teacher is None or not teacher.get("workdir"):
+    return
+  if "://" not in teacher.workdir:
+    teacher.workdir = os.path.abspath(teacher.workdir)
+  if teacher.get("step") is None:
+    resumed = (epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir)
+    teacher.step = load_config(workdir).teacher.step if resumed else newest_step(f"{teacher.workdir}/{CHECKPOINTS}")
+
+
 def _with_tuples(value: Any) -> Any:
   """JSON's lists as tuples, which config flags can override."""
   if isinstance(value, dict):
@@ -64,7 +88,9 @@ def _with_tuples(value: Any) -> Any:
 
 
 def claim(workdir: str | os.PathLike, config: ConfigDict, *, write: bool = True) -> None:
-  """Writes the config into a new workdir; checks it against the one of a run to be resumed.
+  """Writes the config into a workdir; checks it against the one of a run to be resumed.
+
+  A workdir without a checkpoint has nothing to resume, and takes any config.
 
   Args:
     write: False only checks (all processes but the first).
@@ -72,13 +98,17 @@ def claim(workdir: str | os.PathLike, config: ConfigDict, *, write: bool = True)
   """
   folder, new = epath.Path(workdir), as_plain(config)
   path = folder / CONFIG
-  if path.exists():
+  changeable: tuple[str, ...] = CHANGEABLE
+  if config.get("optimizer", {}).get("schedule") == "cosine":
+    # The rate of every step depends on the length of the run.
+    changeable = tuple(key for key in CHANGEABLE if key != "train.steps")
+  if path.exists() and has_checkpoint(folder):
     old_flat, new_flat = flatten(as_plain(load_config(workdir))), flatten(new)
     missing = "(absent)"
     differing = [
       f"  {key}: the run has {old_flat.get(key, missing)!r}, now {new_flat.get(key, missing)!r}"
       for key in sorted(old_flat.keys() | new_flat.keys())
-      if old_flat.get(key, missing) != new_flat.get(key, missing) and not key.startswith(CHANGEABLE)
+      if old_flat.get(key, missing) != new_flat.get(key, missing) and not key.startswith(changeable)
     ]
     if differing:
       raise ValueError(

@@ -7,6 +7,11 @@ import numpy as np
 
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy
 
+# Compiled once for each shape: a bound class method is a new function at every access.
+_create_gmflow = jax.jit(GMFlowPolicy.create)
+_create_dx = jax.jit(DXPolicy.create, static_argnames=("basis", "compat"))
+_create_arc = jax.jit(ArcPolicy.create)
+
 
 def gmflow(seed=0, *, k=8, space=(3,), c=2, t_s=1.0, std=0.3, spread=1.0, dtype=jnp.float64):
   """A state and a mixture over it: clean samples lie around a common centre, as far apart as t_s leaves open."""
@@ -16,14 +21,14 @@ def gmflow(seed=0, *, k=8, space=(3,), c=2, t_s=1.0, std=0.3, spread=1.0, dtype=
   x0 = centre + t_s * spread * normal(size=(k, *space, c))
   outputs = (x, t_s, (x - x0) / t_s, normal(size=(k, *space)), np.log(std))
   outputs = [jnp.asarray(a, dtype) for a in outputs]
-  return outputs[0], jax.jit(GMFlowPolicy.create)(*outputs)
+  return outputs[0], _create_gmflow(*outputs)
 
 
 def dx(seed=0, *, n=4, space=(3,), c=2, t_s=1.0, dtype=jnp.float64, **options):
   """A state and a DX policy over it."""
   normal = np.random.default_rng(seed).normal
   x, t_s, d = (jnp.asarray(a, dtype) for a in (normal(size=(*space, c)), t_s, normal(size=(n, *space, c))))
-  return x, jax.jit(lambda *a: DXPolicy.create(*a, **options))(x, t_s, d)
+  return x, _create_dx(x, t_s, d, **options)
 
 
 def arc(seed=0, *, k=4, space=(3,), c=2, t_s=1.0, dtype=jnp.float64):
@@ -31,7 +36,7 @@ def arc(seed=0, *, k=4, space=(3,), c=2, t_s=1.0, dtype=jnp.float64):
   normal = np.random.default_rng(seed).normal
   shapes = [(*space, c), (k, *space, c), (k, *space), (k - 1, *space)]
   x, *outputs = (jnp.asarray(normal(size=shape), dtype) for shape in shapes)
-  return x, jax.jit(ArcPolicy.create)(x, jnp.asarray(t_s, dtype), *outputs)
+  return x, _create_arc(x, jnp.asarray(t_s, dtype), *outputs)
 
 
 velocity = jax.jit(lambda policy, x, t: policy.velocity(x, t))

@@ -27,6 +27,11 @@ MISTAKES = {
   "unknown flag": (["sample", "--workdir=x", "--nun=3"], "pflow"),
   "unknown variant": (["train", "--config=configs/digits.py:techer", "--workdir=x"], "'teacher'"),
   "misspelt key": (["train", "--config=configs/digits.py", "--workdir=x", "--config.train.stepps=1"], "steps"),
+  "key of another objective": (
+    ["train", "--config=configs/digits.py", "--workdir=x", "--config.objective.nfe=2"],
+    "no key nfe",
+  ),
+  "no such file": (["train", "--config=configs/nope.py", "--workdir=x"], "configs/nope.py"),
   "wrong type": (["train", "--config=configs/digits.py", "--workdir=x", "--config.train.steps=many"], "steps"),
   "no teacher": (["train", "--config=configs/digits.py:gmflow", "--workdir=x"], "train a teacher first"),
   "no run": (["evaluate", "--workdir=/nonexistent"], "pflow train"),
@@ -52,3 +57,6 @@ def test_help_names_the_commands(capsys):
   main([])
   shown = capsys.readouterr().out
   assert all(name in shown for name in ("train", "sample", "evaluate", "data"))
+
+  main(["sample", "--help"])
+  assert "--labels" in capsys.readouterr().out

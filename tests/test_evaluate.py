@@ -32,7 +32,7 @@ def test_rows_and_files(report, student_run, teacher_run):
   table = (folder / "evaluation.md").read_text()
   assert all(name in table for name in names)
   assert (folder / "samples.png").stat().st_size > 5000
-  assert (teacher_run / "evaluation" / "classifier.npz").exists(), "kept with the teacher, for all its students"
+  assert (teacher_run / "evaluation" / "classifier_5_steps.npz").exists(), "kept with the teacher, for all its students"
 
 
 def test_yardsticks_are_one_and_nothing_is_missing(report):
@@ -66,7 +66,7 @@ def test_students_of_one_teacher_share_a_table(student_run, teacher_run, tmp_pat
   train(config, tmp_path / "two")
   report = evaluate(load_config(student_run), student_run, others=[tmp_path / "two"], out=tmp_path / "both")
   names = [row["name"] for row in report["rows"]]
-  assert names[-2:] == ["student, 1 NFE", "student, 2 NFE"]
+  assert names[-2:] == [f"student, 1 NFE ({student_run.name})", "student, 2 NFE (two)"]
   train(quick("digits", "teacher", steps=2), tmp_path / "teacher")
   train(quick("digits", "gmflow", tmp_path / "teacher", steps=2), tmp_path / "stranger")
   with pytest.raises(ValueError, match=r"(?s)share a teacher.*stranger"):
@@ -101,9 +101,9 @@ def test_yardsticks_cannot_be_left_out(student_run):
 
 def test_damaged_classifier_is_named(student_run, teacher_run, tmp_path, report):
   shutil.copytree(teacher_run, tmp_path / "teacher")
-  path = tmp_path / "teacher" / "evaluation" / "classifier.npz"
+  path = tmp_path / "teacher" / "evaluation" / "classifier_5_steps.npz"
   path.write_bytes(path.read_bytes()[:100])
   config = load_config(student_run)
   config.teacher.workdir = str(tmp_path / "teacher")
-  with pytest.raises(ValueError, match=r"classifier\.npz"):
+  with pytest.raises(ValueError, match=r"classifier_5_steps\.npz"):
     evaluate(config, student_run, out=tmp_path / "out")

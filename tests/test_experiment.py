@@ -43,6 +43,7 @@ def test_sections_that_do_not_belong_together_are_refused(teacher_run, student_r
   def refused(match, variant="gmflow", teacher=teacher_run, **sections):
     config = quick("digits", variant, teacher)
     for section, values in sections.items():
+      section = section.rstrip("_")
       with config.unlocked():
         config[section] = config[section].to_dict() | values
     with pytest.raises(ValueError, match=match):
@@ -51,7 +52,9 @@ def test_sections_that_do_not_belong_together_are_refused(teacher_run, student_r
   refused("train a teacher first", teacher=None)
   refused("holds a student", teacher=student_run)
   refused("no run in", teacher="/nonexistent")
-  refused("trained on other data", data=dict(name="digits", held_out=10))
+  refused(r"data\.held_out: the teacher has '\(default\)', the student 10", data=dict(name="digits", held_out=10))
+  refused(r"(?s)model\.depth.*model\.num_heads", model=dict(depth=2, num_heads=4))
+  refused("cond_dropout=0.1", teacher_=dict(guidance=4.0))
   refused("does not train the policy 'velocity'", policy=dict(kind="velocity"))
   refused("does not train the policy 'gmflow'", objective=dict(kind="flow_matching"))
   refused("expected one of", objective=dict(kind="gan"))
@@ -66,7 +69,7 @@ def test_student_starts_as_its_teachers_one_step(teacher_run):
   made = build(config)
   noise = jax.random.normal(jax.random.key(0), (4, *made.dataset.shape))
   t, labels = jax.numpy.ones(4), jax.numpy.arange(4)
-  policy = made.student(made.init(jax.random.key(1)))(noise, t, labels)
+  policy = made.student(made.init(jax.random.key(1), made.teacher.params))(noise, t, labels)
   moved = jax.vmap(lambda p, x: p.velocity(x, 1.0))(policy, noise)
   expected = made.teacher.velocity(made.teacher.params)(noise, t, labels)
   assert float(jax.numpy.abs(expected).max()) > 0

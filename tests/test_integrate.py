@@ -50,12 +50,11 @@ def test_one_precision_throughout():
   """Times and shifts of another type do not leak into the state."""
   x, policy = cases.gmflow(dtype=jnp.float32)
   times = np.float64(1.0), np.float64(0.4)
-  for method in ("euler", "ab2", "auto"):
-    assert rollout(policy, x, *times, shift=np.float64(3.2), substeps=4, method=method).dtype == jnp.float32
-    low = rollout(policy, x.astype(jnp.bfloat16), *times, substeps=4, method=method)
-    assert low.dtype == jnp.float32
-    want = rollout(policy, x.astype(jnp.bfloat16).astype(jnp.float32), *times, substeps=4, method=method)
-    np.testing.assert_array_equal(low, want)
+  for method in ("euler", "auto"):
+    roll = jax.jit(lambda x, m=method: rollout(policy, x, *times, shift=np.float64(3.2), substeps=4, method=m))
+    low = x.astype(jnp.bfloat16)
+    assert roll(x).dtype == roll(low).dtype == jnp.float32
+    np.testing.assert_array_equal(roll(low), roll(low.astype(jnp.float32)))
 
 
 def test_the_reference_is_converged():
@@ -66,11 +65,16 @@ def test_the_reference_is_converged():
     np.testing.assert_allclose(end, cases.converged(policy, x, 1.0, 0.02), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("method", "order", "counts"), [
-  ("euler", 1, (128, 256, 512, 1024)), ("ab2", 2, (128, 256, 512, 1024)), ("auto", 3, (192, 384, 768, 1536)),
-])  # fmt: skip
-@pytest.mark.parametrize("shift", [1.0, 3.2])
-def test_order_of_convergence(method, order, counts, shift):
+@pytest.mark.parametrize(
+  ("method", "order", "shift", "counts"),
+  [
+    ("euler", 1, 3.2, (128, 256, 512)),
+    ("ab2", 2, 3.2, (128, 256, 512)),
+    ("auto", 3, 3.2, (192, 384, 768)),
+    ("auto", 3, 1.0, (192, 384, 768)),
+  ],
+)
+def test_order_of_convergence(method, order, shift, counts):
   x, policy = cases.gmflow(space=(16,), std=0.3)
   r_end = 0.1
   exact = cases.converged(policy, x, 1.0, shift_time(r_end, shift))
@@ -90,56 +94,58 @@ def roll_batch(policy, x, r_start, r_end, shift, **options):
 @pytest.mark.parametrize("nfe", [1, 2, 4])
 def test_auto_is_no_less_accurate_than_euler(nfe):
   """On random mixtures, sharp and broad, over the first and the last segment of the student's grid."""
-  better, total = 0, 0
-  grid = segment_grid(nfe)
+  grid, ratios = segment_grid(nfe), []
   for i in sorted({0, nfe - 1}):
-    r_start, r_end = grid[i], grid[i + 1]
-    length = float(r_start - r_end)
     for shift in (1.0, 3.2):
-      ratios = []
-      for std in (0.05, 0.1, 0.3):
-        t_s = float(shift_time(r_start, shift))
-        made = [cases.gmflow(seed, space=(32,), t_s=t_s, std=std) for seed in range(12)]
-        x, policy = jax.tree.map(lambda *a: jnp.stack(a), *made)
-        run = functools.partial(roll_batch, policy, x, r_start, r_end, shift, max_length=length)
-        exact = run(method="auto", substeps=3000)
-        error = {m: jnp.sqrt(jnp.mean((run(method=m, substeps=128) - exact) ** 2, (1, 2))) for m in ("auto", "euler")}
-        pooled = {m: float(jnp.sqrt(jnp.mean(e**2))) for m, e in error.items()}
-        assert pooled["auto"] <= pooled["euler"], (i, shift, std, pooled)
-        ratios.append(np.asarray(error["auto"] / error["euler"]))
-      ratios = np.concatenate(ratios)
-      assert np.median(ratios) < 0.75, (i, shift)
-      better, total = better + np.sum(ratios <= 1), total + len(ratios)
+      t_s = float(shift_time(grid[i], shift))
+      stds = np.repeat([0.05, 0.1, 0.3], 8)
+      made = [cases.gmflow(seed, space=(16,), t_s=t_s, std=std) for seed, std in enumerate(stds)]
+      x, policy = jax.tree.map(lambda *a: jnp.stack(a), *made)
+      length = float(grid[i] - grid[i + 1])
+      run = functools.partial(roll_batch, policy, x, grid[i], grid[i + 1], shift, max_length=length)
+      exact = run(method="auto", substeps=1536)
+      auto, euler = (
+        np.sqrt(np.mean((run(method=m, substeps=128) - exact) ** 2, axis=(1, 2))).reshape(3, 8)
+        for m in ("auto", "euler")
+      )
+      assert np.all(np.mean(auto**2, 1) <= np.mean(euler**2, 1)), (i, shift)
+      assert np.median(auto / euler) < 0.75, (i, shift)
+      ratios.append(auto / euler)
   # A pixel may lie between two components so narrowly that either method's error decides which of them it goes to.
-  assert better >= 0.95 * total
+  assert np.mean(np.array(ratios) <= 1) >= 0.95
 
 
-@pytest.mark.parametrize("method", ["auto", "ab2", "euler", "exact"])
-@pytest.mark.parametrize("kind", list(ALL))
+@pytest.mark.parametrize(
+  ("kind", "method"),
+  [("gmflow", "auto"), ("gmflow", "ab2"), ("gmflow", "euler"), ("gmflow1", "exact"), ("dx", "exact"), ("arc", "exact")],
+)
 def test_derivatives(kind, method):
-  if (kind, method) == ("gmflow", "exact"):
-    pytest.skip("has no closed form")
   x, policy = ALL[kind](t_s=0.9)
-  roll = functools.partial(rollout, method=method, substeps=12)
-  # The placing of multistep points is no part of their derivative: times are left out.
-  cases.assert_derivative(lambda p, x: roll(p, x, 0.8, 0.1, shift=2.0), policy, x)
-  average = functools.partial(average_velocity, method=method, substeps=12)
-  cases.assert_derivative(lambda p, x: average(p, x, 0.8, 0.1, shift=2.0), policy, x)
+
+  def end_and_average(policy, x):
+    # The placing of multistep points is no part of their derivative: times are left out.
+    return jnp.stack(
+      [f(policy, x, 0.8, 0.1, shift=2.0, substeps=8, method=method) for f in (rollout, average_velocity)]
+    )
+
+  cases.assert_derivative(end_and_average, policy, x)
 
 
 @pytest.mark.parametrize("method", ["auto", "ab2", "euler"])
 def test_derivative_by_the_times(method):
   """dx/dr at the end is the velocity there, whatever the method: exact in the limit of many steps."""
   x, policy = cases.gmflow(space=(16,), t_s=0.9)
-  roll = jax.jit(functools.partial(rollout, method=method, substeps=2000, max_length=0.5))
+  roll = jax.jit(functools.partial(rollout, method=method, substeps=400, max_length=0.5))
   end, by_end = jax.jvp(lambda r: roll(policy, x, 0.9, r), (0.4,), (1.0,))
-  np.testing.assert_allclose(by_end, policy.velocity(end, 0.4), rtol=5e-3, atol=5e-3)
+  np.testing.assert_allclose(by_end, policy.velocity(end, 0.4), rtol=2e-2, atol=2e-2)
   at_data = jax.jit(jax.grad(lambda r: jnp.sum(roll(policy, x, 0.5, r))))(0.0)
   assert jnp.isfinite(at_data)
 
 
-@pytest.mark.parametrize("method", ["auto", "ab2", "euler"])
-@pytest.mark.parametrize("kind", list(ALL))
+@pytest.mark.parametrize(
+  ("kind", "method"),
+  [("gmflow", "auto"), ("gmflow", "euler"), ("gmflow1", "auto"), ("dx", "auto"), ("dx", "ab2"), ("arc", "auto")],
+)
 def test_ends_at_the_data_and_stays_where_it_is(kind, method):
   x, policy = ALL[kind](dtype=jnp.float32)
 
@@ -164,7 +170,7 @@ def test_float32_is_accurate_over_short_windows():
   for std in (0.05, 0.3):
     x, policy = cases.gmflow(space=(64,), std=std)
     single_policy, single_x = jax.tree.map(lambda a: a.astype(jnp.float32), (policy, x))
-    for method in ("auto", "euler"):
+    for method in ("auto",):
       # With the default bound "auto" takes all its steps, 43, for the window, each with its rounding.
       for max_length, bound in ((1.0, 4e-4), (3 / 128, 5e-5)):
         f = jax.jit(functools.partial(average_velocity, method=method, max_length=max_length, shift=3.2))
@@ -209,12 +215,12 @@ def test_short_stretches_average_to_the_velocity_at_their_start():
 def test_steps_are_checkpointed():
   """The backward pass keeps states, not the (K, pixels) arrays of every substep."""
   x, policy = cases.gmflow(k=32, space=(64,))
-  for method in ("euler", "ab2", "auto"):
-    roll = functools.partial(rollout, method=method)
-    assert "remat" in str(jax.make_jaxpr(lambda p: roll(p, x, 1.0, 0.0))(policy))
+  for method in ("euler", "auto"):
+    roll = functools.partial(rollout, x=x, r_start=1.0, r_end=0.0, method=method)
+    assert "remat" in str(jax.make_jaxpr(roll)(policy))
     sizes = []
     for substeps in (32, 128):
-      grad = jax.jit(jax.grad(lambda p, n=substeps, roll=roll: jnp.sum(roll(p, x, 1.0, 0.0, substeps=n))))
+      grad = jax.jit(jax.grad(lambda p, n=substeps, roll=roll: jnp.sum(roll(p, substeps=n))))
       sizes.append(grad.lower(policy).compile().memory_analysis().temp_size_in_bytes)
     states = 96 * 3 * x.nbytes
     assert sizes[1] - sizes[0] < 2 * states < 96 * policy.logits.nbytes, (method, sizes)

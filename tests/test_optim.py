@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from pflow_jax.optim import ema_decay, make_optimizer, make_schedule, skipped, update_ema
+from pflow_jax.optim import make_ema_decay, make_optimizer, make_schedule, skipped, update_ema
 
 PARAMS = {"w": np.array([1.0, -2.0, 3.0], np.float32), "b": np.array([[0.5]], np.float32)}
 
@@ -143,17 +143,20 @@ def test_refuses_bad_settings(settings, match):
 
 def test_karras_decay_matches_the_release(golden):
   data = golden("ema_karras")
-  decay = jax.jit(lambda i: ema_decay(i, start=int(data["in_start_iter"]), gamma=float(data["in_gamma"])))
+  decay = jax.jit(make_ema_decay(start=int(data["in_start_iter"]), gamma=float(data["in_gamma"])))
   got = np.array([decay(i) for i in data["in_iter"]])
   assert got.dtype == np.float32
   np.testing.assert_allclose(got, data["out_momentum"], rtol=1e-6)
 
 
 def test_constant_decay_and_unknown_kind():
-  got = [float(ema_decay(i, kind="constant", start=3, decay=0.5)) for i in range(6)]
+  got = [float(make_ema_decay(kind="constant", start=3, decay=0.5)(i)) for i in range(6)]
   assert got == [0, 0, 0, 0, 0.5, 0.5]
   with pytest.raises(ValueError, match="'karras' or 'constant'"):
-    ema_decay(0, kind="power")
+    make_ema_decay(kind="power")
+  for bad in (dict(start=-1), dict(gamma=0.0), dict(decay=1.5)):
+    with pytest.raises(ValueError, match="expected start"):
+      make_ema_decay(**bad)
 
 
 def test_update_ema():
@@ -163,5 +166,5 @@ def test_update_ema():
   assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype(np.float32)}
   np.testing.assert_allclose(got["w"], [1.5, 0.75e8 + 0.25], rtol=1e-7)
   np.testing.assert_array_equal(got["b"], np.full((2, 2), 0.25, np.float32))
-  copied = update_ema(ema, params, ema_decay(0))
+  copied = update_ema(ema, params, make_ema_decay()(0))
   np.testing.assert_array_equal(copied["w"], [3.0, 1.0])  # exact beside 1e8

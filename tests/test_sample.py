@@ -28,10 +28,10 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tm
   config = load_config(student_run)
   results = []
   for batch_size, seed in ((64, 0), (3, 0), (64, 1)):
-    config.sample.batch_size = batch_size
-    program.sample(config, student_run, num=8, nfe=1, seed=seed, labels=[7], out=tmp_path / "x")
+    config.sample.update(batch_size=batch_size, h=0.5, nfe=(2,))
+    program.sample(config, student_run, num=8, seed=seed, labels=[7], out=tmp_path / "x")
     with np.load(tmp_path / "x.npz") as arrays:
-      results.append(arrays["x0_nfe1"])
+      results.append(arrays["x0_nfe2"])
       assert set(arrays["label"]) == {7}
   np.testing.assert_allclose(results[0], results[1], atol=1e-5)
   assert np.abs(results[0] - results[2]).max() > 0.1
@@ -40,10 +40,10 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tm
 def test_stochastic_and_tempered_sampling_change_the_samples(student_run):
   config = load_config(student_run)
   experiment = build(config)
-  params = experiment.init(jax.random.key(0))
+  params = experiment.init(jax.random.key(0), experiment.teacher.params)
   noise, labels = program.draw_noise(experiment, 4, seed=0)
   draw = lambda key=0, **kw: program.make_sampler(experiment, program.SampleSettings(**kw), 2)(
-    params, noise, labels, jax.random.key(key)
+    params, noise, labels, jax.random.split(jax.random.key(key), 4)
   )
   plain = draw()
   np.testing.assert_array_equal(plain, draw(key=1))

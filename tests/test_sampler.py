@@ -105,14 +105,17 @@ def test_stochastic_sampling_runs_and_needs_a_key(golden):
   student = toy_student(toy_params(file), "GM")
   noise = channels_last(file["in_noise"])
   sample = lambda h, key: sampler.sample_student(student, noise, None, key, nfe=3, h=h)
-  a, b = sample(0.5, jax.random.key(0)), sample(0.5, jax.random.key(1))
+  keys = lambda seed: jax.random.split(jax.random.key(seed), len(noise))
+  a, b = sample(0.5, keys(0)), sample(0.5, keys(1))
   assert jnp.all(jnp.isfinite(a))
   assert not jnp.allclose(a, b)
-  with pytest.raises(ValueError, match="key"):
+  alone = sampler.sample_student(student, noise[1:], None, keys(0)[1:], nfe=3, h=0.5)
+  np.testing.assert_allclose(alone, a[1:], rtol=1e-5, atol=1e-6)
+  with pytest.raises(ValueError, match="keys"):
     sample(0.5, None)
   with pytest.raises(ValueError, match="at least 0"):
-    sample(-1.0, jax.random.key(0))
-  with pytest.raises(ValueError, match="key"):
+    sample(-1.0, keys(0))
+  with pytest.raises(ValueError, match="keys"):
     sampler.sample_teacher(toy_teacher, noise, None, steps=2, h=1.0)
 
 

@@ -9,10 +9,10 @@ from jax.sharding import AxisType
 from pflow_jax.sharding import batch_sharding, make_mesh, replicated, shard_batch
 
 
-@pytest.mark.parametrize(("sizes", "shape"), [({}, (8, 1)), ({"fsdp": 4}, (2, 4)), ({"data": 1, "fsdp": 8}, (1, 8))])
-def test_make_mesh(sizes, shape):
-  mesh = make_mesh(**sizes)
-  assert dict(mesh.shape) == {"data": shape[0], "fsdp": shape[1]}
+@pytest.mark.parametrize("data", [-1, 8])
+def test_make_mesh(data):
+  mesh = make_mesh(data)
+  assert dict(mesh.shape) == {"data": 8}
   assert set(mesh.axis_types) == {AxisType.Auto}
 
 
@@ -21,15 +21,14 @@ def test_make_mesh_over_some_devices():
   assert list(make_mesh(devices=devices).devices.ravel()) == devices
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"data": 3}, {"data": 0}, {"fsdp": 0}])
-def test_refuses_sizes_that_do_not_fit(sizes):
-  with pytest.raises(ValueError, match="data.*fsdp"):
-    make_mesh(**sizes)
+@pytest.mark.parametrize("data", [0, 3, 16])
+def test_refuses_sizes_that_do_not_fit(data):
+  with pytest.raises(ValueError, match=f"number of devices, 8.*got {data}"):
+    make_mesh(data)
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_rows_are_split_over_all_devices(fsdp):
-  mesh = make_mesh(fsdp=fsdp)
+def test_rows_are_split_over_all_devices():
+  mesh = make_mesh()
   batch = {"x0": np.arange(48, dtype=np.float32).reshape(16, 3), "label": np.arange(16, dtype="i4")}
   got = shard_batch(batch, mesh)
   jax.tree.map(np.testing.assert_array_equal, got, batch)
@@ -40,7 +39,7 @@ def test_rows_are_split_over_all_devices(fsdp):
 
 
 def test_replicated():
-  x = jax.device_put(np.ones((3,)), replicated(make_mesh(fsdp=2)))
+  x = jax.device_put(np.ones((3,)), replicated(make_mesh()))
   assert [s.data.shape for s in x.addressable_shards] == [(3,)] * 8
 
 

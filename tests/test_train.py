@@ -13,17 +13,18 @@ import pytest
 from pflow_jax import optim
 from pflow_jax.checkpoint import load_params
 from pflow_jax.state import create_state
-from pflow_jax.train import TrainSettings, train, train_step
+from pflow_jax.train import Meter, TrainSettings, train, train_step
+from pflow_jax.writer import MetricsWriter, progress
 from tests.programs import command, environment, pflow, quick
 
 OPTIMIZER = dict(learning_rate=0.1)
 
 
 def linear_loss(params, teacher_params, batch, key, step):
-  """Squares of a linear fit, with noise from the key so that randomness is seen."""
-  noise = 0.0 * jax.random.normal(key, batch["y"].shape)
-  error = batch["x"] @ params["w"] + noise - batch["y"]
-  return error**2 + teacher_params["offset"], {"error": jnp.abs(error)}
+  """Squares of a linear fit; the metrics show the random numbers and the step that the loss was given."""
+  error = batch["x"] @ params["w"] - batch["y"]
+  noise = jax.random.normal(key, batch["y"].shape)
+  return error**2 + teacher_params["offset"], {"noise": noise, "step": jnp.full_like(noise, step)}
 
 
 def problem(rows=8):
@@ -31,16 +32,15 @@ def problem(rows=8):
   return {"x": x, "y": x @ jnp.array([1.0, -2.0, 0.5])}
 
 
-def one_step(state, batch, accumulation=1, loss_fn=linear_loss, optimizer=None):
-  optimizer = optimizer or optim.make_optimizer(**OPTIMIZER)
+def one_step(state, batch, accumulation=1, offset=0.0):
   return train_step(
     state,
-    {"offset": jnp.array(0.0)},
+    {"offset": jnp.array(offset)},
     batch,
     jax.random.key(1),
-    loss_fn=loss_fn,
-    optimizer=optimizer,
-    ema_decay=lambda step: optim.ema_decay(step, kind="constant", decay=0.5),
+    loss_fn=linear_loss,
+    optimizer=optim.make_optimizer(**OPTIMIZER),
+    ema_decay=optim.make_ema_decay(kind="constant", decay=0.5),
     accumulation=accumulation,
   )
 
@@ -79,10 +79,38 @@ def test_non_finite_gradients_are_skipped_and_counted():
   assert (int(metrics["skipped_in_a_row"]), int(metrics["skipped"])) == (0, 1)
 
 
-def test_teacher_is_an_argument_and_gets_no_gradient_state():
+def test_teacher_enters_the_loss_and_is_not_trained():
   state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
-  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-  assert not any("offset" in name for name in names)
+  plain, metrics = one_step(state, problem())
+  shifted, offset_metrics = one_step(state, problem(), offset=5.0)
+  np.testing.assert_allclose(offset_metrics["loss"], metrics["loss"] + 5.0, rtol=1e-6)
+  assert same(plain, shifted), "the teacher's numbers move nothing that is kept"
+
+
+def test_every_step_and_micro_batch_has_its_own_random_numbers():
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  batch = problem(rows=4096)
+  first, m0 = one_step(state, batch)
+  _, m1 = one_step(first, batch)
+  assert m0["noise"] != m1["noise"]
+  assert (float(m0["step"]), float(m1["step"])) == (0.0, 1.0)
+  # Means of 4,096 normal numbers: of independent quarters they differ from four times the same quarter.
+  _, whole = one_step(state, batch, accumulation=4)
+  quarter = jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 0), (1024,))
+  assert abs(float(whole["noise"]) - float(jnp.mean(quarter))) > 1e-4
+
+
+def test_meter_sees_a_streak_inside_an_interval(tmp_path):
+  settings = TrainSettings(steps=100, batch_size=8, log_every=50, max_skipped=20)
+  with MetricsWriter(tmp_path, tensorboard=False) as writer, progress(100, disable=True) as report:
+    meter = Meter(settings, optim.make_schedule(learning_rate=1.0), 0, writer, report)
+    for step in range(1, 51):
+      bad = 10 < step <= 35
+      meter.add(step, {"loss": np.nan if bad else 1.0, "skipped_in_a_row": (step - 10) * bad, "skipped": 0})
+    with pytest.raises(FloatingPointError, match="25 updates in a row"):
+      meter.flush()
+  row = json.loads((tmp_path / "metrics.jsonl").read_text())
+  assert row["loss"] == 1.0, "skipped steps do not blur the mean"
 
 
 @pytest.mark.usefixtures("float32")
@@ -104,7 +132,7 @@ def same(a, b):
 def test_resumed_run_is_the_undisturbed_run_to_the_bit(tmp_path, teacher_run, objective):
   def run(steps, folder):
     config = quick("digits", "gmflow", teacher_run, steps=steps)
-    config.optimizer.schedule = "constant"  # a cosine would depend on the number of steps
+    config.optimizer.schedule = "constant"  # a cosine run keeps its number of steps
     config.objective.update(kind=objective, nfe=2)
     return train(config, tmp_path / folder)
 
@@ -174,6 +202,24 @@ def test_resuming_with_another_model_names_the_keys(tmp_path):
 
 
 @pytest.mark.usefixtures("float32")
+def test_batches_that_do_not_divide_are_refused_and_leave_no_trace(tmp_path):
+  for changes in (dict(batch_size=12), dict(batch_size=16, accumulation=4)):
+    with pytest.raises(ValueError, match=r"devices x accumulation = 8 x"):
+      train(quick("digits", "teacher", **changes), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("float32")
+def test_profile_window_may_begin_before_a_resumed_run(tmp_path):
+  config = quick("digits", "teacher", steps=2, profile=(2, 3))
+  config.optimizer.schedule = "constant"
+  train(config, tmp_path)
+  config.train.steps = 4
+  train(config, tmp_path)
+  assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
+
+
+@pytest.mark.usefixtures("float32")
 def test_metrics_are_logged_for_every_interval(tmp_path):
   train(quick("digits", "teacher", steps=5, log_every=2), tmp_path)
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -192,6 +238,13 @@ def test_preview_pictures_and_profile_are_written(tmp_path, teacher_run):
 
 def test_settings_refuse_bad_values():
   good = dict(steps=1, batch_size=8)
-  for bad in (dict(steps=0), dict(batch_size=0), dict(accumulation=3), dict(log_every=0), dict(max_skipped=0)):
+  for bad in (
+    dict(steps=0),
+    dict(batch_size=0),
+    dict(accumulation=3),
+    dict(log_every=0),
+    dict(max_skipped=0),
+    dict(profile=(3, 2)),
+  ):
     with pytest.raises(ValueError, match=next(iter(bad))):
       TrainSettings(**(good | bad))

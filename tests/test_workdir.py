@@ -19,8 +19,13 @@ def test_config_comes_back(tmp_path):
   assert not list((tmp_path / "run").glob("*.partial"))
 
 
+def save(folder, step=1):
+  (folder / "checkpoints" / str(step)).mkdir(parents=True)
+
+
 def test_only_what_may_change_changes(tmp_path):
   workdir.claim(tmp_path, config())
+  save(tmp_path)
   workdir.claim(tmp_path, config(train={"steps": 20, "batch_size": 4}, sample={"nfe": (4,)}))
   assert workdir.load_config(tmp_path).train.steps == 20
   with pytest.raises(ValueError, match=r"(?s)model\.width: the run has 8, now 9.*train\.batch_size"):
@@ -28,6 +33,37 @@ def test_only_what_may_change_changes(tmp_path):
   with pytest.raises(ValueError, match=r"model\.depth: the run has '\(absent\)', now 1"):
     workdir.claim(tmp_path, config(model={"width": 8, "depth": 1}))
   assert workdir.load_config(tmp_path).model.width == 8
+
+
+def test_a_run_without_a_checkpoint_takes_any_config(tmp_path):
+  workdir.claim(tmp_path, config())
+  workdir.claim(tmp_path, config(model={"width": 9}))
+  assert workdir.load_config(tmp_path).model.width == 9
+
+
+def test_a_cosine_run_keeps_its_length(tmp_path):
+  cosine = {"optimizer": {"schedule": "cosine"}}
+  workdir.claim(tmp_path, config(**cosine))
+  save(tmp_path)
+  with pytest.raises(ValueError, match=r"train\.steps: the run has 10, now 20"):
+    workdir.claim(tmp_path, config(**cosine, train={"steps": 20, "batch_size": 4}))
+
+
+def test_a_student_keeps_the_teacher_it_started_with(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(workdir, "newest_step", lambda folder: 7)
+  student = config(teacher={"workdir": "teacher", "step": None})
+  workdir.pin_teacher("run", student)
+  assert (student.teacher.workdir, student.teacher.step) == (str(tmp_path / "teacher"), 7)
+  workdir.claim("run", student)
+  save(tmp_path / "run")
+  monkeypatch.setattr(workdir, "newest_step", lambda folder: 9)  # the teacher has trained on
+  again = config(teacher={"workdir": "teacher", "step": None})
+  workdir.pin_teacher("run", again)
+  assert again.teacher.step == 7
+  fresh = config(teacher={"workdir": "teacher", "step": None})
+  workdir.pin_teacher("other", fresh)
+  assert fresh.teacher.step == 9
 
 
 def test_missing_and_damaged_configs_are_named(tmp_path):

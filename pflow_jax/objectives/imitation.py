@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pflow_jax.integrate import average_velocity, rollout
+from pflow_jax.integrate import METHODS, average_velocity, rollout
 from pflow_jax.policies import Policy
 from pflow_jax.schedule import sample_segment, segment_grid, segment_length, shift_time
 
@@ -60,6 +60,12 @@ class Imitation:
       raise ValueError(f"window: expected at least 0 substeps, got {self.window}")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout: expected a rate in [0, 1), got {self.dropout}")
+    if self.shift <= 0 or self.loss_scale <= 0:
+      raise ValueError(f"shift and loss_scale: expected > 0, got {self.shift} and {self.loss_scale}")
+    if self.substeps < 1 or self.method not in METHODS:
+      raise ValueError(
+        f"substeps and method: expected at least 1 and one of {METHODS}, got {self.substeps} and {self.method!r}"
+      )
     if self.ratio_decay < 0:
       raise ValueError(f"ratio_decay: expected at least 0 steps, got {self.ratio_decay}")
 
@@ -192,7 +198,7 @@ def imitation_loss(
   uniform, noise = draw_source(key_source, x0)
   r, length = sample_segment(uniform, settings.nfe, settings.final_scale)
   t = shift_time(r, settings.shift)
-  x = x0 + _wide(t, x0) * (noise - x0)
+  x = (1 - _wide(t, x0)) * x0 + _wide(t, x0) * noise
   policy = student(x, t, cond)
   draws = draw(key_draw, x0.shape[0], policy.num_components, settings.num_states)
   ratio = settings.teacher_ratio(step)

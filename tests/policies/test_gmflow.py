@@ -35,6 +35,16 @@ def assert_matches(evaluate, inputs, expected, *, suffix, atol):
     assert_close(actual, want, 1e-5, slack + np.max(np.abs(want - true)))
 
 
+@jax.jit
+def velocity_and_gradients(x_s, t_s, outputs, x, t, cotangent):
+  def of(*outputs):
+    policy = jax.vmap(GMFlowPolicy.create)(x_s, t_s, *outputs)
+    return jax.vmap(lambda p, x, t: p.velocity(x, t))(policy, x, t)
+
+  v, pull = jax.vjp(of, *outputs)
+  return v, *pull(cotangent)
+
+
 @pytest.mark.parametrize("point", range(5))
 @pytest.mark.parametrize("suffix", ["", "_f32"])
 def test_velocity_and_gradients_match_the_release(golden, point, suffix):
@@ -42,15 +52,6 @@ def test_velocity_and_gradients_match_the_release(golden, point, suffix):
   x_s, x, cotangent = (channels_last(file[f"in_{n}"]) for n in ("x_src", "x_src" if point == 0 else "x_t", "cotangent"))
   # The clamp at t = 0, here so that float64 sees float32's.
   t = np.maximum(file["in_frac"][point] * file["in_sigma_src"], file["in_means"].dtype.type(1e-6))
-
-  @jax.jit
-  def evaluate(x_s, t_s, outputs, x, t, cotangent):
-    def of(*outputs):
-      policy = jax.vmap(GMFlowPolicy.create)(x_s, t_s, *outputs)
-      return jax.vmap(lambda p, x, t: p.velocity(x, t))(policy, x, t)
-
-    v, pull = jax.vjp(of, *outputs)
-    return v, *pull(cotangent)
 
   def outputs(i):
     return gm_outputs(file, f"out_grad_means_{i}", f"out_grad_logweights_{i}", f"out_grad_logstds_{i}")
@@ -60,7 +61,9 @@ def test_velocity_and_gradients_match_the_release(golden, point, suffix):
   rounding = (1e-6 if suffix else 1e-8) if file["in_frac"][point] == 0 else 1e-15
   atol = (0.0, *(rounding * np.max(np.abs(g)) for g in outputs(2)))
   inputs = (x_s, file["in_sigma_src"], gm_outputs(file), x, t, cotangent)
-  assert_matches(evaluate, inputs, (channels_last(file[f"out_u_{point}"]), *outputs(point)), suffix=suffix, atol=atol)
+  assert_matches(
+    velocity_and_gradients, inputs, (channels_last(file[f"out_u_{point}"]), *outputs(point)), suffix=suffix, atol=atol
+  )
 
 
 @pytest.mark.parametrize("suffix", ["", "_f32"])
@@ -86,6 +89,17 @@ def test_dropout_and_temperature_match_the_release(golden, suffix):
   assert_matches(evaluate, inputs, expected, suffix=suffix, atol=(0.0,) * 4)
 
 
+@jax.jit
+def posterior_mean_and_gradients(x_s, x, cotangent, means, logits, t_s, t, variance):
+  def one(x_s, t_s, t, means, logits, variance, x):
+    # `create` takes velocities: for t_s = 1 those are x_s - means. The file's source and variance are put in place.
+    policy = GMFlowPolicy.create(x_s, 1.0, x_s[None] - means, logits[..., 0], 0.0, eps=1e-6)
+    return dataclasses.replace(policy, t_s=t_s, variance=variance).posterior_mean(x, t)
+
+  x0, pull = jax.vjp(lambda *a: jax.vmap(one)(x_s, t_s, t, *a), means, logits, variance, x)
+  return x0, *pull(cotangent)
+
+
 @pytest.mark.parametrize("where", ["mid", "near0", "same"])
 @pytest.mark.parametrize("suffix", ["", "_f32"])
 def test_posterior_mean_matches_the_release(golden, where, suffix):
@@ -93,22 +107,14 @@ def test_posterior_mean_matches_the_release(golden, where, suffix):
   names = ("in_x_src", "in_x_t", "in_cotangent", "in_means_x0", "in_logweights")
   times = (file[n].reshape(-1) for n in ("in_sigma_src", "in_sigma_t", "in_gm_vars"))
 
-  @jax.jit
-  def evaluate(x_s, x, cotangent, means, logits, t_s, t, variance):
-    def one(x_s, t_s, t, means, logits, variance, x):
-      # `create` takes velocities: for t_s = 1 those are x_s - means. The file's source and variance are put in place.
-      policy = GMFlowPolicy.create(x_s, 1.0, x_s[None] - means, logits[..., 0], 0.0, eps=1e-6)
-      return dataclasses.replace(policy, t_s=t_s, variance=variance).posterior_mean(x, t)
-
-    x0, pull = jax.vjp(lambda *a: jax.vmap(one)(x_s, t_s, t, *a), means, logits, variance, x)
-    return x0, *pull(cotangent)
-
   assert file["in_eps"] == 1e-6
   expected = [channels_last(file[n]) for n in ("out_x0", "out_grad_means", "out_grad_logweights")]
   expected += [file["out_grad_gm_vars"].reshape(-1), channels_last(file["out_grad_x_t"])]
   # Towards t = 0 the derivative by the variance is the difference of much larger terms.
   atol = (0.0, 0.0, 0.0, 2e-5 if suffix else 0.0, 0.0)
-  assert_matches(evaluate, (*(channels_last(file[n]) for n in names), *times), expected, suffix=suffix, atol=atol)
+  assert_matches(
+    posterior_mean_and_gradients, (*(channels_last(file[n]) for n in names), *times), expected, suffix=suffix, atol=atol
+  )
 
 
 @pytest.mark.parametrize(("t", "s"), [(1.0, 0.5), (0.9, 1e-3), (0.6, 0.59), (0.02, 0.01)])
@@ -144,15 +150,22 @@ def test_velocity_at_the_source_is_the_mixture_of_velocities():
 
 
 @pytest.mark.parametrize("space", [(), (5,), (3, 2), (2, 3, 2)])
-def test_pixels_are_independent_and_space_has_any_axes(space):
+def test_space_has_any_axes(space):
   x, policy = cases.gmflow(space=space, c=3)
-  v = cases.velocity(policy, x, 0.4)
-  assert v.shape == (*space, 3)
-  pixels = v.size // 3
-  jacobian = np.asarray(jax.jacobian(cases.velocity, argnums=1)(policy, x, 0.4)).reshape(pixels, 3, pixels, 3)
-  for i in range(pixels):
-    for j in range(pixels):
-      assert np.any(jacobian[i, :, j] != 0) == (i == j)
+  _, one = cases.gmflow(space=space, c=3, k=1)
+  for v in (cases.velocity(policy, x, 0.4), policy.posterior_mean(x, 0.4), cases.integrate(one, x, 0.9, 0.1)):
+    assert v.shape == (*space, 3)
+  # The policy is made of pixels in a row, whatever the space.
+  np.testing.assert_array_equal(
+    cases.velocity(policy, x.reshape(-1, 3), 0.4), cases.velocity(policy, x, 0.4).reshape(-1, 3)
+  )
+
+
+def test_pixels_are_independent_and_channels_are_not():
+  x, policy = cases.gmflow(space=(2, 2), c=3)
+  jacobian = np.asarray(jax.jacobian(cases.velocity, argnums=1)(policy, x, 0.4)).reshape(4, 3, 4, 3)
+  for i, j in np.ndindex(4, 4):
+    assert np.all((jacobian[i, :, j] != 0) == (i == j))
 
 
 def test_derivatives():
