@@ -14,13 +14,13 @@ def get_config(variant: str = "teacher") -> ConfigDict:
   config.data = dict(name="checkerboard")
   config.model = dict(kind="mlp", width=128, depth=4)
   config.sample.update(batch_size=10_000)
-  config.evaluate.num_samples = 10_000
-  config.train.update(steps=1500, batch_size=1024, log_every=100, checkpoint_every=0)
+  config.evaluate.num_samples = 5_000
+  config.train.update(steps=4000, batch_size=512, log_every=100, checkpoint_every=1000)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine")
   if name == "teacher":
     config.policy = dict(kind="velocity")
   else:
-    config.train.steps = 1000
+    config.train.steps = 800
     config.objective.num_states = 2
   if name == "gmflow":
     config.policy = dict(kind="gmflow", num_components=32)

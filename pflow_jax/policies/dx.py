@@ -148,9 +148,9 @@ class DXPolicy(Policy):
     # s * dlambda over the cell; s / t is 1 in the cell that ends at s, also when s is 0.
     s_over_low, s_over_high = (jnp.where(u > s, s / jnp.where(u > 0, u, 1.0), 1.0) for u in (t_low, t_high))
     span = s_over_low - s_over_high
-    # s * integral of (r - high) dlambda = s (log1p(z) - z) / m, z = high / low - 1
+    # s * integral of (r - high) dlambda, with z = high / low - 1
     z = jnp.where(low > 0, (high - low) / safe_low, 0.0)
-    tail = jnp.where(low > 0, s * _log1p_minus_identity(z) / m, -s_over_low * high * (m + (1 - m) * t_low) / m)
+    tail = jnp.where(low > 0, s * (jnp.log1p(z) - z) / m, -s_over_low * high * (m + (1 - m) * t_low) / m)
     inner = slice(1, n)
     # Inside cell j the hat of node j + 1 is u = (r - node_j) / h, that of node j is 1 - u.
     right = ((high[inner] - nodes[:-1]) / h) * span[inner] + tail[inner] / h
@@ -185,13 +185,3 @@ def _powers(d: Array, n: int) -> Array:
   for _ in range(n - 1):
     powers.append(powers[-1] * d)
   return jnp.stack(powers)
-
-
-def _log1p_minus_identity(z: Array) -> Array:
-  """log(1 + z) - z for z >= 0 without cancellation near 0."""
-  small = z < 0.03
-  w = jnp.where(small, z, 0.0)
-  series = jnp.zeros_like(w)
-  for k in range(10, 1, -1):  # -z^2/2 + z^3/3 - ...
-    series = series * w + (-1.0) ** (k + 1) / k
-  return jnp.where(small, series * w * w, jnp.log1p(z) - z)
