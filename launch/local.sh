@@ -26,8 +26,8 @@ train() {
   while true; do
     code=0
     pflow train "$@" || code=$?
-    # 1 and 2 are a mistake in the flags or the config, which another try would only repeat.
-    if ((code <= 2)) || ((tries >= ${RESTARTS:-3})); then exit "$code"; fi
+    # 2 is a mistake that another try would only repeat, 130 a run that was told to stop.
+    if ((code == 0 || code == 2 || code == 130 || tries >= ${RESTARTS:-3})); then exit "$code"; fi
     tries=$((tries + 1))
     echo "launch/local.sh: training ended with code $code; restart $tries of ${RESTARTS:-3}" >&2
   done

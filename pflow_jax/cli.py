@@ -1,4 +1,8 @@
-"""The command `pflow`: train, sample, evaluate, data."""
+"""The command `pflow`: train, sample, evaluate, data.
+
+Exit codes: 0 done; 2 a mistake in the flags, the config or the files; 130 stopped from the keyboard or told to stop;
+1 anything else, which another try may mend (launch/local.sh starts such a run again).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 USAGE = """usage: pflow COMMAND [flags]
 
@@ -26,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     return
   command, rest = argv[0], argv[1:]
   if command not in COMMANDS:
-    sys.exit(f"pflow: there is no command {command!r}\n\n{USAGE}")
+    _fail(2, f"there is no command {command!r}\n\n{USAGE}")
   COMMANDS[command](rest)
 
 
@@ -43,13 +48,15 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
       return
     define(values)
     rest = values(sys.argv)
+    if "config" in values:
+      _ = values.config.seed  # a config file that could not be read says so when it is used
   except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-    # A config file is code of the user's: show where it failed when it is not a mistyped key.
+    # A config file is code of the user's: PFLOW_TRACEBACK shows where it failed.
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
-    sys.exit(f"pflow: {_one_line(error)}\n(set PFLOW_TRACEBACK=1 for the traceback)")
+    _fail(2, _one_line(error))
   if len(rest) > 1:
-    sys.exit(f"pflow: unexpected argument {rest[1]!r}; flags are given as --name value")
+    _fail(2, f"unexpected argument {rest[1]!r}; flags are given as --name value")
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   _cache_compilations()
@@ -58,15 +65,22 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
   except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
-    sys.exit(f"pflow: {error}\n(set PFLOW_TRACEBACK=1 for the traceback)")
+    mistake = isinstance(error, (ValueError, ArithmeticError, FileNotFoundError))
+    _fail(2 if mistake else 1, f"{error}\n(set PFLOW_TRACEBACK=1 for the traceback)")
   except KeyboardInterrupt:
-    print("\npflow: stopped; the same command resumes from the newest checkpoint", file=sys.stderr)
-    sys.exit(130)
+    _fail(130, "stopped")
+
+
+def _fail(code: int, message: str) -> NoReturn:
+  print(f"pflow: {message}", file=sys.stderr)
+  sys.exit(code)
 
 
 def _one_line(error: Exception) -> str:
   # KeyErrors print their message quoted, line breaks and all.
   text = str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+  if "Traceback" in text:  # of a config file that raised; its last line is the error
+    text = text.strip().splitlines()[-1]
   return f"the config has no key {text}" if isinstance(error, (AttributeError, KeyError)) else text
 
 
@@ -91,7 +105,9 @@ def _train(argv: list[str]) -> None:
   def train(values):
     from pflow_jax.train import train as run
 
-    run(values.config, values.workdir)
+    state = run(values.config, values.workdir)
+    if int(state.step) < values.config.train.steps:
+      _fail(130, f"stopped at step {int(state.step)}, which is saved; the same command resumes")
 
   _run(define, train, argv)
 
@@ -177,13 +193,13 @@ def _evaluate(argv: list[str]) -> None:
 
 def _data(argv: list[str]) -> None:
   if argv != ["emoji"]:
-    sys.exit("usage: pflow data emoji")
+    _fail(2, "usage: pflow data emoji")
   from pflow_jax.data import fetch_emoji
 
   try:
     print(f"emoji are in {fetch_emoji()}")
   except (ValueError, RuntimeError) as error:
-    sys.exit(f"pflow: {error}")
+    _fail(2, str(error))
 
 
 COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "data": _data}

@@ -16,7 +16,7 @@ import numpy as np
 from pflow_jax.integrate import rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies import temperature as with_temperature
-from pflow_jax.policies.base import Array
+from pflow_jax.policies.base import Array, as_float
 from pflow_jax.schedule import segment_grid, segment_length, shift_time, unshift_time
 
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
@@ -29,8 +29,7 @@ def kept_noise(t: Array, t_next: Array, h: float) -> Array:
     t, t_next: flow times, 1 >= t >= t_next >= 0, any shape.
     h: noise level of the sampler: 0 keeps all noise (deterministic), inf replaces all of it.
   """
-  if h < 0:
-    raise ValueError(f"noise level h: expected a number of at least 0, got {h}")
+  _check_level(h)
   if h == 0:
     return jnp.ones_like(t)
   if np.isinf(h):
@@ -93,7 +92,8 @@ def sample_student(
   """
   if h > 0 and keys is None and nfe > 1:
     raise ValueError("sample_student: h > 0 renews noise between segments and needs `keys`, one a sample")
-  x = noise
+  _check_level(h)
+  (x,) = as_float(noise)
   grid = segment_grid(nfe, final_scale)
   batch = noise.shape[:1]
   for i in range(nfe):
@@ -135,10 +135,12 @@ def sample_teacher(
     trajectory: return all states, (steps + 1, B, *space, C), from noise to data.
   Returns: (B, *space, C).
   """
-  if steps < 1:
-    raise ValueError(f"steps: expected an integer of at least 1, got {steps}")
+  if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+    raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+  _check_level(h)
   if h > 0 and keys is None:
     raise ValueError("sample_teacher: h > 0 needs `keys`, one a sample")
+  (noise,) = as_float(noise)
   times = shift_time(jnp.linspace(1.0, 0.0, steps + 1, dtype=noise.dtype), shift)
   batch = noise.shape[:1]
 
@@ -153,6 +155,11 @@ def sample_teacher(
 
   x, states = jax.lax.scan(step, noise, (times[:-1], times[1:], jnp.arange(steps)))
   return jnp.concatenate([noise[None], states]) if trajectory else x
+
+
+def _check_level(h: float) -> None:
+  if h < 0:
+    raise ValueError(f"noise level h: expected a number of at least 0, got {h}")
 
 
 def _fresh_noise(keys: Array, i, x: Array) -> Array:

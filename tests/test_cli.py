@@ -47,7 +47,10 @@ def test_mistakes_end_in_a_message_without_a_traceback(name, tmp_path, monkeypat
   args = [a.replace("--workdir=x", f"--workdir={tmp_path}/x") for a in args]
   with pytest.raises(SystemExit) as exit_:
     main(args)
-  assert expected in str(exit_.value)
+  assert exit_.value.code == 2
+  shown = capsys.readouterr().err
+  assert expected in shown
+  assert "Traceback" not in shown
   assert not (tmp_path / "x").exists()
 
 

@@ -48,9 +48,20 @@ def test_restarts_end(project):
   assert (run.returncode, len(calls)) == (137, 3)
 
 
-def test_a_mistake_is_not_repeated(project):
+@pytest.mark.parametrize("code", [2, 130])
+def test_mistakes_and_requested_stops_are_not_repeated(project, code):
+  run, calls = project("train", codes=[code, 0])
+  assert (run.returncode, len(calls)) == (code, 1)
+
+
+def test_other_failures_are_tried_again(project):
   run, calls = project("train", codes=[1, 0])
-  assert (run.returncode, len(calls)) == (1, 1)
+  assert (run.returncode, len(calls)) == (0, 2)
+
+
+def test_a_stopped_demo_does_not_go_on_with_a_half_trained_teacher(project):
+  run, calls = project("demo", codes=[130])
+  assert (run.returncode, len(calls)) == (130, 1)
 
 
 def test_demo_trains_a_teacher_and_its_students_and_evaluates_them_together(project):

@@ -121,3 +121,17 @@ def test_stochastic_sampling_runs_and_needs_a_key(golden):
 
 def test_auto_temperature():
   np.testing.assert_allclose([auto_temperature(n) for n in (1, 2, 4, 20)], [0.0, 0.1, 0.3, 1.0])
+
+
+def test_bfloat16_is_computed_in_float32(golden):
+  """Times near 1 would collapse in bfloat16, and the samples with them."""
+  file = golden("sample_GM_temp1.0")
+  noise = channels_last(file["in_noise"]).astype(jnp.bfloat16)
+  student = toy_student(toy_params(file), "GM")
+  samples = sampler.sample_student(student, noise, None, nfe=2, shift=3.2)
+  np.testing.assert_array_equal(
+    samples, sampler.sample_student(student, noise.astype(jnp.float32), None, nfe=2, shift=3.2)
+  )
+  single = sampler.sample_teacher(toy_teacher, noise, None, steps=128)
+  assert single.dtype == jnp.float32
+  np.testing.assert_array_equal(single, sampler.sample_teacher(toy_teacher, noise.astype(jnp.float32), None, steps=128))

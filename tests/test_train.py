@@ -165,7 +165,7 @@ def test_killed_run_ends_in_the_same_bits(tmp_path, teacher_run, name):
   victim.send_signal(signal.SIGKILL if name == "sigkill" else signal.SIGTERM)
   victim.communicate(timeout=120)
   steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}")]
-  assert victim.returncode == (-signal.SIGKILL if name == "sigkill" else 0)
+  assert victim.returncode == (-signal.SIGKILL if name == "sigkill" else 130)
   assert 17 < max(steps) < 60, "the kill must fall inside the run"
   if name == "sigterm":
     saved = max(int(p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name.isdigit())
@@ -238,13 +238,7 @@ def test_preview_pictures_and_profile_are_written(tmp_path, teacher_run):
 
 def test_settings_refuse_bad_values():
   good = dict(steps=1, batch_size=8)
-  for bad in (
-    dict(steps=0),
-    dict(batch_size=0),
-    dict(accumulation=3),
-    dict(log_every=0),
-    dict(max_skipped=0),
-    dict(profile=(3, 2)),
-  ):
+  bads = [{name: 0} for name in ("steps", "batch_size", "accumulation", "log_every", "max_skipped")]
+  for bad in (*bads, dict(profile=(3, 2)), dict(sample_every=-1)):
     with pytest.raises(ValueError, match=next(iter(bad))):
       TrainSettings(**(good | bad))

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from pflow_jax.data.arrays import npz
 from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.emoji import emoji
 from pflow_jax.data.folder import folder
@@ -25,6 +26,7 @@ _SOURCES: dict[str, Callable[..., Dataset]] = {
 _OPEN_SOURCES: dict[str, Callable[..., Dataset]] = {
   "tfds:<name>": tfds_images,
   "folder:<path>": folder,
+  "npz:<path>": npz,
 }
 
 
@@ -32,8 +34,8 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
   """The data set called `name`.
 
   Args:
-    name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "tfds:<name>" or
-      "folder:<path>".
+    name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "tfds:<name>",
+      "folder:<path>" or "npz:<path>".
     split: "train" or "test"; for tfds any split it understands. See `held_out` of the sources.
     **options: keyword arguments of the source's function in this package.
   Raises: ValueError for an unknown name or option, with the nearest one and the list.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pflow_jax.policies.base import as_float
 from pflow_jax.schedule import shift_time
 
 Array = jax.Array
@@ -81,6 +82,7 @@ def flow_matching_loss(
   References: flow matching, arXiv:2210.02747; logit-normal times, arXiv:2403.03206.
   """
   s = settings
+  (x0,) = as_float(x0)
   key_time, key_noise, key_drop = jax.random.split(key, 3)
   t = shift_time(sample_time(key_time, x0.shape[:1], mean=s.time_mean, std=s.time_std), s.shift)
   t = t.astype(x0.dtype)

@@ -17,6 +17,7 @@ import numpy as np
 
 from pflow_jax.integrate import METHODS, average_velocity, rollout
 from pflow_jax.policies import Policy
+from pflow_jax.policies.base import as_float
 from pflow_jax.schedule import sample_segment, segment_grid, segment_length, shift_time
 
 Array = jax.Array
@@ -60,6 +61,11 @@ class Imitation:
       raise ValueError(f"window: expected at least 0 substeps, got {self.window}")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout: expected a rate in [0, 1), got {self.dropout}")
+    if self.method != "euler" and 0 < self.window * self.substeps / 128 < 1.5:
+      raise ValueError(
+        f"window: {self.window} substeps of 1/128 are less than two of the rollouts' {self.substeps}, and would be "
+        "taken for a point; use substeps=128"
+      )
     if self.shift <= 0 or self.loss_scale <= 0:
       raise ValueError(f"shift and loss_scale: expected > 0, got {self.shift} and {self.loss_scale}")
     if self.substeps < 1 or self.method not in METHODS:
@@ -194,6 +200,7 @@ def imitation_loss(
     step: optimizer step, for the teacher ratio.
   Returns: loss per example (B,), and metrics.
   """
+  (x0,) = as_float(x0)
   key_source, key_draw = jax.random.split(key)
   uniform, noise = draw_source(key_source, x0)
   r, length = sample_segment(uniform, settings.nfe, settings.final_scale)
@@ -220,6 +227,7 @@ def imitation_loss_data_free(
   Arguments and result as for `imitation_loss`, but for `noise`, the states at t = 1. Segments are weighted by their
   length.
   """
+  (noise,) = as_float(noise)
   batch, total, x = noise.shape[0], jnp.zeros(noise.shape[:1], noise.dtype), noise
   ratio = settings.teacher_ratio(step)
   grid = segment_grid(settings.nfe, settings.final_scale)

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pflow_jax.policies.base import Array, Mixture, as_float, check_shape, check_source
+from pflow_jax.policies.base import Array, Mixture, as_float, check_shape, check_source, check_state
 
 
 @jax.tree_util.register_dataclass
@@ -66,10 +66,11 @@ class ArcPolicy(Mixture):
     return jnp.sum(weights[..., None] * self.velocities, axis=0)
 
   def velocity(self, x: Array, t: Array) -> Array:
-    del x
+    check_state(x, self.velocities.shape[1:])
     return self._mixture(jnp.exp(self.log_gammas * (self.t_s - t)))
 
   def integrate(self, x: Array, t: Array, s: Array) -> Array:
+    check_state(x, self.velocities.shape[1:])
     dt = t - s
     growth = jnp.exp(self.log_gammas * (self.t_s - t))
     return x - self._mixture(growth * dt * phi(self.log_gammas * dt))

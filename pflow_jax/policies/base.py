@@ -86,6 +86,11 @@ def check_range(name: str, value, low: float, high: float, *, open_low: bool = F
     raise ValueError(f"{name}: expected a value in {bracket}{low}, {high}], got {value}")
 
 
+def check_state(x: Array, shape: tuple[int, ...]) -> None:
+  """Raises ValueError unless the state `x` has the shape that a policy was made for."""
+  check_shape("x", x, shape, "(*space, C) of the policy; batch both with jax.vmap")
+
+
 def check_source(x_s: Array, t_s: Array) -> None:
   """Checks the source of a policy: a state with a channel axis and one flow time in (0, 1]."""
   if x_s.ndim < 1:

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pflow_jax.policies.base import Array, Policy, as_float, check_range, check_shape, check_source
+from pflow_jax.policies.base import Array, Policy, as_float, check_range, check_shape, check_source, check_state
 from pflow_jax.schedule import shift_time, unshift_time
 
 BASES = ("grid", "polynomial")
@@ -73,6 +73,8 @@ class DXPolicy(Policy):
       )
     n = coefficients.shape[0]
     check_shape("coefficients", coefficients, (n, *x_s.shape), "(N, *space, C), x_s (*space, C)")
+    check_shape("segment", segment, (), "one length a policy")
+    check_shape("shift", shift, (), "one shift a policy")
     check_range("segment", segment, 0.0, 1.0, open_low=True)
     check_range("shift", shift, 0.0, float("inf"), open_low=True)
     states = -t_s * coefficients
@@ -119,6 +121,7 @@ class DXPolicy(Policy):
     return jnp.tensordot(weights, self.states, axes=1, precision="highest")
 
   def velocity(self, x: Array, t: Array) -> Array:
+    check_state(x, self.states.shape[1:])
     return (x - self.posterior_mean(t)) / jnp.maximum(t, self.eps)
 
   def integrate(self, x: Array, t: Array, s: Array) -> Array:
@@ -127,7 +130,8 @@ class DXPolicy(Policy):
     In y = x / t and lambda = 1 / t the equation reads dy/dlambda = x0, so x(s) = (s / t) x + s * integral of x0
     dlambda, a weighted sum of the states. dlambda = -dr / (m r^2), and s * (...) stays finite at s = 0.
     """
-    from_t = jnp.maximum(t, self.eps)
+    check_state(x, self.states.shape[1:])
+    from_t = jnp.where(t > s, t, 1.0)  # a stretch without length is left alone below
     integral = self._integral_powers if self.basis == "polynomial" else self._integral_grid
     x_s = (s / from_t) * x + self._weighted(integral(from_t, s))
     return jnp.where(t > s, x_s, x)

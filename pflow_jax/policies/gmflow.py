@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pflow_jax.policies.base import Array, Mixture, as_float, check_shape, check_source
+from pflow_jax.policies.base import Array, Mixture, as_float, check_shape, check_source, check_state
 
 
 def _channels_first(x: Array) -> Array:
@@ -40,6 +40,7 @@ class GMFlowPolicy(Mixture):
   squared_norms: Array  # (K, P), sum over channels of means^2: does not depend on time
   logits: Array  # (K, P), log-softmaxed over K
   variance: Array  # (), of every component, data space
+  shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # (*space, C)
   eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
 
   @classmethod
@@ -66,7 +67,7 @@ class GMFlowPolicy(Mixture):
     check_shape("log_std", log_std, (), "one value a sample")
     # Pixels are flattened and the channels brought to the front of the means once, here.
     velocities = jnp.moveaxis(means.reshape(k, -1, c), -1, 0)
-    x_s = _channels_first(x_s)
+    shape, x_s = x_s.shape, _channels_first(x_s)
     means = tuple(x[None] - t_s * v for x, v in zip(x_s, velocities, strict=True))
     return cls(
       x_s=x_s,
@@ -75,6 +76,7 @@ class GMFlowPolicy(Mixture):
       squared_norms=sum(m**2 for m in means),
       logits=jax.nn.log_softmax(logits.reshape(k, -1), axis=0),
       variance=jnp.exp(2 * log_std) * t_s**2,
+      shape=shape,
       eps=eps,
     )
 
@@ -91,12 +93,14 @@ class GMFlowPolicy(Mixture):
     Returns: (*space, C).
     References: pi-Flow, arXiv:2510.14974, Sec. 3.2.
     """
+    check_state(x, self.shape)
     nu, denominator, mixture = self._mixture(_channels_first(x), t)
     return _channels_last((self.variance * nu + mixture) / denominator, x.shape)
 
   def velocity(self, x: Array, t: Array) -> Array:
     # (x - posterior mean) / t, with the difference worked out by hand: subtracting loses all digits of float32 as t
     # goes to 0.
+    check_state(x, self.shape)
     x_t = _channels_first(x)
     _, denominator, mixture = self._mixture(x_t, t)
     t, rho, t_s, rho_s = self._times(t)
@@ -138,11 +142,13 @@ class GMFlowPolicy(Mixture):
         f"GMFlowPolicy with K = {self.num_components} has no closed-form integral (only K = 1 has); "
         "use method='ab2', 'euler' or 'auto'"
       )
+    check_state(x, self.shape)
     y = _channels_first(x) / jnp.maximum(t, self.eps)
     _, rho, t_s, rho_s = self._times(t)
     d = jnp.maximum(self.variance * (rho**2 - rho_s**2) + 1, self.eps)
     # root = s sqrt(D(s)), finite as s goes to 0
-    root = jnp.sqrt(s**2 * (1 - self.variance * rho_s**2) + self.variance * (1 - s) ** 2)
+    square = s**2 * (1 - self.variance * rho_s**2) + self.variance * (1 - s) ** 2
+    root = jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))  # the root has no derivative at 0
     b = jnp.concatenate(self.means) - (self.variance * rho_s / t_s) * self.x_s
     gain = ((1 - s) ** 2 - (s * rho) ** 2) / d
     x_s = (root / jnp.sqrt(d)) * y + b * (gain / jnp.maximum(rho / jnp.sqrt(d) * root + 1 - s, self.eps))

@@ -25,6 +25,7 @@ def dropout(policy: P, key: Array, rate: float) -> P:
   training only).
   """
   check_range("rate", rate, 0.0, 1.0)
+  _check_one(policy)
   if policy.num_components == 0:
     return policy
   return policy.drop(jax.random.uniform(key, (policy.num_components,)) < rate)  # type: ignore[return-value]
@@ -39,9 +40,15 @@ def temperature(policy: P, value: float) -> P:
   """
   if value < 0 or np.isnan(value):
     raise ValueError(f"temperature: expected a number of at least 0, got {value}")
+  _check_one(policy)
   if value >= 1 or policy.num_components == 0:
     return policy
   return policy.temper(max(value, MIN_TEMPERATURE))  # type: ignore[return-value]
+
+
+def _check_one(policy: Policy) -> None:
+  if policy.num_components and policy.t_s.ndim:  # type: ignore[attr-defined]
+    raise ValueError(f"expected one policy, got a batch of shape {policy.t_s.shape}; use jax.vmap")  # type: ignore[attr-defined]
 
 
 def auto_temperature(nfe: int) -> float:

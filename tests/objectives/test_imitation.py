@@ -139,7 +139,7 @@ def test_loss_vanishes_where_the_policy_is_the_teacher():
   assert jnp.all(wrong > 1e-3)
 
 
-def test_no_gradient_reaches_the_teacher_or_the_detached_rollout(golden):
+def test_no_gradient_reaches_the_teacher(golden):
   file = golden("piid_segment_GM_ratio0.4_win3")
   params = toy_params(file)
   settings = Imitation(**NFE4, num_states=3)

@@ -155,10 +155,17 @@ def test_space_has_any_axes(space):
   _, one = cases.gmflow(space=space, c=3, k=1)
   for v in (cases.velocity(policy, x, 0.4), policy.posterior_mean(x, 0.4), cases.integrate(one, x, 0.9, 0.1)):
     assert v.shape == (*space, 3)
-  # The policy is made of pixels in a row, whatever the space.
-  np.testing.assert_array_equal(
-    cases.velocity(policy, x.reshape(-1, 3), 0.4), cases.velocity(policy, x, 0.4).reshape(-1, 3)
-  )
+  for wrong in (x[None], jnp.concatenate([x, x], axis=-1)):
+    with pytest.raises(ValueError, match=r"x: expected shape .* got"):
+      policy.velocity(wrong, 0.4)
+
+
+def test_swapped_axes_are_refused():
+  """As many pixels in another order would pair them wrongly."""
+  x, policy = cases.gmflow(space=(3, 2), c=3)
+  for function in (policy.velocity, policy.posterior_mean):
+    with pytest.raises(ValueError, match=r"expected shape \(3, 2, 3\).* got \(2, 3, 3\)"):
+      function(x.swapaxes(0, 1), 0.4)
 
 
 def test_pixels_are_independent_and_channels_are_not():

@@ -100,3 +100,12 @@ def test_bad_values_are_refused():
   for value in (-1.0, float("nan")):
     with pytest.raises(ValueError, match=f"temperature: expected .*got {value}"):
       temperature(policy, value)
+
+
+def test_a_batch_of_policies_is_refused():
+  made = [cases.gmflow(seed)[1] for seed in range(3)]
+  batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+  with pytest.raises(ValueError, match=r"one policy, got a batch of shape \(3,\); use jax.vmap"):
+    temperature(batch, 0.5)
+  with pytest.raises(ValueError, match="one policy"):
+    dropout(batch, jax.random.key(0), 0.5)
