@@ -1,8 +1,19 @@
 """Handwritten digits, 8x8: a teacher in one minute and students in one to two, on two cores.
 
-pflow train --config configs/digits.py:teacher --workdir runs/teacher
-pflow train --config configs/digits.py:gmflow --workdir runs/student --config.teacher.workdir=runs/teacher
-pflow evaluate --workdir runs/student
+    pflow train --config configs/digits.py:teacher --workdir runs/teacher
+    pflow train --config configs/digits.py:gmflow --workdir runs/student --config.teacher.workdir=runs/teacher
+    pflow evaluate --workdir runs/student
+
+Measured (README, three seeds; alignment error against the teacher's at 4 Euler steps, Fréchet distance against its at
+128): gmflow 0.65 / 1.2, gmflow_2nfe 0.52 / 1.2, gmflow_4nfe 0.35 / 1.1, dx 0.67 / 1.8. gmflow_long, one seed and half
+an hour on one core: 0.54 / 1.0, diversity 1.02.
+
+What was learnt (one seed each, 1 evaluation):
+* Steps count, not examples: 1,500 steps of 128 gave 0.77, 4,000 of 64 gave 0.67, 24,000 of 64 gave 0.54, about
+  steps^-0.1. Rate 2e-3 beat 1e-3 (0.65, 0.67). K = 32 was no better than 16 (0.67 both, at 1e-3).
+* One student for 1, 2 and 4 evaluations was worse at 4 (0.53) than one trained for 4 alone (0.33 after 800 steps): a
+  policy that must reach t = 0 in one stretch gets the first quarter wrong by six times as much.
+* No gradient clipping: the norm stays below 4 after the warm-up, far from the published 50.
 """
 
 from ml_collections import ConfigDict
