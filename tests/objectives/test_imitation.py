@@ -12,6 +12,7 @@ from pflow_jax.objectives.imitation import Draws, Imitation, segment_loss
 from tests.golden_layout import channels_last, toy_gradients, toy_params, toy_student, toy_teacher
 
 NFE4 = dict(nfe=4, final_scale=0.5, shift=3.2, loss_scale=30.0, method="euler")
+DATA_FREE = dict(num_states=4, window=3, dropout=0.1, ratio_decay=2000)
 SEGMENT_POLICIES = {
   "GM": {},
   "DXgrid": dict(segment=1 / 3.5, shift=3.2),
@@ -94,24 +95,41 @@ def test_data_loss_matches_the_release(golden, monkeypatch):
   assert_close(grads, toy_gradients(file), rtol=1e-5)
 
 
-def test_data_free_loss_matches_the_release(golden, monkeypatch):
-  file = golden("forward_train_datafree_GM_4nfe")
-  settings = Imitation(**NFE4, num_states=4, window=3, dropout=0.1, ratio_decay=2000)
-  segments = iter(range(4))
-  monkeypatch.setattr(imitation, "draw", lambda *_: draws_of(file, 4, f"_{next(segments)}"))
+@pytest.mark.parametrize(
+  ("name", "kind", "settings", "rtol"),
+  [
+    # The release keeps its schedule times in float32 here: parity ends at that precision.
+    ("forward_train_datafree_GM_4nfe", "GM", Imitation(**NFE4, **DATA_FREE), 1e-5),
+    # The release clamps small arguments of its exponential integral.
+    (
+      "arc_forward_train_datafree_2nfe",
+      "Arc",
+      Imitation(nfe=2, shift=3.2, loss_scale=30.0, **DATA_FREE),
+      1e-4,
+    ),
+  ],
+)
+def test_data_free_loss_matches_the_release(golden, monkeypatch, name, kind, settings, rtol):
+  file = golden(name)
+  components, segments = file["in_param_lw"].shape[1], iter(range(settings.nfe))
+  monkeypatch.setattr(imitation, "draw", lambda *_: draws_of(file, components, f"_{next(segments)}"))
 
   def loss(params):
-    student = toy_student(params, "GM")
-    noise = channels_last(file["rng_x_T"])
     per_example, aux = imitation.imitation_loss_data_free(
-      student, toy_teacher, noise, None, jax.random.key(0), jnp.array(500), settings
+      toy_student(params, kind),
+      toy_teacher,
+      channels_last(file["rng_x_T"]),
+      None,
+      jax.random.key(0),
+      jnp.array(500),
+      settings,
     )
     return jnp.mean(per_example), aux
 
   (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(toy_params(file))
-  np.testing.assert_allclose(aux["teacher_ratio"], file["out_teacher_ratio"])
-  np.testing.assert_allclose(value, file["out_loss"], rtol=1e-6)
-  assert_close(grads, toy_gradients(file), rtol=1e-5)
+  np.testing.assert_allclose(aux["teacher_ratio"], 0.75)
+  np.testing.assert_allclose(value, file["out_loss"], rtol=rtol / 10)
+  assert_close(grads, toy_gradients(file), rtol=rtol)
 
 
 def test_loss_vanishes_where_the_policy_is_the_teacher():
