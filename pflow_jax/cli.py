@@ -157,6 +157,8 @@ def _sample(argv: list[str]) -> None:
   def sample(values):
     from pflow_jax.sample import sample as run
 
+    if values.labels and not all(label.isdigit() for label in values.labels):
+      raise ValueError(f"--labels: expected class numbers separated by commas, got {','.join(values.labels)!r}")
     labels = [int(label) for label in values.labels] if values.labels else None
     picture = run(
       values.config,
