@@ -63,8 +63,8 @@ class Imitation:
       raise ValueError(f"dropout: expected a rate in [0, 1), got {self.dropout}")
     if self.method != "euler" and 0 < self.window * self.substeps / 128 < 1.5:
       raise ValueError(
-        f"window: {self.window} substeps of 1/128 are less than two of the rollouts' {self.substeps}, and would be "
-        "taken for a point; use substeps=128"
+        f"window: {self.window} of 128 substeps are fewer than two of the rollouts' {self.substeps} and would be taken "
+        "for a point; set window=0, or substeps=128 and a window of at least 2"
       )
     if self.shift <= 0 or self.loss_scale <= 0:
       raise ValueError(f"shift and loss_scale: expected > 0, got {self.shift} and {self.loss_scale}")

@@ -182,6 +182,10 @@ def test_settings_refuse_bad_values():
     dict(window=-1),
     dict(dropout=1.0),
     dict(ratio_decay=-1),
+    dict(window=3, substeps=32),
+    dict(shift=0.0),
+    dict(substeps=0),
+    dict(method="rk4"),
   ):
     with pytest.raises(ValueError, match=next(iter(bad))):
       Imitation(**bad)
