@@ -32,7 +32,7 @@ def golden():
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Runs of one session share their compiled programs, in this process and in those it starts."""
+  """The runs of all tests share their compiled programs, in this process and in those it starts."""
   folder = str(tmp_path_factory.getbasetemp().parent / "xla")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
   jax.config.update("jax_compilation_cache_dir", folder)

@@ -40,5 +40,5 @@ def command(*args):
 
 
 def environment():
-  # One device, and the compiled programs of this session's other runs.
+  # One device, and the compiled programs of the other runs of these tests.
   return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
