@@ -8,7 +8,7 @@ import pytest
 from pflow_jax import sampler
 from pflow_jax.policies import auto_temperature
 from pflow_jax.schedule import segment_grid, shift_time
-from tests.golden_layout import channels_last, toy_params, toy_student, toy_teacher
+from tests.golden_layout import assert_close, channels_last, toy_params, toy_student, toy_teacher
 
 LEVELS = {"0.0": 0.0, "0.5": 0.5, "1.0": 1.0, "inf": float("inf")}
 
@@ -64,14 +64,14 @@ def test_samples_match_the_release(golden, kind, name):
     temperature=float(name[-3:]),
     method="euler",
   )
-  np.testing.assert_allclose(samples, channels_last(file["out_x0"]), rtol=1e-4, atol=2e-5)
+  assert_close(samples, channels_last(file["out_x0"]), rtol=1e-5)
 
 
 def test_arc_samples_match_the_release(golden):
   file = golden("arc_sample_2nfe")
   student = toy_student(toy_params(file), "Arc")
   samples = sampler.sample_student(student, channels_last(file["in_noise"]), None, nfe=2, shift=3.2)
-  np.testing.assert_allclose(samples, channels_last(file["out_x0"]), rtol=1e-4, atol=2e-5)
+  assert_close(samples, channels_last(file["out_x0"]), rtol=1e-5)
 
 
 def test_noise_that_is_renewed_keeps_the_marginal():

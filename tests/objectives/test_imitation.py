@@ -105,7 +105,7 @@ def test_data_loss_matches_the_release(golden, monkeypatch):
       "arc_forward_train_datafree_2nfe",
       "Arc",
       Imitation(nfe=2, shift=3.2, loss_scale=30.0, **DATA_FREE),
-      1e-4,
+      5e-5,
     ),
   ],
 )
