@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+
+from pflow_jax.partition import match
 
 PyTree = Any
 
@@ -68,6 +70,7 @@ def make_optimizer(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
   clip_norm: float | None = None,
+  rates: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
   """AdamW with warm-up, a global-norm clip once the warm-up is over, and skipped bad updates.
 
@@ -78,11 +81,19 @@ def make_optimizer(
     clip_norm: largest global norm of the gradient after `warmup_steps` updates (the release uses
       50); None never clips. During the warm-up gradients pass unclipped.
     weight_decay: decoupled decay of every parameter. The others: see `make_schedule`.
-  Raises: ValueError for settings out of range.
+    rates: table of (pattern, factor on the learning rate, and with it on the decay) on the parameter's
+      path, see `pflow_jax.partition.match`; empty is a factor of 1 for all.
+  Raises: ValueError for settings out of range; on the first update for a table that does not fit.
   References: pi-Flow, arXiv:2510.14974 (its release: betas 0.9, 0.95, no decay); optax.
   """
   if clip_norm is not None and clip_norm <= 0:
     raise ValueError(f"clip_norm must be > 0, or None for no clipping, got {clip_norm}")
+  for pattern, factor in rates:
+    if not factor > 0:
+      raise ValueError(
+        f"rates: expected a factor > 0 for {pattern!r}, got {factor}; to freeze parameters, keep them out of the "
+        "optimizer with partition.split"
+      )
   rate = make_schedule(
     learning_rate=learning_rate,
     warmup_steps=warmup_steps,
@@ -93,6 +104,8 @@ def make_optimizer(
   if clip_norm is not None:
     clip = optax.conditionally_transform(optax.clip_by_global_norm(clip_norm), lambda count: count >= warmup_steps)
     update = optax.chain(clip, update)
+  if rates:
+    update = optax.chain(update, optax.stateless(lambda updates, params: _scaled(updates, rates)))
   return optax.chain(
     optax.stateless(lambda updates, params: _overflow_to_nan(updates)),
     optax.apply_if_finite(update, max_consecutive_errors=_NEVER_GIVE_IN),
@@ -106,6 +119,11 @@ def _overflow_to_nan(updates: PyTree) -> PyTree:
   """
   finite = jnp.isfinite(optax.global_norm(updates))
   return jax.tree.map(lambda u: jnp.where(finite, u, jnp.nan), updates)
+
+
+def _scaled(updates: PyTree, rates: Sequence[tuple[str, float]]) -> PyTree:
+  """Multiplies every update by its row's factor."""
+  return jax.tree.map(lambda update, factor: update * factor, updates, match(rates, updates))
 
 
 def skipped(opt_state: optax.OptState) -> tuple[Array, Array]:

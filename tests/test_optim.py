@@ -113,6 +113,32 @@ def test_small_gradients_are_not_clipped():
   jax.tree.map(np.testing.assert_array_equal, clipped, plain)
 
 
+def test_rates_scale_the_whole_update():
+  settings = dict(learning_rate=0.1, warmup_steps=2, weight_decay=0.3, clip_norm=1.0)
+  plain, scaled = make_optimizer(**settings), make_optimizer(**settings, rates=(("w", 0.1), (".*", 1.0)))
+  before = run(plain, [gradients(0)] * 2)
+  state = scaled.init(PARAMS)
+  _, state = run(scaled, [gradients(0)] * 2, PARAMS, state)
+  one, _ = run(plain, [gradients(1)], *before)
+  other, state = run(scaled, [gradients(1)], before[0], state)
+  np.testing.assert_array_equal(other["b"], one["b"])
+  step = one["w"] - before[0]["w"]
+  assert np.all(np.abs(step) > 1e-3)
+  np.testing.assert_allclose(other["w"] - before[0]["w"], 0.1 * step, rtol=1e-4)
+  broken = jax.tree.map(lambda g: g * np.float32(np.nan), gradients(1))
+  after, state = run(scaled, [broken], other, state)
+  jax.tree.map(np.testing.assert_array_equal, after, other)
+  assert tuple(map(int, skipped(state))) == (1, 1)
+
+
+def test_rates_that_do_not_fit_are_refused():
+  with pytest.raises(ValueError, match=r"no row matches \['b'\]"):
+    run(make_optimizer(learning_rate=0.1, rates=(("w", 0.1),)), [gradients(0)])
+  for factor in (0.0, -1.0, float("nan")):
+    with pytest.raises(ValueError, match="factor > 0 for 'w', got .*; to freeze .* partition.split"):
+      make_optimizer(learning_rate=0.1, rates=(("w", factor), (".*", 1.0)))
+
+
 def test_schedules():
   constant = make_schedule(learning_rate=2.0, warmup_steps=4)
   got = jax.jit(jax.vmap(constant))(jnp.arange(6))
