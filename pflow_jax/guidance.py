@@ -1,4 +1,4 @@
-"""Guidance of the teacher: classifier-free, in an interval of flow time, with an orthogonal part."""
+"""Guidance of the teacher: classifier-free or by a weaker model, in an interval of time, with an orthogonal part."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def guided(
   velocity: Velocity,
   null_cond: Any,
   *,
-  scale: float = 1.0,
+  scale: float | Array = 1.0,
   interval: tuple[float, float] = (0.0, 1.0),
   orthogonal: float = 0.0,
 ) -> Velocity:
@@ -48,22 +48,51 @@ def guided(
   Args:
     velocity: (x, t, cond) -> v, all with a leading batch axis.
     null_cond: the empty condition, broadcast against every leaf of `cond`.
-    scale: w; 1 returns `velocity` itself, at one evaluation instead of two.
+    scale: w, a number or one an example (B,); the number 1 returns `velocity` itself, at one evaluation instead of two.
     interval: flow times [low, high] where guidance acts.
     orthogonal: see `guidance_bias`; the axis is the positive branch's x0 = x - t v.
   References: classifier-free guidance, arXiv:2207.12598; limited interval, arXiv:2404.07724.
   """
-  low, high = interval
-  if not 0 <= low <= high <= 1:
-    raise ValueError(f"guidance interval: expected 0 <= low <= high <= 1, got {interval}")
-  if scale == 1.0:
-    return velocity
 
-  def field(x, t, cond):
+  def branches(x, t, cond):
     null = jax.tree.map(lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null_cond)
     # The two branches lie on a new axis: concatenated along the batch they would not stay in place on a sharded one.
     pair = jax.tree.map(lambda c, n: jnp.stack([c, n]), cond, null)
-    v_pos, v_neg = jax.vmap(velocity, in_axes=(None, None, 0))(x, t, pair)
+    return jax.vmap(velocity, in_axes=(None, None, 0))(x, t, pair)
+
+  return _guided(velocity, branches, scale, interval, orthogonal)
+
+
+def autoguided(
+  velocity: Velocity,
+  weak: Velocity,
+  *,
+  scale: float | Array = 1.0,
+  interval: tuple[float, float] = (0.0, 1.0),
+  orthogonal: float = 0.0,
+) -> Velocity:
+  """A velocity field guided away from a weaker model's: scale v + (1 - scale) v_weak. Arguments as for `guided`.
+
+  References: autoguidance, arXiv:2406.02507.
+  """
+  return _guided(velocity, lambda x, t, cond: (velocity(x, t, cond), weak(x, t, cond)), scale, interval, orthogonal)
+
+
+def _guided(
+  velocity: Velocity,
+  branches: Callable[[Array, Array, Any], tuple[Array, Array]],
+  scale: float | Array,
+  interval: tuple[float, float],
+  orthogonal: float,
+) -> Velocity:
+  low, high = interval
+  if not 0 <= low <= high <= 1:
+    raise ValueError(f"guidance interval: expected 0 <= low <= high <= 1, got {interval}")
+  if isinstance(scale, (int, float)) and scale == 1:
+    return velocity
+
+  def field(x, t, cond):
+    v_pos, v_neg = branches(x, t, cond)
     w = jnp.where((t >= low) & (t <= high), scale, 1.0)
     x0 = x - jnp.expand_dims(t, tuple(range(1, x.ndim))) * v_pos if orthogonal else None
     return v_pos + guidance_bias(v_pos, v_neg, w, orthogonal=orthogonal, axis=x0)

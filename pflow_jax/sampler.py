@@ -6,7 +6,9 @@ one a sample, so that what is drawn does not depend on how samples are batched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -155,6 +157,58 @@ def sample_teacher(
 
   x, states = jax.lax.scan(step, noise, (times[:-1], times[1:], jnp.arange(steps)))
   return jnp.concatenate([noise[None], states]) if trajectory else x
+
+
+def sample_flow_map(
+  flow_map: Callable[[Array, Array, Array, Any], Array],
+  noise: Array,
+  cond: Any,
+  keys: Array | None = None,
+  *,
+  grid: Sequence[float],
+  gamma: float = 0.0,
+  trajectory: bool = False,
+) -> Array:
+  """Samples of a flow map: jumps down a grid of flow times, for any number of steps.
+
+  With gamma > 0 a jump to level s lands lower, at u < s, and noise is added up to s: with sigma = time / (1 - time),
+  sigma_u = sqrt(1 - gamma^2) sigma_s. The last jump, to the data, gets none.
+
+  Args:
+    flow_map: (x, t, s, cond) -> average velocity between t and s; one network evaluation.
+    noise: initial states at grid[0], (B, *space, C).
+    keys: PRNG keys (B,); needed when gamma > 0 and there is more than one step.
+    grid: decreasing flow times, from 1 to 0 as a rule.
+    gamma: in [0, 1]: 0 is deterministic, 1 jumps to the data and noises anew, like a consistency model.
+    trajectory: return all states, (steps + 1, B, *space, C).
+  Returns: (B, *space, C).
+  References: Align Your Flow, arXiv:2506.14603 (gamma-sampling, after CTM, arXiv:2310.02279).
+  """
+  steps = len(grid) - 1
+  if steps < 1 or any(t <= s for t, s in itertools.pairwise(grid)) or grid[0] > 1 or grid[-1] < 0:
+    raise ValueError(f"grid: expected flow times that decrease within [0, 1], got {tuple(grid)}")
+  if not 0 <= gamma <= 1:
+    raise ValueError(f"gamma: expected a number in [0, 1], got {gamma}")
+  if gamma > 0 and steps > 1 and keys is None:
+    raise ValueError("sample_flow_map: gamma > 0 adds noise between steps and needs `keys`, one a sample")
+  (x,) = as_float(noise)
+  batch, states = x.shape[:1], [x]
+  for i, (t, s) in enumerate(itertools.pairwise(grid)):
+    renews = gamma > 0 and i < steps - 1
+    u = gamma_landing(s, gamma) if renews else s
+    x = x + (u - t) * flow_map(x, jnp.full(batch, t, x.dtype), jnp.full(batch, u, x.dtype), cond)
+    if renews:
+      assert keys is not None
+      a = (1 - s) / (1 - u)
+      x = a * x + math.sqrt(max(s**2 - (a * u) ** 2, 0.0)) * _fresh_noise(keys, i, x)
+    states.append(x)
+  return jnp.stack(states) if trajectory else x
+
+
+def gamma_landing(s: float, gamma: float) -> float:
+  """Flow time u <= s from which adding noise leads to level `s`, see `sample_flow_map`."""
+  sigma = math.sqrt(1 - gamma**2) * s / (1 - s) if s < 1 else math.inf
+  return sigma / (1 + sigma) if sigma < math.inf else 1.0
 
 
 def _check_level(h: float) -> None:

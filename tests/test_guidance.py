@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pflow_jax.guidance import guidance_bias, guided
+from pflow_jax.guidance import autoguided, guidance_bias, guided
 from tests.golden_layout import assert_close, channels_last
 
 
@@ -73,3 +73,19 @@ def test_bad_values_are_refused():
       guided(velocity, NULL, scale=2.0, interval=interval)
   with pytest.raises(ValueError, match="axis"):
     guidance_bias(X, X, jnp.ones(4), orthogonal=1.0)
+
+
+def test_strength_may_differ_between_examples():
+  scale = jnp.array([1.0, 2.0, 3.0, 1.5])
+  v = guided(velocity, NULL, scale=scale)(X, T, COND)
+  for i, w in enumerate(scale):
+    np.testing.assert_allclose(v[i], guided(velocity, NULL, scale=float(w))(X, T, COND)[i], rtol=1e-12)
+
+
+def test_autoguidance_leads_away_from_the_weak_model():
+  weak = lambda x, t, cond: 0.5 * velocity(x, t, cond) + 1.0
+  scale = jnp.array([1.0, 2.0, 3.0, 1.5])
+  v = autoguided(velocity, weak, scale=scale, interval=(0.2, 1.0))(X, T, COND)
+  w = jnp.where(T >= 0.2, scale, 1.0)[:, None, None]
+  np.testing.assert_allclose(v, w * velocity(X, T, COND) + (1 - w) * weak(X, T, COND), rtol=1e-12)
+  assert autoguided(velocity, weak) is velocity

@@ -7,6 +7,7 @@ import pytest
 
 from pflow_jax import sampler
 from pflow_jax.policies import auto_temperature
+from pflow_jax.sampler import sample_flow_map
 from pflow_jax.schedule import segment_grid, shift_time
 from tests.golden_layout import assert_close, channels_last, toy_params, toy_student, toy_teacher
 
@@ -135,3 +136,44 @@ def test_bfloat16_is_computed_in_float32(golden):
   single = sampler.sample_teacher(toy_teacher, noise, None, steps=128)
   assert single.dtype == jnp.float32
   np.testing.assert_array_equal(single, sampler.sample_teacher(toy_teacher, noise.astype(jnp.float32), None, steps=128))
+
+
+def gaussian_map(x, t, s, cond=None):
+  """F of the exact flow map of data N(0, 0.4^2)."""
+  spread = lambda t: jnp.sqrt(t**2 + (1 - t) ** 2 * 0.4**2)
+  return x * ((1 - spread(s) / spread(t)) / (t - s))[:, None]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_flow_map_reaches_the_same_data_in_any_number_of_steps(steps):
+  noise = jax.random.normal(jax.random.key(0), (6, 3))
+  x = sample_flow_map(gaussian_map, noise, None, grid=np.linspace(1, 0, steps + 1).tolist())
+  np.testing.assert_allclose(x, 0.4 * noise, rtol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.8, 1.0])
+def test_gamma_sampling_keeps_the_marginal_of_every_level(gamma):
+  """Noise is renewed without changing the variance t^2 + (1 - t)^2 c^2."""
+  count, grid = 40_000, [1.0, 0.7, 0.2, 0.0]
+  noise, keys = jax.random.normal(jax.random.key(1), (count, 1)), jax.random.split(jax.random.key(2), count)
+  states = sample_flow_map(gaussian_map, noise, None, keys, grid=grid, gamma=gamma, trajectory=True)
+  for t, x in zip(grid, states, strict=True):
+    expected = t**2 + (1 - t) ** 2 * 0.4**2
+    assert float(jnp.var(x)) == pytest.approx(expected, rel=5 * np.sqrt(2 / count))
+  # How much is renewed: at gamma 1 all of what the first jump left.
+  kept = np.corrcoef(states[0][:, 0], states[1][:, 0])[0, 1]
+  data_share = 0.3 * 0.4 / np.sqrt(0.7**2 + 0.3**2 * 0.4**2)
+  assert kept < 0.999
+  if gamma == 1:
+    assert kept == pytest.approx(data_share, abs=0.02)
+
+
+def test_flow_map_sampling_refuses_what_does_not_fit():
+  noise = jnp.ones((2, 3))
+  for grid in ([1.0], [0.0, 1.0], [1.2, 0.0], [1.0, 1.0, 0.0]):
+    with pytest.raises(ValueError, match="grid"):
+      sample_flow_map(gaussian_map, noise, None, grid=grid)
+  with pytest.raises(ValueError, match="gamma"):
+    sample_flow_map(gaussian_map, noise, None, grid=[1.0, 0.0], gamma=1.5)
+  with pytest.raises(ValueError, match="keys"):
+    sample_flow_map(gaussian_map, noise, None, grid=[1.0, 0.5, 0.0], gamma=0.5)

@@ -118,6 +118,9 @@ class DiT(nn.Module):
     dtype = jnp.dtype(self.dtype)
     self.patch_embed = nn.Dense(self.width, dtype=dtype, kernel_init=_xavier)
     self.time_embed = TimeEmbed(self.width, self.time_scale, dtype)
+    # Parameters of these two exist only in networks that are called with s, or with guidance.
+    self.length_embed = TimeEmbed(self.width, self.time_scale, dtype, neutral=True)
+    self.guidance_embed = TimeEmbed(self.width, 1.0, dtype, neutral=True)
     self.class_embed = nn.Embed(
       self.num_classes + 1, self.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
     )
@@ -128,7 +131,7 @@ class DiT(nn.Module):
     self.blocks = nn.scan(
       block,
       variable_axes={"params": 0},
-      split_rngs={"params": True},
+      split_rngs={"params": True, "dropout": True},
       in_axes=nn.broadcast,
       length=self.depth,
       unroll=self.scan_unroll,
@@ -143,14 +146,27 @@ class DiT(nn.Module):
       raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {self.remat!r}")
     check_head(self.head, self.channels, self.patch_size)
 
-  def embed_condition(self, t: jax.Array, cond: jax.Array) -> jax.Array:
-    """Returns the conditioning embedding (B, D) of t (B,) and labels (B,)."""
-    return self.time_embed(t) + self.class_embed(cond)
+  def embed_condition(
+    self, t: jax.Array, cond: jax.Array, s: jax.Array | None = None, guidance: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the conditioning embedding (B, D) of t (B,), labels (B,), and what else is given."""
+    embedding = self.time_embed(t) + self.class_embed(cond)
+    if s is not None:
+      embedding += self.length_embed(t - s)
+    return embedding if guidance is None else embedding + self.guidance_embed(guidance)
 
-  def __call__(self, x: jax.Array, t: jax.Array, cond: jax.Array) -> Any:
+  def __call__(
+    self,
+    x: jax.Array,
+    t: jax.Array,
+    cond: jax.Array,
+    s: jax.Array | None = None,
+    guidance: jax.Array | None = None,
+  ) -> Any:
     """x (B, H, W, C), t (B,) flow time in [0, 1] (1 is noise), cond (B,) int32 labels.
 
-    H and W are any multiples of `patch_size`. Raises ValueError for sizes that do not fit.
+    A flow map also gets the time s (B,) that it jumps to, and, where it was trained for several, the guidance strength
+    (B,). H and W are any multiples of `patch_size`. Raises ValueError for sizes that do not fit.
     """
     if x.ndim != 4 or x.shape[-1] != self.channels:
       raise ValueError(f"x: expected shape (B, H, W, {self.channels}), got {x.shape}")
@@ -160,7 +176,7 @@ class DiT(nn.Module):
     tokens = patchify(x, self.patch_size)
     h = self.patch_embed(tokens.reshape(-1, tokens.shape[-1])).astype(wide)
     h = h.reshape(batch, -1, self.width) + positions[None]
-    embedding = self.embed_condition(t, cond)
+    embedding = self.embed_condition(t, cond, s, guidance)
     h, _ = self.blocks(h.reshape(-1, self.width), nn.silu(embedding))
     h = self.final_norm(h.reshape(batch, -1, self.width), embedding)
     return self.head(h, embedding, grid)

@@ -119,11 +119,16 @@ def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 
 class TimeEmbed(nn.Module):
-  """t (B,) in [0, 1] -> (B, width): sinusoid of time_scale * t, Dense, SiLU, Dense (DiT)."""
+  """t (B,) -> (B, width): sinusoid of time_scale * t, Dense, SiLU, Dense (DiT).
+
+  Attributes:
+    neutral: start at 0 whatever t is: a branch added to a trained network does not change it.
+  """
 
   width: int
   time_scale: float = 1000.0
   dtype: Dtype = jnp.float32
+  neutral: bool = False
 
   @nn.compact
   def __call__(self, t: jax.Array) -> jax.Array:
@@ -131,7 +136,8 @@ class TimeEmbed(nn.Module):
     t = t.astype(accumulation_dtype(self.dtype))
     h = sinusoid(self.time_scale * t, FREQUENCIES)
     h = nn.silu(nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="in")(h))
-    return nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="out")(h)
+    last = nn.initializers.zeros if self.neutral else init
+    return nn.Dense(self.width, dtype=self.dtype, kernel_init=last, name="out")(h)
 
 
 def check_head(head: Any, channels: int, patch_size: int) -> None:

@@ -63,25 +63,40 @@ class MLP(nn.Module):
     dtype = jnp.dtype(self.dtype)
     self.point_embed = nn.Dense(self.width, dtype=dtype)
     self.time_embed = TimeEmbed(self.width, self.time_scale, dtype)
+    # Parameters of these two exist only in networks that are called with s, or with guidance.
+    self.length_embed = TimeEmbed(self.width, self.time_scale, dtype, neutral=True)
+    self.guidance_embed = TimeEmbed(self.width, 1.0, dtype, neutral=True)
     self.class_embed = nn.Embed(
       self.num_classes + 1, self.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
     )
     self.blocks = [ResidualBlock(dtype) for _ in range(self.depth)]
     self.final_norm = FinalNorm(dtype)
 
-  def embed_condition(self, t: jax.Array, cond: jax.Array) -> jax.Array:
-    """Returns the conditioning embedding (B, D) of t (B,) and labels (B,)."""
-    return self.time_embed(t) + self.class_embed(cond)
+  def embed_condition(
+    self, t: jax.Array, cond: jax.Array, s: jax.Array | None = None, guidance: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the conditioning embedding (B, D) of t (B,), labels (B,), and what else is given."""
+    embedding = self.time_embed(t) + self.class_embed(cond)
+    if s is not None:
+      embedding += self.length_embed(t - s)
+    return embedding if guidance is None else embedding + self.guidance_embed(guidance)
 
-  def __call__(self, x: jax.Array, t: jax.Array, cond: jax.Array) -> Any:
-    """x (B, *space, C), t (B,) flow time in [0, 1] (1 is noise), cond (B,) int32 labels."""
+  def __call__(
+    self,
+    x: jax.Array,
+    t: jax.Array,
+    cond: jax.Array,
+    s: jax.Array | None = None,
+    guidance: jax.Array | None = None,
+  ) -> Any:
+    """x (B, *space, C), t (B,) flow time in [0, 1] (1 is noise), cond (B,) int32 labels; s and guidance as in DiT."""
     if x.ndim < 2 or x.shape[-1] != self.channels:
       raise ValueError(f"x: expected shape (B, *space, {self.channels}), got {x.shape}")
     batch, space = x.shape[0], x.shape[1:-1]
     points = x.reshape(batch * math.prod(space), self.channels)
     h = self.point_embed(points).astype(accumulation_dtype(self.dtype))
     h = h.reshape(batch, -1, self.width)
-    embedding = self.embed_condition(t, cond)
+    embedding = self.embed_condition(t, cond, s, guidance)
     condition = nn.silu(embedding)
     for block in self.blocks:
       h = block(h, condition)

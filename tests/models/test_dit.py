@@ -292,3 +292,40 @@ def test_policy_head_is_served():
   out = apply(module, perturbed_params(module, *inputs), *inputs)
   shapes = {name: value.shape for name, value in out.items()}
   assert shapes == {"means": (3, 3, 4, 6, 2), "logits": (3, 3, 4, 6), "log_std": (3,)}
+
+
+def flow_map_inputs():
+  x, t, label = batch()
+  return x, t, label, 0.4 * t, jnp.linspace(1.0, 3.0, len(t), dtype=t.dtype)
+
+
+def test_branches_of_a_flow_map_start_neutral_and_then_count():
+  x, t, label, s, strength = flow_map_inputs()
+  params = perturbed_params(network(), x, t, label)
+  fresh = jax.jit(network().init)(jax.random.key(1), x, t, label, s, strength)["params"]
+  assert set(fresh) - set(params) == {"length_embed", "guidance_embed"}
+  params |= {name: fresh[name] for name in ("length_embed", "guidance_embed")}
+  f = jax.jit(lambda params, s, strength: network().apply({"params": params}, x, t, label, s, strength))
+  plain = apply(network(), params, x, t, label)
+  for inputs in ((0.9 * t, strength), (s, strength)):
+    np.testing.assert_allclose(f(params, *inputs), plain, rtol=1e-5, atol=1e-6)
+  moved = jax.tree.map(lambda p: p + 0.1, params)
+  for other in ((0.9 * t, strength), (s, strength + 1)):
+    assert np.all(np.abs(f(moved, *other) - f(moved, s, strength)).max((1, 2, 3)) > 1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(remat="full"), dict(remat="dots", scan_unroll=2)])
+@pytest.mark.parametrize("side", ["eulerian", "lagrangian"])
+def test_derivatives_of_a_flow_map_match_finite_differences(side, fields):
+  """dF/dt along the flow and dF/ds, in float64, through scanned and rematerialised blocks."""
+  module = network(dtype=jnp.float64, **fields)
+  x, t, label, s, strength = (jnp.asarray(a, jnp.float64) if a.dtype != jnp.int32 else a for a in flow_map_inputs())
+  label = label.astype(jnp.int32)
+  params = perturbed_params(module, x, t, label, s, strength, dtype=jnp.float64)
+  v = jnp.cos(x)
+  tangent = (v, jnp.ones_like(t), 0 * s) if side == "eulerian" else (0 * x, 0 * t, jnp.ones_like(s))
+  f = lambda x, t, s: module.apply({"params": params}, x, t, label, s, strength)
+  _, derivative = jax.jit(lambda *a: jax.jvp(f, a, tangent))(x, t, s)
+  step = 1e-7
+  ahead, behind = (f(*(a + sign * step * d for a, d in zip((x, t, s), tangent, strict=True))) for sign in (1, -1))
+  np.testing.assert_allclose(derivative, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,301 @@
+"""Flow maps: Align Your Flow (Eulerian and Lagrangian), MeanFlow and consistency distillation, in one core.
+
+A flow map jumps from flow time t to s, f(x, t, s) = x + (s - t) F(x, t, s): F is the average velocity between them, and
+the network. All objectives regress F on what the identity that defines it says of F's own derivative, taken forward
+(`jax.jvp`); they differ in the settings of `FlowMap`, see `ayf_emd`, `ayf_lmd`, `mean_flow` and `consistency`.
+
+References: Align Your Flow, arXiv:2506.14603; MeanFlow, arXiv:2505.13447; sCM, arXiv:2410.11081.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax.objectives.flow_matching import drop_condition, sample_time
+from pflow_jax.policies.base import as_float
+from pflow_jax.schedule import shift_time
+
+Array = jax.Array
+# (x, t, s, cond, guidance) -> F, like x; guidance (B,) or None.
+Network = Callable[[Array, Array, Array, Any, Array | None], Array]
+# (x, t, cond, guidance) -> v, like x.
+Teacher = Callable[[Array, Array, Any, Array | None], Array]
+
+
+def _plain(g: Array) -> Array:
+  return g
+
+
+def _rms(g: Array) -> Array:
+  return g / (jnp.sqrt(_mean(g**2)) + 0.1)
+
+
+def _l2(g: Array) -> Array:
+  return g / (jnp.sqrt(_sum(g**2)) + 0.1)
+
+
+def _adaptive(g: Array) -> Array:
+  # The mean over a sample, taken by the loss, makes this MeanFlow's sum of squares over sg(sum + 0.01).
+  return g * (g[0].size / (_sum(g**2) + 0.01))
+
+
+# What becomes of the residual g of a sample before it is the gradient; sums and means are over a sample.
+NORMALISATIONS: dict[str, Callable[[Array], Array]] = {"none": _plain, "rms": _rms, "l2": _l2, "adaptive": _adaptive}
+TIMES = ("length", "pair")
+SIDES = ("eulerian", "lagrangian")
+TARGETS = ("teacher", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMap:
+  """Settings of a flow-map objective.
+
+  Attributes:
+    side: "eulerian" differentiates F along the trajectory through (x, t), "lagrangian" in s, where the jump lands.
+    target: the velocity at the end that is differentiated, the "teacher"'s or the "data"'s, eps - x0.
+    times: how the interval is drawn. "length": its length is logit-normal(time_mean, time_std), its place uniform;
+      "pair": t and s are a sorted pair of logit-normals.
+    to_data: share of the examples whose jump goes to s = 0. 1 is a consistency model.
+    shift: time shift applied to the drawn times and to the sampler's grid.
+    anchor: share of the examples with s = t, which is flow matching.
+    from_noise: share of the examples that start at t = 1, where a 1-step sampler does.
+    warmup_steps: optimizer steps until the derivative counts in full (0: at once). Before, the regression is in part on
+      the velocity itself.
+    max_warmup: what "in full" is.
+    normalisation: of the residual of a sample: "rms" g / (rms(g) + 0.1), "l2" with the plain norm, "adaptive"
+      MeanFlow's g / (sum(g^2) + 0.01), or "none".
+    guidance: (low, high) strengths of guidance, drawn uniformly for every example; a student trained with several is
+      conditioned on its own. (1, 1) is the teacher as it is set.
+    omega, kappa: MeanFlow's guidance of its own target with target="data": v = omega (eps - x0) + (1 - omega - kappa)
+      F_null(t, t) + kappa F_cond(t, t).
+    cond_dropout: rate at which the condition is replaced by the empty one, with target="data"; then without guidance.
+  """
+
+  side: str = "eulerian"
+  target: str = "teacher"
+  times: str = "length"
+  time_mean: float = -0.8
+  time_std: float = 1.0
+  shift: float = 1.0
+  to_data: float = 0.0
+  anchor: float = 0.0
+  from_noise: float = 0.0
+  warmup_steps: int = 10_000
+  max_warmup: float = 0.99
+  normalisation: str = "rms"
+  guidance: tuple[float, float] = (1.0, 1.0)
+  omega: float = 1.0
+  kappa: float = 0.0
+  cond_dropout: float = 0.0
+
+  def __post_init__(self):
+    for name, allowed in (
+      ("side", SIDES),
+      ("target", TARGETS),
+      ("times", TIMES),
+      ("normalisation", tuple(NORMALISATIONS)),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+    for name in ("to_data", "anchor", "from_noise", "max_warmup", "cond_dropout"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+    if self.time_std <= 0 or self.warmup_steps < 0:
+      raise ValueError(f"time_std and warmup_steps: expected > 0 and >= 0, got {self.time_std} and {self.warmup_steps}")
+    if len(self.guidance) != 2 or not 0 < self.guidance[0] <= self.guidance[1]:
+      raise ValueError(f"guidance: expected (low, high) with 0 < low <= high, got {self.guidance}")
+    if self.target == "data" and (self.side == "lagrangian" or self.guided):
+      raise ValueError(
+        "target: 'data' gives a velocity at the start of a jump only, without guidance strengths; set side='eulerian' "
+        "and guidance=(1, 1), or target='teacher'"
+      )
+    if self.target == "teacher" and (self.omega, self.kappa, self.cond_dropout) != (1, 0, 0):
+      raise ValueError(
+        "omega, kappa, cond_dropout: expected their defaults with target='teacher', whose guidance counts"
+      )
+
+  @property
+  def guided(self) -> bool:
+    """Whether the student is conditioned on a guidance strength."""
+    return tuple(self.guidance) != (1.0, 1.0)
+
+  def warmup(self, step: Array) -> Array | float:
+    """Share of the derivative at optimizer step `step`."""
+    if self.warmup_steps == 0:
+      return self.max_warmup
+    return jnp.minimum(self.max_warmup, step / self.warmup_steps)
+
+
+def ayf_emd(**changes: Any) -> FlowMap:
+  """Align Your Flow's Eulerian map distillation, the objective for images."""
+  return dataclasses.replace(FlowMap(), **changes)
+
+
+def ayf_lmd(**changes: Any) -> FlowMap:
+  """Align Your Flow's Lagrangian map distillation: stable on points, over-smooth on images."""
+  return dataclasses.replace(FlowMap(side="lagrangian"), **changes)
+
+
+def mean_flow(**changes: Any) -> FlowMap:
+  """MeanFlow: the Eulerian objective on the data's velocity, without a teacher."""
+  settings = FlowMap(
+    target="data",
+    times="pair",
+    time_mean=-0.4,
+    anchor=0.75,
+    warmup_steps=0,
+    max_warmup=1.0,
+    normalisation="adaptive",
+  )
+  return dataclasses.replace(settings, **changes)
+
+
+def consistency(**changes: Any) -> FlowMap:
+  """Continuous-time consistency distillation: every jump of the Eulerian objective goes to the data."""
+  return dataclasses.replace(FlowMap(to_data=1.0), **changes)
+
+
+def sample_interval(key: Array, batch: int, settings: FlowMap) -> tuple[Array, Array]:
+  """Times (t, s), each (batch,), 0 <= s <= t <= 1, as the settings draw them."""
+  key_length, key_place, key_share = jax.random.split(key, 3)
+  first = sample_time(key_length, (batch,), mean=settings.time_mean, std=settings.time_std)
+  if settings.times == "length":
+    s = jax.random.uniform(key_place, (batch,)) * (1 - first)
+    t = s + first
+  else:
+    second = sample_time(key_place, (batch,), mean=settings.time_mean, std=settings.time_std)
+    t, s = jnp.maximum(first, second), jnp.minimum(first, second)
+  t, s = shift_time(t, settings.shift), shift_time(s, settings.shift)
+  chosen = jax.random.uniform(key_share, (3, batch))
+  t = jnp.where(chosen[0] < settings.from_noise, 1.0, t)
+  s = jnp.where(chosen[1] < settings.to_data, 0.0, s)
+  return t, jnp.where(chosen[2] < settings.anchor, t, s)
+
+
+def residual(
+  network: Network,
+  velocity: Callable[[Array, Array], Array],
+  x: Array,
+  t: Array,
+  s: Array,
+  cond: Any,
+  guidance: Array | None,
+  *,
+  side: str,
+  warmup: Array | float,
+  precise: Network | None = None,
+) -> tuple[Array, Array, Array]:
+  """How far F is from what its own derivative says, F - v +- warmup (t - s) dF; 0 for the exact flow map.
+
+  Args:
+    network: see `Network`.   velocity: (x, t) -> v, like x.
+    x: states at `t`, (B, *space, C).   t, s: flow times (B,), s <= t.
+    side: "eulerian" or "lagrangian".   warmup: share of the derivative.
+    precise: the network in float32, for the derivative, where `network` computes in less; one more evaluation.
+  Returns: F with its gradient, and without theirs the residual and dF (dF/dt along the flow, or dF/ds); all like x.
+  """
+
+  def jump(x, t, s):
+    return (precise or network)(x, t, s, cond, guidance)
+
+  if side == "eulerian":
+    v = jax.lax.stop_gradient(velocity(x, t))
+    F, dF = jax.jvp(jump, (x, t, s), (v, jnp.ones_like(t), jnp.zeros_like(s)))
+    correction = dF
+  else:
+    F, dF = jax.jvp(jump, (x, t, s), (jnp.zeros_like(x), jnp.zeros_like(t), jnp.ones_like(s)))
+    landed = jax.lax.stop_gradient(x + _wide(s - t, x) * F)
+    v = jax.lax.stop_gradient(velocity(landed, s))
+    correction = -dF
+  g = jax.lax.stop_gradient(F - v + warmup * _wide(t - s, x) * correction)
+  if precise is not None:
+    F = network(x, t, s, cond, guidance)
+  return F, g, jax.lax.stop_gradient(dF)
+
+
+def flow_map_loss(
+  network: Network,
+  teacher: Teacher | None,
+  x0: Array,
+  cond: Any,
+  key: Array,
+  step: Array,
+  settings: FlowMap,
+  *,
+  null_cond: Any = None,
+  precise: Network | None = None,
+) -> tuple[Array, dict[str, Array]]:
+  """Loss of a flow map: the squared residual, normalised, as a regression of F alone.
+
+  Args:
+    network: average velocity, see `Network`; must have a forward derivative.
+    teacher: velocity, see `Teacher`; None with target="data".
+    x0: data, (B, *space, C).   cond, null_cond: see `flow_matching.drop_condition`.
+    step: optimizer step, for the warm-up.   precise: see `residual`.
+  Returns: loss per example (B,), and metrics per example: rms of the residual and of the derivative, the share of
+    examples left out because they are not finite, and the warm-up.
+  References: Align Your Flow, arXiv:2506.14603, Sec. 3 and 4.
+  """
+  (x0,) = as_float(x0)
+  key_time, key_noise, key_drop, key_guidance = jax.random.split(key, 4)
+  batch = x0.shape[0]
+  t, s = (a.astype(x0.dtype) for a in sample_interval(key_time, batch, settings))
+  eps = jax.random.normal(key_noise, x0.shape, x0.dtype)
+  x = (1 - _wide(t, x0)) * x0 + _wide(t, x0) * eps
+  guidance = jax.random.uniform(key_guidance, (batch,), x0.dtype, *settings.guidance) if settings.guided else None
+
+  if settings.target == "teacher":
+    if teacher is None:
+      raise ValueError("flow_map_loss: target='teacher' needs a teacher, got None")
+
+    def velocity(x, t):
+      return teacher(x, t, cond, guidance)
+  else:
+    full = (cond, jnp.zeros((batch,), bool))
+    cond, dropped = drop_condition(key_drop, full, (null_cond, True), settings.cond_dropout)
+    v = _self_guided(network, eps - x0, x, t, cond, null_cond, settings)
+    v = jnp.where(_wide(dropped, v), eps - x0, v)
+
+    def velocity(x, t):
+      return v
+
+  warmup = settings.warmup(step)
+  F, g, dF = residual(network, velocity, x, t, s, cond, guidance, side=settings.side, warmup=warmup, precise=precise)
+  finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
+  g, dF = (jnp.where(_wide(finite, a), a, 0.0) for a in (g, dF))
+  regression = F - jax.lax.stop_gradient(F) + NORMALISATIONS[settings.normalisation](g)
+  metrics = {
+    "residual": jnp.sqrt(_mean(g**2)).reshape(batch),
+    "derivative": jnp.sqrt(_mean(dF**2)).reshape(batch),
+    "masked": 1.0 - finite,
+    "warmup": jnp.asarray(warmup),
+  }
+  return _mean(regression**2).reshape(batch), metrics
+
+
+def _self_guided(network: Network, v: Array, x: Array, t: Array, cond: Any, null_cond: Any, settings: FlowMap) -> Array:
+  """MeanFlow's guided target from the network's own velocities, F(x, t, t)."""
+  if (settings.omega, settings.kappa) == (1, 0):
+    return v
+  null = jax.tree.map(lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null_cond)
+  own_null, own_cond = jax.lax.stop_gradient([network(x, t, t, c, None) for c in (null, cond)])
+  omega, kappa = settings.omega, settings.kappa
+  return omega * v + (1 - omega - kappa) * own_null + kappa * own_cond
+
+
+def _sum(x: Array) -> Array:
+  return jnp.sum(x, axis=tuple(range(1, x.ndim)), keepdims=True)
+
+
+def _mean(x: Array) -> Array:
+  return jnp.mean(x, axis=tuple(range(1, x.ndim)), keepdims=True)
+
+
+def _wide(t: Array, x: Array) -> Array:
+  """(B,) -> (B, 1, ..., 1), as many axes as `x`."""
+  return jnp.expand_dims(t, tuple(range(1, x.ndim)))
