@@ -23,25 +23,41 @@ from ml_collections import ConfigDict
 
 from pflow_jax.defaults import default_config, parse_variant
 
-VARIANTS = ("teacher", "gmflow", "gmflow_2nfe", "gmflow_4nfe", "gmflow_long", "dx", "arc")
+VARIANTS = (
+  *("teacher", "flow_teacher", "gmflow", "gmflow_2nfe", "gmflow_4nfe", "gmflow_long", "dx", "arc", "arc_adapters"),
+  *("ayf_emd", "ayf_emd_adversarial", "ayf_lmd", "mean_flow", "consistency"),
+)
+FLOW_MAPS = ("ayf_emd", "ayf_lmd", "mean_flow", "consistency")
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
   """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
   name, quicktest = parse_variant(variant, VARIANTS)
-  config = default_config("flow_matching" if name == "teacher" else "imitation")
+  objective = name.removesuffix("_adversarial") if name.startswith(FLOW_MAPS) else "imitation"
+  if name in ("teacher", "flow_teacher"):
+    objective = "flow_matching"
+  config = default_config(objective)
   config.data = dict(name="digits")
   config.model = dict(kind="dit", patch_size=2, width=64, depth=4, num_heads=4, scan_unroll=4)
   config.train.update(log_every=100, checkpoint_every=1000)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine")
   config.sample.batch_size = 500
-  if name == "teacher":
+  if objective in ("flow_matching", *FLOW_MAPS) and name != "teacher":
+    # Flow maps are trained on their derivative in t, which a sinusoid of 1000 t makes a thousand times as steep.
+    config.model.time_scale = 1.0
+  if objective == "flow_matching":
     config.policy = dict(kind="velocity")
     config.train.update(steps=2500, batch_size=128)
   else:
     # Many small steps: 4,000 of 64 came closer to the teacher than 1,500 of 128, and 2e-3 closer than 1e-3.
     config.train.update(steps=4000, batch_size=64)
+  if objective == "imitation":
     config.objective.num_states = 2
+  if objective in FLOW_MAPS:
+    config.policy = dict(kind="velocity")
+    config.optimizer.learning_rate = 3e-4
+    config.objective.anchor = 0.5
+    config.objective.warmup_steps = 1000 if name != "mean_flow" else 0
   if name.startswith("gmflow"):
     config.policy = dict(kind="gmflow", num_components=16)
     config.objective.update(dropout=0.05, substeps=64)
@@ -52,14 +68,20 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.objective.nfe = 4
     config.train.steps = 1000
   if name == "gmflow_long":
-    config.train.steps = 24_000
+    config.objective.num_states = 4
+    config.train.update(steps=48_000, checkpoint_every=4000)
   if name == "dx":
     config.train.steps = 3000
     config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
     config.objective.window = 10.0
-  if name == "arc":
+  if name in ("arc", "arc_adapters"):
     config.policy = dict(kind="arc", num_components=8)
+    config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
     config.objective.update(window=3.0, dropout=0.1)
+  if name == "arc_adapters":
+    config.adapters.table = (("blocks/(mlp_in|mlp_out)|time_embed/.*", 8),)
+  if name == "ayf_emd_adversarial":
+    config.adversarial.update(weight=0.1, width=16)
   if quicktest:
     config.model.update(width=16, depth=1, num_heads=2, scan_unroll=1)
     config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)

@@ -1,16 +1,27 @@
 """pflow_jax: few-step generation by policy-based flow distillation, in JAX."""
 
+from pflow_jax.guidance import autoguided as autoguided
 from pflow_jax.guidance import guided as guided
 from pflow_jax.integrate import average_velocity as average_velocity
 from pflow_jax.integrate import rollout as rollout
+from pflow_jax.models.denoiser import denoiser_velocity as denoiser_velocity
+from pflow_jax.models.denoiser import edm_denoiser as edm_denoiser
 from pflow_jax.models.dit import DIT_SIZES as DIT_SIZES
 from pflow_jax.models.dit import DiT as DiT
+from pflow_jax.models.edm2 import EDM2_SIZES as EDM2_SIZES
+from pflow_jax.models.edm2 import EDM2UNet as EDM2UNet
 from pflow_jax.models.heads import ArcHead as ArcHead
 from pflow_jax.models.heads import DXHead as DXHead
 from pflow_jax.models.heads import GMFlowHead as GMFlowHead
 from pflow_jax.models.heads import VelocityHead as VelocityHead
 from pflow_jax.models.heads import student_params_from_teacher as student_params_from_teacher
 from pflow_jax.models.mlp import MLP as MLP
+from pflow_jax.objectives.flow_map import FlowMap as FlowMap
+from pflow_jax.objectives.flow_map import ayf_emd as ayf_emd
+from pflow_jax.objectives.flow_map import ayf_lmd as ayf_lmd
+from pflow_jax.objectives.flow_map import consistency as consistency
+from pflow_jax.objectives.flow_map import flow_map_loss as flow_map_loss
+from pflow_jax.objectives.flow_map import mean_flow as mean_flow
 from pflow_jax.objectives.flow_matching import FlowMatching as FlowMatching
 from pflow_jax.objectives.flow_matching import flow_matching_loss as flow_matching_loss
 from pflow_jax.objectives.imitation import Imitation as Imitation
@@ -26,6 +37,7 @@ from pflow_jax.policies import temperature as temperature
 from pflow_jax.sampler import flow_map_sde_renoise as flow_map_sde_renoise
 from pflow_jax.sampler import flow_map_sde_target as flow_map_sde_target
 from pflow_jax.sampler import flow_sde_step as flow_sde_step
+from pflow_jax.sampler import sample_flow_map as sample_flow_map
 from pflow_jax.sampler import sample_student as sample_student
 from pflow_jax.sampler import sample_teacher as sample_teacher
 from pflow_jax.schedule import dynamic_shift as dynamic_shift

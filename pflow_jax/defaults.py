@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +11,12 @@ from ml_collections import ConfigDict, config_dict
 
 from pflow_jax import optim
 from pflow_jax.evaluate import EvaluateSettings
-from pflow_jax.experiment import TeacherSettings
-from pflow_jax.objectives.flow_matching import FlowMatching
-from pflow_jax.objectives.imitation import Imitation
+from pflow_jax.experiment import FLOW_MAPS, OBJECTIVES, StartSettings
+from pflow_jax.networks import AdapterSettings
+from pflow_jax.objectives.adversarial import Adversarial
 from pflow_jax.sample import SampleSettings
 from pflow_jax.sharding import make_mesh
+from pflow_jax.teachers import TeacherSettings
 from pflow_jax.train import TrainSettings
 
 # Type of the keys without a default, or with None: a ConfigDict needs it to take them from the command line.
@@ -26,6 +28,9 @@ _TYPES = {
   "time_mean": float,
   "workdir": str,
   "step": int,
+  "weak_workdir": str,
+  "weak_step": int,
+  "guidance": float,
 }
 
 
@@ -43,14 +48,23 @@ def default_config(objective: str) -> ConfigDict:
   The sections are locked: a misspelt key is an AttributeError that names the nearest.
 
   Args:
-    objective: "flow_matching" for a teacher; "imitation" or "imitation_data_free" for a student.
+    objective: "flow_matching" for a teacher; for a student "imitation", "imitation_data_free", "ayf_emd", "ayf_lmd",
+      "mean_flow" or "consistency".
   """
-  student = objective != "flow_matching"
+  if objective not in OBJECTIVES:
+    raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, got {objective!r}")
   config = ConfigDict()
   config.seed = 0
-  config.objective = {"kind": objective, **_defaults(Imitation if student else FlowMatching)}
-  if student:
+  settings = OBJECTIVES[objective]
+  # The settings of a flow map are an instance with the defaults of its kind.
+  defaults = _defaults(settings) if inspect.isclass(settings) else dataclasses.asdict(settings())
+  config.objective = {"kind": objective, **defaults}
+  if objective != "flow_matching":
     config.teacher = _defaults(TeacherSettings)
+    config.adapters = _defaults(AdapterSettings)
+  config.start = _defaults(StartSettings)
+  if objective in FLOW_MAPS:
+    config.adversarial = _defaults(Adversarial) | {"weight": 0.0}
   config.optimizer = _defaults(optim.make_optimizer, but=("total_steps",))
   config.ema = _defaults(optim.make_ema_decay)
   config.train = _defaults(TrainSettings)

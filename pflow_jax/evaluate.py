@@ -17,22 +17,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pflow_jax import data, figures, metrics, workdir
-from pflow_jax.checkpoint import load_params
-from pflow_jax.experiment import Experiment, build, call
+from pflow_jax.experiment import Experiment, build
 from pflow_jax.features import Classifier, pixel_features, train_classifier
 from pflow_jax.integrate import rollout
+from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import Imitation
 from pflow_jax.sample import (
   SampleSettings,
   draw_noise,
   evaluations,
+  flow_map_grid,
   in_batches,
   make_sampler,
   on_device,
   save_picture,
 )
-from pflow_jax.sampler import sample_teacher
+from pflow_jax.sampler import sample_flow_map, sample_teacher
 from pflow_jax.schedule import segment_grid, shift_time
+from pflow_jax.sections import call
 
 COLUMNS = {
   "name": "sampler",
@@ -177,7 +179,7 @@ def teacher_samplers(experiment: Experiment, folder: str | os.PathLike, settings
   if experiment.teacher is not None:
     params, velocity = on_device(experiment.teacher.params), experiment.teacher.velocity
   else:
-    params, velocity = on_device(load_params(f"{folder}/{workdir.CHECKPOINTS}")), experiment.velocity
+    params, velocity = on_device(experiment.load(folder)), experiment.velocity
   shift = experiment.objective.shift
 
   def make(steps):
@@ -199,7 +201,7 @@ def student_samplers(
   experiment: Experiment, sampling: SampleSettings, folder: str | os.PathLike, suffix: str = ""
 ) -> list[Sampler]:
   """The student of a run at its numbers of evaluations; `suffix` tells it from other students."""
-  params = on_device(load_params(f"{folder}/{workdir.CHECKPOINTS}"))
+  params = on_device(experiment.load(folder))
 
   def make(nfe):
     run = functools.partial(make_sampler(experiment, sampling, nfe), params)
@@ -212,8 +214,11 @@ def student_samplers(
 def trajectory(
   experiment: Experiment, sampling: SampleSettings, params: Any, nfe: int, noise: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-  """States (steps + 1, B, *space, C) along the student's policies, without stochastic steps."""
+  """States (steps + 1, B, *space, C) along the student's policies or jumps, without stochastic steps."""
   imitation = experiment.objective
+  if isinstance(imitation, FlowMap):
+    jump, grid = experiment.flow_map(params, sampling.guidance), flow_map_grid(imitation, nfe)
+    return np.asarray(sample_flow_map(jump, noise, labels, grid=grid, trajectory=True))  # type: ignore[arg-type]
   assert isinstance(imitation, Imitation)
   shift = imitation.shift
   student = jax.jit(lambda params, x, t, c: experiment.student(params)(x, t, c))

@@ -1,15 +1,16 @@
-"""From a config to the pieces of a run: data set, networks, policy, objective.
+"""From a config to the pieces of a run: data set, network, teacher, objective.
 
-Every section of a config is the keyword arguments of one function or class, named here; a key that its owner does not
-take is an error that names the nearest one.
+Every section of a config is the keyword arguments of one function or class; a key that its owner does not take is an
+error that names the nearest one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,85 +21,48 @@ from ml_collections import ConfigDict
 from pflow_jax import data, guidance, optim, workdir
 from pflow_jax.checkpoint import load_params
 from pflow_jax.models import heads
-from pflow_jax.models.dit import DiT
-from pflow_jax.models.mlp import MLP
+from pflow_jax.models.attention import IMPLEMENTATIONS, supports_jvp
+from pflow_jax.networks import AdapterSettings, Network, make_module, velocity_of
+from pflow_jax.objectives import flow_map
 from pflow_jax.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
+from pflow_jax.partition import combine, path_of, split
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy, Policy
+from pflow_jax.sections import call, choose, refuse_unknown
+from pflow_jax.teachers import Teacher, load_teacher
 
 Array = jax.Array
 Params = Any
+Objective = FlowMatching | Imitation | flow_map.FlowMap
 LossFn = Callable[[Params, Params, Mapping[str, Array], Array, Array], tuple[Array, dict[str, Array]]]
 
-NETWORKS: dict[str, type[nn.Module]] = {"dit": DiT, "mlp": MLP}
-HEADS: dict[str, type[heads.Head]] = {
-  "velocity": heads.VelocityHead,
-  "gmflow": heads.GMFlowHead,
-  "dx": heads.DXHead,
-  "arc": heads.ArcHead,
-}
 SECTIONS = (
-  *("seed", "data", "model", "policy", "teacher", "objective"),
+  *("seed", "data", "model", "policy", "adapters", "teacher", "start", "objective", "adversarial"),
   *("optimizer", "ema", "train", "sample", "evaluate", "mesh"),
 )
 
-
-def call(function: Callable, section: str, values: Mapping[str, Any], **given: Any) -> Any:
-  """`function(**values, **given)`; a key that it does not take, or needs and does not get, is a ValueError.
-
-  A key whose value is None is one that is not set.
-  """
-  known = {
-    name: p.default is p.empty
-    for name, p in inspect.signature(function).parameters.items()
-    if name not in given and name not in ("parent", "name") and p.kind is not p.VAR_KEYWORD
-  }
-  _refuse_unknown(values, list(known), f"config.{section}")
-  values = {key: value for key, value in values.items() if value is not None}
-  missing = [name for name, required in known.items() if required and name not in values]
-  if missing:
-    raise ValueError(f"config.{section}: {', '.join(missing)} must be set")
-  return function(**values, **given)
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-  for key in values:
-    if key not in known:
-      near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ValueError(f"{where} has no key {key!r}{hint} (it takes: {', '.join(sorted(known))})")
-
-
-def _choose(table: Mapping[str, Any], section: str, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-  """The entry that `kind` names, and the other keys."""
-  rest = dict(values)
-  kind = rest.pop("kind", None)
-  if kind not in table:
-    raise ValueError(f"config.{section}.kind: expected one of {sorted(table)}, got {kind!r}")
-  return table[kind], rest
+# Settings of an objective with the defaults of its kind, by `config.objective.kind`.
+FLOW_MAPS = {
+  "ayf_emd": flow_map.ayf_emd,
+  "ayf_lmd": flow_map.ayf_lmd,
+  "mean_flow": flow_map.mean_flow,
+  "consistency": flow_map.consistency,
+}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+  "flow_matching": FlowMatching,
+  "imitation": Imitation,
+  "imitation_data_free": Imitation,
+  **FLOW_MAPS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherSettings:
-  """The teacher of a student: a run's folder, and how it is guided (see `guidance.guided`)."""
+class StartSettings:
+  """The section `start` of a config: a finished run of the same network whose parameters a new run starts from."""
 
   workdir: str | None = None
-  step: int | None = None  # of its checkpoint; None is the newest, and a run keeps the one it started with
+  step: int | None = None
   which: str = "ema"
-  guidance: float = 1.0
-  interval: tuple[float, float] = (0.0, 1.0)
-  orthogonal: float = 0.0
-  bias_noise: float = 0.05  # of the student's initialisation, see `heads.head_params_from_teacher`
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-  """A trained flow model."""
-
-  settings: TeacherSettings
-  network: nn.Module
-  params: Params
-  velocity: Callable[[Params], guidance.Velocity]  # params -> (x, t, cond) -> v, guided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,27 +70,101 @@ class Experiment:
   """The pieces of a run. `network` is the one that trains; a teacher's own run has no `teacher`."""
 
   dataset: data.Dataset
-  network: nn.Module
-  objective: FlowMatching | Imitation
+  network: Network
+  objective: Objective
   teacher: Teacher | None
+  start: StartSettings
   loss_fn: LossFn
 
-  def init(self, key: Array, teacher_params: Params) -> Params:
-    """Parameters at the start: random, or for a student made from its teacher's."""
-    if self.teacher is not None:
+  @property
+  def frozen(self) -> Params:
+    """Parameters that the loss takes beside those that train: the teacher's."""
+    return self.teacher.params if self.teacher else {}
+
+  def init(self, key: Array, frozen: Params, start: Params = ()) -> Params:
+    """What trains, at the start: `start` if given, random, or for a student made from its teacher's."""
+    if start:
+      return jax.tree.map(jnp.array, start)
+    return self.network.trained(self._init(key, frozen), jax.random.fold_in(key, 1))
+
+  def start_params(self) -> Params:
+    """What trains, from the run that config.start names; () where it names none.
+
+    Raises: ValueError if that run trained something else.
+    """
+    if not self.start.workdir:
+      return ()
+    folder = f"{self.start.workdir}/{workdir.CHECKPOINTS}"
+    params = load_params(folder, which=self.start.which, step=self.start.step)  # type: ignore[arg-type]
+    own = jax.eval_shape(self.init, jax.random.key(0), self.frozen)
+    got, expected = (
+      {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, own)
+    )
+    if got != expected:
+      differing = sorted(path for path in got | expected if got.get(path) != expected.get(path))
+      raise ValueError(
+        f"config.start.workdir: {self.start.workdir} trained another network than this run will; parameters that "
+        f"differ: {differing[:8]}; start from a run with the same model, policy, adapters and guidance"
+      )
+    return params
+
+  def _init(self, key: Array, frozen: Params) -> Params:
+    module = self.network.module
+    if isinstance(self.objective, Imitation):
+      assert self.teacher is not None
       noise = self.teacher.settings.bias_noise
-      return heads.student_params_from_teacher(teacher_params, self.network, key, bias_noise=noise)
-    x = jnp.zeros((1, *self.dataset.shape), jnp.float32)
-    return self.network.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+      return heads.student_params_from_teacher(frozen["strong"], module, key, bias_noise=noise)
+    x, ones = jnp.zeros((1, *self.dataset.shape), jnp.float32), jnp.ones((1,))
+    named: dict[str, Any] = {}
+    if isinstance(self.objective, flow_map.FlowMap):
+      named = {"s": ones} | ({"guidance": ones} if self.objective.guided else {})
+    params = module.init(key, x, ones, jnp.zeros((1,), jnp.int32), **named)["params"]
+    if "strong" not in frozen:
+      return params
+    # A flow map starts as its teacher's velocity: what it has besides, for s and the guidance, starts neutral.
+    teacher = jax.tree.map(jnp.array, frozen["strong"])
+    return combine(split(params, _absent(params, teacher))[0], teacher)
+
+  def load(self, folder: str | os.PathLike, which: str = "ema") -> Params:
+    """All parameters of the network as the run in `folder` saved them."""
+    return self.complete(load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which), self.frozen)  # type: ignore[arg-type]
+
+  def complete(self, trained: Params, frozen: Params) -> Params:
+    """All parameters of the network, from those that train and those that do not."""
+    return self.network.complete(trained, frozen.get("strong", {}))
 
   def velocity(self, params: Params) -> guidance.Velocity:
-    """Velocity field of this run's network (a teacher's run)."""
+    """Velocity field of this run's network; a flow map's is its jump of length 0."""
+    if isinstance(self.objective, flow_map.FlowMap):
+      jump = self.flow_map(params)
+      return lambda x, t, cond: jump(x, t, t, cond)
     return velocity_of(self.network, params)
 
   def student(self, params: Params) -> Callable[[Array, Array, Any], Policy]:
-    """(x, t, cond) -> batch of policies, from this run's network (a student's run)."""
+    """(x, t, cond) -> batch of policies, from a policy student's network."""
     assert isinstance(self.objective, Imitation)
     return make_student(self.network, self.objective, params)
+
+  def flow_map(self, params: Params, strength: float | None = None) -> Callable[[Array, Array, Array, Any], Array]:
+    """(x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's."""
+    assert isinstance(self.objective, flow_map.FlowMap)
+    guided = self.objective.guided
+    if strength is None:
+      strength = self.teacher.settings.guidance if self.teacher else 1.0
+
+    def jump(x, t, s, cond):
+      named = {"guidance": jnp.full(t.shape, strength, t.dtype)} if guided else {}
+      return self.network(params, x, t, cond, s=s, **named)
+
+    return jump
+
+
+def _absent(params: Params, teacher: Params) -> Params:
+  """Whether each leaf of `params` is one that `teacher` lacks."""
+  return {
+    name: _absent(value, teacher.get(name, {})) if isinstance(value, Mapping) else name not in teacher
+    for name, value in params.items()
+  }
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -134,138 +172,72 @@ def build(config: ConfigDict) -> Experiment:
 
   Raises: ValueError for anything in the config that does not fit, before any work is done.
   """
-  _refuse_unknown(config, SECTIONS, "config")
+  refuse_unknown(config, SECTIONS, "config")
   missing = [name for name in ("data", "model", "policy", "objective") if name not in config]
   if missing:
     raise ValueError(f"config: the sections {missing} must be set")
-  make_loss, values = _choose(OBJECTIVES, "objective", config.objective)
-  if (make_loss is _flow_matching) != (config.policy.get("kind") == "velocity"):
+  make_settings, values = choose(OBJECTIVES, "objective", config.objective)
+  kind = config.objective.kind
+  if kind.startswith("imitation") == (config.policy.get("kind") == "velocity"):
     raise ValueError(
-      f"config.objective.kind {config.objective.kind!r} does not train the policy {config.policy.get('kind')!r}: flow "
-      "matching needs policy.kind 'velocity', imitation one of 'gmflow', 'dx', 'arc'"
+      f"config.objective.kind {kind!r} does not train the policy {config.policy.get('kind')!r}: imitation needs "
+      "policy.kind 'gmflow', 'dx' or 'arc', the others 'velocity'"
     )
+  if kind in FLOW_MAPS:
+    refuse_unknown(values, [field.name for field in dataclasses.fields(flow_map.FlowMap)], "config.objective")
+    objective = make_settings(**values)
+  else:
+    objective = call(make_settings, "objective", values)
   dataset = data.load(**config.data)
-  network = make_network(config.model, config.policy, dataset)
-  if make_loss is _flow_matching:
-    settings = call(FlowMatching, "objective", values)
-    return Experiment(dataset, network, settings, None, _flow_matching(network, dataset, settings))
-  imitation = call(Imitation, "objective", values)
-  teacher = load_teacher(config, dataset)
-  return Experiment(dataset, network, imitation, teacher, make_loss(network, teacher, imitation))
+  adapters = call(AdapterSettings, "adapters", config.get("adapters", {}))
+  network = Network(make_module(config.model, config.policy, dataset), adapters)
+  start = call(StartSettings, "start", config.get("start", {}))
+  if isinstance(objective, FlowMatching):
+    if adapters.table:
+      raise ValueError("config.adapters: a teacher trains in full, expected no rows")
+    return Experiment(dataset, network, objective, None, start, _flow_matching(network, dataset, objective))
+  if isinstance(objective, Imitation):
+    teacher = load_teacher(config, dataset)
+    loss = imitation_loss_data_free if kind == "imitation_data_free" else imitation_loss
+    return Experiment(dataset, network, objective, teacher, start, _imitation(network, teacher, objective, loss))
+  _check_jvp(network)
+  own_start = objective.target == "data" and not config.get("teacher", {}).get("workdir")
+  student_of = None if own_start else load_teacher(config, dataset, tuple(objective.guidance))
+  return Experiment(dataset, network, objective, student_of, start, _flow_map(network, dataset, student_of, objective))
 
 
-def make_network(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: data.Dataset) -> nn.Module:
-  """The network that `config.model` and `config.policy` describe, for the data's channels and classes."""
-  network, model_values = _choose(NETWORKS, "model", model)
-  head, head_values = _choose(HEADS, "policy", policy)
-  channels = dataset.shape[-1]
-  patch_size = model_values.get("patch_size", 1)
-  head_module = call(
-    head,
-    "policy",
-    head_values,
-    channels=channels,
-    patch_size=patch_size,
-    layout="dit",
-    use_bias=True,
-  )
-  return call(
-    network,
-    "model",
-    model_values,
-    channels=channels,
-    num_classes=dataset.num_classes,
-    head=head_module,
-  )
+def _check_jvp(network: Network) -> None:
+  implementation = getattr(network.module, "attention", None)
+  if implementation is not None and not supports_jvp(implementation):
+    able = [name for name, has_jvp in IMPLEMENTATIONS.items() if has_jvp]
+    raise ValueError(
+      f"config.model.attention: {implementation!r} has no forward derivative, which flow maps need; set "
+      f"config.model.attention to one of {able}"
+    )
 
 
-def velocity_of(network: nn.Module, params: Params) -> guidance.Velocity:
-  """The network with a velocity head as a velocity field."""
-
-  def velocity(x: Array, t: Array, cond: Any) -> Array:
-    v = network.apply({"params": params}, x, t, cond)
-    assert isinstance(v, Array)
-    return v
-
-  return velocity
-
-
-def make_student(network: nn.Module, imitation: Imitation, params: Params) -> Callable[[Array, Array, Any], Policy]:
-  """The network as a student: (x, t, cond) -> batch of policies."""
-  head = network.head
+def make_student(
+  network: Network, imitation: Imitation, params: Params, key: Array | None = None
+) -> Callable[[Array, Array, Any], Policy]:
+  """The network as a student: (x, t, cond) -> batch of policies; `key` is for the adapters' dropout."""
+  head: nn.Module = network.module.head  # type: ignore[attr-defined]
   create: Callable[..., Policy]
   if isinstance(head, heads.DXHead):
     segment, shift, basis = imitation.max_segment, imitation.shift, head.basis
-
-    def create(x, t, **out):
-      return DXPolicy.create(x, t, **out, segment=segment, shift=shift, basis=basis)
+    create = functools.partial(DXPolicy.create, segment=segment, shift=shift, basis=basis)
   else:
     create = GMFlowPolicy.create if isinstance(head, heads.GMFlowHead) else ArcPolicy.create
 
   def student(x, t, cond):
-    outputs = network.apply({"params": params}, x, t, cond)
+    outputs = network(params, x, t, cond, key=key)
     return jax.vmap(lambda x, t, out: create(x, t, **out))(x, t, outputs)
 
   return student
 
 
-def load_teacher(config: ConfigDict, dataset: data.Dataset) -> Teacher:
-  """The trained teacher that `config.teacher` names.
-
-  Raises: ValueError where there is none, or it does not fit the student, with all that differs.
-  """
-  settings = call(TeacherSettings, "teacher", config.get("teacher", {}))
-  if not settings.workdir:
-    raise ValueError(
-      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant) and "
-      "pass --config.teacher.workdir=<its workdir>"
-    )
-  own = workdir.load_config(settings.workdir)
-  if own.objective.kind != "flow_matching":
-    raise ValueError(f"config.teacher.workdir: {settings.workdir} holds a student, expected a teacher")
-  _check_fits(config, own, settings)
-  network = make_network(own.model, own.policy, dataset)
-  folder = f"{settings.workdir}/{workdir.CHECKPOINTS}"
-  params = load_params(folder, which=settings.which, step=settings.step)  # type: ignore[arg-type]
-
-  def velocity(params):
-    return guidance.guided(
-      velocity_of(network, params),
-      dataset.num_classes,
-      scale=settings.guidance,
-      interval=tuple(settings.interval),  # type: ignore[arg-type]
-      orthogonal=settings.orthogonal,
-    )
-
-  return Teacher(settings, network, params, velocity)
-
-
-def _check_fits(config: ConfigDict, own: ConfigDict, settings: TeacherSettings) -> None:
-  """The student starts from its teacher's parameters: same data, same network but for how it is computed."""
-  computed = ("model.dtype", "model.remat", "model.attention", "model.scan_unroll")
-  mine, teachers = (
-    {k: v for k, v in workdir.flatten(workdir.as_plain(c)).items() if k.startswith(("data.", "model."))}
-    for c in (config, own)
-  )
-  differing = [
-    f"\n  {key}: the teacher has {teachers.get(key, '(default)')!r}, the student {mine.get(key, '(default)')!r}"
-    for key in sorted(mine.keys() | teachers.keys())
-    if mine.get(key) != teachers.get(key) and key not in computed
-  ]
-  if differing:
-    raise ValueError(
-      f"the teacher in {settings.workdir} was trained on other data or with another network:{''.join(differing)}"
-    )
-  if settings.guidance != 1 and not own.objective.cond_dropout:
-    raise ValueError(
-      f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
-      "objective.cond_dropout=0.1"
-    )
-
-
-def _flow_matching(network: nn.Module, dataset: data.Dataset, settings: FlowMatching) -> LossFn:
-  def loss_fn(params, teacher_params, batch, key, step):
-    del teacher_params, step
+def _flow_matching(network: Network, dataset: data.Dataset, settings: FlowMatching) -> LossFn:
+  def loss_fn(params, frozen, batch, key, step):
+    del frozen, step
     null_cond = dataset.num_classes
     return flow_matching_loss(
       velocity_of(network, params), batch["x0"], batch["label"], key, settings, null_cond=null_cond
@@ -274,32 +246,52 @@ def _flow_matching(network: nn.Module, dataset: data.Dataset, settings: FlowMatc
   return loss_fn
 
 
-def _imitation(network: nn.Module, teacher: Teacher, imitation: Imitation) -> LossFn:
-  def loss_fn(params, teacher_params, batch, key, step):
-    student = make_student(network, imitation, params)
-    velocity = teacher.velocity(teacher_params)
-    return imitation_loss(student, velocity, batch["x0"], batch["label"], key, step, imitation)
+def _imitation(network: Network, teacher: Teacher, settings: Imitation, loss: Callable) -> LossFn:
+  def loss_fn(params, frozen, batch, key, step):
+    full = network.complete(params, frozen["strong"])
+    student = make_student(network, settings, full, jax.random.fold_in(key, 0))
+    x = batch["x0"]
+    if loss is imitation_loss_data_free:
+      # Of the batch only the shape and the conditions are used.
+      key_noise, key = jax.random.split(key)
+      x = jax.random.normal(key_noise, x.shape, x.dtype)
+    return loss(student, teacher.velocity(frozen), x, batch["label"], key, step, settings)
 
   return loss_fn
 
 
-def _imitation_data_free(network: nn.Module, teacher: Teacher, imitation: Imitation) -> LossFn:
-  def loss_fn(params, teacher_params, batch, key, step):
-    student = make_student(network, imitation, params)
-    velocity = teacher.velocity(teacher_params)
-    key_noise, key_loss = jax.random.split(key)
-    # Of the batch only the shape and the conditions are used.
-    noise = jax.random.normal(key_noise, batch["x0"].shape, batch["x0"].dtype)
-    return imitation_loss_data_free(student, velocity, noise, batch["label"], key_loss, step, imitation)
+def _flow_map(network: Network, dataset: data.Dataset, teacher: Teacher | None, settings: flow_map.FlowMap) -> LossFn:
+  precise = network.float32
+
+  def loss_fn(params, frozen, batch, key, step):
+    full = network.complete(params, frozen.get("strong", {}))
+    # One key: the dropout of both evaluations of a step is the same.
+    key_dropout = jax.random.fold_in(key, 0)
+
+    def jump(network, params):
+      def average_velocity(x, t, s, cond, strength):
+        named = {} if strength is None else {"guidance": strength}
+        return network(params, x, t, cond, s=s, key=key_dropout, **named)
+
+      return average_velocity
+
+    def velocity(x, t, cond, strength):
+      assert teacher is not None
+      return teacher.velocity(frozen, strength)(x, t, cond)
+
+    return flow_map.flow_map_loss(
+      jump(network, full),
+      velocity if teacher else None,
+      batch["x0"],
+      batch["label"],
+      key,
+      step,
+      settings,
+      null_cond=dataset.num_classes,
+      precise=jump(precise, jax.lax.stop_gradient(full)) if precise else None,
+    )
 
   return loss_fn
-
-
-OBJECTIVES: dict[str, Callable] = {
-  "flow_matching": _flow_matching,
-  "imitation": _imitation,
-  "imitation_data_free": _imitation_data_free,
-}
 
 
 def make_optimizer(config: ConfigDict):

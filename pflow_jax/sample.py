@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pflow_jax import figures, workdir
-from pflow_jax.checkpoint import load_params
-from pflow_jax.experiment import Experiment, build, call
+from pflow_jax import figures
+from pflow_jax.experiment import Experiment, build
+from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import Imitation
 from pflow_jax.policies import auto_temperature
-from pflow_jax.sampler import sample_student, sample_teacher
+from pflow_jax.sampler import sample_flow_map, sample_student, sample_teacher
+from pflow_jax.schedule import segment_grid, shift_time
+from pflow_jax.sections import call
 from pflow_jax.sharding import make_mesh, replicated
 
 Array = jax.Array | np.ndarray
@@ -30,12 +32,14 @@ class SampleSettings:
   """The section `sample` of a config.
 
   Attributes:
-    nfe: numbers of network evaluations to sample with; () is the one that a student was trained for, or 128 Euler
-      steps of a teacher.
+    nfe: numbers of network evaluations to sample with; () is the one that a policy student was trained for, 1, 2, 4
+      and 8 of a flow map, 128 Euler steps of a teacher.
     h: noise level between segments, 0 is deterministic.
     temperature: of the policies of every segment but the last.
     auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
     substeps, method: of the rollouts, see `integrate.rollout`.
+    gamma: noise that a flow map renews between its steps, see `sampler.sample_flow_map`.
+    guidance: strength that a flow map trained for several is asked for; None is its teacher's.
     batch_size: samples at a time.
   """
 
@@ -45,6 +49,8 @@ class SampleSettings:
   auto_temperature: bool = False
   substeps: int = 128
   method: str = "auto"
+  gamma: float = 0.0
+  guidance: float | None = None
   batch_size: int = 256
 
   def __post_init__(self):
@@ -58,7 +64,14 @@ def evaluations(experiment: Experiment, settings: SampleSettings) -> tuple[int, 
   """The numbers of network evaluations that `settings.nfe` stands for."""
   if settings.nfe:
     return tuple(settings.nfe)
+  if isinstance(experiment.objective, FlowMap):
+    return (1, 2, 4, 8)
   return (experiment.objective.nfe if isinstance(experiment.objective, Imitation) else 128,)
+
+
+def flow_map_grid(objective: FlowMap, nfe: int) -> list[float]:
+  """Flow times that a flow map jumps between with `nfe` evaluations."""
+  return [float(shift_time(r, objective.shift)) for r in segment_grid(nfe)]
 
 
 def make_sampler(experiment: Experiment, settings: SampleSettings, nfe: int) -> Callable[..., jax.Array]:
@@ -67,6 +80,10 @@ def make_sampler(experiment: Experiment, settings: SampleSettings, nfe: int) -> 
 
   @jax.jit
   def run(params, noise, labels, keys):
+    if isinstance(objective, FlowMap):
+      jump = experiment.flow_map(params, settings.guidance)
+      grid = flow_map_grid(objective, nfe)
+      return sample_flow_map(jump, noise, labels, keys, grid=grid, gamma=settings.gamma)
     if not isinstance(objective, Imitation):
       velocity = experiment.velocity(params)
       return sample_teacher(velocity, noise, labels, keys, steps=nfe, shift=objective.shift, h=settings.h)
@@ -168,7 +185,7 @@ def sample(
   if num < 1:
     raise ValueError(f"num: expected at least 1 sample, got {num}")
   experiment = build(config)
-  params = on_device(load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which))  # type: ignore[arg-type]
+  params = on_device(experiment.load(folder, which))
   noise, classes = draw_noise(experiment, num, seed, labels)
   keys = jax.random.split(jax.random.key(seed + 1), num)
   rows = {}

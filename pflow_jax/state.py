@@ -22,9 +22,10 @@ class TrainState:
   params: PyTree
   ema: PyTree  # like params, float32
   opt_state: PyTree
+  opponent: PyTree = None  # of an adversarial run: the discriminator's parameters and optimizer state
 
 
-def create_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def create_state(params: PyTree, optimizer: optax.GradientTransformation, opponent: PyTree = None) -> TrainState:
   """State at step 0, its average a float32 copy of `params`.
 
   A real copy, so that a jitted step may donate the state. Works under jit and jax.eval_shape.
@@ -34,4 +35,5 @@ def create_state(params: PyTree, optimizer: optax.GradientTransformation) -> Tra
     params=params,
     ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params),
     opt_state=optimizer.init(params),
+    opponent=opponent,
   )

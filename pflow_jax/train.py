@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from pflow_jax import data, optim, sample, workdir
+from pflow_jax import data, sample, workdir
 from pflow_jax.checkpoint import Checkpointer
-from pflow_jax.experiment import Experiment, LossFn, build, call, make_optimizer
+from pflow_jax.experiment import build
 from pflow_jax.flops import count_flops
+from pflow_jax.sections import call
 from pflow_jax.sharding import batch_sharding, make_mesh, replicated, shard_batch
-from pflow_jax.state import TrainState, create_state
+from pflow_jax.state import TrainState
+from pflow_jax.step import abstract_batch, make_step
 from pflow_jax.writer import MetricsWriter, Progress, parameter_table, progress
 
 logger = logging.getLogger(__name__)
@@ -68,61 +68,6 @@ class TrainSettings:
       raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")
 
 
-def train_step(
-  state: TrainState,
-  teacher_params: Any,
-  batch: dict[str, Array],
-  key: Array,
-  *,
-  loss_fn: LossFn,
-  optimizer: optax.GradientTransformation,
-  ema_decay: Callable[[Array], Array],
-  accumulation: int = 1,
-) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step.
-
-  Args:
-    state: what trains.   teacher_params: an argument, not part of the state.
-    batch: pytree of arrays with a leading axis of examples.
-    key: the run's key; the step's own is folded from it, so a resumed run draws the same numbers.
-  Returns: the new state, and scalar metrics.
-  """
-  key = jax.random.fold_in(key, state.step)
-
-  def mean_loss(params, batch, key):
-    loss, aux = loss_fn(params, teacher_params, batch, key, state.step)
-    return jnp.mean(loss), jax.tree.map(jnp.mean, aux)
-
-  gradient = jax.value_and_grad(mean_loss, has_aux=True)
-  if accumulation == 1:
-    out = gradient(state.params, batch, key)
-  else:
-    # Every micro-batch takes every accumulation-th example, so that examples stay on their devices.
-    micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def micro_step(total, inputs):
-      micro_batch, i = inputs
-      one = gradient(state.params, micro_batch, jax.random.fold_in(key, i))
-      return jax.tree.map(lambda a, b: a + b / accumulation, total, one), None
-
-    shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro), key)
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    out, _ = jax.lax.scan(micro_step, start, (micro, jnp.arange(accumulation)))
-  (loss, aux), grads = out
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  ema = optim.update_ema(state.ema, params, ema_decay(state.step))
-  in_a_row, total = optim.skipped(opt_state)
-  metrics = {
-    "loss": loss,
-    **aux,
-    "gradient_norm": optax.global_norm(grads),
-    "skipped_in_a_row": in_a_row,
-    "skipped": total,
-  }
-  return TrainState(state.step + 1, params, ema, opt_state), metrics
-
-
 def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   """Trains what `config` describes in the workdir `folder`; resumes a run that is already there.
 
@@ -132,8 +77,7 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   settings = call(TrainSettings, "train", config.train)
   workdir.pin_teacher(folder, config)
   experiment = build(config)
-  optimizer, schedule = make_optimizer(config)
-  ema_decay = call(optim.make_ema_decay, "ema", config.ema)
+  step_fn, schedule = make_step(config, experiment)
   mesh = call(make_mesh, "mesh", config.mesh)
   if settings.batch_size % (mesh.size * settings.accumulation):
     raise ValueError(
@@ -153,23 +97,16 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   )
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
   everywhere = replicated(mesh)
-  teacher_params = jax.device_put(experiment.teacher.params if experiment.teacher else {}, everywhere)
-  init = jax.jit(lambda *args: create_state(experiment.init(*args), optimizer), out_shardings=everywhere)
+  frozen, start_params = jax.device_put((experiment.frozen, experiment.start_params()), everywhere)
+  init = jax.jit(lambda key, *args: step_fn.init(key, experiment.init(key, *args)), out_shardings=everywhere)
   abstract = jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
-    jax.eval_shape(init, key_init, teacher_params),
+    jax.eval_shape(init, key_init, frozen, start_params),
   )
   print("compiling the train step", flush=True)
-  step_fn = functools.partial(
-    train_step,
-    loss_fn=experiment.loss_fn,
-    optimizer=optimizer,
-    ema_decay=ema_decay,
-    accumulation=settings.accumulation,
-  )
   # Ahead of time: a later batch of another shape is an error, not a second compilation.
   traced = jax.jit(step_fn, donate_argnums=0, out_shardings=everywhere).trace(
-    abstract, teacher_params, _abstract_batch(experiment, settings, mesh), key_steps
+    abstract, frozen, abstract_batch(experiment, settings.batch_size, batch_sharding(mesh)), key_steps
   )
   compiled, flops = traced.lower().compile(), count_flops(traced.jaxpr)
   # Only now: a config that does not compile leaves no trace.
@@ -179,7 +116,7 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
     Interruption(checkpointer) as interruption,
   ):
     restored = checkpointer.restore(abstract, iterator)
-    state, start = restored or (init(key_init, teacher_params), 0)
+    state, start = restored or (init(key_init, frozen, start_params), 0)
     if first_process:
       print(f"resuming {folder} from step {start}" if restored else parameter_table(state.params))
     if start >= settings.steps:
@@ -193,7 +130,7 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
       meter = Meter(settings, schedule, flops, writer, report)
       for step in range(start + 1, settings.steps + 1):
         profiler.before(step)
-        state, metrics = compiled(state, teacher_params, shard_batch(next(iterator), mesh), key_steps)
+        state, metrics = compiled(state, frozen, shard_batch(next(iterator), mesh), key_steps)
         profiler.after(step, metrics)
         meter.flush()  # the numbers of the steps before, while this one runs
         meter.add(step, metrics)
@@ -325,13 +262,3 @@ class Interruption:
     if jax.process_count() > 1:
       return self._checkpointer.reached_preemption(step)
     return self._flag.is_set()
-
-
-def _abstract_batch(experiment: Experiment, settings: TrainSettings, mesh) -> dict[str, Any]:
-  sharding = batch_sharding(mesh)
-  struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-  rows = settings.batch_size
-  return {
-    "x0": struct((rows, *experiment.dataset.shape), jnp.float32),
-    "label": struct((rows,), jnp.int32),
-  }

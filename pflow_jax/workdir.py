@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoints"
 
 # What may differ when a run is resumed: how long it goes on, and what it reports.
 CHANGEABLE = (
-  "teacher.workdir",  # it may have moved; its step is checked
+  *("teacher.workdir", "teacher.weak_workdir", "start.workdir"),  # they may have moved; their steps are checked
   "evaluate.",
   "sample.",
   "mesh.",
@@ -66,18 +66,20 @@ def has_checkpoint(workdir: str | os.PathLike) -> bool:
 
 
 def pin_teacher(workdir: str | os.PathLike, config: ConfigDict) -> None:
-  """Makes a student's config name one teacher for good: an absolute folder and the step of a checkpoint.
+  """Makes a student's config name its teachers for good: absolute folders and the step of a checkpoint of each.
 
   A teacher that trains on would otherwise change under a student that is resumed or evaluated.
   """
-  teacher = config.get("teacher")
-  if teacher is None or not teacher.get("workdir"):
-    return
-  if "://" not in teacher.workdir:
-    teacher.workdir = os.path.abspath(teacher.workdir)
-  if teacher.get("step") is None:
-    resumed = (epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir)
-    teacher.step = load_config(workdir).teacher.step if resumed else newest_step(f"{teacher.workdir}/{CHECKPOINTS}")
+  resumed = (epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir)
+  for section, prefix in (("teacher", ""), ("teacher", "weak_"), ("start", "")):
+    values = config.get(section, {})
+    folder, step = prefix + "workdir", prefix + "step"
+    if not values.get(folder):
+      continue
+    if "://" not in values[folder]:
+      values[folder] = os.path.abspath(values[folder])
+    if values.get(step) is None:
+      values[step] = load_config(workdir)[section][step] if resumed else newest_step(f"{values[folder]}/{CHECKPOINTS}")
 
 
 def _with_tuples(value: Any) -> Any:

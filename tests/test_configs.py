@@ -47,11 +47,12 @@ def test_full_size_config_is_read_whole(config, variant, tmp_path, monkeypatch):
     from pflow_jax import experiment
 
     monkeypatch.setattr(experiment, "load_teacher", lambda *_: None)
+    values.teacher.workdir = "a teacher"
   made = build(values)
   x = jax.ShapeDtypeStruct((2, *made.dataset.shape), "float32")
   labels = jax.ShapeDtypeStruct((2,), "int32")
   t = jax.ShapeDtypeStruct((2,), "float32")
-  shapes = jax.eval_shape(made.network.init, jax.random.key(0), x, t, labels)
+  shapes = jax.eval_shape(made.network.module.init, jax.random.key(0), x, t, labels)
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1000
 
 

@@ -11,14 +11,27 @@ PACKAGE = ROOT / "pflow_jax"
 # From the top. A module may import from lower layers, and from its own (without a circle).
 LAYERS = [
   {"cli"},
-  {"train", "sample", "evaluate", "experiment", "workdir", "defaults"},
+  {"train", "sample", "evaluate", "defaults"},
+  {"step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"},
   {"objectives"},
   {"sampler"},
   {"guidance", "integrate"},
   {"policies"},
   {"schedule"},
   {"models"},
-  {"data", "sharding", "optim", "state", "checkpoint", "writer", "metrics", "features", "figures", "flops"},
+  {
+    "data",
+    "sharding",
+    "optim",
+    "state",
+    "checkpoint",
+    "writer",
+    "metrics",
+    "features",
+    "figures",
+    "flops",
+    "partition",
+  },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -13,18 +13,19 @@ import pytest
 from pflow_jax import optim
 from pflow_jax.checkpoint import load_params
 from pflow_jax.state import create_state
-from pflow_jax.train import Meter, TrainSettings, train, train_step
+from pflow_jax.step import Step
+from pflow_jax.train import Meter, TrainSettings, train
 from pflow_jax.writer import MetricsWriter, progress
 from tests.programs import command, environment, pflow, quick
 
 OPTIMIZER = dict(learning_rate=0.1)
 
 
-def linear_loss(params, teacher_params, batch, key, step):
+def linear_loss(params, frozen, batch, key, step):
   """Squares of a linear fit; the metrics show the random numbers and the step that the loss was given."""
   error = batch["x"] @ params["w"] - batch["y"]
   noise = jax.random.normal(key, batch["y"].shape)
-  return error**2 + teacher_params["offset"], {"noise": noise, "step": jnp.full_like(noise, step)}
+  return error**2 + frozen["offset"], {"noise": noise, "step": jnp.full_like(noise, step)}
 
 
 def problem(rows=8):
@@ -32,17 +33,10 @@ def problem(rows=8):
   return {"x": x, "y": x @ jnp.array([1.0, -2.0, 0.5])}
 
 
-def one_step(state, batch, accumulation=1, offset=0.0):
-  return train_step(
-    state,
-    {"offset": jnp.array(offset)},
-    batch,
-    jax.random.key(1),
-    loss_fn=linear_loss,
-    optimizer=optim.make_optimizer(**OPTIMIZER),
-    ema_decay=optim.make_ema_decay(kind="constant", decay=0.5),
-    accumulation=accumulation,
-  )
+def one_step(state, batch, accumulation=1, offset=0.0, **parts):
+  ema_decay = optim.make_ema_decay(kind="constant", decay=0.5)
+  step = Step(linear_loss, optim.make_optimizer(**OPTIMIZER), ema_decay, accumulation, **parts)
+  return step(state, {"offset": jnp.array(offset)}, batch, jax.random.key(1))
 
 
 def test_step_moves_parameters_average_and_counter():

@@ -1,0 +1,125 @@
+"""Networks of a run: what the sections `model`, `policy` and `adapters` of a config make."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pflow_jax import data
+from pflow_jax.models import heads
+from pflow_jax.models.dit import DiT
+from pflow_jax.models.edm2 import EDM2UNet, normalize_weights
+from pflow_jax.models.lora import Adapter, adapted, init_adapters, merge_adapters
+from pflow_jax.models.mlp import MLP
+from pflow_jax.partition import combine, match, split
+from pflow_jax.sections import call, choose
+
+Array = jax.Array
+Params = Any
+
+MODULES: dict[str, type[nn.Module]] = {"dit": DiT, "edm2": EDM2UNet, "mlp": MLP}
+HEADS: dict[str, type[heads.Head]] = {
+  "velocity": heads.VelocityHead,
+  "gmflow": heads.GMFlowHead,
+  "dx": heads.DXHead,
+  "arc": heads.ArcHead,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSettings:
+  """The section `adapters` of a config: low-rank adapters on a frozen teacher; without rows everything trains.
+
+  Attributes:
+    table: rows (pattern, rank, alpha, dropout) or shorter, see `models.lora.Adapter`.
+    train: patterns of the parameters that train in full beside the adapters.
+  """
+
+  table: tuple[tuple[Any, ...], ...] = ()
+  train: tuple[str, ...] = ("head/.*", "final_norm/.*")
+
+  @property
+  def rows(self) -> tuple[Adapter, ...]:
+    return tuple(Adapter(*row) for row in self.table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A module, and which of its parameters train: all, or adapters and a few layers on a frozen rest."""
+
+  module: nn.Module
+  adapters: AdapterSettings = AdapterSettings()
+
+  def __call__(self, params: Params, *inputs: Any, key: Array | None = None, **named: Any) -> Any:
+    """The module's output for all its parameters; `key` switches the adapters' dropout on."""
+    rngs = None if key is None else {"dropout": key}
+    with adapted(self.adapters.rows) if self.adapters.table else contextlib.nullcontext():
+      return self.module.apply({"params": params}, *inputs, rngs=rngs, **named)
+
+  @property
+  def float32(self) -> Network | None:
+    """The same network that computes in float32; None if it does already."""
+    if jnp.dtype(self.module.dtype) == jnp.float32:  # type: ignore[attr-defined]
+      return None
+    return dataclasses.replace(self, module=self.module.clone(dtype=jnp.float32))
+
+  @property
+  def project(self) -> Callable[[Params], Params] | None:
+    """What brings parameters back where the module wants them after an update, if it wants that."""
+    return normalize_weights if isinstance(self.module, EDM2UNet) else None
+
+  def trained(self, params: Params, key: Array) -> Params:
+    """What trains of a network that starts with `params`."""
+    if not self.adapters.table:
+      return params
+    adapters = init_adapters(params, self.adapters.rows, key)
+    return combine(self._split(params)[0], adapters)
+
+  def complete(self, trained: Params, base: Params) -> Params:
+    """All parameters: those that train, and of `base`, the teacher's, those that do not. The leaves are not copied."""
+    if not self.adapters.table:
+      return trained
+    return combine(self._split(base)[1], trained)
+
+  def merged(self, params: Params) -> Params:
+    """All parameters of the plain module, the adapters added to its kernels."""
+    return merge_adapters(params, self.adapters.rows) if self.adapters.table else params
+
+  def _split(self, params: Params) -> tuple[Params, Params]:
+    table = [(pattern, True) for pattern in self.adapters.train] + [(".*", False)]
+    return split(params, match(table, params))
+
+
+def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: data.Dataset) -> nn.Module:
+  """The module that `config.model` and `config.policy` describe, for the data's channels and classes."""
+  module, model_values = choose(MODULES, "model", model)
+  head, head_values = choose(HEADS, "policy", policy)
+  size = dict(channels=dataset.shape[-1], num_classes=dataset.num_classes)
+  if module is EDM2UNet:
+    if head is not heads.VelocityHead:
+      raise ValueError(
+        "config.policy.kind: the network 'edm2' has an output layer of its own, expected 'velocity', got "
+        f"{policy['kind']!r}"
+      )
+    return call(module, "model", model_values, head=None, **size)
+  head_module = call(
+    head,
+    "policy",
+    head_values,
+    channels=size["channels"],
+    patch_size=model_values.get("patch_size", 1),
+    layout="dit",
+    use_bias=True,
+  )
+  return call(module, "model", model_values, head=head_module, **size)
+
+
+def velocity_of(network: Network, params: Params) -> Callable[[Array, Array, Any], Array]:
+  """A network with a velocity head as a velocity field (x, t, cond) -> v."""
+  return lambda x, t, cond: network(params, x, t, cond)

@@ -1,0 +1,132 @@
+"""One optimizer step, pure: what `train` compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from pflow_jax import optim
+from pflow_jax.adversary import Adversary, make_adversary
+from pflow_jax.experiment import Experiment, LossFn, build, make_optimizer
+from pflow_jax.flops import count_flops
+from pflow_jax.sections import call
+from pflow_jax.state import TrainState, create_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The parts of a step; call it, or compile it, as a function of arrays.
+
+  Attributes:
+    loss_fn: (params, frozen, batch, key, step) -> loss (B,) and metrics.
+    accumulation: micro-batches that the batch is cut into, one after the other.
+    project: of the parameters after an update, where a network's must stay on a surface.
+    adversary: adds an adversarial loss and trains its own network in the same step.
+  """
+
+  loss_fn: LossFn
+  optimizer: optax.GradientTransformation
+  ema_decay: Callable[[Array], Array]
+  accumulation: int = 1
+  project: Callable[[Any], Any] | None = None
+  adversary: Adversary | None = None
+
+  def init(self, key: Array, params: Any) -> TrainState:
+    """State at step 0; `key` is for the adversary's network."""
+    opponent = self.adversary.init(key) if self.adversary else None
+    return create_state(params, self.optimizer, opponent)
+
+  def __call__(
+    self, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array
+  ) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step.
+
+    Args:
+      state: what trains.   frozen: what does not, the teacher's parameters: an argument, not part of the state.
+      batch: pytree of arrays with a leading axis of examples.
+      key: the run's key; the step's own is folded from it, so a resumed run draws the same numbers.
+    Returns: the new state, and scalar metrics.
+    """
+    key = jax.random.fold_in(key, state.step)
+    loss, aux, grads = self._gradient(state, frozen, batch, key)
+    opponent = state.opponent
+    if self.adversary is not None:
+      grads, opponent, more = self.adversary.step(opponent, state.params, frozen, grads, batch, key)
+      aux = aux | more
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if self.project is not None:
+      params = self.project(params)
+    ema = optim.update_ema(state.ema, params, self.ema_decay(state.step))
+    in_a_row, total = optim.skipped(opt_state)
+    metrics = {
+      "loss": loss,
+      **aux,
+      "gradient_norm": optax.global_norm(grads),
+      "skipped_in_a_row": in_a_row,
+      "skipped": total,
+    }
+    return TrainState(state.step + 1, params, ema, opt_state, opponent), metrics
+
+  def _gradient(self, state, frozen, batch, key):
+    """Mean loss, mean metrics and gradient over the batch."""
+
+    def mean_loss(params, batch, key):
+      loss, aux = self.loss_fn(params, frozen, batch, key, state.step)
+      return jnp.mean(loss), jax.tree.map(jnp.mean, aux)
+
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    if self.accumulation == 1:
+      out = gradient(state.params, batch, key)
+    else:
+      # Every micro-batch takes every accumulation-th example, so that examples stay on their devices.
+      micro = jax.tree.map(lambda x: x.reshape(-1, self.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+
+      def micro_step(total, inputs):
+        micro_batch, i = inputs
+        one = gradient(state.params, micro_batch, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda a, b: a + b / self.accumulation, total, one), None
+
+      shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro), key)
+      start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      out, _ = jax.lax.scan(micro_step, start, (micro, jnp.arange(self.accumulation)))
+    (loss, aux), grads = out
+    return loss, aux, grads
+
+
+def make_step(config: ConfigDict, experiment: Experiment) -> tuple[Step, optax.Schedule]:
+  """The step that `config` describes, and its learning-rate schedule."""
+  optimizer, schedule = make_optimizer(config)
+  ema_decay = call(optim.make_ema_decay, "ema", config.ema)
+  adversary = make_adversary(config, experiment)
+  accumulation = config.train.get("accumulation", 1)
+  if adversary and accumulation > 1:
+    raise ValueError(
+      f"config.train.accumulation: an adversarial run takes its batch whole, expected 1, got {accumulation}"
+    )
+  return Step(experiment.loss_fn, optimizer, ema_decay, accumulation, experiment.network.project, adversary), schedule
+
+
+def abstract_batch(experiment: Experiment, batch_size: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a batch."""
+  return {
+    "x0": jax.ShapeDtypeStruct((batch_size, *experiment.dataset.shape), jnp.float32, sharding=sharding),
+    "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding),
+  }
+
+
+def step_flops(config: ConfigDict) -> int:
+  """Operations of one optimizer step of the run that `config` describes, teacher included; see `count_flops`."""
+  experiment = build(config)
+  step, _ = make_step(config, experiment)
+  key = jax.random.key(0)
+  state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, experiment.frozen)
+  batch = abstract_batch(experiment, config.train.batch_size)
+  return count_flops(jax.jit(step).trace(state, experiment.frozen, batch, key).jaxpr)

@@ -1,0 +1,126 @@
+"""The teacher of a run: its folder, how it is guided, and that it fits its student."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from pflow_jax import data, guidance, workdir
+from pflow_jax.checkpoint import load_params
+from pflow_jax.networks import Network, make_module, velocity_of
+from pflow_jax.sections import call
+
+Array = jax.Array
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+  """The section `teacher` of a config.
+
+  Attributes:
+    workdir, step: of its run; step None is the newest checkpoint, and a student keeps the one it started with.
+    which: "ema" or "params".
+    guidance, interval, orthogonal: how it is guided, see `guidance.guided`.
+    weak_workdir, weak_step: a weaker model, an early checkpoint or a smaller network, which guides it in place of the
+      empty condition (autoguidance). weak_step alone is a checkpoint of the teacher's own run.
+    bias_noise: of a student's start, see `heads.head_params_from_teacher`.
+  """
+
+  workdir: str | None = None
+  step: int | None = None
+  which: str = "ema"
+  guidance: float = 1.0
+  interval: tuple[float, float] = (0.0, 1.0)
+  orthogonal: float = 0.0
+  weak_workdir: str | None = None
+  weak_step: int | None = None
+  bias_noise: float = 0.05
+
+  @property
+  def autoguided(self) -> bool:
+    return self.weak_workdir is not None or self.weak_step is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A trained flow model. `params` has the entry "strong" and, with autoguidance, "weak"."""
+
+  settings: TeacherSettings
+  params: Params
+  velocity: Callable[..., guidance.Velocity]  # (params, scale=settings.guidance) -> (x, t, cond) -> v, guided
+
+
+def load_teacher(config: ConfigDict, dataset: data.Dataset, strengths: tuple[float, float] = (1.0, 1.0)) -> Teacher:
+  """The trained teacher that `config.teacher` names, for a student that asks for guidance of these strengths.
+
+  Raises: ValueError where there is none, or it does not fit the student, with all that differs.
+  """
+  settings = call(TeacherSettings, "teacher", config.get("teacher", {}))
+  if not settings.workdir:
+    raise ValueError(
+      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant) and "
+      "pass --config.teacher.workdir=<its workdir>"
+    )
+  own = _config_of_a_teacher(settings.workdir, "workdir")
+  # The student starts from its teacher's parameters: same data, same network but for how it is computed.
+  _check_same(config, own, settings.workdir, sections=("data", "model"))
+  strong = Network(make_module(own.model, own.policy, dataset))
+  params = {"strong": _load(settings.workdir, settings.which, settings.step)}
+  options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
+  is_guided = settings.guidance != 1 or strengths != (1.0, 1.0)
+  if settings.autoguided:
+    folder = settings.weak_workdir or settings.workdir
+    weak_config = _config_of_a_teacher(folder, "weak_workdir")
+    _check_same(config, weak_config, folder, sections=("data",))
+    weak = Network(make_module(weak_config.model, weak_config.policy, dataset))
+    params["weak"] = _load(folder, settings.which, settings.weak_step)
+    if not is_guided:
+      raise ValueError(
+        "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "
+        "config.teacher.guidance or config.objective.guidance"
+      )
+  elif is_guided and not own.objective.cond_dropout:
+    raise ValueError(
+      f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
+      "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"
+    )
+
+  def velocity(params, scale=None):
+    scale = settings.guidance if scale is None else scale
+    field = velocity_of(strong, params["strong"])
+    if settings.autoguided:
+      return guidance.autoguided(field, velocity_of(weak, params["weak"]), scale=scale, **options)
+    return guidance.guided(field, dataset.num_classes, scale=scale, **options)
+
+  return Teacher(settings, params, velocity)
+
+
+def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
+  own = workdir.load_config(folder)
+  if own.objective.kind != "flow_matching":
+    raise ValueError(f"config.teacher.{key}: {folder} holds a student, expected a teacher")
+  return own
+
+
+def _load(folder: str, which: str, step: int | None) -> Params:
+  return load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which, step=step)  # type: ignore[arg-type]
+
+
+def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tuple[str, ...]) -> None:
+  computed = ("model.dtype", "model.remat", "model.attention", "model.scan_unroll")
+  starts = tuple(f"{section}." for section in sections)
+  mine, teachers = (
+    {k: v for k, v in workdir.flatten(workdir.as_plain(c)).items() if k.startswith(starts)} for c in (config, own)
+  )
+  differing = [
+    f"\n  {key}: the teacher has {teachers.get(key, '(default)')!r}, the student {mine.get(key, '(default)')!r}"
+    for key in sorted(mine.keys() | teachers.keys())
+    if mine.get(key) != teachers.get(key) and key not in computed
+  ]
+  if differing:
+    raise ValueError(f"the teacher in {folder} was trained on other data or with another network:{''.join(differing)}")
