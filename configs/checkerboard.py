@@ -9,30 +9,50 @@ from ml_collections import ConfigDict
 
 from pflow_jax.defaults import default_config, parse_variant
 
-VARIANTS = ("teacher", "gmflow", "dx")
+VARIANTS = (
+  *("teacher", "flow_teacher", "gmflow", "dx", "arc"),
+  *("ayf_emd", "ayf_emd_adversarial", "ayf_lmd", "mean_flow", "consistency"),
+)
+FLOW_MAPS = ("ayf_emd", "ayf_lmd", "mean_flow", "consistency")
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
   """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
   name, quicktest = parse_variant(variant, VARIANTS)
-  config = default_config("flow_matching" if name == "teacher" else "imitation")
+  objective = name.removesuffix("_adversarial") if name.startswith(FLOW_MAPS) else "imitation"
+  if name in ("teacher", "flow_teacher"):
+    objective = "flow_matching"
+  config = default_config(objective)
   config.data = dict(name="checkerboard")
   config.model = dict(kind="mlp", width=128, depth=4)
   config.sample.update(batch_size=10_000)
   config.evaluate.num_samples = 5_000
   config.train.update(steps=4000, batch_size=512, log_every=100, checkpoint_every=1000)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine")
-  if name == "teacher":
+  if objective in ("flow_matching", *FLOW_MAPS) and name != "teacher":
+    config.model.time_scale = 1.0  # see configs/digits.py
+  if objective == "flow_matching":
     config.policy = dict(kind="velocity")
   else:
     config.train.steps = 800
+  if objective == "imitation":
     config.objective.num_states = 2
+  if objective in FLOW_MAPS:
+    config.policy = dict(kind="velocity")
+    config.train.steps = 4000
+    config.optimizer.learning_rate = 5e-4
+    config.objective.update(anchor=0.25, warmup_steps=1000 if name != "mean_flow" else 0)
   if name == "gmflow":
     config.policy = dict(kind="gmflow", num_components=32)
     config.objective.update(dropout=0.05, substeps=64)
   if name == "dx":
     config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
     config.objective.window = 10.0
+  if name == "arc":
+    config.policy = dict(kind="arc", num_components=8)
+    config.objective.update(window=3.0, dropout=0.1)
+  if name == "ayf_emd_adversarial":
+    config.adversarial.update(weight=0.1, width=64)
   if quicktest:
     config.model.update(width=16, depth=1)
     config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)

@@ -40,6 +40,7 @@ class TrainSettings:
     accumulation: micro-batches that a step's batch is cut into, one after the other.
     log_every, checkpoint_every, sample_every: in steps; 0 never (checkpoints: only at the end).
     keep_checkpoints: newest checkpoints to keep.
+    keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
     max_skipped: non-finite updates in a row after which the run stops with an error.
     profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
     num_workers: processes that read data; 0 reads in this one.
@@ -51,6 +52,7 @@ class TrainSettings:
   log_every: int = 50
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
+  keep_every: int = 0
   sample_every: int = 0
   max_skipped: int = 20
   profile: tuple[int, int] = (0, 0)
@@ -61,7 +63,7 @@ class TrainSettings:
     for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints", "max_skipped"):
       if getattr(self, name) < 1:
         raise ValueError(f"config.train.{name}: expected at least 1, got {getattr(self, name)}")
-    for name in ("checkpoint_every", "sample_every", "num_workers"):
+    for name in ("checkpoint_every", "keep_every", "sample_every", "num_workers"):
       if getattr(self, name) < 0:
         raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
     if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
@@ -112,7 +114,11 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   # Only now: a config that does not compile leaves no trace.
   workdir.claim(folder, config, write=first_process)
   with (
-    Checkpointer(f"{folder}/{workdir.CHECKPOINTS}", max_to_keep=settings.keep_checkpoints) as checkpointer,
+    Checkpointer(
+      f"{folder}/{workdir.CHECKPOINTS}",
+      max_to_keep=settings.keep_checkpoints,
+      keep_period=settings.keep_every or None,
+    ) as checkpointer,
     Interruption(checkpointer) as interruption,
   ):
     restored = checkpointer.restore(abstract, iterator)

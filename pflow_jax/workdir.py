@@ -24,6 +24,7 @@ CHANGEABLE = (
   "train.log_every",
   "train.checkpoint_every",
   "train.keep_checkpoints",
+  "train.keep_every",
   "train.sample_every",
   "train.max_skipped",
   "train.profile",

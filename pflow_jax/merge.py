@@ -1,0 +1,44 @@
+"""`pflow merge`: a run with adapters as one without."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax import workdir
+from pflow_jax.checkpoint import Checkpointer, newest_step
+from pflow_jax.experiment import build
+from pflow_jax.step import make_step
+
+
+def merge(folder: str | os.PathLike, out: str | os.PathLike) -> int:
+  """Writes the run in `folder` to the new workdir `out` with its adapters added to the teacher's weights.
+
+  The new run has all parameters and no adapters: it is sampled and evaluated like any other, and another can start
+  from it (config.start.workdir). The optimizer's state and the data's position stay behind. The checkpoints of
+  `folder` hold the adapters alone, with the layers that train in full.
+
+  Returns: the step of the checkpoint.
+  Raises: ValueError for a run without adapters, or an `out` that holds a run.
+  """
+  config = workdir.load_config(folder)
+  if not config.get("adapters", {}).get("table"):
+    raise ValueError(f"{folder}: expected a run with adapters (config.adapters.table), this one trains in full already")
+  if workdir.has_checkpoint(out):
+    raise ValueError(f"{out} holds a run already; give another --out")
+  step = newest_step(f"{folder}/{workdir.CHECKPOINTS}")
+  if step is None:
+    raise ValueError(f"{folder} has no checkpoint yet; train it first")
+  experiment = build(config)
+  params, ema = (experiment.network.merged(experiment.load(folder, which)) for which in ("params", "ema"))
+  config.adapters.table = ()
+  plain = build(config)
+  state = make_step(config, plain)[0].init(jax.random.key(0), params)
+  state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
+  workdir.claim(out, config)
+  with Checkpointer(f"{out}/{workdir.CHECKPOINTS}") as checkpointer:
+    checkpointer.save(step, state)
+  return step
