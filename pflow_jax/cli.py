@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, data.
+"""The command `pflow`: train, sample, evaluate, merge, data.
 
 Exit codes: 0 done; 2 a mistake in the flags, the config or the files; 130 stopped from the keyboard or told to stop;
 1 anything else, which another try may mend (launch/local.sh starts such a run again).
@@ -17,6 +17,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow train    --config configs/digits.py:teacher --workdir runs/teacher   train, or resume the run in the workdir
   pflow sample   --workdir runs/student --num 16 --nfe 1                     pictures and arrays from a run
   pflow evaluate --workdir runs/student                                      measure a student beside its teacher
+  pflow merge    --workdir runs/adapters --out runs/merged                   a run with adapters as one without
   pflow data     emoji                                                       fetch a data set that is not in a package
 
 Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags.
@@ -204,4 +205,21 @@ def _data(argv: list[str]) -> None:
     _fail(2, str(error))
 
 
-COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "data": _data}
+def _merge(argv: list[str]) -> None:
+  from absl import flags
+
+  def define(values):
+    flags.DEFINE_string("workdir", None, "folder of a run with adapters", flag_values=values)
+    flags.DEFINE_string("out", None, "folder of the new run", flag_values=values)
+    flags.mark_flags_as_required(["workdir", "out"], flag_values=values)
+
+  def merge(values):
+    from pflow_jax.merge import merge as run
+
+    step = run(values.workdir, values.out)
+    print(f"wrote {values.out}: step {step} of {values.workdir}, its adapters merged")
+
+  _run(define, merge, argv)
+
+
+COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "merge": _merge, "data": _data}
