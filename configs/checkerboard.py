@@ -48,6 +48,8 @@ def get_config(variant: str = "teacher") -> ConfigDict:
   if name == "dx":
     config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
     config.objective.window = 10.0
+  if name == "consistency":
+    config.sample.gamma = 1.0  # it only knows jumps to the data
   if name == "arc":
     config.policy = dict(kind="arc", num_components=8)
     config.objective.update(window=3.0, dropout=0.1)

@@ -58,6 +58,8 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.optimizer.learning_rate = 3e-4
     config.objective.anchor = 0.5
     config.objective.warmup_steps = 1000 if name != "mean_flow" else 0
+  if name == "consistency":
+    config.sample.gamma = 1.0  # it only knows jumps to the data: between them noise is renewed
   if name.startswith("gmflow"):
     config.policy = dict(kind="gmflow", num_components=16)
     config.objective.update(dropout=0.05, substeps=64)

@@ -26,7 +26,7 @@ from pflow_jax.networks import AdapterSettings, Network, make_module, velocity_o
 from pflow_jax.objectives import flow_map
 from pflow_jax.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
-from pflow_jax.partition import combine, path_of, split
+from pflow_jax.partition import combine, path_of, without
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy, Policy
 from pflow_jax.sections import call, choose, refuse_unknown
 from pflow_jax.teachers import Teacher, load_teacher
@@ -85,7 +85,7 @@ class Experiment:
     """What trains, at the start: `start` if given, random, or for a student made from its teacher's."""
     if start:
       return jax.tree.map(jnp.array, start)
-    return self.network.trained(self._init(key, frozen), jax.random.fold_in(key, 1))
+    return self.network.trained(self._init(key, frozen), frozen.get("strong", {}), jax.random.fold_in(key, 1))
 
   def start_params(self) -> Params:
     """What trains, from the run that config.start names; () where it names none.
@@ -123,7 +123,7 @@ class Experiment:
       return params
     # A flow map starts as its teacher's velocity: what it has besides, for s and the guidance, starts neutral.
     teacher = jax.tree.map(jnp.array, frozen["strong"])
-    return combine(split(params, _absent(params, teacher))[0], teacher)
+    return combine(without(params, teacher), teacher)
 
   def load(self, folder: str | os.PathLike, which: str = "ema") -> Params:
     """All parameters of the network as the run in `folder` saved them."""
@@ -157,14 +157,6 @@ class Experiment:
       return self.network(params, x, t, cond, s=s, **named)
 
     return jump
-
-
-def _absent(params: Params, teacher: Params) -> Params:
-  """Whether each leaf of `params` is one that `teacher` lacks."""
-  return {
-    name: _absent(value, teacher.get(name, {})) if isinstance(value, Mapping) else name not in teacher
-    for name, value in params.items()
-  }
 
 
 def build(config: ConfigDict) -> Experiment:

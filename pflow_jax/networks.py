@@ -17,7 +17,7 @@ from pflow_jax.models.dit import DiT
 from pflow_jax.models.edm2 import EDM2UNet, normalize_weights
 from pflow_jax.models.lora import Adapter, adapted, init_adapters, merge_adapters
 from pflow_jax.models.mlp import MLP
-from pflow_jax.partition import combine, match, split
+from pflow_jax.partition import combine, match, split, without
 from pflow_jax.sections import call, choose
 
 Array = jax.Array
@@ -74,26 +74,25 @@ class Network:
     """What brings parameters back where the module wants them after an update, if it wants that."""
     return normalize_weights if isinstance(self.module, EDM2UNet) else None
 
-  def trained(self, params: Params, key: Array) -> Params:
-    """What trains of a network that starts with `params`."""
+  def trained(self, params: Params, base: Params, key: Array) -> Params:
+    """What trains of a network that starts with `params`; `base` as in `complete`."""
     if not self.adapters.table:
       return params
-    adapters = init_adapters(params, self.adapters.rows, key)
-    return combine(self._split(params)[0], adapters)
+    return combine(without(params, self._frozen(base)), init_adapters(params, self.adapters.rows, key))
 
   def complete(self, trained: Params, base: Params) -> Params:
     """All parameters: those that train, and of `base`, the teacher's, those that do not. The leaves are not copied."""
     if not self.adapters.table:
       return trained
-    return combine(self._split(base)[1], trained)
+    return combine(self._frozen(base), trained)
 
   def merged(self, params: Params) -> Params:
     """All parameters of the plain module, the adapters added to its kernels."""
     return merge_adapters(params, self.adapters.rows) if self.adapters.table else params
 
-  def _split(self, params: Params) -> tuple[Params, Params]:
+  def _frozen(self, base: Params) -> Params:
     table = [(pattern, True) for pattern in self.adapters.train] + [(".*", False)]
-    return split(params, match(table, params))
+    return split(base, match(table, base))[1]
 
 
 def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: data.Dataset) -> nn.Module:

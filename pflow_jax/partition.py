@@ -65,6 +65,18 @@ def split(params: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Params,
   return trained, frozen
 
 
+def without(params: Mapping[str, Any], other: Mapping[str, Any]) -> Params:
+  """The leaves of nested dicts that `other` lacks, the same objects; branches without a leaf are left out."""
+  rest: Params = {}
+  for name, value in params.items():
+    if not isinstance(value, Mapping):
+      if name not in other:
+        rest[name] = value
+    elif part := without(value, other.get(name, {})):
+      rest[name] = part
+  return rest
+
+
 def combine(*trees: Mapping[str, Any]) -> Params:
   """Union of nested dicts, the leaves the same objects; ValueError if two hold the same leaf."""
   union: Params = {}

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pflow_jax.partition import combine, first_match, match, path_of, split
+from pflow_jax.partition import combine, first_match, match, path_of, split, without
 
 PARAMS = {
   "blocks": {"mlp_in": {"kernel": np.ones((2, 3)), "bias": np.zeros(3)}, "qkv": {"kernel": np.ones(4)}},
@@ -77,3 +77,10 @@ def test_combine_refuses_overlap(other):
   for trees in [({"a": {"x": 1}}, other), (other, {"a": {"x": 1}})]:
     with pytest.raises(ValueError, match="a/x: expected in one of the trees, found in two"):
       combine(*trees)
+
+
+def test_without_keeps_what_the_other_lacks():
+  params = {"a": {"w": 1, "b": 2}, "c": {"d": {"w": 3}}, "e": 4}
+  assert without(params, {"a": {"w": 0}, "c": {"d": {"w": 0}}}) == {"a": {"b": 2}, "e": 4}
+  assert without(params, {}) == params
+  assert without(params, params) == {}
