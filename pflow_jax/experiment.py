@@ -146,11 +146,19 @@ class Experiment:
     return make_student(self.network, self.objective, params)
 
   def flow_map(self, params: Params, strength: float | None = None) -> Callable[[Array, Array, Array, Any], Array]:
-    """(x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's."""
+    """(x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's.
+
+    Raises: ValueError for a strength that the network was not trained for.
+    """
     assert isinstance(self.objective, flow_map.FlowMap)
-    guided = self.objective.guided
+    guided, (low, high) = self.objective.guided, self.objective.guidance
     if strength is None:
-      strength = self.teacher.settings.guidance if self.teacher else 1.0
+      strength = self.teacher.settings.guidance if guided and self.teacher else low
+    if not low <= strength <= high:
+      raise ValueError(
+        f"config.sample.guidance (where that is not set, config.teacher.guidance): expected a strength in [{low}, "
+        f"{high}], which this flow map was trained for, got {strength}"
+      )
 
     def jump(x, t, s, cond):
       named = {"guidance": jnp.full(t.shape, strength, t.dtype)} if guided else {}
