@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, merge, data.
+"""The command `pflow`: train, sample, evaluate, merge, compare, data.
 
 Exit codes: 0 done; 2 a mistake in the flags, the config or the files; 130 stopped from the keyboard or told to stop;
 1 anything else, which another try may mend (launch/local.sh starts such a run again).
@@ -18,6 +18,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow sample   --workdir runs/student --num 16 --nfe 1                     pictures and arrays from a run
   pflow evaluate --workdir runs/student                                      measure a student beside its teacher
   pflow merge    --workdir runs/adapters --out runs/merged                   a run with adapters as one without
+  pflow compare  --config configs/compare/digits.py --workdir runs/compare   train and measure methods side by side
   pflow data     emoji                                                       fetch a data set that is not in a package
 
 Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags.
@@ -50,7 +51,7 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
     define(values)
     rest = values(sys.argv)
     if "config" in values:
-      _ = values.config.seed  # a config file that could not be read says so when it is used
+      _ = values.config.to_dict  # a config file that could not be read says so when it is used
   except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
     # A config file is code of the user's: PFLOW_TRACEBACK shows where it failed.
     if os.environ.get("PFLOW_TRACEBACK"):
@@ -194,6 +195,31 @@ def _evaluate(argv: list[str]) -> None:
   _run(define, evaluate, argv)
 
 
+def _compare(argv: list[str]) -> None:
+  from absl import flags
+  from ml_collections import config_flags
+
+  def define(values):
+    config_flags.DEFINE_config_file("config", None, "comparison, such as configs/compare/digits.py", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of all runs and the table", flag_values=values)
+    flags.DEFINE_list("seeds", ["0"], "seeds, separated by commas; each has its own teacher", flag_values=values)
+    flags.DEFINE_list("only", [], "methods to work on, separated by commas; default: all", flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+
+  def compare(values):
+    from pflow_jax.compare import compare as run
+
+    if not values.seeds or not all(seed.isdigit() for seed in values.seeds):
+      raise ValueError(f"--seeds: expected whole numbers separated by commas, got {','.join(values.seeds)!r}")
+    report = run(values.config, values.workdir, seeds=[int(seed) for seed in values.seeds], only=values.only)
+    print(f"wrote {values.workdir}/compare.md, compare.json and compare.png")
+    failed = [f"seed {run['seed']}, {run['run']}" for run in report["runs"] if "error" in run]
+    if failed:
+      _fail(2, f"failed, and tried again by the same command: {'; '.join(failed)}")
+
+  _run(define, compare, argv)
+
+
 def _data(argv: list[str]) -> None:
   if argv != ["emoji"]:
     _fail(2, "usage: pflow data emoji")
@@ -222,4 +248,11 @@ def _merge(argv: list[str]) -> None:
   _run(define, merge, argv)
 
 
-COMMANDS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "merge": _merge, "data": _data}
+COMMANDS = {
+  "train": _train,
+  "sample": _sample,
+  "evaluate": _evaluate,
+  "merge": _merge,
+  "compare": _compare,
+  "data": _data,
+}

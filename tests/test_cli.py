@@ -38,6 +38,16 @@ MISTAKES = {
   "wrong type": (["train", "--config=configs/digits.py", "--workdir=x", "--config.train.steps=many"], "steps"),
   "no teacher": (["train", "--config=configs/digits.py:gmflow", "--workdir=x"], "train a teacher first"),
   "no run": (["evaluate", "--workdir=/nonexistent"], "pflow train"),
+  "unknown method": (
+    ["compare", "--config=configs/compare/digits.py:quicktest", "--workdir=x", "--only=dx,gmflw"],
+    "'gmflw'; did you mean 'gmflow'",
+  ),
+  "seeds that are no numbers": (
+    ["compare", "--config=configs/compare/digits.py:quicktest", "--workdir=x", "--seeds=0,one"],
+    "whole numbers",
+  ),
+  "a config that is no comparison": (["compare", "--config=configs/digits.py", "--workdir=x"], "no key 'data'"),
+  "no such comparison": (["compare", "--config=configs/nope.py", "--workdir=x"], "configs/nope.py"),
   "stray word": (["train", "--config=configs/digits.py", "--workdir=x", "now"], "'now'"),
 }
 
@@ -62,7 +72,29 @@ def test_help_names_the_commands(capsys):
 
   main([])
   shown = capsys.readouterr().out
-  assert all(name in shown for name in ("train", "sample", "evaluate", "data"))
+  assert all(name in shown for name in ("train", "sample", "evaluate", "compare", "data"))
 
   main(["sample", "--help"])
   assert "--labels" in capsys.readouterr().out
+
+
+def test_compare_passes_its_flags_on_and_says_what_failed(tmp_path, monkeypatch, capsys):
+  from pflow_jax import compare
+  from pflow_jax.cli import main
+
+  calls, runs = [], [{"seed": 2, "run": "dx/nfe1", "error": "ValueError: x"}, {"seed": 2, "run": "dx/nfe2"}]
+  monkeypatch.setattr(compare, "compare", lambda *args, **kw: calls.append((args, kw)) or {"runs": runs})
+  args = ["compare", "--config=configs/compare/digits.py:quicktest", f"--workdir={tmp_path}", "--config.flops=5e7"]
+  with pytest.raises(SystemExit) as exit_:
+    main([*args, "--seeds=2,3", "--only=dx"])
+  assert exit_.value.code == 2
+  shown = capsys.readouterr().err
+  assert "seed 2, dx/nfe1" in shown
+  assert "nfe2" not in shown
+  ((config, folder), options) = calls.pop()
+  assert config.flops == 5e7
+  assert ",quicktest" in config.teacher.config
+  assert (folder, options) == (str(tmp_path), {"seeds": [2, 3], "only": ["dx"]})
+  runs.clear()
+  main(args)
+  assert calls[0][1] == {"seeds": [0], "only": []}

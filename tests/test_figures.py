@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pflow_jax.figures import curves, image_grid, scatter_panels, trajectory_plot
+from pflow_jax import figures
+from pflow_jax.figures import curve_panels, curves, image_grid, scatter_panels, trajectory_plot
 
 
 @pytest.fixture
@@ -128,6 +129,29 @@ def test_curves_are_written(tmp_path):
   curves(path, {"a": ([0, 1], [-1, 1])}, xlabel="", ylabel="", xscale="linear", yscale="linear")
 
 
+def test_curve_panels_give_a_label_one_look_and_one_legend(tmp_path):
+  path = tmp_path / "panels.png"
+  reference, one, two = ([1, 2, 4, 8], [3.0, 1.8, 1.0, 0.5]), ([1, 2], [0.6, 0.5]), ([1, 2, 4], [0.9, 0.8, 0.7])
+  panels = {"alignment": {"teacher": reference, "one": one}, "FD": {"teacher": reference, "two": two}}
+  curve_panels(path, panels, xlabel="NFE", dashed=("teacher",))
+  pixels = _pixels(path)
+  width = pixels.shape[1]
+  columns = {
+    name: np.nonzero((pixels == np.array(colour)[None, None, :]).all(axis=2).any(axis=0))[0]
+    for name, colour in (("one", (0, 114, 178)), ("two", (213, 94, 0)))
+  }
+  legend = 0.72 * width
+  assert columns["one"].min() < width / 3
+  assert not np.any((columns["one"] > 0.4 * width) & (columns["one"] < legend)), "not in the second panel"
+  assert 0.4 * width < columns["two"].min() < legend, "where the next colour is the next label's"
+  assert all(c.max() > legend for c in columns.values()), "both in the legend"
+
+
+def test_lines_beyond_the_colours_are_told_apart():
+  styles = figures._styles([f"method {i}" for i in range(14)])
+  assert len({tuple(sorted(style.items())) for style in styles.values()}) == 14
+
+
 @pytest.mark.parametrize(
   ("draw", "match"),
   [
@@ -142,6 +166,9 @@ def test_curves_are_written(tmp_path):
     (lambda p: curves(p, {"a": ([0, 2], [1, 2])}, xlabel="", ylabel=""), "x has values"),
     (lambda p: curves(p, {"a": ([1, 2], [1, np.nan])}, xlabel="", ylabel=""), "y has values"),
     (lambda p: curves(p, {}, xlabel="", ylabel=""), "at least one"),
+    (lambda p: curve_panels(p, {}, xlabel=""), "at least one"),
+    (lambda p: curve_panels(p, {"a": {}}, xlabel=""), "at least one"),
+    (lambda p: curve_panels(p, {"a": {"b": ([1, 2], [1, 0])}}, xlabel=""), "y has values"),
   ],
 )
 def test_wrong_shapes_are_refused_and_nothing_is_written(tmp_path, draw, match):

@@ -1,0 +1,70 @@
+"""Ten methods on digits (8x8) with one teacher, one network and one budget of training compute for every student.
+
+    pflow compare --config configs/compare/digits.py --workdir runs/compare --seeds 0,1,2
+    pflow compare --config configs/compare/digits.py --workdir runs/compare --only gmflow,ayf_emd
+
+The table is runs/compare/compare.md, the numbers of every run compare.json, the picture compare.png. The same command
+goes on where it was stopped, tries again what failed, and repeats nothing that is finished.
+
+Hardware and cost: any; a seed is a teacher of 6.5e12 operations and 22 students of 2e13, 4.5e14 in all, and 22
+evaluations. --config.flops=5e12 asks for a quarter, in another workdir.
+
+How it is fair, and what to keep in mind:
+* A step of each student is counted from its traced program, evaluations of the teacher and of a discriminator included;
+  the number of steps follows. Rates and batch sizes are those of configs/digits.py, chosen for about 9e12 operations.
+* A policy student knows one number of evaluations, so that a policy method trains four students. A flow map is one
+  student for all four. The table gives the operations of a method, not of a student.
+* The adversarial student starts from the finished AYF-EMD student and is trained for the budget once more.
+* The autoguided student knows strengths 1 to 2 and is sampled at 1.5, while alignment is measured to the teacher
+  without guidance: of this method it says how far guidance moves a sample. `sample.guidance` needs no new training.
+* MeanFlow learns from the data, but starts from the teacher's parameters, as all do.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+HERE = pathlib.Path(__file__).parents[1]
+ALONE, TOGETHER = ((1,), (2,), (4,), (8,)), ((1, 2, 4, 8),)  # a student for each NFE, or one for all
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+  """`variant` is "full", or "quicktest" for a smoke test."""
+  if variant not in ("full", "quicktest"):
+    raise ValueError(f"variant: expected 'full' or 'quicktest', got {variant!r}")
+  quicktest = variant == "quicktest"
+
+  def digits(name: str) -> str:
+    return f"{HERE}/digits.py:{name}{',quicktest' if quicktest else ''}"
+
+  config = ConfigDict()
+  config.teacher = dict(config=digits("flow_teacher"))
+  config.weak = dict(config=digits("flow_teacher"), overrides=dict(train=dict(steps=2 if quicktest else 300)))
+  config.flops = 3e8 if quicktest else 2e13
+  config.methods = (
+    dict(name="gmflow", title="π-Flow, GMFlow", config=digits("gmflow"), students=ALONE),
+    dict(name="dx", title="π-Flow, DX", config=digits("dx"), students=ALONE),
+    dict(name="arc", title="ArcFlow, all weights", config=digits("arc"), students=ALONE),
+    dict(name="arc_adapters", title="ArcFlow, adapters", config=digits("arc_adapters"), students=ALONE),
+    dict(name="ayf_emd", title="AYF-EMD", config=digits("ayf_emd"), students=TOGETHER),
+    dict(
+      name="ayf_emd_autoguided",
+      title="AYF-EMD + autoguidance",
+      config=digits("ayf_emd"),
+      students=TOGETHER,
+      weak=True,
+      overrides=dict(objective=dict(guidance=(1.0, 2.0)), sample=dict(guidance=1.5)),
+    ),
+    dict(
+      name="ayf_emd_adversarial",
+      title="AYF-EMD + adversarial",
+      config=digits("ayf_emd_adversarial"),
+      students=TOGETHER,
+      start="ayf_emd",
+      overrides=dict(objective=dict(warmup_steps=0)),  # it starts where the derivative counts in full
+    ),
+    dict(name="ayf_lmd", title="AYF-LMD", config=digits("ayf_lmd"), students=TOGETHER),
+    dict(name="mean_flow", title="MeanFlow", config=digits("mean_flow"), students=TOGETHER),
+    dict(name="consistency", title="consistency", config=digits("consistency"), students=TOGETHER),
+  )
+  return config

@@ -1,0 +1,464 @@
+"""`pflow compare`: methods side by side, with one teacher, its data and network, and one budget of training compute.
+
+A comparison is a ConfigDict, such as configs/compare/digits.py makes:
+
+  teacher: dict(config="path/of/config.py:variant", overrides=dict(train=dict(steps=...))), the latter optional.
+  weak: the same for a weaker teacher, where a method wants one (autoguidance).
+  flops: operations that every student is trained with, its teacher's evaluations included; see `step_flops`.
+  methods: a tuple of the arguments of `Method`.
+
+Runs live in <workdir>/seed<S>/<run>, and what is finished there is not repeated.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from pflow_jax import figures, metrics
+from pflow_jax.evaluate import REFERENCE_STEPS, YARDSTICK_STEPS, evaluate
+from pflow_jax.experiment import SECTIONS
+from pflow_jax.sections import call, refuse_unknown
+from pflow_jax.step import step_flops
+from pflow_jax.train import train
+from pflow_jax.workdir import as_plain
+
+RESULT = "result.json"
+KEYS = ("teacher", "weak", "flops", "methods")
+TEACHER, WEAK = "teacher", "weak"
+MEASURES = ("alignment_ratio", "fd_ratio", "diversity_ratio", "recall")
+COLUMNS = {
+  "title": "method",
+  "nfe": "NFE",
+  "alignment_ratio": f"alignment / teacher-{YARDSTICK_STEPS}",
+  "fd_ratio": f"FD / teacher-{REFERENCE_STEPS}",
+  "diversity_ratio": f"diversity / teacher-{REFERENCE_STEPS}",
+  "recall": "recall",
+  "training_tflop": "training TFLOP",
+  "ms_per_image": "ms / image",
+  "remarks": "remarks",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """One method of a comparison.
+
+  Attributes:
+    name: of its folder, and for `only`.   title: in the table and the picture; by default the name.
+    config: "path/of/config.py:variant", the path as for `pflow train`.
+    students: the numbers of evaluations that each student is sampled with: ((1,), (2,)) are two students,
+      ((1, 2),) is one. A policy student with one number is also trained for it, objective.nfe.
+    overrides: nested keys of the config, dict(objective=dict(dropout=0.1)).
+    start: name of an earlier method, from whose student of the same numbers of evaluations this one starts.
+    weak: guided by the weak teacher.
+  """
+
+  name: str
+  config: str
+  students: tuple[tuple[int, ...], ...]
+  title: str = ""
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  start: str | None = None
+  weak: bool = False
+
+  def __post_init__(self):
+    if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in (TEACHER, WEAK):
+      raise ValueError(
+        f"config.methods: expected a name of letters, digits, '_', '.' and '-' other than {TEACHER!r} and {WEAK!r}, "
+        f"got {self.name!r}"
+      )
+    numbers = [nfe for student in self.students for nfe in student]
+    if not all(self.students) or not numbers or len(set(numbers)) < len(numbers):
+      raise ValueError(
+        f"config.methods, {self.name}: students: expected groups of numbers of evaluations, none of them twice, such "
+        f"as ((1,), (2,)) or ((1, 2),), got {self.students}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training and, of a student, its evaluation.
+
+  Attributes:
+    name: its folder below the seed's.   method: its method's name, or "teacher", or "weak".
+    config: complete but for the workdirs of the runs it needs and, with a budget, train.steps.
+    nfe: numbers of evaluations; () is a teacher, which its students' evaluations measure.
+    flops: budget in operations; None trains for config.train.steps.
+    needs: runs to be finished before, by the key of the config that takes their folder.
+  """
+
+  name: str
+  method: str
+  config: ConfigDict
+  nfe: tuple[int, ...] = ()
+  flops: float | None = None
+  needs: Mapping[str, Run] = dataclasses.field(default_factory=dict)
+
+  def described(self) -> dict[str, Any]:
+    """All that its result depends on, as JSON gives it back."""
+    needs = {key: run.described() for key, run in self.needs.items()}
+    return {"config": as_plain(self.config), "flops": self.flops, "needs": needs}
+
+
+def compare(
+  config: ConfigDict, folder: str | os.PathLike, *, seeds: Sequence[int] = (0,), only: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Trains and evaluates what is missing of the comparison in `folder`; writes compare.json, .md and .png there.
+
+  A run that fails is reported in the table and tried again by the next call.
+
+  Args:
+    seeds: one teacher and one student of everything for each.
+    only: methods to work on, and what they start from; the table shows the others as far as they are finished.
+  Returns: what compare.json holds.
+  Raises: ValueError for a comparison that does not fit, before any work; KeyboardInterrupt when told to stop.
+  """
+  methods = read_methods(config)
+  refuse_unknown(dict.fromkeys(only), list(methods), "--only")
+  plans = {seed: plan(config, seed) for seed in dict.fromkeys(seeds)}
+  roots = {seed: pathlib.Path(folder) / f"seed{seed}" for seed in plans}
+  results = {
+    seed: {run.name: result for run in runs if (result := _finished(run, roots[seed]))} for seed, runs in plans.items()
+  }
+
+  def write() -> dict[str, Any]:
+    runs = [
+      {"seed": seed, "run": run.name, "method": run.method, "nfe": run.nfe} | results[seed][run.name]
+      for seed in plans
+      for run in plans[seed]
+      if run.name in results[seed]
+    ]
+    return _write(pathlib.Path(folder), config.flops, methods, runs)
+
+  todo = [
+    (seed, run)
+    for seed, runs in plans.items()
+    for run in _in_order(run for run in runs if run.method in (only or methods))
+  ]
+  for i, (seed, run) in enumerate(todo, 1):
+    done = run.name in results[seed]
+    print(f"run {i} of {len(todo)}: seed {seed}, {run.name}{', finished before' if done else ''}", flush=True)
+    if not done:
+      results[seed][run.name] = _attempt(run, roots[seed], results[seed])
+      write()
+  return write()
+
+
+def read_methods(config: ConfigDict) -> dict[str, Method]:
+  """The methods of a comparison by name.
+
+  Raises: ValueError for keys that are unknown or missing.
+  """
+  refuse_unknown(config, KEYS, "config")
+  missing = [key for key in KEYS if key != "weak" and not config.get(key)]
+  if missing:
+    raise ValueError(f"config: {', '.join(missing)} must be set")
+  methods: dict[str, Method] = {}
+  for values in config.methods:
+    rest = dict(values)
+    name = str(rest.pop("name", ""))
+    method = call(Method, f"methods, {name}", rest, name=name)
+    if name in methods:
+      raise ValueError(f"config.methods: expected every name once, got {name!r} twice")
+    if method.start is not None:
+      refuse_unknown({method.start: None}, list(methods), f"config.methods, {name}: start: the list before it")
+      strangers = set(method.students) - set(methods[method.start].students)
+      if strangers:
+        raise ValueError(
+          f"config.methods, {name}: expected students of {method.start} to start from, "
+          f"{methods[method.start].students}, got {method.students}"
+        )
+    if method.weak and not config.get("weak"):
+      raise ValueError(f"config.methods, {name}: weak needs the section config.weak")
+    methods[name] = method
+  return methods
+
+
+def plan(config: ConfigDict, seed: int) -> list[Run]:
+  """All runs of one seed, each after those it needs.
+
+  Raises: ValueError for configs that cannot be read, or whose students are measured against different teachers.
+  """
+  methods = read_methods(config)
+  numbers = {nfe for method in methods.values() for student in method.students for nfe in student}
+
+  def teacher(section: str) -> Run:
+    own = call(read_config, section, config[section])
+    own.seed = seed
+    return Run(section, section, own)
+
+  strong = teacher(TEACHER)
+  steps = sorted({*strong.config.evaluate.teacher_steps, *numbers})
+  runs = {TEACHER: strong} | ({WEAK: teacher(WEAK)} if any(m.weak for m in methods.values()) else {})
+  for method in methods.values():
+    for nfe in method.students:
+      student = read_config(method.config)
+      for section in ("data", "model", "evaluate"):
+        student[section] = copy.deepcopy(strong.config[section])
+      student.seed = seed
+      student.evaluate.teacher_steps = tuple(steps)
+      student.sample.update(nfe=nfe, batch_size=strong.config.sample.batch_size)  # times are those of one batch size
+      if "nfe" in student.objective and len(nfe) == 1:
+        student.objective.nfe = nfe[0]
+      _override(student, method.overrides, f"config.methods, {method.name}")
+      needs = {"teacher.workdir": strong}
+      if method.weak:
+        needs["teacher.weak_workdir"] = runs[WEAK]
+      if method.start:
+        needs["start.workdir"] = runs[_run_name(method.start, nfe)]
+      name = _run_name(method.name, nfe)
+      runs[name] = Run(name, method.name, student, nfe, config.flops, needs)
+  _check_reference([run for run in runs.values() if run.nfe])
+  return list(runs.values())
+
+
+def read_config(config: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """What get_config returns for "path/of/config.py:variant", with nested keys changed.
+
+  Raises: ValueError for a missing file, and keys that the config does not have.
+  """
+  path, _, variant = config.partition(":")
+  spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
+  if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
+    raise ValueError(f"{config}: expected a Python file and a variant after a colon; there is no file {path}")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  values = module.get_config(*([variant] if variant else []))
+  _override(values, overrides or {}, config)
+  return values
+
+
+def _override(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
+  refuse_unknown(overrides, SECTIONS, f"{where}: overrides")
+  try:
+    config.update(overrides)
+  except (KeyError, AttributeError, TypeError) as error:
+    raise ValueError(f"{where}: overrides: {error.args[0]}") from error
+
+
+def _run_name(method: str, nfe: tuple[int, ...]) -> str:
+  return f"{method}/nfe{'-'.join(map(str, nfe))}"
+
+
+def _check_reference(runs: Sequence[Run]) -> None:
+  """Raises ValueError unless all students have one teacher, guided and walked alike: what the ratios refer to."""
+
+  def reference(run: Run) -> str:
+    t = run.config.get("teacher", {})
+    weak = f", weak teacher {'teacher.weak_workdir' in run.needs}" if t.get("guidance", 1.0) != 1 else ""
+    keys = ("guidance", "interval", "orthogonal", "which")
+    return ", ".join(f"{key} {t.get(key)}" for key in keys) + f"{weak}, shift {run.config.objective.get('shift')}"
+
+  references = {run.name: reference(run) for run in runs}
+  if len(set(references.values())) > 1:
+    listing = "".join(f"\n  {name}: {text}" for name, text in references.items())
+    raise ValueError(f"methods that are compared must share a teacher's guidance and shift, got:{listing}")
+
+
+def _in_order(runs: Iterable[Run]) -> list[Run]:
+  """`runs` and all that they need, each once and after what it needs."""
+  ordered: dict[str, Run] = {}
+
+  def add(run: Run) -> None:
+    for needed in run.needs.values():
+      add(needed)
+    ordered.setdefault(run.name, run)
+
+  for run in runs:
+    add(run)
+  return list(ordered.values())
+
+
+def _finished(run: Run, root: pathlib.Path) -> dict[str, Any] | None:
+  """The result of an earlier call, if it is of exactly this run."""
+  path = root / run.name / RESULT
+  if not path.exists():
+    return None
+  saved = json.loads(path.read_text())
+  return saved["result"] if saved["described"] == run.described() else None
+
+
+def _attempt(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """The result of `run`, kept in its folder; an error is one too, but is not kept."""
+  failed = [needed.name for needed in run.needs.values() if "error" in results[needed.name]]
+  if failed:
+    return {"error": f"it needs {failed[0]}, which failed"}
+  try:
+    result = _train_and_evaluate(run, root, results)
+  except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+    print(f"{run.name} failed: {error}", flush=True)
+    return {"error": f"{type(error).__name__}: {error}"}
+  path = root / run.name / RESULT
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps({"described": run.described(), "result": result}, indent=2) + "\n")
+  partial.replace(path)
+  return result
+
+
+def _train_and_evaluate(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  config, folder = copy.deepcopy(run.config), root / run.name
+  for key, needed in run.needs.items():
+    section, name = key.split(".")
+    config.update({section: {name: str(root / needed.name)}})
+  flops = step_flops(config)
+  if run.flops is not None:
+    config.train.steps = affordable_steps(run.flops, flops)
+  steps = config.train.steps
+  print(f"{run.name}: {steps:,} steps of {flops:.3g} operations, {steps * flops:.3g} in all", flush=True)
+  state = train(config, folder)
+  if int(state.step) < steps:
+    raise KeyboardInterrupt(f"{folder}: stopped at step {int(state.step)} of {steps}")
+  # What it costs to have this run besides the teacher: others that it needs are counted once in a method.
+  spent = {run.name: steps * flops}
+  for needed in run.needs.values():
+    spent |= results[needed.name]["spent"] if needed.method != TEACHER else {}
+  report = evaluate(config, folder) if run.nfe else {}
+  return {"steps": steps, "step_flops": flops, "flops": steps * flops, "spent": spent, **report}
+
+
+def affordable_steps(budget: float, flops: float) -> int:
+  """Whole optimizer steps of `flops` operations each within `budget`.
+
+  Raises: ValueError where there is none.
+  """
+  steps = int(budget // flops)
+  if steps < 1:
+    raise ValueError(f"config.flops: a step takes {flops:.3g} operations, expected a budget of at least that: {budget}")
+  return steps
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> list[dict[str, Any]]:
+  """One row for each method and number of evaluations, the teacher's Euler steps first.
+
+  A measure is dict(mean, sd, seeds), sd None for one seed; `worse` names those in which a student does not beat as many
+  Euler steps of its teacher, over the same seeds; `failed` the seeds without a result. training_flops is the method's
+  total: all its students, what they start from, the weak teacher.
+
+  Args: runs: as in compare.json.
+  """
+  rows: dict[tuple[str, int], dict[int, Mapping[str, Any]]] = {}
+  failed: dict[tuple[str, int], list[int]] = {}
+  spent: dict[str, dict[int, dict[str, int]]] = {}
+  for run in runs:
+    seed, method = run["seed"], run["method"]
+    if "error" in run:
+      for nfe in run["nfe"]:
+        failed.setdefault((method, nfe), []).append(seed)
+      continue
+    spent.setdefault(method, {}).setdefault(seed, {}).update(run["spent"])
+    for row in run.get("rows", ()):
+      key = (TEACHER if row["name"].startswith("teacher") else method, row["nfe"])
+      rows.setdefault(key, {}).setdefault(seed, row)
+
+  def worse(method, nfe):
+    mine, teachers = rows.get((method, nfe), {}), rows.get((TEACHER, nfe), {})
+    pairs = [(mine[seed], teachers[seed]) for seed in mine if seed in teachers and method != TEACHER]
+    return [
+      name
+      for name, key in (("alignment", "alignment_ratio"), ("FD", "fd_ratio"))
+      if pairs and not sum(_number(a[key]) for a, _ in pairs) < sum(_number(b[key]) for _, b in pairs)
+    ]
+
+  table = []
+  for name in (TEACHER, *methods):
+    for nfe in sorted({nfe for owner, nfe in (*rows, *failed) if owner == name}):
+      seen = rows.get((name, nfe), {})
+      table.append(
+        {"method": name, "title": (methods[name].title or name) if name in methods else name, "nfe": nfe}
+        | {key: _spread({seed: _number(row[key]) for seed, row in seen.items() if key in row}) for key in MEASURES}
+        | {"ms_per_image": _spread({seed: 1e3 / row["images_per_second"] for seed, row in seen.items()})}
+        # Seeds cost the same but for those of which a part failed.
+        | {"training_flops": max((sum(parts.values()) for parts in spent.get(name, {}).values()), default=None)}
+        | {"worse": worse(name, nfe), "failed": failed.get((name, nfe), [])}
+      )
+  return table
+
+
+def _number(value: Any) -> float:
+  """A measure without its standard error over samples."""
+  return float(value[0] if isinstance(value, (list, tuple)) else value)
+
+
+def _spread(values: Mapping[int, float]) -> dict[str, Any] | None:
+  """Mean and sample standard deviation over seeds; None without any."""
+  if not values:
+    return None
+  numbers = list(values.values())
+  sd = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+  return {"mean": float(np.mean(numbers)), "sd": sd, "seeds": {str(seed): value for seed, value in values.items()}}
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+  """The rows of `summarise` as a Markdown table."""
+
+  def cell(value):
+    return value and ((value["mean"], value["sd"]) if value["sd"] is not None else value["mean"])
+
+  def remarks(row):
+    said = [f"worse: {', '.join(row['worse'])}"] if row["worse"] else []
+    said += [f"failed: seed {', '.join(map(str, row['failed']))}"] if row["failed"] else []
+    return "; ".join(said) or None
+
+  lines = [
+    {"title": row["title"], "nfe": row["nfe"], "remarks": remarks(row)}
+    | {key: cell(row[key]) for key in (*MEASURES, "ms_per_image")}
+    | {"training_tflop": row["training_flops"] / 1e12 if row["training_flops"] else None}
+    for row in table
+  ]
+  return metrics.markdown_table(lines, COLUMNS)
+
+
+def _write(
+  folder: pathlib.Path, budget: float, methods: Mapping[str, Method], runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+  """compare.json, compare.md and compare.png of the runs so far."""
+  table = summarise(runs, methods)
+  reports = [run for run in runs if "rows" in run]
+  settings = {key: sorted({run[key] for run in reports}) for key in ("data", "num_samples", "features", "device")}
+  seeds = sorted({run["seed"] for run in runs})
+  report = {"flops": budget, "seeds": seeds, **settings, "table": table, "runs": runs}
+  report = json.loads(json.dumps(report))
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
+  errors = "".join(f"* seed {run['seed']}, {run['run']}: {run['error']}\n" for run in runs if "error" in run)
+  text = (
+    f"Every student is trained for as many steps as {budget:.3g} operations pay for, its teacher's evaluations "
+    "included. Training TFLOP is the total of a method: its students, what they start from, a weak teacher. Alignment "
+    f"is the mean RMS distance to the teacher's {REFERENCE_STEPS}-step sample from the same noise. *Worse*: no better "
+    f"than as many Euler steps of the teacher. Seeds: {', '.join(map(str, seeds))}"
+    f"{'; mean ± standard deviation over the seeds' if len(seeds) > 1 else ''}.\n"
+  )
+  text += f"\n{markdown(table)}" if table else ""
+  text += f"\nFailed:\n\n{errors}" if errors else ""
+  (folder / "compare.md").write_text(text)
+  panels = {
+    f"alignment error / teacher-{YARDSTICK_STEPS}": _lines(table, "alignment_ratio"),
+    f"Fréchet distance / teacher-{REFERENCE_STEPS}": _lines(table, "fd_ratio"),
+  }
+  if all(panels.values()):
+    figures.curve_panels(folder / "compare.png", panels, xlabel="network evaluations (NFE)", dashed=(TEACHER,))
+  return report
+
+
+def _lines(table: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[list[int], list[float]]]:
+  """Measure against NFE by method; of the teacher only the numbers of evaluations that a student has."""
+  students = {row["nfe"] for row in table if row["method"] != TEACHER}
+  lines: dict[str, tuple[list[int], list[float]]] = {}
+  for row in table:
+    if row[key] and row["nfe"] in students:
+      x, y = lines.setdefault(row["title"], ([], []))
+      x.append(row["nfe"])
+      y.append(row[key]["mean"])
+  return lines
