@@ -55,9 +55,11 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.objective.num_states = 2
   if objective in FLOW_MAPS:
     config.policy = dict(kind="velocity")
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 1e-3
     config.objective.anchor = 0.5
     config.objective.warmup_steps = 1000 if name != "mean_flow" else 0
+  if objective == "ayf_emd":
+    config.objective.to_data = 0.3  # what a single step does, and long intervals, the rarest, with it
   if name == "consistency":
     config.sample.gamma = 1.0  # it only knows jumps to the data: between them noise is renewed
   if name.startswith("gmflow"):
