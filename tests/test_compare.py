@@ -9,7 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from pflow_jax import compare as module
-from pflow_jax.compare import affordable_steps, compare, markdown, plan, read_methods, summarise
+from pflow_jax import figures
+from pflow_jax.compare import affordable_steps, compare, plan, read_methods
+from pflow_jax.compare_report import markdown, summarise
 from tests.programs import ROOT, load_module
 
 COMPARISONS = sorted((ROOT / "configs" / "compare").glob("*.py"))
@@ -77,7 +79,7 @@ def programs(monkeypatch):
   programs = Programs()
   for name in ("step_flops", "train", "evaluate"):
     monkeypatch.setattr(module, name, getattr(programs, name))
-  monkeypatch.setattr(module.figures, "curve_panels", programs.picture)
+  monkeypatch.setattr(figures, "curve_panels", programs.picture)
   return programs
 
 
@@ -246,14 +248,14 @@ def test_table_says_where_a_method_does_not_beat_its_teacher():
   def run(seed, method, nfe, *rows):
     return {"seed": seed, "method": method, "nfe": nfe, "spent": {method: 5}, "rows": rows}
 
-  methods = read_methods(comparison(GMFLOW, EMD))
+  titles = {name: method.title or name for name, method in read_methods(comparison(GMFLOW, EMD)).items()}
   runs = [
     run(0, "gmflow", [1], row("teacher, 1 step", 1, 3.0, 30.0), row("student, 1 NFE", 1, 2.0, 31.0)),
     run(1, "gmflow", [1], row("teacher, 1 step", 1, 5.0, 10.0), row("student, 1 NFE", 1, 5.5, 9.5)),
     run(1, "emd", [1, 2], row("student, 1 NFE", 1, 4.0, 9.0), row("student, 2 NFE", 2, 9.0, 9.0)),
     {"seed": 0, "method": "emd", "nfe": [1, 2], "error": "ValueError: x"},
   ]
-  table = {(row["method"], row["nfe"]): row for row in summarise(runs, methods)}
+  table = {(row["method"], row["nfe"]): row for row in summarise(runs, titles)}
   assert list(table) == [("teacher", 1), ("gmflow", 1), ("emd", 1), ("emd", 2)]
   # Alignment 3.75 against 4; FD 20.25 against 20.
   assert table["gmflow", 1]["worse"] == ["FD"]
@@ -263,9 +265,9 @@ def test_table_says_where_a_method_does_not_beat_its_teacher():
   assert table["emd", 1]["failed"] == [0]
   assert table["teacher", 1]["worse"] == []
   runs[2]["rows"] = [row("student, 1 NFE", 1, 5.0, 11.0)]
-  (tied,) = (r for r in summarise(runs, methods) if (r["method"], r["nfe"]) == ("emd", 1))
+  (tied,) = (r for r in summarise(runs, titles) if (r["method"], r["nfe"]) == ("emd", 1))
   assert tied["worse"] == ["alignment", "FD"], "a tie is no win"
-  lines = markdown(summarise(runs, methods)).splitlines()
+  lines = markdown(summarise(runs, titles)).splitlines()
   assert [line.split("|")[-2].strip() for line in lines[2:]] == [
     "-",
     "worse: FD",
