@@ -6,13 +6,16 @@
 
 Measured (means of three seeds, spreads in the README; alignment error against the teacher's at 4 Euler steps, Fréchet
 distance against its at 128): gmflow 0.67 / 1.2, gmflow_2nfe 0.53 / 1.2, gmflow_4nfe 0.36 / 1.1, dx 0.68 / 1.8.
-gmflow_long, one seed and half an hour on one core: 0.54 / 1.0, diversity 1.02.
+gmflow_long, about an hour on one core beside other work: 0.52 / 1.0, diversity 1.02.
 
 What was learnt at 1 evaluation, one seed each, the seed that the settings above were chosen on. The spread over seeds
 is 0.014, so differences of 0.02 are no findings:
 * More steps: 1,500 of 128 gave 0.77, 4,000 of 64 (a third more examples) 0.67, both at rate 1e-3; at 2e-3, 4,000 of 64
   gave 0.65 and 24,000 of 64 0.54. 8,000 of 32 gave 0.64.
-* More intermediate states: M = 4 gave 0.61 where M = 2 gave 0.65, for about a quarter more time a step.
+* More intermediate states: M = 4 gave 0.61 where M = 2 gave 0.65, for about a quarter more time a step. With both,
+  M = 4 and 48,000 steps, gmflow_long has 0.51 on this seed.
+* A wider network did not help at 4,000 steps: teacher and student of width 128 gave 0.70 for 0.65, at three times the
+  time a step; the wider teacher is sharper (FD 0.24 to the data for 0.31), and so harder to follow.
 * No finding: rates 1e-3, 2e-3, 4e-3 (0.67, 0.65, 0.65), K = 8, 16 (0.67, 0.65) and 16, 32 (0.67, 0.68, at 1e-3).
 * One student for 1, 2 and 4 evaluations (2,500 steps) was worse at 4, 0.53, than one trained for 4 alone, 0.33 after
   800 steps: asked to reach t = 0 in one stretch, it got the first quarter wrong by six times as much.
