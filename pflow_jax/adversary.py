@@ -16,6 +16,7 @@ from pflow_jax.experiment import Experiment
 from pflow_jax.models.discriminator import make_discriminator
 from pflow_jax.objectives.adversarial import Adversarial, adaptive_weight, discriminator_loss, generator_loss
 from pflow_jax.objectives.flow_map import FlowMap
+from pflow_jax.optim import make_optimizer
 from pflow_jax.sections import call
 
 Array = jax.Array
@@ -56,7 +57,7 @@ class Adversary:
   ) -> tuple[Any, Opponent, dict[str, Array]]:
     """Adds the generator's adversarial gradient to `grads`, and trains the discriminator on the same samples."""
     s, real, cond = self.settings, batch["x0"], batch["label"]
-    key = jax.random.fold_in(key, 1)
+    key = jax.random.fold_in(key, 0xAD)  # split, which the loss uses, makes the small numbers
 
     def judge(judge_params: Any) -> Callable[[Array, Any], Any]:
       return lambda x, cond: self.module.apply({"params": judge_params}, x, cond)
@@ -112,5 +113,5 @@ def make_adversary(config: ConfigDict, experiment: Experiment) -> Adversary | No
     )
     return x - wide * average
 
-  optimizer = optax.adam(settings.learning_rate, b1=settings.b1, b2=settings.b2)
+  optimizer = make_optimizer(learning_rate=settings.learning_rate, b1=settings.b1, b2=settings.b2)
   return Adversary(settings, module, optimizer, generate, dataset.shape)

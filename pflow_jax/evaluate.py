@@ -126,7 +126,7 @@ def evaluate(
 
   samplers = teacher_samplers(experiment, folder, settings)
   for name, one in experiments.items():
-    if one.teacher is not None:
+    if one.teacher is not None or isinstance(one.objective, FlowMap):
       suffix = f" ({pathlib.Path(name).name})" if others else ""
       samplers += student_samplers(one, call(SampleSettings, "sample", configs[name].sample), name, suffix)
   batch_size = call(SampleSettings, "sample", config.sample).batch_size
@@ -293,6 +293,8 @@ def _check_teachers(experiments: dict[str, Experiment]) -> None:
       return f"itself, {name}"
     t = experiment.teacher.settings
     how = f"guidance {t.guidance} in {tuple(t.interval)}, orthogonal {t.orthogonal}, shift {experiment.objective.shift}"
+    if t.autoguided:
+      how += f", weak teacher {os.path.realpath(t.weak_workdir or t.workdir)} at step {t.weak_step}"
     return f"{os.path.realpath(t.workdir)} at step {t.step} ({t.which}), {how}"
 
   references = {name: reference(one, name) for name, one in experiments.items()}

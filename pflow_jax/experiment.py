@@ -36,6 +36,9 @@ Params = Any
 Objective = FlowMatching | Imitation | flow_map.FlowMap
 LossFn = Callable[[Params, Params, Mapping[str, Array], Array, Array], tuple[Array, dict[str, Array]]]
 
+# Numbers of keys folded from one that is also split: beyond those that split makes.
+DROPOUT, ADAPTERS = 0xD0, 0xAA
+
 SECTIONS = (
   *("seed", "data", "model", "policy", "adapters", "teacher", "start", "objective", "adversarial"),
   *("optimizer", "ema", "train", "sample", "evaluate", "mesh"),
@@ -85,7 +88,7 @@ class Experiment:
     """What trains, at the start: `start` if given, random, or for a student made from its teacher's."""
     if start:
       return jax.tree.map(jnp.array, start)
-    return self.network.trained(self._init(key, frozen), frozen.get("strong", {}), jax.random.fold_in(key, 1))
+    return self.network.trained(self._init(key, frozen), frozen.get("strong", {}), jax.random.fold_in(key, ADAPTERS))
 
   def start_params(self) -> Params:
     """What trains, from the run that config.start names; () where it names none.
@@ -106,7 +109,20 @@ class Experiment:
         f"config.start.workdir: {self.start.workdir} trained another network than this run will; parameters that "
         f"differ: {differing[:8]}; start from a run with the same model, policy, adapters and guidance"
       )
+    if self.network.adapters.table:
+      self._check_base_of_start()
     return params
+
+  def _check_base_of_start(self) -> None:
+    """Raises ValueError if the adapters to start from were trained on another teacher's weights."""
+    assert self.teacher is not None
+    theirs = workdir.load_config(self.start.workdir).teacher  # type: ignore[arg-type]
+    there, here = (f"{os.path.realpath(str(t.workdir))} at step {t.step}" for t in (theirs, self.teacher.settings))
+    if there != here:
+      raise ValueError(
+        f"config.start.workdir: the adapters there were trained on the teacher {there}, this run's is {here}; merge "
+        "them first (`pflow merge`), or give their teacher"
+      )
 
   def _init(self, key: Array, frozen: Params) -> Params:
     module = self.network.module
@@ -202,6 +218,8 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(dataset, network, objective, teacher, start, _imitation(network, teacher, objective, loss))
   _check_jvp(network)
   own_start = objective.target == "data" and not config.get("teacher", {}).get("workdir")
+  if own_start and adapters.table:
+    raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
   student_of = None if own_start else load_teacher(config, dataset, tuple(objective.guidance))
   return Experiment(dataset, network, objective, student_of, start, _flow_map(network, dataset, student_of, objective))
 
@@ -249,7 +267,7 @@ def _flow_matching(network: Network, dataset: data.Dataset, settings: FlowMatchi
 def _imitation(network: Network, teacher: Teacher, settings: Imitation, loss: Callable) -> LossFn:
   def loss_fn(params, frozen, batch, key, step):
     full = network.complete(params, frozen["strong"])
-    student = make_student(network, settings, full, jax.random.fold_in(key, 0))
+    student = make_student(network, settings, full, jax.random.fold_in(key, DROPOUT))
     x = batch["x0"]
     if loss is imitation_loss_data_free:
       # Of the batch only the shape and the conditions are used.
@@ -266,7 +284,7 @@ def _flow_map(network: Network, dataset: data.Dataset, teacher: Teacher | None, 
   def loss_fn(params, frozen, batch, key, step):
     full = network.complete(params, frozen.get("strong", {}))
     # One key: the dropout of both evaluations of a step is the same.
-    key_dropout = jax.random.fold_in(key, 0)
+    key_dropout = jax.random.fold_in(key, DROPOUT)
 
     def jump(network, params):
       def average_velocity(x, t, s, cond, strength):

@@ -38,11 +38,12 @@ class AdapterSettings:
 
   Attributes:
     table: rows (pattern, rank, alpha, dropout) or shorter, see `models.lora.Adapter`.
-    train: patterns of the parameters that train in full beside the adapters.
+    train: patterns of the teacher's parameters that train in full beside the adapters and the output layers ("head"),
+      which always do.
   """
 
   table: tuple[tuple[Any, ...], ...] = ()
-  train: tuple[str, ...] = ("head/.*", "final_norm/.*")
+  train: tuple[str, ...] = ("final_norm/.*",)
 
   @property
   def rows(self) -> tuple[Adapter, ...]:
@@ -91,8 +92,10 @@ class Network:
     return merge_adapters(params, self.adapters.rows) if self.adapters.table else params
 
   def _frozen(self, base: Params) -> Params:
+    # The head of a policy has other layers than its teacher's, some of the same name.
+    body = {name: value for name, value in base.items() if name != "head"}
     table = [(pattern, True) for pattern in self.adapters.train] + [(".*", False)]
-    return split(base, match(table, base))[1]
+    return split(body, match(table, body))[1]
 
 
 def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: data.Dataset) -> nn.Module:

@@ -39,7 +39,8 @@ class SampleSettings:
     auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
     substeps, method: of the rollouts, see `integrate.rollout`.
     gamma: noise that a flow map renews between its steps, see `sampler.sample_flow_map`.
-    guidance: strength that a flow map trained for several is asked for; None is its teacher's.
+    guidance: strength that a flow map trained for several is asked for; None is its teacher's (teacher.guidance), which
+      evaluation compares with whatever is set here.
     batch_size: samples at a time.
   """
 

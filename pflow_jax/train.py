@@ -99,11 +99,12 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   )
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
   everywhere = replicated(mesh)
-  frozen, start_params = jax.device_put((experiment.frozen, experiment.start_params()), everywhere)
+  frozen = jax.device_put(experiment.frozen, everywhere)
+  start_params = () if workdir.has_checkpoint(folder) else experiment.start_params()  # a resumed run has its own
   init = jax.jit(lambda key, *args: step_fn.init(key, experiment.init(key, *args)), out_shardings=everywhere)
   abstract = jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
-    jax.eval_shape(init, key_init, frozen, start_params),
+    jax.eval_shape(init, key_init, frozen),
   )
   print("compiling the train step", flush=True)
   # Ahead of time: a later batch of another shape is an error, not a second compilation.
@@ -146,7 +147,9 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
             checkpointer.save(step, state, iterator)
         if sampler and first_process and _due(step, settings.sample_every):
           with meter.paused():
-            writer.image(step, "samples", sampler(state.ema, f"{folder}/samples/{step:07d}.png"))
+            writer.image(
+              step, "samples", sampler(experiment.complete(state.ema, frozen), f"{folder}/samples/{step:07d}.png")
+            )
         if stop:
           logger.warning("told to stop: saved step %d; the same command resumes", step)
           break

@@ -278,7 +278,7 @@ def test_load_params(tmp_path):
     got = load_params(tmp_path, which=which, step=100)
     assert_same(got, getattr(make_state(100), which))
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(got))
-  with pytest.raises(ValueError, match=r"\['ema', 'opt_state', 'params', 'step'\], got 'teacher'"):
+  with pytest.raises(ValueError, match=r"\['ema', 'opponent', 'opt_state', 'params', 'step'\], got 'teacher'"):
     load_params(tmp_path, which="teacher")
   for folder in (tmp_path / "nowhere", pathlib.Path(__file__).parent):
     with pytest.raises(ValueError, match="no checkpoint in"):

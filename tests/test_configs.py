@@ -8,19 +8,24 @@ from pflow_jax.experiment import build
 from pflow_jax.train import train
 from tests.programs import CONFIGS, ROOT, load_module, quick
 
+TEACHERS = ("teacher", "flow_teacher")
 CASES = [(path.stem, variant) for path in CONFIGS for variant in load_module(path).VARIANTS]
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-  """Workdir of a three-step teacher by config."""
+  """Workdir of the three-step teacher that fits a variant, None for a teacher."""
   folders = {}
 
-  def get(config):
-    if config not in folders:
-      folders[config] = tmp_path_factory.mktemp(config)
-      train(quick(config, "teacher"), folders[config])
-    return folders[config]
+  def get(config, variant):
+    if variant in TEACHERS:
+      return None
+    scale = quick(config, variant).model.get("time_scale")
+    fitting = next(name for name in TEACHERS if quick(config, name).model.get("time_scale") == scale)
+    if (config, fitting) not in folders:
+      folders[config, fitting] = tmp_path_factory.mktemp(config)
+      train(quick(config, fitting), folders[config, fitting])
+    return folders[config, fitting]
 
   return get
 
@@ -28,8 +33,7 @@ def teachers(tmp_path_factory):
 @pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize(("config", "variant"), CASES)
 def test_config_trains_saves_restores_and_goes_on(config, variant, teachers, tmp_path):
-  teacher = None if variant == "teacher" else teachers(config)
-  values = quick(config, variant, teacher, steps=2)
+  values = quick(config, variant, teachers(config, variant), steps=2)
   values.optimizer.schedule = "constant"  # a cosine run keeps its number of steps
   train(values, tmp_path)
   values.train.steps = 3
@@ -43,7 +47,7 @@ def test_full_size_config_is_read_whole(config, variant, tmp_path, monkeypatch):
   """The real config, not its quicktest: sections fit their owners and the network has a shape."""
   values = load_module(ROOT / "configs" / f"{config}.py").get_config(variant)
   monkeypatch.setattr(data, "load", lambda **kw: quick_dataset(config, variant))
-  if variant != "teacher":
+  if variant not in TEACHERS:
     from pflow_jax import experiment
 
     monkeypatch.setattr(experiment, "load_teacher", lambda *_: None)

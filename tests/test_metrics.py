@@ -1,7 +1,5 @@
 """Metrics against closed forms, analytic errors and each other."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -193,12 +191,6 @@ def test_bootstrap_reports_the_metrics_and_repeats_with_its_seed(rng):
   equal = paired_bootstrap(frechet_distance, candidate, candidate, real, num_resamples=10)
   assert equal.ratio == 1
   assert equal.standard_error == 0
-
-
-def test_bootstrap_of_an_evaluation_is_fast(rng):
-  start = time.perf_counter()
-  paired_bootstrap(frechet_distance, *_experiment(rng, 2000, dim=64), num_resamples=50)
-  assert time.perf_counter() - start < 6  # under 1 s alone; a busy machine gets slack
 
 
 def test_bootstrap_refuses_unpaired_rows_and_a_zero_baseline(rng):

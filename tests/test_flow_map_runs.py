@@ -1,0 +1,336 @@
+"""Flow maps as runs: their start, training to the same bits, samples at any step count, and what is refused."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pflow_jax import sample as program
+from pflow_jax import workdir
+from pflow_jax.checkpoint import Checkpointer, load_params
+from pflow_jax.evaluate import evaluate
+from pflow_jax.experiment import build
+from pflow_jax.objectives import flow_map
+from pflow_jax.partition import path_of
+from pflow_jax.state import create_state
+from pflow_jax.step import abstract_batch
+from pflow_jax.train import train
+from pflow_jax.workdir import CHECKPOINTS, load_config
+from tests.models.test_lora import equations
+from tests.programs import quick
+from tests.test_networks import leaves_of
+from tests.test_teachers import MODEL, write_teacher
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+DIT = dict(kind="dit", patch_size=2, width=8, depth=1, num_heads=2, time_scale=1.0)
+
+
+def guided_config(teacher, model=MODEL, **train):
+  """A student of every strength of guidance between 1 and 2."""
+  config = quick("digits", "ayf_emd", teacher, **train)
+  config.model = model
+  config.optimizer.schedule = "constant"
+  config.objective.update(guidance=(1.0, 2.0), warmup_steps=0)
+  return config
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+  """A teacher that knows the empty condition."""
+  folder = tmp_path_factory.mktemp("teacher")
+  write_teacher(folder, cond_dropout=0.1)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def guided_run(tmp_path_factory, teacher):
+  """(workdir, final state) of three steps of a guided student."""
+  folder = tmp_path_factory.mktemp("guided")
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    return folder, train(guided_config(teacher), folder)
+
+
+def board(**train):
+  config = quick("checkerboard", "mean_flow", **train)
+  config.optimizer.schedule = "constant"
+  return config
+
+
+@pytest.fixture(scope="module")
+def mean_flow_run(tmp_path_factory):
+  """(workdir, final state) of three steps of MeanFlow on points, without a teacher."""
+  folder = tmp_path_factory.mktemp("mean_flow")
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    return folder, train(board(), folder)
+
+
+def starts_as_its_teacher(experiment, trained):
+  """Checks the average velocity wherever it lands, at several strengths."""
+  x, t, label = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.3, 1, 4), jnp.arange(4)
+  expected = jax.jit(experiment.teacher.velocity(experiment.frozen))(x, t, label)
+  assert np.abs(expected).max() > 0.1
+
+  def outputs(trained):
+    params = experiment.complete(trained, experiment.frozen)
+    return [experiment.flow_map(params, w)(x, t, s, label) for s, w in ((t / 2, 1.0), (0 * t, 1.0), (t / 2, 1.5))]
+
+  outputs = jax.jit(outputs)
+  for average in outputs(trained):
+    np.testing.assert_allclose(average, expected, rtol=1e-4, atol=1e-5)
+  # Not because s and the strength go nowhere: with other values in their layers they matter.
+  changed = lambda keys, leaf: leaf + 1 if path_of(keys).endswith("embed/out/kernel") else leaf
+  moved = outputs(jax.tree_util.tree_map_with_path(changed, trained))
+  assert np.abs(moved[0] - moved[1]).max() > 1e-3, "s"
+  assert np.abs(moved[0] - moved[2]).max() > 1e-3, "strength"
+
+
+def test_starts_as_its_teacher_wherever_it_jumps_and_however_guided(tmp_path):
+  write_teacher(tmp_path, DIT, steps=(1,), cond_dropout=0.1)
+  experiment = build(guided_config(tmp_path, DIT))
+  starts_as_its_teacher(experiment, jax.jit(experiment.init)(jax.random.key(1), experiment.frozen))
+
+
+def test_with_adapters_it_starts_as_its_teacher_too(teacher):
+  """What the teacher lacks, the layers for s and the guidance, trains in full."""
+  config = guided_config(teacher)
+  config.adapters.table = (("time_embed/.*", 2),)
+  experiment = build(config)
+  trained = jax.jit(experiment.init)(jax.random.key(0), experiment.frozen)
+  names = set(leaves_of(trained))
+  assert {"length_embed/out/kernel", "guidance_embed/in/bias", "time_embed/in/lora_a", "head/proj_out/bias"} < names
+  assert not names & {"time_embed/in/kernel", "point_embed/kernel"}
+  starts_as_its_teacher(experiment, trained)
+
+
+def test_objective_gets_the_network_and_its_teacher_at_the_strength_it_drew(teacher, monkeypatch):
+  """Where F lands and how it is guided reach the network; the teacher is guided example by example."""
+  experiment = build(guided_config(teacher))
+  given = {}
+
+  def noted(network, velocity, x0, cond, key, step, settings, **named):
+    given.update(network=network, velocity=velocity, **named)
+    return jnp.zeros(4), {}
+
+  monkeypatch.setattr(flow_map, "flow_map_loss", noted)
+  x, t, label = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.3, 1, 4), jnp.arange(4)
+  cases = ((t / 2, 1.5), (t, 1.5), (t / 2, 2.0))
+  strengths = jnp.array([1.0, 1.25, 1.5, 2.0])
+
+  @jax.jit
+  def outputs(frozen):
+    start = experiment.init(jax.random.key(0), frozen)
+    params = jax.tree_util.tree_map_with_path(lambda keys, p: p + ("embed/out" in path_of(keys)), start)
+    experiment.loss_fn(params, frozen, {"x0": x, "label": label}, jax.random.key(0), 0)
+    averages = [given["network"](x, t, s, label, jnp.full(4, w)) for s, w in cases]
+    expected = [experiment.flow_map(params, w)(x, t, s, label) for s, w in cases]
+    guided, plain = (experiment.teacher.velocity(frozen, w)(x, t, label) for w in (strengths, 1.0))
+    return averages, expected, given["velocity"](x, t, label, strengths), guided, plain
+
+  averages, expected, velocity, guided, plain = outputs(experiment.frozen)
+  assert given["null_cond"] == 10
+  assert given["precise"] is None
+  np.testing.assert_allclose(averages, expected, rtol=1e-5, atol=1e-5)
+  assert min(np.abs(averages[0] - other).max() for other in averages[1:]) > 1e-3
+  np.testing.assert_allclose(velocity, guided, rtol=1e-5, atol=1e-5)
+  assert np.abs(guided - plain).max() > 1e-3
+
+
+def test_resumed_run_ends_in_the_same_bits(teacher, guided_run, tmp_path):
+  half = train(guided_config(teacher, steps=2), tmp_path)
+  parts = train(guided_config(teacher), tmp_path)
+  assert (int(half.step), int(parts.step)) == (2, 3)
+  jax.tree.map(np.testing.assert_array_equal, guided_run[1], parts)
+  moved = {
+    path for path, leaf in leaves_of(parts.params).items() if not np.array_equal(leaf, leaves_of(half.params)[path])
+  }
+  assert moved == set(leaves_of(parts.params)), "all of it trains, the layers for s and the guidance too"
+  assert {"length_embed/out/kernel", "guidance_embed/out/kernel"} < moved
+
+
+def drawn(folder, out, **sample):
+  config = load_config(folder)
+  config.sample.update(sample)
+  program.sample(config, folder, num=6, out=out / "x")
+  with np.load(out / "x.npz") as arrays:
+    return dict(arrays)
+
+
+def test_samples_at_any_step_count_and_strength(guided_run, tmp_path):
+  folder, _ = guided_run
+  experiment = build(load_config(folder))
+  assert program.evaluations(experiment, program.SampleSettings()) == (1, 2, 4, 8)
+  own = drawn(folder, tmp_path, nfe=(1, 3))
+  assert (tmp_path / "x.png").stat().st_size > 1000
+  assert set(own) == {"label", "x0_nfe1", "x0_nfe3"}
+  assert all(np.isfinite(own[name]).all() for name in own)
+  assert np.abs(own["x0_nfe1"] - own["x0_nfe3"]).max() > 0.01
+  # One evaluation is one jump from noise to data at the strength of the teacher, unless told otherwise.
+  noise, labels = program.draw_noise(experiment, 6, seed=0)
+  params = experiment.load(folder)
+  jump = jax.jit(lambda x: [experiment.flow_map(params, w)(x, jnp.ones(6), jnp.zeros(6), labels) for w in (1.0, 2.0)])
+  weak, strong = (noise - average for average in jump(noise))
+  assert np.abs(weak - strong).max() > 1e-4
+  np.testing.assert_allclose(own["x0_nfe1"], weak, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(drawn(folder, tmp_path, nfe=(1,), guidance=2.0)["x0_nfe1"], strong, rtol=1e-5, atol=1e-5)
+  assert np.abs(drawn(folder, tmp_path, nfe=(3,), gamma=1.0)["x0_nfe3"] - own["x0_nfe3"]).max() > 0.01
+  config = load_config(folder)
+  config.sample.guidance = 2.5
+  with pytest.raises(ValueError, match=r"sample\.guidance.*\[1\.0, 2\.0\].*2\.5"):
+    program.sample(config, folder, num=1)
+
+
+def test_evaluation_measures_every_step_count(tmp_path):
+  """At its start a flow map's n evaluations are its teacher's n Euler steps."""
+  write_teacher(tmp_path / "teacher", steps=(1,), name="checkerboard")
+  config = quick("checkerboard", "ayf_emd", tmp_path / "teacher")
+  config.model = MODEL
+  config.sample.nfe = (1, 4)
+  config.evaluate.teacher_steps = (1, 4, 128)
+  experiment = build(config)
+  state = create_state(jax.jit(experiment.init)(jax.random.key(0), experiment.frozen), optax.identity())
+  workdir.claim(tmp_path / "student", config)
+  with Checkpointer(tmp_path / "student" / workdir.CHECKPOINTS) as checkpointer:
+    checkpointer.save(1, state)
+  rows = {row["name"]: row for row in evaluate(config, tmp_path / "student")["rows"]}
+  assert list(rows)[3:] == ["student, 1 NFE", "student, 4 NFE"]
+  for name, like in (("student, 1 NFE", "teacher, 1 step"), ("student, 4 NFE", "teacher, 4 steps")):
+    for key in ("alignment", "fd", "diversity"):
+      np.testing.assert_allclose(rows[name][key], rows[like][key], rtol=1e-3)
+  assert rows["teacher, 4 steps"]["alignment"] < 0.8 * rows["teacher, 1 step"]["alignment"]
+  assert (tmp_path / "student" / "evaluation" / "trajectories.png").stat().st_size > 5000
+
+
+def test_mean_flow_trains_without_a_teacher(mean_flow_run, tmp_path):
+  folder, state = mean_flow_run
+  experiment = build(load_config(folder))
+  assert experiment.teacher is None
+  assert experiment.frozen == {}
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  assert [row["skipped"] for row in rows] == [0, 0, 0]
+  assert np.any(state.params["head"]["proj_out"]["kernel"]), "zero at the start"
+  samples = drawn(folder, tmp_path, nfe=(2,))["x0_nfe2"]
+  assert samples.shape == (6, 2)
+  assert np.isfinite(samples).all()
+
+
+def test_run_without_a_teacher_is_measured_at_its_own_step_counts(mean_flow_run, tmp_path):
+  folder, _ = mean_flow_run
+  config = load_config(folder)
+  config.sample.nfe = (2,)
+  report = evaluate(config, folder, out=tmp_path)
+  assert any(row["nfe"] == 2 for row in report["rows"])
+
+
+def dot_dtypes(jaxpr):
+  return {e.invars[0].aval.dtype.name for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_derivative_is_taken_in_float32_whatever_the_network_computes_in(dtype, monkeypatch):
+  config = board()
+  config.model.dtype = dtype
+  experiment = build(config)
+  params = jax.eval_shape(experiment.init, jax.random.key(0), {})
+  derived = set()
+  jvp = jax.jvp
+
+  def noted(function, primals, tangents):
+    derived.update(dot_dtypes(jax.make_jaxpr(function)(*primals)))
+    return jvp(function, primals, tangents)
+
+  monkeypatch.setattr(flow_map.jax, "jvp", noted)
+  batch = abstract_batch(experiment, 4)
+  whole = jax.make_jaxpr(experiment.loss_fn)(params, {}, batch, jax.random.key(0), 0)
+  assert derived == {"float32"}
+  assert dtype in dot_dtypes(whole)
+
+
+def test_bfloat16_trains(tmp_path):
+  config = board(steps=1)
+  config.model.dtype = "bfloat16"
+  state = train(config, tmp_path)
+  row = json.loads((tmp_path / "metrics.jsonl").read_text())
+  assert row["skipped"] == 0
+  assert row["gradient_norm"] > 0
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
+def refused(config, match):
+  with pytest.raises(ValueError, match=match):
+    build(config)
+
+
+def test_attention_without_a_forward_rule_is_refused_by_name(tmp_path):
+  write_teacher(tmp_path, DIT, steps=(1,))
+  config = quick("digits", "ayf_emd", tmp_path)
+  config.model = DIT | dict(attention="cudnn")
+  refused(
+    config, r"config\.model\.attention: 'cudnn' has no forward derivative.*set config\.model\.attention to .*\['xla'\]"
+  )
+  config = quick("digits", "arc", tmp_path)
+  config.model = DIT | dict(attention="cudnn")
+  assert build(config).network.module.attention == "cudnn", "imitation has no need of it"
+
+
+def test_configs_that_do_not_fit_are_refused(teacher):
+  config = guided_config(teacher)
+  config.policy = dict(kind="gmflow", num_components=2)
+  refused(config, r"objective\.kind 'ayf_emd' does not train the policy 'gmflow'.*'velocity'")
+  config = guided_config(teacher)
+  config.objective.kind = "imitation"
+  refused(config, "'imitation' does not train the policy 'velocity'")
+  config = guided_config(teacher)
+  with config.objective.unlocked():
+    config.objective.anchr = 0.5
+  refused(config, r"config\.objective has no key 'anchr'; did you mean 'anchor'")
+  config = guided_config(teacher)
+  config.objective.side = "left"
+  refused(config, "side: expected one of .*'left'")
+  config = guided_config(teacher)
+  config.objective.kind = "ayf_edm"
+  refused(config, r"config\.objective\.kind: expected one of .*'ayf_emd'")
+  config = guided_config(None)
+  refused(config, "train a teacher first")
+  config = quick("digits", "teacher")
+  config.adapters = dict(table=(("blocks/.*", 2),))
+  refused(config, "a teacher trains in full")
+
+
+def test_a_run_starts_from_a_finished_one(mean_flow_run, tmp_path):
+  folder, _ = mean_flow_run
+  ema, params, early = (
+    load_params(folder / CHECKPOINTS, **options) for options in (dict(which="ema"), dict(which="params"), dict(step=2))
+  )
+  kernels = [tree["head"]["proj_out"]["kernel"] for tree in (ema, params, early)]
+  assert min(np.abs(kernels[0] - other).max() for other in kernels[1:]) > 1e-6
+  config = board(steps=1)
+  config.start.workdir = str(folder)
+  config.optimizer.learning_rate = 1e-30
+  state = train(config, tmp_path)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-25), state.params, ema)
+  assert int(state.step) == 1, "steps, optimizer and data begin anew"
+  assert load_config(tmp_path).start.step == 3
+  for changes, expected in ((dict(which="params"), params), (dict(which="ema", step=2), early)):
+    config.start.update(changes)
+    jax.tree.map(np.testing.assert_array_equal, build(config).start_params(), expected)
+
+
+def test_another_network_to_start_from_is_refused_by_its_leaves(mean_flow_run, tmp_path):
+  config = board()
+  config.start.workdir = str(mean_flow_run[0])
+  config.model.width = 32
+  with pytest.raises(ValueError, match=r"config\.start\.workdir: .*another network.*'blocks_0/adaln/bias'.*start from"):
+    train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  config = board()
+  config.start.workdir = str(mean_flow_run[0])
+  config.model.depth = 2
+  with pytest.raises(ValueError, match="'blocks_1/adaln/kernel'"):
+    build(config).start_params()
+  config.start = dict(folder="x")
+  refused(config, r"config\.start has no key 'folder'")
