@@ -65,7 +65,8 @@ def test_trained_are_the_adapters_and_the_named_layers_and_nothing_else():
 
   few = image_network(adapters=AdapterSettings(TABLE[:1], train=(".*/bias",)))
   names = set(leaves_of(few.trained(base, base, jax.random.key(0))))
-  assert names == {path for path in adapters if "blocks" in path} | {p for p in leaves_of(base) if p.endswith("bias")}
+  in_full = {path for path in leaves_of(base) if path.endswith("bias") or path.startswith("head/")}
+  assert names == {path for path in adapters if "blocks" in path} | in_full
 
 
 def test_complete_shares_every_frozen_leaf_with_the_base():
