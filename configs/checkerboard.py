@@ -8,18 +8,18 @@ pflow evaluate --workdir runs/board1
 from ml_collections import ConfigDict
 
 from pflow_jax.defaults import default_config, parse_variant
+from pflow_jax.experiment import FLOW_MAPS
 
 VARIANTS = (
   *("teacher", "flow_teacher", "gmflow", "dx", "arc"),
   *("ayf_emd", "ayf_emd_adversarial", "ayf_lmd", "mean_flow", "consistency"),
 )
-FLOW_MAPS = ("ayf_emd", "ayf_lmd", "mean_flow", "consistency")
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
   """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
   name, quicktest = parse_variant(variant, VARIANTS)
-  objective = name.removesuffix("_adversarial") if name.startswith(FLOW_MAPS) else "imitation"
+  objective = name.removesuffix("_adversarial") if name.startswith(tuple(FLOW_MAPS)) else "imitation"
   if name in ("teacher", "flow_teacher"):
     objective = "flow_matching"
   config = default_config(objective)

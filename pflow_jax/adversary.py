@@ -17,6 +17,7 @@ from pflow_jax.models.discriminator import make_discriminator
 from pflow_jax.objectives.adversarial import Adversarial, adaptive_weight, discriminator_loss, generator_loss
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.optim import make_optimizer
+from pflow_jax.schedule import add_noise, over_space
 from pflow_jax.sections import call
 
 Array = jax.Array
@@ -104,14 +105,13 @@ def make_adversary(config: ConfigDict, experiment: Experiment) -> Adversary | No
     """One jump to the data, from states at uniform times."""
     key_time, key_noise, key_dropout, key_guidance = jax.random.split(key, 4)
     t = jax.random.uniform(key_time, x0.shape[:1])
-    wide = jnp.expand_dims(t, tuple(range(1, x0.ndim)))
-    x = (1 - wide) * x0 + wide * jax.random.normal(key_noise, x0.shape)
-    named = {"guidance": jax.random.uniform(key_guidance, t.shape, t.dtype, *objective.guidance)}
+    x = add_noise(x0, jax.random.normal(key_noise, x0.shape), t)
+    named = {}
+    if objective.guided:
+      named = {"guidance": jax.random.uniform(key_guidance, t.shape, t.dtype, *objective.guidance)}
     full = experiment.complete(params, frozen)
-    average = experiment.network(
-      full, x, t, cond, s=jnp.zeros_like(t), key=key_dropout, **(named if objective.guided else {})
-    )
-    return x - wide * average
+    average = experiment.network(full, x, t, cond, s=jnp.zeros_like(t), key=key_dropout, **named)
+    return x - over_space(t, x) * average
 
   optimizer = make_optimizer(learning_rate=settings.learning_rate, b1=settings.b1, b2=settings.b2)
   return Adversary(settings, module, optimizer, generate, dataset.shape)

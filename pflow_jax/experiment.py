@@ -177,8 +177,8 @@ class Experiment:
       )
 
     def jump(x, t, s, cond):
-      named = {"guidance": jnp.full(t.shape, strength, t.dtype)} if guided else {}
-      return self.network(params, x, t, cond, s=s, **named)
+      given = jnp.full(t.shape, strength, t.dtype) if guided else None
+      return self.network(params, x, t, cond, s=s, guidance=given)
 
     return jump
 
@@ -288,8 +288,7 @@ def _flow_map(network: Network, dataset: data.Dataset, teacher: Teacher | None, 
 
     def jump(network, params):
       def average_velocity(x, t, s, cond, strength):
-        named = {} if strength is None else {"guidance": strength}
-        return network(params, x, t, cond, s=s, key=key_dropout, **named)
+        return network(params, x, t, cond, s=s, guidance=strength, key=key_dropout)
 
       return average_velocity
 

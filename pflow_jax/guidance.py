@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pflow_jax.policies.base import Array
+from pflow_jax.schedule import over_space
 
 Velocity = Callable[[Array, Array, Any], Array]
 
@@ -25,7 +26,7 @@ def guidance_bias(v_pos: Array, v_neg: Array, scale: Array, *, orthogonal: float
   References: adaptive projected guidance, arXiv:2410.02416; pi-Flow release.
   """
   over = tuple(range(1, v_pos.ndim))
-  bias = (v_pos - v_neg) * jnp.expand_dims(scale - 1, over)
+  bias = (v_pos - v_neg) * over_space(scale - 1, v_pos)
   if orthogonal:
     if axis is None:
       raise ValueError("guidance: orthogonal guidance needs `axis`, the direction to project on")
@@ -94,7 +95,7 @@ def _guided(
   def field(x, t, cond):
     v_pos, v_neg = branches(x, t, cond)
     w = jnp.where((t >= low) & (t <= high), scale, 1.0)
-    x0 = x - jnp.expand_dims(t, tuple(range(1, x.ndim))) * v_pos if orthogonal else None
+    x0 = x - over_space(t, x) * v_pos if orthogonal else None
     return v_pos + guidance_bias(v_pos, v_neg, w, orthogonal=orthogonal, axis=x0)
 
   return field

@@ -31,6 +31,17 @@ def unshift_time(t, m):
   return t / (m + (1 - m) * t)
 
 
+def over_space(t: Array, x: Array) -> Array:
+  """One value an example, (B,), with the axes of `x` (B, *space, C): (B, 1, ..., 1)."""
+  return jnp.expand_dims(t, tuple(range(1, x.ndim)))
+
+
+def add_noise(x0: Array, eps: Array, t: Array) -> Array:
+  """State at flow time `t` (B,) on the straight path from `x0` to `eps`, both (B, *space, C): (1 - t) x0 + t eps."""
+  t = over_space(t, x0)
+  return (1 - t) * x0 + t * eps
+
+
 def dynamic_shift(tokens: int, *, base=(256, 0.5), top=(4096, 1.15)) -> float:
   """Shift that grows with the sequence length: log m is affine in the number of tokens.
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pflow_jax.objectives.flow_matching import drop_condition, sample_time
 from pflow_jax.policies.base import as_float
-from pflow_jax.schedule import shift_time
+from pflow_jax.schedule import add_noise, over_space, shift_time
 
 Array = jax.Array
 # (x, t, s, cond, guidance) -> F, like x; guidance (B,) or None.
@@ -209,10 +209,10 @@ def residual(
     correction = dF
   else:
     F, dF = jax.jvp(jump, (x, t, s), (jnp.zeros_like(x), jnp.zeros_like(t), jnp.ones_like(s)))
-    landed = jax.lax.stop_gradient(x + _wide(s - t, x) * F)
+    landed = jax.lax.stop_gradient(x + over_space(s - t, x) * F)
     v = jax.lax.stop_gradient(velocity(landed, s))
     correction = -dF
-  g = jax.lax.stop_gradient(F - v + warmup * _wide(t - s, x) * correction)
+  g = jax.lax.stop_gradient(F - v + warmup * over_space(t - s, x) * correction)
   if precise is not None:
     F = network(x, t, s, cond, guidance)
   return F, g, jax.lax.stop_gradient(dF)
@@ -246,7 +246,7 @@ def flow_map_loss(
   batch = x0.shape[0]
   t, s = (a.astype(x0.dtype) for a in sample_interval(key_time, batch, settings))
   eps = jax.random.normal(key_noise, x0.shape, x0.dtype)
-  x = (1 - _wide(t, x0)) * x0 + _wide(t, x0) * eps
+  x = add_noise(x0, eps, t)
   guidance = jax.random.uniform(key_guidance, (batch,), x0.dtype, *settings.guidance) if settings.guided else None
 
   if settings.target == "teacher":
@@ -259,7 +259,7 @@ def flow_map_loss(
     full = (cond, jnp.zeros((batch,), bool))
     cond, dropped = drop_condition(key_drop, full, (null_cond, True), settings.cond_dropout)
     v = _self_guided(network, eps - x0, x, t, cond, null_cond, settings)
-    v = jnp.where(_wide(dropped, v), eps - x0, v)
+    v = jnp.where(over_space(dropped, v), eps - x0, v)
 
     def velocity(x, t):
       return v
@@ -267,7 +267,7 @@ def flow_map_loss(
   warmup = settings.warmup(step)
   F, g, dF = residual(network, velocity, x, t, s, cond, guidance, side=settings.side, warmup=warmup, precise=precise)
   finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
-  g, dF = (jnp.where(_wide(finite, a), a, 0.0) for a in (g, dF))
+  g, dF = (jnp.where(over_space(finite, a), a, 0.0) for a in (g, dF))
   regression = F - jax.lax.stop_gradient(F) + NORMALISATIONS[settings.normalisation](g)
   metrics = {
     "residual": jnp.sqrt(_mean(g**2)).reshape(batch),
@@ -294,8 +294,3 @@ def _sum(x: Array) -> Array:
 
 def _mean(x: Array) -> Array:
   return jnp.mean(x, axis=tuple(range(1, x.ndim)), keepdims=True)
-
-
-def _wide(t: Array, x: Array) -> Array:
-  """(B,) -> (B, 1, ..., 1), as many axes as `x`."""
-  return jnp.expand_dims(t, tuple(range(1, x.ndim)))

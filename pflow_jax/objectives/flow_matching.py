@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pflow_jax.policies.base import as_float
-from pflow_jax.schedule import shift_time
+from pflow_jax.schedule import add_noise, over_space, shift_time
 
 Array = jax.Array
 
@@ -58,7 +58,7 @@ def drop_condition(key: Array, cond: Any, null_cond: Any, rate: float) -> Any:
 
   def pick(c, n):
     n = jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)
-    return jnp.where(jnp.expand_dims(drop, tuple(range(1, c.ndim))), n, c)
+    return jnp.where(over_space(drop, c), n, c)
 
   return jax.tree.map(pick, cond, null_cond)
 
@@ -87,6 +87,5 @@ def flow_matching_loss(
   t = shift_time(sample_time(key_time, x0.shape[:1], mean=s.time_mean, std=s.time_std), s.shift)
   t = t.astype(x0.dtype)
   eps = jax.random.normal(key_noise, x0.shape, x0.dtype)
-  wide = jnp.expand_dims(t, tuple(range(1, x0.ndim)))
-  v = network((1 - wide) * x0 + wide * eps, t, drop_condition(key_drop, cond, null_cond, s.cond_dropout))
+  v = network(add_noise(x0, eps, t), t, drop_condition(key_drop, cond, null_cond, s.cond_dropout))
   return jnp.mean((v - (eps - x0)) ** 2, axis=tuple(range(1, x0.ndim))), {}

@@ -18,7 +18,7 @@ import numpy as np
 from pflow_jax.integrate import METHODS, average_velocity, rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies.base import as_float
-from pflow_jax.schedule import sample_segment, segment_grid, segment_length, shift_time
+from pflow_jax.schedule import add_noise, over_space, sample_segment, segment_grid, segment_length, shift_time
 
 Array = jax.Array
 Teacher = Callable[[Array, Array, Any], Array]  # (x, t, cond) -> v
@@ -162,7 +162,7 @@ def segment_loss(
     x_a = roll(x, r, r_a)
     t_a, t_b = shift_time(r_a, s.shift), shift_time(r_b, s.shift)
     v = teacher(x_a, t_a, cond)
-    return (x_a + v * _wide(t_b - t_a, x), r_b), (x_a, r_a, r_b, v)
+    return (x_a + v * over_space(t_b - t_a, x), r_b), (x_a, r_a, r_b, v)
 
   start = jax.lax.stop_gradient((x, r))
   last, (x_a, r_a, r_b, target) = jax.lax.scan(visit, start, (student_gaps.T, teacher_gaps.T))
@@ -205,7 +205,7 @@ def imitation_loss(
   uniform, noise = draw_source(key_source, x0)
   r, length = sample_segment(uniform, settings.nfe, settings.final_scale)
   t = shift_time(r, settings.shift)
-  x = (1 - _wide(t, x0)) * x0 + _wide(t, x0) * noise
+  x = add_noise(x0, noise, t)
   policy = student(x, t, cond)
   draws = draw(key_draw, x0.shape[0], policy.num_components, settings.num_states)
   ratio = settings.teacher_ratio(step)
@@ -261,8 +261,3 @@ def _detached(teacher: Teacher) -> Teacher:
 
 def _sorted(uniform: Array, dtype) -> Array:
   return jnp.sort(uniform.astype(dtype), axis=1)
-
-
-def _wide(t: Array, x: Array) -> Array:
-  """(B,) -> (B, 1, ..., 1), as many axes as `x`."""
-  return jnp.expand_dims(t, tuple(range(1, x.ndim)))
