@@ -15,7 +15,7 @@ is 0.014, so differences of 0.02 are no findings:
 * More intermediate states: M = 4 gave 0.61 where M = 2 gave 0.65, for about a quarter more time a step. With both,
   M = 4 and 48,000 steps, gmflow_long has 0.51 on this seed.
 * A wider network did not help at 4,000 steps: teacher and student of width 128 gave 0.70 for 0.65, at about three times
-  the time a step, both beside other work; the wider teacher is sharper (FD 0.24 to the data for 0.31), and so harder to follow.
+  the time a step. The wider teacher is sharper (FD 0.24 to the data for 0.31), and so harder to follow.
 * No finding: rates 1e-3, 2e-3, 4e-3 (0.67, 0.65, 0.65), K = 8, 16 (0.67, 0.65) and 16, 32 (0.67, 0.68, at 1e-3).
 * One student for 1, 2 and 4 evaluations (2,500 steps) was worse at 4, 0.53, than one trained for 4 alone, 0.33 after
   800 steps: asked to reach t = 0 in one stretch, it got the first quarter wrong by six times as much.
