@@ -16,7 +16,7 @@ from pflow_jax.experiment import Experiment
 from pflow_jax.models.discriminator import make_discriminator
 from pflow_jax.objectives.adversarial import Adversarial, adaptive_weight, discriminator_loss, generator_loss
 from pflow_jax.objectives.flow_map import FlowMap
-from pflow_jax.optim import make_optimizer
+from pflow_jax.optim import make_optimizer, skipped
 from pflow_jax.schedule import add_noise, over_space
 from pflow_jax.sections import call
 
@@ -75,11 +75,13 @@ class Adversary:
     (fooling, fake), adversarial = jax.value_and_grad(fool, has_aux=True)(params)
     last = next(name for name in LAST_LAYERS if name in grads)
     adaptive = adaptive_weight(grads[last], adversarial[last])
-    grads = jax.tree.map(lambda g, a: g + s.weight * adaptive * a, grads, adversarial)
+    # A weight of 0 stands for a gradient that is not finite, which 0 times it would not take away.
+    grads = jax.tree.map(lambda g, a: jnp.where(adaptive > 0, g + s.weight * adaptive * a, g), grads, adversarial)
     (judging, aux), gradient = jax.value_and_grad(discriminate, has_aux=True)(opponent.params)
     updates, opt_state = self.optimizer.update(gradient, opponent.opt_state, opponent.params)
     opponent = Opponent(optax.apply_updates(opponent.params, updates), opt_state)
     metrics = {"generator_loss": fooling, "discriminator_loss": judging, "adaptive_weight": adaptive}
+    metrics["discriminator_skipped"] = skipped(opt_state)[1]
     return grads, opponent, metrics | {f"discriminator_{name}": value for name, value in aux.items()}
 
 

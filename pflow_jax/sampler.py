@@ -192,17 +192,23 @@ def sample_flow_map(
   if gamma > 0 and steps > 1 and keys is None:
     raise ValueError("sample_flow_map: gamma > 0 adds noise between steps and needs `keys`, one a sample")
   (x,) = as_float(noise)
-  batch, states = x.shape[:1], [x]
+  # Of every step: its start, where it lands, its length, and what is then kept and added; nothing after the last.
+  table = []
   for i, (t, s) in enumerate(itertools.pairwise(grid)):
-    renews = gamma > 0 and i < steps - 1
-    u = gamma_landing(s, gamma) if renews else s
-    x = x + (u - t) * flow_map(x, jnp.full(batch, t, x.dtype), jnp.full(batch, u, x.dtype), cond)
-    if renews:
-      assert keys is not None
-      a = (1 - s) / (1 - u)
-      x = a * x + math.sqrt(max(s**2 - (a * u) ** 2, 0.0)) * _fresh_noise(keys, i, x)
-    states.append(x)
-  return jnp.stack(states) if trajectory else x
+    u = gamma_landing(s, gamma) if i < steps - 1 else s
+    a = (1 - s) / (1 - u) if u < 1 else 1.0
+    table.append((t, u, u - t, a, math.sqrt(max(s**2 - (a * u) ** 2, 0.0))))
+
+  def step(x, inputs):
+    i, (t, u, length, a, added) = inputs
+    jump = flow_map(x, jnp.broadcast_to(t, x.shape[:1]), jnp.broadcast_to(u, x.shape[:1]), cond)
+    x = a * (x + length * jump)
+    if keys is not None and gamma > 0:
+      x = x + added * _fresh_noise(keys, i, x)
+    return x, x if trajectory else None
+
+  last, states = jax.lax.scan(step, x, (jnp.arange(steps), tuple(jnp.asarray(np.array(table).T, x.dtype))))
+  return jnp.concatenate([x[None], states]) if trajectory else last
 
 
 def gamma_landing(s: float, gamma: float) -> float:

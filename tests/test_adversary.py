@@ -22,7 +22,7 @@ from tests.test_teachers import write_teacher
 
 pytestmark = pytest.mark.usefixtures("float32")
 
-BOARD_MODEL = dict(kind="mlp", width=8, depth=0, time_scale=1.0)
+BOARD_MODEL = dict(kind="mlp", width=8, depth=1, time_scale=1.0)
 
 
 def board(weight=0.1, **train):
@@ -45,7 +45,7 @@ def toy(**settings):
   """A generator that moves the data by its parameters, and a linear judge."""
   settings = Adversarial(**(dict(weight=0.3, r1=0.0, r2=0.0) | settings))
   generate = lambda params, frozen, x0, cond, key: x0 + (params["head"] + params["body"])[None]
-  return Adversary(settings, LinearJudge(), optax.sgd(0.5), generate, (2,))
+  return Adversary(settings, LinearJudge(), optax.apply_if_finite(optax.sgd(0.5), 9), generate, (2,))
 
 
 def toy_step(adversary, params, grads, w=(3.0, -4.0), x0=None):
@@ -105,6 +105,15 @@ def test_a_batch_that_is_not_finite_leaves_the_opponent_as_it_was():
   toy_one = dataclasses.replace(adversary, module=LinearJudge(), generate=toy().generate)
   _, opponent, _ = toy_step(toy_one, params, params, x0=jnp.full((4, 2), jnp.nan))
   np.testing.assert_array_equal(opponent.params["w"], [3.0, -4.0])
+
+
+def test_an_adversarial_gradient_that_is_not_finite_leaves_the_distillations():
+  adversary = dataclasses.replace(toy(), generate=lambda params, frozen, x0, cond, key: x0 + params["head"] / 0.0)
+  grads = {"head": jnp.array([6.0, 8.0]), "body": jnp.array([1.0, 0.0])}
+  got, _, metrics = toy_step(adversary, {"head": jnp.zeros(2), "body": jnp.zeros(2)}, grads)
+  assert metrics["adaptive_weight"] == 0
+  jax.tree.map(np.testing.assert_array_equal, got, grads)
+  assert metrics["discriminator_skipped"] == 1
 
 
 class PerfectNetwork:

@@ -60,10 +60,10 @@ class Block(nn.Module):
     """x (B * T, D), condition (B, D) = SiLU(embedding) -> (x, None), as scan wants it."""
     batch, width = condition.shape[0], x.shape[1]
 
-    def dense(features: int, name: str, kernel_init=_xavier) -> nn.Dense:
-      return nn.Dense(features, dtype=self.dtype, kernel_init=kernel_init, name=name)
+    def dense(features: int, name: str) -> nn.Dense:
+      return nn.Dense(features, dtype=self.dtype, kernel_init=_xavier, name=name)
 
-    adaln = dense(6 * width, "adaln", _zeros)(condition).astype(x.dtype)
+    adaln = nn.Dense(6 * width, dtype=x.dtype, kernel_init=_zeros, name="adaln")(condition)
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaln, 6, axis=-1)
 
     def norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -117,10 +117,11 @@ class DiT(nn.Module):
     self._check()
     dtype = jnp.dtype(self.dtype)
     self.patch_embed = nn.Dense(self.width, dtype=dtype, kernel_init=_xavier)
-    self.time_embed = TimeEmbed(self.width, self.time_scale, dtype)
+    wide = accumulation_dtype(dtype)  # bfloat16 would blur t by 0.02 where time_scale is 1
+    self.time_embed = TimeEmbed(self.width, self.time_scale, wide)
     # Parameters of these two exist only in networks that are called with s, or with guidance.
-    self.length_embed = TimeEmbed(self.width, self.time_scale, dtype, neutral=True)
-    self.guidance_embed = TimeEmbed(self.width, 1.0, dtype, neutral=True)
+    self.length_embed = TimeEmbed(self.width, self.time_scale, wide, neutral=True)
+    self.guidance_embed = TimeEmbed(self.width, 1.0, wide, neutral=True)
     self.class_embed = nn.Embed(
       self.num_classes + 1, self.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
     )

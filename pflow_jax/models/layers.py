@@ -156,8 +156,8 @@ class FinalNorm(nn.Module):
   def __call__(self, tokens: jax.Array, embedding: jax.Array) -> jax.Array:
     """tokens (B, T, D), embedding (B, D) -> (B, T, D), float32 or wider."""
     wide = accumulation_dtype(self.dtype)
-    adaln = nn.Dense(2 * tokens.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="adaln")(
+    adaln = nn.Dense(2 * tokens.shape[-1], dtype=wide, kernel_init=nn.initializers.zeros, name="adaln")(
       nn.silu(embedding)
     )
-    shift, scale = jnp.split(adaln.astype(wide), 2, axis=-1)
+    shift, scale = jnp.split(adaln, 2, axis=-1)
     return modulate(layer_norm(tokens.astype(wide)), shift, scale)

@@ -30,8 +30,8 @@ class ResidualBlock(nn.Module):
     """x (B, T, D), condition (B, D) -> (B, T, D)."""
     width = x.shape[-1]
     xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
-    adaln = nn.Dense(2 * width, dtype=self.dtype, kernel_init=zeros, name="adaln")(condition)
-    shift, scale = jnp.split(adaln.astype(x.dtype), 2, axis=-1)
+    adaln = nn.Dense(2 * width, dtype=x.dtype, kernel_init=zeros, name="adaln")(condition)
+    shift, scale = jnp.split(adaln, 2, axis=-1)
     # Two axes before a Dense: its weight gradient is then one plain matmul.
     h = modulate(layer_norm(x), shift, scale).reshape(-1, width)
     h = nn.silu(nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name="mlp_in")(h))
@@ -62,10 +62,11 @@ class MLP(nn.Module):
     check_head(self.head, self.channels, 1)
     dtype = jnp.dtype(self.dtype)
     self.point_embed = nn.Dense(self.width, dtype=dtype)
-    self.time_embed = TimeEmbed(self.width, self.time_scale, dtype)
+    wide = accumulation_dtype(dtype)  # see DiT
+    self.time_embed = TimeEmbed(self.width, self.time_scale, wide)
     # Parameters of these two exist only in networks that are called with s, or with guidance.
-    self.length_embed = TimeEmbed(self.width, self.time_scale, dtype, neutral=True)
-    self.guidance_embed = TimeEmbed(self.width, 1.0, dtype, neutral=True)
+    self.length_embed = TimeEmbed(self.width, self.time_scale, wide, neutral=True)
+    self.guidance_embed = TimeEmbed(self.width, 1.0, wide, neutral=True)
     self.class_embed = nn.Embed(
       self.num_classes + 1, self.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
     )

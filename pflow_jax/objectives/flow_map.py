@@ -63,7 +63,6 @@ class FlowMap:
     to_data: share of the examples whose jump goes to s = 0. 1 is a consistency model.
     shift: time shift applied to the drawn times and to the sampler's grid.
     anchor: share of the examples with s = t, which is flow matching.
-    from_noise: share of the examples that start at t = 1, where a 1-step sampler does.
     warmup_steps: optimizer steps until the derivative counts in full (0: at once). Before, the regression is in part on
       the velocity itself.
     max_warmup: what "in full" is.
@@ -84,7 +83,6 @@ class FlowMap:
   shift: float = 1.0
   to_data: float = 0.0
   anchor: float = 0.0
-  from_noise: float = 0.0
   warmup_steps: int = 10_000
   max_warmup: float = 0.99
   normalisation: str = "rms"
@@ -102,11 +100,14 @@ class FlowMap:
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-    for name in ("to_data", "anchor", "from_noise", "max_warmup", "cond_dropout"):
+    for name in ("to_data", "anchor", "max_warmup", "cond_dropout"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
-    if self.time_std <= 0 or self.warmup_steps < 0:
-      raise ValueError(f"time_std and warmup_steps: expected > 0 and >= 0, got {self.time_std} and {self.warmup_steps}")
+    if not (self.time_std > 0 and self.shift > 0 and self.warmup_steps >= 0):
+      raise ValueError(
+        "time_std, shift and warmup_steps: expected > 0, > 0 and >= 0, got "
+        f"{self.time_std}, {self.shift} and {self.warmup_steps}"
+      )
     if len(self.guidance) != 2 or not 0 < self.guidance[0] <= self.guidance[1]:
       raise ValueError(f"guidance: expected (low, high) with 0 < low <= high, got {self.guidance}")
     if self.target == "data" and (self.side == "lagrangian" or self.guided):
@@ -142,7 +143,7 @@ def ayf_lmd(**changes: Any) -> FlowMap:
 
 
 def mean_flow(**changes: Any) -> FlowMap:
-  """MeanFlow: the Eulerian objective on the data's velocity, without a teacher."""
+  """MeanFlow: the Eulerian objective on the velocity of the data; no teacher is asked for one."""
   settings = FlowMap(
     target="data",
     times="pair",
@@ -171,10 +172,9 @@ def sample_interval(key: Array, batch: int, settings: FlowMap) -> tuple[Array, A
     second = sample_time(key_place, (batch,), mean=settings.time_mean, std=settings.time_std)
     t, s = jnp.maximum(first, second), jnp.minimum(first, second)
   t, s = shift_time(t, settings.shift), shift_time(s, settings.shift)
-  chosen = jax.random.uniform(key_share, (3, batch))
-  t = jnp.where(chosen[0] < settings.from_noise, 1.0, t)
-  s = jnp.where(chosen[1] < settings.to_data, 0.0, s)
-  return t, jnp.where(chosen[2] < settings.anchor, t, s)
+  chosen = jax.random.uniform(key_share, (2, batch))
+  s = jnp.where(chosen[0] < settings.to_data, 0.0, s)
+  return t, jnp.where(chosen[1] < settings.anchor, t, s)
 
 
 def residual(
@@ -201,14 +201,16 @@ def residual(
   """
 
   def jump(x, t, s):
-    return (precise or network)(x, t, s, cond, guidance)
+    # Accelerators round the factors of a float32 product to bfloat16 unless asked not to.
+    with jax.default_matmul_precision("highest"):
+      return (precise or network)(x, t, s, cond, guidance)
 
   if side == "eulerian":
     v = jax.lax.stop_gradient(velocity(x, t))
-    F, dF = jax.jvp(jump, (x, t, s), (v, jnp.ones_like(t), jnp.zeros_like(s)))
+    F, dF = jax.jvp(lambda x, t: jump(x, t, s), (x, t), (v, jnp.ones_like(t)))
     correction = dF
   else:
-    F, dF = jax.jvp(jump, (x, t, s), (jnp.zeros_like(x), jnp.zeros_like(t), jnp.ones_like(s)))
+    F, dF = jax.jvp(lambda s: jump(x, t, s), (s,), (jnp.ones_like(s),))
     landed = jax.lax.stop_gradient(x + over_space(s - t, x) * F)
     v = jax.lax.stop_gradient(velocity(landed, s))
     correction = -dF
@@ -230,7 +232,10 @@ def flow_map_loss(
   null_cond: Any = None,
   precise: Network | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-  """Loss of a flow map: the squared residual, normalised, as a regression of F alone.
+  """Loss of a flow map: the residual times itself normalised; its gradient is that of a regression of F alone.
+
+  An example whose residual is not finite does not count. Where F itself is not, its gradient cannot be, and the
+  optimizer skips the step.
 
   Args:
     network: average velocity, see `Network`; must have a forward derivative.
@@ -268,14 +273,16 @@ def flow_map_loss(
   F, g, dF = residual(network, velocity, x, t, s, cond, guidance, side=settings.side, warmup=warmup, precise=precise)
   finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
   g, dF = (jnp.where(over_space(finite, a), a, 0.0) for a in (g, dF))
-  regression = F - jax.lax.stop_gradient(F) + NORMALISATIONS[settings.normalisation](g)
+  # The gradient of |F - sg(F) + normalised|^2, and as its value a measure of the residual that falls with it.
+  normalised = NORMALISATIONS[settings.normalisation](g)
+  gradient = 2 * jnp.where(over_space(finite, F), F - jax.lax.stop_gradient(F), 0.0) * normalised
   metrics = {
     "residual": jnp.sqrt(_mean(g**2)).reshape(batch),
     "derivative": jnp.sqrt(_mean(dF**2)).reshape(batch),
     "masked": 1.0 - finite,
     "warmup": jnp.asarray(warmup),
   }
-  return _mean(regression**2).reshape(batch), metrics
+  return _mean(gradient + g * normalised).reshape(batch), metrics
 
 
 def _self_guided(network: Network, v: Array, x: Array, t: Array, cond: Any, null_cond: Any, settings: FlowMap) -> Array:
@@ -283,9 +290,11 @@ def _self_guided(network: Network, v: Array, x: Array, t: Array, cond: Any, null
   if (settings.omega, settings.kappa) == (1, 0):
     return v
   null = jax.tree.map(lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null_cond)
-  own_null, own_cond = jax.lax.stop_gradient([network(x, t, t, c, None) for c in (null, cond)])
-  omega, kappa = settings.omega, settings.kappa
-  return omega * v + (1 - omega - kappa) * own_null + kappa * own_cond
+  target = settings.omega * v
+  for share, c in ((1 - settings.omega - settings.kappa, null), (settings.kappa, cond)):
+    if share != 0:
+      target += share * jax.lax.stop_gradient(network(x, t, t, c, None))
+  return target
 
 
 def _sum(x: Array) -> Array:
