@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from pflow_jax import data
 from pflow_jax.models import heads
+from pflow_jax.models.denoiser import denoiser_velocity, edm_denoiser
 from pflow_jax.models.dit import DiT
 from pflow_jax.models.edm2 import EDM2UNet, normalize_weights
 from pflow_jax.models.lora import Adapter, adapted, init_adapters, merge_adapters
@@ -32,6 +33,14 @@ HEADS: dict[str, type[heads.Head]] = {
 }
 
 
+VELOCITIES = ("velocity", "denoiser")  # policies of a teacher and of a flow map
+SIZES = (
+  *("width", "depth", "num_heads", "mlp_ratio", "patch_size", "scan_unroll", "time_scale", "model_channels"),
+  *("channels_per_head", "num_components", "num_coefficients", "logstd_inner_dim"),
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterSettings:
   """The section `adapters` of a config: low-rank adapters on a frozen teacher; without rows everything trains.
@@ -45,23 +54,57 @@ class AdapterSettings:
   table: tuple[tuple[Any, ...], ...] = ()
   train: tuple[str, ...] = ("final_norm/.*",)
 
+  def __post_init__(self):
+    if not all(isinstance(row, Sequence) and not isinstance(row, str) and 2 <= len(row) <= 4 for row in self.table):
+      raise ValueError(
+        f"table: expected rows (pattern, rank, alpha, dropout), the last two optional, got {self.table!r}; quote "
+        "patterns within quotes on the shell"
+      )
+
   @property
   def rows(self) -> tuple[Adapter, ...]:
     return tuple(Adapter(*row) for row in self.table)
 
 
 @dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """The policy "denoiser": a network in EDM's preconditioning, whose velocity is that of its denoised image.
+
+  What a teacher of EDM or EDM2 is; a flow map of it is one too. Attributes: see `models.denoiser`.
+  """
+
+  sigma_data: float = 0.5
+  max_sigma: float = 80.0
+  min_sigma: float = 0.002
+
+
+@dataclasses.dataclass(frozen=True)
 class Network:
-  """A module, and which of its parameters train: all, or adapters and a few layers on a frozen rest."""
+  """A module, and which of its parameters train: all, or adapters and a few layers on a frozen rest.
+
+  Attributes:
+    denoiser: what turns the module's output in a velocity, if that is not what it returns.
+  """
 
   module: nn.Module
   adapters: AdapterSettings = AdapterSettings()
+  denoiser: Denoiser | None = None
 
-  def __call__(self, params: Params, *inputs: Any, key: Array | None = None, **named: Any) -> Any:
-    """The module's output for all its parameters; `key` switches the adapters' dropout on."""
+  def __call__(self, params: Params, x: Array, t: Array, cond: Any, *, key: Array | None = None, **named: Any) -> Any:
+    """Output at state x (B, *space, C) and flow time t (B,); `key` switches the adapters' dropout on."""
     rngs = None if key is None else {"dropout": key}
-    with adapted(self.adapters.rows) if self.adapters.table else contextlib.nullcontext():
-      return self.module.apply({"params": params}, *inputs, rngs=rngs, **named)
+
+    def apply(x, t, cond):
+      with adapted(self.adapters.rows) if self.adapters.table else contextlib.nullcontext():
+        return self.module.apply({"params": params}, x, t, cond, rngs=rngs, **named)
+
+    if self.denoiser is None:
+      return apply(x, t, cond)
+    # The modules take flow time, whose logit is log sigma.
+    denoise = edm_denoiser(
+      lambda x, c_noise, cond: apply(x, jax.nn.sigmoid(4 * c_noise), cond), self.denoiser.sigma_data
+    )
+    return denoiser_velocity(denoise, self.denoiser.max_sigma, self.denoiser.min_sigma)(x, t, cond)
 
   @property
   def float32(self) -> Network | None:
@@ -98,10 +141,30 @@ class Network:
     return split(body, match(table, body))[1]
 
 
+def make_network(
+  model: Mapping[str, Any],
+  policy: Mapping[str, Any],
+  dataset: data.Dataset,
+  adapters: AdapterSettings = AdapterSettings(),
+) -> Network:
+  """The network that `config.model`, `config.policy` and `config.adapters` describe."""
+  denoiser = None
+  if policy.get("kind") == "denoiser":
+    denoiser = call(Denoiser, "policy", {key: value for key, value in policy.items() if key != "kind"})
+    policy = {"kind": "velocity"}
+  return Network(make_module(model, policy, dataset), adapters, denoiser)
+
+
 def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: data.Dataset) -> nn.Module:
   """The module that `config.model` and `config.policy` describe, for the data's channels and classes."""
   module, model_values = choose(MODULES, "model", model)
   head, head_values = choose(HEADS, "policy", policy)
+  for section, values in (("model", model_values), ("policy", head_values)):
+    for key, value in values.items():
+      if key in SIZES and not value > 0:
+        raise ValueError(f"config.{section}.{key}: expected > 0, got {value}")
+  if model_values.get("dtype", "float32") not in DTYPES:
+    raise ValueError(f"config.model.dtype: expected one of {DTYPES}, got {model_values['dtype']!r}")
   size = dict(channels=dataset.shape[-1], num_classes=dataset.num_classes)
   if module is EDM2UNet:
     if head is not heads.VelocityHead:
@@ -109,7 +172,7 @@ def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: da
         "config.policy.kind: the network 'edm2' has an output layer of its own, expected 'velocity', got "
         f"{policy['kind']!r}"
       )
-    return call(module, "model", model_values, head=None, **size)
+    return call(module, "model", model_values, **size)
   head_module = call(
     head,
     "policy",

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from pflow_jax import data, guidance, workdir
 from pflow_jax.checkpoint import load_params
-from pflow_jax.networks import Network, make_module, velocity_of
+from pflow_jax.networks import VELOCITIES, make_network, velocity_of
 from pflow_jax.sections import call
 
 Array = jax.Array
@@ -41,6 +41,16 @@ class TeacherSettings:
   weak_step: int | None = None
   bias_noise: float = 0.05
 
+  def __post_init__(self):
+    if self.which not in ("ema", "params"):
+      raise ValueError(f"which: expected 'ema' or 'params', got {self.which!r}")
+    if not self.guidance > 0:
+      raise ValueError(f"guidance: expected a strength > 0, got {self.guidance}")
+    if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+      raise ValueError(f"interval: expected flow times (low, high), 0 <= low <= high <= 1, got {self.interval}")
+    if self.bias_noise < 0:
+      raise ValueError(f"bias_noise: expected at least 0, got {self.bias_noise}")
+
   @property
   def autoguided(self) -> bool:
     return self.weak_workdir is not None or self.weak_step is not None
@@ -68,8 +78,15 @@ def load_teacher(config: ConfigDict, dataset: data.Dataset, strengths: tuple[flo
     )
   own = _config_of_a_teacher(settings.workdir, "workdir")
   # The student starts from its teacher's parameters: same data, same network but for how it is computed.
-  _check_same(config, own, settings.workdir, sections=("data", "model"))
-  strong = Network(make_module(own.model, own.policy, dataset))
+  # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
+  is_velocity = config.policy.kind in VELOCITIES
+  _check_same(config, own, settings.workdir, sections=("data", "model", *(["policy"] if is_velocity else [])))
+  if not is_velocity and own.policy.kind != "velocity":
+    raise ValueError(
+      f"config.teacher.workdir: {settings.workdir} holds a {own.policy.kind}; a policy's output layer starts from that "
+      "of a teacher with policy.kind='velocity'"
+    )
+  strong = make_network(own.model, own.policy, dataset)
   params = {"strong": _load(settings.workdir, settings.which, settings.step)}
   options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
   is_guided = settings.guidance != 1 or strengths != (1.0, 1.0)
@@ -77,7 +94,7 @@ def load_teacher(config: ConfigDict, dataset: data.Dataset, strengths: tuple[flo
     folder = settings.weak_workdir or settings.workdir
     weak_config = _config_of_a_teacher(folder, "weak_workdir")
     _check_same(config, weak_config, folder, sections=("data",))
-    weak = Network(make_module(weak_config.model, weak_config.policy, dataset))
+    weak = make_network(weak_config.model, weak_config.policy, dataset)
     params["weak"] = _load(folder, settings.which, settings.weak_step)
     if not is_guided:
       raise ValueError(

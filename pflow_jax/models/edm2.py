@@ -17,7 +17,7 @@ from einops import reduce, repeat
 from flax import linen as nn
 
 from pflow_jax.models.attention import attention
-from pflow_jax.models.layers import Dtype, accumulation_dtype, check_head, sinusoid
+from pflow_jax.models.layers import Dtype, accumulation_dtype, sinusoid
 
 EDM2_SIZES: dict[str, dict[str, int]] = {
   "XS": dict(model_channels=128),
@@ -172,7 +172,7 @@ class Block(nn.Module):
 
 
 class EDM2UNet(nn.Module):
-  """EDM2's U-Net: `apply({"params": p}, x, t, cond, s, guidance)` -> velocity, or what `head` returns.
+  """EDM2's U-Net: `apply({"params": p}, x, t, cond, s, guidance)` -> velocity.
 
   `s` and `guidance` have branches of their own, whose parameters exist only if `init` was given them. Both start at
   gain zero: with a teacher's other parameters the network is the teacher, whatever s and the guidance are.
@@ -183,8 +183,6 @@ class EDM2UNet(nn.Module):
       the resolution of the one before, with num_blocks blocks in the encoder and one more in the decoder.
     attn_levels: levels with attention; EDM2's are those of 16 and 8 pixels, (2, 3) for inputs of 64.
     channels_per_head: of the attention.
-    head: module of `pflow_jax.models.heads` with patch size 1, fed the decoder's pixels; its parameters live under
-      "head". None is EDM2's own output, a convolution with a gain that is zero at the start.
     time_embedding: "positional" (sinusoids of time_scale * t: slow, for derivatives in t) or "fourier" (EDM2's, of
       time_scale * c_noise, c_noise = log(sigma) / 4, sigma = t / (1 - t): for released checkpoints).
     dtype: compute dtype. Parameters, the embedding, norms and outputs stay float32 (or wider).
@@ -199,7 +197,6 @@ class EDM2UNet(nn.Module):
   num_blocks: int = 3
   attn_levels: tuple[int, ...] = (2, 3)
   channels_per_head: int = 64
-  head: nn.Module | None = None
   time_embedding: str = "positional"
   time_scale: float = 1.0
   dtype: Dtype = jnp.float32
@@ -223,8 +220,6 @@ class EDM2UNet(nn.Module):
         raise ValueError(
           f"level {level}: expected a multiple of channels_per_head {self.channels_per_head}, got {width}"
         )
-    if self.head is not None:
-      check_head(self.head, self.channels, 1)
     if x.ndim != 4 or x.shape[-1] != self.channels:
       raise ValueError(f"x: expected shape (B, H, W, {self.channels}), got {x.shape}")
     factor = 2 ** (levels - 1)
@@ -288,10 +283,7 @@ class EDM2UNet(nn.Module):
         h = mp_cat(h, skips.pop(), CONCAT_BALANCE)
         h = run(h, f"dec{level}_block{i}", width, attend=level in self.attn_levels)
 
-    h = h.astype(wide)
-    if self.head is None:
-      return MPConv(self.channels, 3, wide, gain=True, name="out_conv")(h)
-    return self.head(h.reshape(h.shape[0], -1, h.shape[-1]), embedding, h.shape[1:3])
+    return MPConv(self.channels, 3, wide, gain=True, name="out_conv")(h.astype(wide))
 
   def _embed(self, t: jax.Array, cond: jax.Array, s: jax.Array | None, guidance: jax.Array | None) -> jax.Array:
     """Conditioning embedding before its SiLU: (B, E), float32 (or wider)."""

@@ -18,7 +18,6 @@ from pflow_jax.models.edm2 import (
   mp_sum,
   normalize_weights,
 )
-from pflow_jax.models.heads import GMFlowHead, VelocityHead
 from tests.models.test_dit import QUICK, perturbed_params
 
 TINY = dict(model_channels=4, channel_mult=(1, 2), num_blocks=0, attn_levels=(1,), channels_per_head=4)
@@ -228,7 +227,7 @@ def test_starts_at_zero_velocity_with_unit_kernels():
 
 
 def test_normalize_weights_projects_kernels_alone():
-  module, inputs = network(time_embedding="fourier", head=VelocityHead(channels=2)), flow_map_inputs()
+  module, inputs = network(time_embedding="fourier"), flow_map_inputs()
   params = perturbed_params(module, *inputs)
   project = jax.jit(normalize_weights)
   once = project(params)
@@ -241,7 +240,7 @@ def test_normalize_weights_projects_kernels_alone():
     else:
       np.testing.assert_array_equal(leaf, before[path])
   kept = {path[-1] for path in after if path[-1] != "mp_kernel"}
-  assert kept == {"gain", "freqs", "phases", "kernel", "bias"}
+  assert kept == {"gain", "freqs", "phases"}
 
 
 def test_scale_of_kernels_is_not_seen():
@@ -383,21 +382,6 @@ def test_fourier_features_are_finite_at_both_ends_and_constant():
   assert np.any(gradient["time_embed"]["mp_kernel"])
 
 
-def test_heads_are_served():
-  module, inputs = network(head=GMFlowHead(channels=2, num_components=3)), batch()
-  params = perturbed_params(module, *inputs)
-  assert "out_conv" not in params
-  shapes = {name: value.shape for name, value in apply(module, params, *inputs).items()}
-  assert shapes == {"means": (3, 3, 4, 6, 2), "logits": (3, 3, 4, 6), "log_std": (3,)}
-  # A pixel's token is its own: the head's maps lie as the input does.
-  head = network(head=VelocityHead(channels=2))
-  params = perturbed_params(head, *inputs)
-  flip = lambda a: a[:, ::-1]
-  mirrored = jax.tree_util.tree_map_with_path(lambda path, a: a[::-1] if a.ndim == 4 else a, params)
-  want = apply(head, params, *inputs)
-  np.testing.assert_allclose(flip(apply(head, mirrored, flip(inputs[0]), *inputs[1:])), want, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
   ("fields", "changed", "match"),
   [
@@ -414,7 +398,6 @@ def test_heads_are_served():
     ({"remat": "dots"}, {}, '"none" or "full", got \'dots\''),
     ({"time_embedding": "random"}, {}, '"positional" or "fourier", got \'random\''),
     ({"attention": "flash"}, {}, "got 'flash'"),
-    ({"head": VelocityHead(channels=2, patch_size=2)}, {}, r"\(2, 1\), got \(2, 2\)"),
   ],
 )
 def test_misfits_are_refused(fields, changed, match):
