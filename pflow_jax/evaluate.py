@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +73,13 @@ class EvaluateSettings:
   num_resamples: int = 50
 
   def __post_init__(self):
+    if self.num_samples < 1 or self.classifier_steps < 1 or self.num_resamples < 2:
+      raise ValueError(
+        "config.evaluate: expected num_samples and classifier_steps of at least 1 and num_resamples of at least 2, got "
+        f"{self.num_samples}, {self.classifier_steps} and {self.num_resamples}"
+      )
+    if min(self.teacher_steps) < 1:
+      raise ValueError(f"config.evaluate.teacher_steps: expected at least 1, got {tuple(self.teacher_steps)}")
     if not {REFERENCE_STEPS, YARDSTICK_STEPS} <= set(self.teacher_steps):
       raise ValueError(
         f"config.evaluate.teacher_steps: expected {YARDSTICK_STEPS} and {REFERENCE_STEPS} among them (the yardsticks "
@@ -108,7 +116,7 @@ def evaluate(
   Returns: what evaluation.json holds.
   Raises: ValueError for students of different teachers, or fewer samples than a Fréchet distance needs.
   """
-  settings = call(EvaluateSettings, "evaluate", config.evaluate)
+  settings = call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
   configs = {str(folder): config} | {str(other): workdir.load_config(other) for other in others}
   experiments = {name: build(one) for name, one in configs.items()}
   experiment = experiments[str(folder)]
@@ -134,8 +142,13 @@ def evaluate(
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
   for s in samplers:
-    print(f"sampling: {s.name}", flush=True)
-    samples[s.name], speed = _draw(s, batch_size, noise, labels, keys)
+    draw = functools.partial(_draw, s, batch_size, noise, labels, keys)
+    if s.is_student or experiment.teacher is None:
+      samples[s.name], speed = draw()
+    else:
+      kept = pathlib.Path(str(experiment.teacher.settings.workdir)) / "evaluation" / f"samples_{s.nfe}_steps.npz"
+      what = f"{_reference(experiment)}; {settings.num_samples} samples of seed {settings.seed}, {batch_size} at a time"
+      samples[s.name], speed = _draw_once(draw, kept, f"{what}, {jax.devices()[0].device_kind} x {jax.device_count()}")
     rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
   reference, yardstick = samples[_teacher_name(REFERENCE_STEPS)], samples[_teacher_name(YARDSTICK_STEPS)]
   yardstick_errors = metrics.alignment_errors(yardstick, reference)
@@ -246,11 +259,31 @@ def _draw(
   sampler: Sampler, batch_size: int, noise: np.ndarray, labels: np.ndarray, keys: jax.Array
 ) -> tuple[np.ndarray, float]:
   """Samples, and images per second once compiled."""
+  print(f"sampling: {sampler.name}", flush=True)
   size = min(batch_size, len(noise))
   jax.block_until_ready(sampler.run(noise[:size], labels[:size], keys[:size]))
   start = time.perf_counter()
   samples = in_batches(sampler.run, batch_size, noise, labels, keys)
   return samples, -(-len(noise) // size) * size / (time.perf_counter() - start)
+
+
+def _draw_once(draw: Callable[[], tuple[np.ndarray, float]], path: pathlib.Path, what: str) -> tuple[np.ndarray, float]:
+  """What `draw` returns; from the file `path` if it holds `what`, and there afterwards.
+
+  All students of a teacher are measured against the same samples, and those of 128 steps take longer than all others.
+  """
+  try:
+    with np.load(path) as kept:
+      if str(kept["what"]) == what:
+        return kept["samples"], float(kept["images_per_second"])
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    pass  # none yet, or cut short
+  samples, speed = draw()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(f".{os.getpid()}.npz")
+  np.savez(partial, what=what, samples=samples, images_per_second=speed)  # type: ignore[arg-type]
+  partial.replace(path)
+  return samples, speed
 
 
 def _pictures(experiment, samplers, samples, noise, labels, real, out: pathlib.Path) -> None:
@@ -287,20 +320,21 @@ def _check_count(count: int, dimension: int) -> None:
 
 def _check_teachers(experiments: dict[str, Experiment]) -> None:
   """Raises ValueError unless all runs have one teacher, guided and walked alike: the common reference."""
-
-  def reference(experiment, name):
-    if experiment.teacher is None:
-      return f"itself, {name}"
-    t = experiment.teacher.settings
-    how = f"guidance {t.guidance} in {tuple(t.interval)}, orthogonal {t.orthogonal}, shift {experiment.objective.shift}"
-    if t.autoguided:
-      how += f", weak teacher {os.path.realpath(t.weak_workdir or t.workdir)} at step {t.weak_step}"
-    return f"{os.path.realpath(t.workdir)} at step {t.step} ({t.which}), {how}"
-
-  references = {name: reference(one, name) for name, one in experiments.items()}
+  references = {name: _reference(one) if one.teacher else f"itself, {name}" for name, one in experiments.items()}
   if len(set(references.values())) > 1:
     listing = "".join(f"\n  {name}: {text}" for name, text in references.items())
     raise ValueError(f"runs that are compared must share a teacher, got:{listing}")
+
+
+def _reference(experiment: Experiment) -> str:
+  """All that the samples of a run's teacher depend on, but for their number and noise."""
+  assert experiment.teacher is not None
+  t = experiment.teacher.settings
+  how = f"guidance {t.guidance} in {tuple(t.interval)}, orthogonal {t.orthogonal}, shift {experiment.objective.shift}"
+  # A weak teacher guides nothing at strength 1.
+  if t.autoguided and t.guidance != 1:
+    how += f", weak teacher {os.path.realpath(str(t.weak_workdir or t.workdir))} at step {t.weak_step}"
+  return f"{os.path.realpath(str(t.workdir))} at step {t.step} ({t.which}), {how}"
 
 
 def _classifier(experiment, settings, real, real_labels, folder) -> Classifier | None:

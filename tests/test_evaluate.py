@@ -107,3 +107,15 @@ def test_damaged_classifier_is_named(student_run, teacher_run, tmp_path, report)
   config.teacher.workdir = str(tmp_path / "teacher")
   with pytest.raises(ValueError, match=r"classifier_5_steps\.npz"):
     evaluate(config, student_run, out=tmp_path / "out")
+
+
+def test_a_teachers_samples_are_drawn_once(report, student_run, capsys):
+  again = evaluate(load_config(student_run), student_run)
+  out = capsys.readouterr().out
+  assert "sampling: teacher" not in out
+  assert "sampling: student, 1 NFE" in out
+  assert again["rows"][:2] == report["rows"][:2]
+  config = load_config(student_run)
+  config.evaluate.seed = 1
+  evaluate(config, student_run)
+  assert "sampling: teacher, 128 steps" in capsys.readouterr().out, "other noise, other samples"
