@@ -24,7 +24,7 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     objective = "flow_matching"
   config = default_config(objective)
   config.data = dict(name="checkerboard")
-  config.model = dict(kind="mlp", width=128, depth=4)
+  config.model = dict(kind="mlp", width=128, depth=4, time_scale=1000.0, dtype="float32")
   config.sample.update(batch_size=10_000)
   config.evaluate.num_samples = 5_000
   config.train.update(steps=4000, batch_size=512, log_every=100, checkpoint_every=1000)
@@ -41,7 +41,9 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.policy = dict(kind="velocity")
     config.train.steps = 4000
     config.optimizer.learning_rate = 5e-4
-    config.objective.update(anchor=0.25, warmup_steps=1000 if name != "mean_flow" else 0)
+    config.objective.warmup_steps = 1000 if name != "mean_flow" else 0
+  if objective in ("ayf_emd", "ayf_lmd"):
+    config.objective.anchor = 0.25
   if name == "gmflow":
     config.policy = dict(kind="gmflow", num_components=32)
     config.objective.update(dropout=0.05, substeps=64)

@@ -41,7 +41,8 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     objective = "flow_matching"
   config = default_config(objective)
   config.data = dict(name="digits")
-  config.model = dict(kind="dit", patch_size=2, width=64, depth=4, num_heads=4, scan_unroll=4)
+  config.model = dict(kind="dit", patch_size=2, width=64, depth=4, num_heads=4, scan_unroll=4, time_scale=1000.0)
+  config.model.update(dtype="float32", remat="none", attention="xla")
   config.train.update(log_every=100, checkpoint_every=1000)
   config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine")
   config.sample.batch_size = 500
@@ -59,8 +60,9 @@ def get_config(variant: str = "teacher") -> ConfigDict:
   if objective in FLOW_MAPS:
     config.policy = dict(kind="velocity")
     config.optimizer.learning_rate = 1e-3
-    config.objective.anchor = 0.5
     config.objective.warmup_steps = 1000 if name != "mean_flow" else 0
+  if objective in ("ayf_emd", "ayf_lmd"):
+    config.objective.anchor = 0.5
   if objective == "ayf_emd":
     config.objective.to_data = 0.3  # what a single step does, and long intervals, the rarest, with it
   if name == "consistency":

@@ -26,7 +26,7 @@ def get_config(variant: str = "full") -> ConfigDict:
   config = ConfigDict()
   config.teacher = dict(config=board("flow_teacher"))
   config.weak = dict(config=board("flow_teacher"), overrides=dict(train=dict(steps=2 if quicktest else 500)))
-  config.flops = 1e7 if quicktest else 8e12
+  config.flops = 1e7 if quicktest else 3e12
   config.methods = (
     dict(name="gmflow", title="π-Flow, GMFlow", config=board("gmflow"), students=ALONE),
     dict(name="dx", title="π-Flow, DX", config=board("dx"), students=ALONE),

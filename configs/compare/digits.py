@@ -40,7 +40,7 @@ def get_config(variant: str = "full") -> ConfigDict:
   config = ConfigDict()
   config.teacher = dict(config=digits("flow_teacher"))
   config.weak = dict(config=digits("flow_teacher"), overrides=dict(train=dict(steps=2 if quicktest else 300)))
-  config.flops = 3e8 if quicktest else 2e13
+  config.flops = 3e8 if quicktest else 4e12
   config.methods = (
     dict(name="gmflow", title="π-Flow, GMFlow", config=digits("gmflow"), students=ALONE),
     dict(name="dx", title="π-Flow, DX", config=digits("dx"), students=ALONE),
