@@ -68,9 +68,9 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
     mistake = isinstance(error, (ValueError, ArithmeticError, FileNotFoundError))
-    _fail(2 if mistake else 1, f"{error}\n(set PFLOW_TRACEBACK=1 for the traceback)")
-  except KeyboardInterrupt:
-    _fail(130, "stopped")
+    _fail(2, str(error)) if mistake else _fail(1, f"{error}\n(set PFLOW_TRACEBACK=1 for the traceback)")
+  except KeyboardInterrupt as stopped:
+    _fail(130, str(stopped) or "stopped")
 
 
 def _fail(code: int, message: str) -> NoReturn:
@@ -125,10 +125,10 @@ def _define_run_flags(argv: list[str], values) -> None:
   flags.mark_flag_as_required("workdir", flag_values=values)
   given = [
     a.split("=", 1)[-1] if "=" in a else b
-    for a, b in zip(argv, [*argv[1:], ""], strict=True)
+    for a, b in zip(argv, [*argv, ""][1:], strict=True)
     if a.lstrip("-").split("=")[0] == "workdir"
   ]
-  if given:
+  if given and given[-1]:
     config = load_config(given[-1])
     config_flags.DEFINE_config_dict("config", config, "config of the run", flag_values=values)
 

@@ -12,6 +12,7 @@ Runs live in <workdir>/seed<S>/<run>, and what is finished there is not repeated
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -19,7 +20,9 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,13 +138,37 @@ def compare(
     for seed, runs in plans.items()
     for run in _in_order(run for run in runs if run.method in (only or methods))
   ]
-  for i, (seed, run) in enumerate(todo, 1):
-    done = run.name in results[seed]
-    print(f"run {i} of {len(todo)}: seed {seed}, {run.name}{', finished before' if done else ''}", flush=True)
-    if not done:
-      results[seed][run.name] = _attempt(run, roots[seed], results[seed])
-      write()
+  with _stopped_by_sigterm():
+    for i, (seed, run) in enumerate(todo, 1):
+      done = run.name in results[seed]
+      print(f"run {i} of {len(todo)}: seed {seed}, {run.name}{', finished before' if done else ''}", flush=True)
+      if not done:
+        try:
+          results[seed][run.name] = _attempt(run, roots[seed], results[seed])
+        except KeyboardInterrupt as stopped:
+          where = f" ({stopped})" if str(stopped) else ""
+          raise KeyboardInterrupt(
+            f"stopped in run {i} of {len(todo)}: seed {seed}, {run.name}{where}; the same command goes on"
+          ) from stopped
+        write()
   return write()
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+  """SIGTERM as a KeyboardInterrupt, between trainings; a training has its own way, which saves first."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+  previous = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, previous)
 
 
 def read_methods(config: ConfigDict) -> dict[str, Method]:
@@ -274,8 +301,12 @@ def _finished(run: Run, root: pathlib.Path) -> dict[str, Any] | None:
   path = root / run.name / RESULT
   if not path.exists():
     return None
-  saved = json.loads(path.read_text())
-  return saved["result"] if saved["described"] == run.described() else None
+  try:
+    saved = json.loads(path.read_text())
+    return saved["result"] if saved["described"] == run.described() else None
+  except (ValueError, KeyError, TypeError) as error:
+    print(f"{path} cannot be read ({error}): the run is looked at again", flush=True)
+    return None
 
 
 def _attempt(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

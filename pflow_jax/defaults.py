@@ -18,20 +18,7 @@ from pflow_jax.sample import SampleSettings
 from pflow_jax.sharding import make_mesh
 from pflow_jax.teachers import TeacherSettings
 from pflow_jax.train import TrainSettings
-
-# Type of the keys without a default, or with None: a ConfigDict needs it to take them from the command line.
-_TYPES = {
-  "steps": int,
-  "batch_size": int,
-  "learning_rate": float,
-  "clip_norm": float,
-  "time_mean": float,
-  "workdir": str,
-  "step": int,
-  "weak_workdir": str,
-  "weak_step": int,
-  "guidance": float,
-}
+from pflow_jax.workdir import UNSET_TYPES
 
 
 def parse_variant(variant: str, variants: Sequence[str]) -> tuple[str, bool]:
@@ -83,5 +70,5 @@ def _defaults(owner: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
   for name, parameter in inspect.signature(owner).parameters.items():
     if name not in but:
       default = None if parameter.default is inspect.Parameter.empty else parameter.default
-      values[name] = config_dict.placeholder(_TYPES[name]) if default is None else default
+      values[name] = config_dict.placeholder(UNSET_TYPES[name]) if default is None else default
   return values

@@ -22,7 +22,7 @@ from pflow_jax import data, guidance, optim, workdir
 from pflow_jax.checkpoint import load_params
 from pflow_jax.models import heads
 from pflow_jax.models.attention import IMPLEMENTATIONS, supports_jvp
-from pflow_jax.networks import AdapterSettings, Network, make_module, velocity_of
+from pflow_jax.networks import VELOCITIES, AdapterSettings, Network, make_network, velocity_of
 from pflow_jax.objectives import flow_map
 from pflow_jax.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
@@ -66,6 +66,10 @@ class StartSettings:
   workdir: str | None = None
   step: int | None = None
   which: str = "ema"
+
+  def __post_init__(self):
+    if self.which not in ("ema", "params"):
+      raise ValueError(f"which: expected 'ema' or 'params', got {self.which!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +121,13 @@ class Experiment:
     """Raises ValueError if the adapters to start from were trained on another teacher's weights."""
     assert self.teacher is not None
     theirs = workdir.load_config(self.start.workdir).teacher  # type: ignore[arg-type]
-    there, here = (f"{os.path.realpath(str(t.workdir))} at step {t.step}" for t in (theirs, self.teacher.settings))
+    there, here = (
+      f"{os.path.realpath(str(t.workdir))} at step {t.step} ({t.which})" for t in (theirs, self.teacher.settings)
+    )
     if there != here:
       raise ValueError(
-        f"config.start.workdir: the adapters there were trained on the teacher {there}, this run's is {here}; merge "
-        "them first (`pflow merge`), or give their teacher"
+        f"config.start.workdir: the adapters there were trained on the teacher {there}, this run's is {here}; give it "
+        "their teacher"
       )
 
   def _init(self, key: Array, frozen: Params) -> Params:
@@ -194,10 +200,10 @@ def build(config: ConfigDict) -> Experiment:
     raise ValueError(f"config: the sections {missing} must be set")
   make_settings, values = choose(OBJECTIVES, "objective", config.objective)
   kind = config.objective.kind
-  if kind.startswith("imitation") == (config.policy.get("kind") == "velocity"):
+  if kind.startswith("imitation") == (config.policy.get("kind") in VELOCITIES):
     raise ValueError(
       f"config.objective.kind {kind!r} does not train the policy {config.policy.get('kind')!r}: imitation needs "
-      "policy.kind 'gmflow', 'dx' or 'arc', the others 'velocity'"
+      f"policy.kind 'gmflow', 'dx' or 'arc', the others one of {VELOCITIES}"
     )
   if kind in FLOW_MAPS:
     refuse_unknown(values, [field.name for field in dataclasses.fields(flow_map.FlowMap)], "config.objective")
@@ -206,7 +212,7 @@ def build(config: ConfigDict) -> Experiment:
     objective = call(make_settings, "objective", values)
   dataset = data.load(**config.data)
   adapters = call(AdapterSettings, "adapters", config.get("adapters", {}))
-  network = Network(make_module(config.model, config.policy, dataset), adapters)
+  network = make_network(config.model, config.policy, dataset, adapters)
   start = call(StartSettings, "start", config.get("start", {}))
   if isinstance(objective, FlowMatching):
     if adapters.table:
@@ -221,6 +227,13 @@ def build(config: ConfigDict) -> Experiment:
   if own_start and adapters.table:
     raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
   student_of = None if own_start else load_teacher(config, dataset, tuple(objective.guidance))
+  if student_of and objective.guided:
+    low, high = objective.guidance
+    if not low <= student_of.settings.guidance <= high:
+      raise ValueError(
+        f"config.teacher.guidance: expected a strength in config.objective.guidance, [{low}, {high}], which this "
+        f"student is trained for and compared at, got {student_of.settings.guidance}"
+      )
   return Experiment(dataset, network, objective, student_of, start, _flow_map(network, dataset, student_of, objective))
 
 

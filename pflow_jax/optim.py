@@ -88,6 +88,14 @@ def make_optimizer(
   """
   if clip_norm is not None and clip_norm <= 0:
     raise ValueError(f"clip_norm must be > 0, or None for no clipping, got {clip_norm}")
+  if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0 and weight_decay >= 0):
+    raise ValueError(
+      f"b1, b2, eps, weight_decay: expected decay rates in [0, 1), > 0 and >= 0, got {b1}, {b2}, {eps}, {weight_decay}"
+    )
+  if not all(isinstance(row, Sequence) and len(row) == 2 for row in rates):
+    raise ValueError(
+      f"rates: expected rows (pattern, factor), got {rates!r}; quote patterns within quotes on the shell"
+    )
   for pattern, factor in rates:
     if not factor > 0:
       raise ValueError(

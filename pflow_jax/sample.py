@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from pflow_jax.sections import call
 from pflow_jax.sharding import make_mesh, replicated
 
 Array = jax.Array | np.ndarray
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +60,24 @@ class SampleSettings:
   def __post_init__(self):
     if min(self.nfe, default=1) < 1 or self.batch_size < 1:
       raise ValueError(f"config.sample: expected nfe and batch_size of at least 1, got {self.nfe}, {self.batch_size}")
-    if self.h < 0 or self.temperature < 0:
-      raise ValueError(f"config.sample: expected h and temperature of at least 0, got {self.h}, {self.temperature}")
+    if not (self.h >= 0 and self.temperature >= 0 and 0 <= self.gamma <= 1):
+      raise ValueError(
+        "config.sample: expected h and temperature of at least 0 and gamma in [0, 1], got "
+        f"{self.h}, {self.temperature}, {self.gamma}"
+      )
 
 
 def evaluations(experiment: Experiment, settings: SampleSettings) -> tuple[int, ...]:
-  """The numbers of network evaluations that `settings.nfe` stands for."""
+  """The numbers of network evaluations that `settings.nfe` stands for; warns of those a student was not trained for."""
+  own = experiment.objective.nfe if isinstance(experiment.objective, Imitation) else None
+  others = [nfe for nfe in settings.nfe if own and nfe != own]
+  if others:
+    logger.warning("sampling with %s evaluations; this student was trained for objective.nfe=%s", others, own)
   if settings.nfe:
     return tuple(settings.nfe)
   if isinstance(experiment.objective, FlowMap):
     return (1, 2, 4, 8)
-  return (experiment.objective.nfe if isinstance(experiment.objective, Imitation) else 128,)
+  return (own or 128,)
 
 
 def flow_map_grid(objective: FlowMap, nfe: int) -> list[float]:
@@ -174,7 +184,7 @@ def sample(
   which: str = "ema",
   out: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-  """Samples of the run in `folder`: <out>.npz with x0 and label, and <out>.png.
+  """Samples of the run in `folder`: <out>.npz with label and x0_nfe<n> for each n, and <out>.png.
 
   Args:
     num: number of samples.   nfe: network evaluations; by default those of config.sample.nfe.
@@ -182,7 +192,7 @@ def sample(
     out: path without its ending; by default <folder>/samples/seed<seed>.
   Returns: the path of the picture.
   """
-  settings = call(SampleSettings, "sample", config.sample)
+  settings = call(SampleSettings, "sample", config.get("sample", {}))
   if num < 1:
     raise ValueError(f"num: expected at least 1 sample, got {num}")
   experiment = build(config)
@@ -190,7 +200,7 @@ def sample(
   noise, classes = draw_noise(experiment, num, seed, labels)
   keys = jax.random.split(jax.random.key(seed + 1), num)
   rows = {}
-  for n in (nfe,) if nfe else evaluations(experiment, settings):
+  for n in evaluations(experiment, dataclasses.replace(settings, nfe=(nfe,) if nfe else settings.nfe)):
     run = functools.partial(make_sampler(experiment, settings, n), params)
     rows[f"{n} NFE"] = in_batches(run, settings.batch_size, noise, classes, keys)
   out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"seed{seed}")

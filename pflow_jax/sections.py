@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from typing import Any
 def call(function: Callable, section: str, values: Mapping[str, Any], **given: Any) -> Any:
   """`function(**values, **given)`; a key that it does not take, or needs and does not get, is a ValueError.
 
-  A key whose value is None is one that is not set.
+  A key whose value is None is one that is not set. What the function itself refuses is named after the section.
   """
   known = {
     name: p.default is p.empty
@@ -23,7 +24,15 @@ def call(function: Callable, section: str, values: Mapping[str, Any], **given: A
   missing = [name for name, required in known.items() if required and name not in values]
   if missing:
     raise ValueError(f"config.{section}: {', '.join(missing)} must be set")
-  return function(**values, **given)
+  for key, value in values.items():
+    if isinstance(value, float) and math.isnan(value):
+      raise ValueError(f"config.{section}.{key}: expected a number, got {value}")
+  try:
+    return function(**values, **given)
+  except (ValueError, TypeError, ZeroDivisionError) as error:
+    if str(error).startswith("config."):
+      raise
+    raise ValueError(f"config.{section}: {error}") from error
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -18,7 +18,8 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from pflow_jax import data, sample, workdir
-from pflow_jax.checkpoint import Checkpointer
+from pflow_jax.checkpoint import Checkpointer, newest_step
+from pflow_jax.evaluate import EvaluateSettings
 from pflow_jax.experiment import build
 from pflow_jax.flops import count_flops
 from pflow_jax.sections import call
@@ -76,9 +77,13 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   Returns: the final state, or the one saved when SIGTERM or Ctrl-C came.
   Raises: ValueError for a config that does not fit; FloatingPointError when updates stay non-finite.
   """
-  settings = call(TrainSettings, "train", config.train)
+  settings = call(TrainSettings, "train", config.get("train", {}))
   workdir.pin_teacher(folder, config)
   experiment = build(config)
+  # Later commands read these from the run's config: better refused now than after the training.
+  call(sample.SampleSettings, "sample", config.get("sample", {}))
+  call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
+  workdir.claim(folder, config, write=False)
   step_fn, schedule = make_step(config, experiment)
   mesh = call(make_mesh, "mesh", config.mesh)
   if settings.batch_size % (mesh.size * settings.accumulation):
@@ -100,7 +105,8 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   key_init, key_steps = jax.random.split(jax.random.key(config.seed))
   everywhere = replicated(mesh)
   frozen = jax.device_put(experiment.frozen, everywhere)
-  start_params = () if workdir.has_checkpoint(folder) else experiment.start_params()  # a resumed run has its own
+  # A run that is resumed has its own.
+  start_params = () if newest_step(f"{folder}/{workdir.CHECKPOINTS}") is not None else experiment.start_params()
   init = jax.jit(lambda key, *args: step_fn.init(key, experiment.init(key, *args)), out_shardings=everywhere)
   abstract = jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),

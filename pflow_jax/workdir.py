@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from pflow_jax.checkpoint import newest_step
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+
+# Type of the keys that may be unset (None), or have no default: a ConfigDict needs it to take them from the command
+# line.
+UNSET_TYPES = {
+  "steps": int,
+  "batch_size": int,
+  "learning_rate": float,
+  "clip_norm": float,
+  "time_mean": float,
+  "workdir": str,
+  "step": int,
+  "weak_workdir": str,
+  "weak_step": int,
+  "guidance": float,
+}
 
 # What may differ when a run is resumed: how long it goes on, and what it reports.
 CHANGEABLE = (
@@ -55,15 +71,23 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   if not path.exists():
     raise ValueError(f"no run in {workdir}: expected the file {CONFIG} that `pflow train --workdir {workdir}` writes")
   try:
-    return ConfigDict(_with_tuples(json.loads(path.read_text())))
-  except ValueError as error:
-    raise ValueError(f"{path} is not valid JSON ({error}); restore it, or start a new run") from error
+    config = ConfigDict(_with_tuples(json.loads(path.read_text())))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is not a config in JSON ({error}); restore it, or start a new run") from error
+  for section in config.values():
+    if isinstance(section, ConfigDict):
+      # JSON's null has lost the type that a flag is read with.
+      unset = [key for key, value in section.items() if value is None and key in UNSET_TYPES]
+      section.update({key: config_dict.placeholder(UNSET_TYPES[key]) for key in unset})
+  return config
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
-  """Whether a step of the run has been saved, intact or not."""
+  """Whether a step of the run has been saved, intact or not (<step>.damaged); a save that was cut short is none."""
   checkpoints = epath.Path(workdir) / CHECKPOINTS
-  return checkpoints.exists() and any(child.name.split(".")[0].isdigit() for child in checkpoints.iterdir())
+  return checkpoints.exists() and any(
+    re.fullmatch(r"\d+(\.damaged\+*)?", child.name) for child in checkpoints.iterdir()
+  )
 
 
 def pin_teacher(workdir: str | os.PathLike, config: ConfigDict) -> None:

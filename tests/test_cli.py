@@ -48,6 +48,31 @@ MISTAKES = {
   ),
   "a config that is no comparison": (["compare", "--config=configs/digits.py", "--workdir=x"], "no key 'data'"),
   "no such comparison": (["compare", "--config=configs/nope.py", "--workdir=x"], "configs/nope.py"),
+  "no flags": (["sample"], "workdir"),
+  "not a number": (
+    ["train", "--config=configs/digits.py", "--workdir=x", "--config.optimizer.learning_rate=nan"],
+    "config.optimizer.learning_rate: expected a number, got nan",
+  ),
+  "a size of zero": (
+    ["train", "--config=configs/digits.py", "--workdir=x", "--config.model.num_heads=0"],
+    "config.model.num_heads: expected > 0, got 0",
+  ),
+  "an unknown dtype": (
+    ["train", "--config=configs/digits.py", "--workdir=x", "--config.model.dtype=float8"],
+    "config.model.dtype: expected one of",
+  ),
+  "a comparison is no run": (
+    ["train", "--config=configs/compare/digits.py", "--workdir=x"],
+    "config.train: steps, batch_size must be set",
+  ),
+  "samples refused before training": (
+    ["train", "--config=configs/digits.py", "--workdir=x", "--config.evaluate.num_samples=-4"],
+    "expected num_samples",
+  ),
+  "an unquoted table": (
+    ["train", "--config=configs/digits.py", "--workdir=x", "--config.optimizer.rates=((head,0.1),)"],
+    "rates: expected rows (pattern, factor)",
+  ),
   "stray word": (["train", "--config=configs/digits.py", "--workdir=x", "now"], "'now'"),
 }
 

@@ -13,7 +13,8 @@ from pflow_jax import sample as program
 from pflow_jax import workdir
 from pflow_jax.checkpoint import Checkpointer, load_params
 from pflow_jax.evaluate import evaluate
-from pflow_jax.experiment import build
+from pflow_jax.experiment import _flow_map, build
+from pflow_jax.networks import Network
 from pflow_jax.objectives import flow_map
 from pflow_jax.partition import path_of
 from pflow_jax.state import create_state
@@ -334,3 +335,80 @@ def test_another_network_to_start_from_is_refused_by_its_leaves(mean_flow_run, t
     build(config).start_params()
   config.start = dict(folder="x")
   refused(config, r"config\.start has no key 'folder'")
+
+
+def test_the_derivative_counts_more_with_every_step(teacher):
+  """The run's step reaches the warm-up: else a run would regress on its teacher's velocity for good."""
+  config = guided_config(teacher)
+  config.objective.warmup_steps = 10
+  experiment = build(config)
+  batch = {"x0": jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), "label": jnp.arange(4)}
+
+  @jax.jit
+  def warmup(frozen, step):
+    trained = experiment.init(jax.random.key(0), frozen)
+    return experiment.loss_fn(trained, frozen, batch, jax.random.key(0), step)[1]["warmup"]
+
+  got = [warmup(experiment.frozen, step) for step in (0, 5, 100)]
+  np.testing.assert_allclose(got, [0, 0.5, 0.99], rtol=1e-6)
+
+
+def test_adapters_drop_out_alike_in_both_evaluations_of_a_step(teacher):
+  """The derivative of the float32 network and the output of the bfloat16 one are of the same function."""
+  config = guided_config(teacher, MODEL | dict(dtype="bfloat16"))
+  config.adapters.table = (("time_embed/.*", 2, 2.0, 0.5),)
+  experiment = build(config)
+  keys = []
+
+  class Noted(Network):
+    def __call__(self, *args, key=None, **named):
+      keys.append(key)
+      return super().__call__(*args, key=key, **named)
+
+  network = Noted(experiment.network.module, experiment.network.adapters)
+  loss_fn = _flow_map(network, experiment.dataset, experiment.teacher, experiment.objective)
+  trained = experiment.init(jax.random.key(0), experiment.frozen)
+  batch = {"x0": jnp.ones((2, 8, 8, 1)), "label": jnp.arange(2)}
+  loss_fn(trained, experiment.frozen, batch, jax.random.key(0), 0)
+  assert len(keys) == 2
+  np.testing.assert_array_equal(*map(jax.random.key_data, keys))
+
+
+def test_the_derivative_asks_for_products_in_float32(teacher):
+  """Accelerators round the factors to bfloat16 by default, whatever the arrays are."""
+  config = guided_config(teacher, MODEL | dict(dtype="bfloat16"))
+  experiment = build(config)
+  batch = {"x0": jnp.ones((2, 8, 8, 1)), "label": jnp.arange(2)}
+  init = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
+  traced = jax.make_jaxpr(lambda p: experiment.loss_fn(p, experiment.frozen, batch, jax.random.key(0), 0)[0])(init)
+  dots = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
+  precise = [e for e in dots if "HIGHEST" in str(e.params["precision"])]
+  assert precise
+  assert all(v.aval.dtype == jnp.float32 for e in precise for v in e.invars)
+  assert any(e.invars[0].aval.dtype == jnp.bfloat16 for e in dots if e not in precise), "the output, and the teacher"
+
+
+def test_edm2_network_trains_and_stays_normalised(tmp_path):
+  """A teacher in EDM's preconditioning and a flow map of it, with EDM2's U-Net."""
+  model = dict(kind="edm2", model_channels=8, channel_mult=(1, 2), num_blocks=0, attn_levels=(1,), channels_per_head=8)
+  config = quick("digits", "flow_teacher", steps=2)
+  config.model, config.policy = model, dict(kind="denoiser", sigma_data=0.5)
+  state = train(config, tmp_path / "teacher")
+  student = quick("digits", "ayf_emd", tmp_path / "teacher", steps=2)
+  student.model = model
+  with pytest.raises(ValueError, match=r"policy\.kind: the teacher has 'denoiser', the student 'velocity'"):
+    build(student)
+  student.policy = dict(kind="denoiser", sigma_data=0.5)
+  experiment = build(student)
+  starts = jax.jit(experiment.init)(jax.random.key(1), experiment.frozen)
+  x, t, label = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.3, 1, 4), jnp.arange(4)
+  expected = experiment.teacher.velocity(experiment.frozen)(x, t, label)
+  np.testing.assert_allclose(experiment.flow_map(starts)(x, t, t / 2, label), expected, rtol=1e-4, atol=1e-5)
+  for trained in (state.params, train(student, tmp_path / "student").params):
+    for path, leaf in leaves_of(trained).items():
+      if path.endswith("mp_kernel"):
+        np.testing.assert_allclose(np.sqrt(np.mean(leaf**2, tuple(range(leaf.ndim - 1)))), 1, atol=5e-3, err_msg=path)
+  config = quick("digits", "gmflow", tmp_path / "teacher")
+  config.model = model
+  with pytest.raises(ValueError, match="holds a denoiser"):
+    build(config)

@@ -21,7 +21,7 @@ from tests.programs import quick
 
 pytestmark = pytest.mark.usefixtures("float32")
 
-MODEL = dict(kind="mlp", width=8, depth=0, time_scale=1.0)
+MODEL = dict(kind="mlp", width=8, depth=1, time_scale=1.0)
 VELOCITY = dict(kind="velocity")
 
 

@@ -230,6 +230,13 @@ def test_preview_pictures_and_profile_are_written(tmp_path, teacher_run):
   assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.usefixtures("float32")
+def test_checkpoints_of_multiples_are_kept_for_good(tmp_path):
+  config = quick("checkerboard", "teacher", steps=5, checkpoint_every=1, keep_checkpoints=1, keep_every=2)
+  train(config, tmp_path)
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+
+
 def test_settings_refuse_bad_values():
   good = dict(steps=1, batch_size=8)
   bads = [{name: 0} for name in ("steps", "batch_size", "accumulation", "log_every", "max_skipped")]

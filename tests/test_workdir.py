@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from pflow_jax import workdir
+from pflow_jax.defaults import default_config
 
 
 def config(**changes):
@@ -70,10 +71,26 @@ def test_missing_and_damaged_configs_are_named(tmp_path):
   with pytest.raises(ValueError, match="pflow train"):
     workdir.load_config(tmp_path)
   (tmp_path / "config.json").write_text(json.dumps({"seed": 0})[:-2])
-  with pytest.raises(ValueError, match="not valid JSON"):
+  with pytest.raises(ValueError, match="not a config in JSON"):
     workdir.load_config(tmp_path)
 
 
 def test_checking_alone_writes_nothing(tmp_path):
   workdir.claim(tmp_path / "run", config(), write=False)
   assert not (tmp_path / "run").exists()
+
+
+def test_a_save_that_was_cut_short_is_no_checkpoint(tmp_path):
+  for name, saved in (("1.orbax-checkpoint-tmp", False), ("1.damaged", True), ("2", True)):
+    (tmp_path / name / "checkpoints" / name).mkdir(parents=True)
+    assert workdir.has_checkpoint(tmp_path / name) == saved
+
+
+def test_unset_keys_keep_their_type(tmp_path):
+  """A flag of a finished run can set them: --config.sample.guidance=1.5."""
+  new = default_config("ayf_emd")
+  workdir.claim(tmp_path, new)
+  loaded = workdir.load_config(tmp_path)
+  for section, key, kind in (("sample", "guidance", float), ("teacher", "step", int), ("start", "workdir", str)):
+    assert loaded[section][key] is None
+    assert loaded[section].get_type(key) is kind
