@@ -80,12 +80,12 @@ def load_teacher(config: ConfigDict, dataset: data.Dataset, strengths: tuple[flo
   # The student starts from its teacher's parameters: same data, same network but for how it is computed.
   # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
   is_velocity = config.policy.kind in VELOCITIES
-  _check_same(config, own, settings.workdir, sections=("data", "model", *(["policy"] if is_velocity else [])))
   if not is_velocity and own.policy.kind != "velocity":
     raise ValueError(
       f"config.teacher.workdir: {settings.workdir} holds a {own.policy.kind}; a policy's output layer starts from that "
       "of a teacher with policy.kind='velocity'"
     )
+  _check_same(config, own, settings.workdir, sections=("data", "model", *(["policy"] if is_velocity else [])))
   strong = make_network(own.model, own.policy, dataset)
   params = {"strong": _load(settings.workdir, settings.which, settings.step)}
   options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
