@@ -6,8 +6,10 @@
 The table is runs/compare/compare.md, the numbers of every run compare.json, the picture compare.png. The same command
 goes on where it was stopped, tries again what failed, and repeats nothing that is finished.
 
-Hardware and cost: any; a seed is a teacher of 6.5e12 operations and 22 students of 2e13, 4.5e14 in all, and 22
-evaluations. --config.flops=5e12 asks for a quarter, in another workdir.
+Hardware and cost: any; a seed is a teacher of 6.5e12 operations and 22 students of 4e12, 9.5e13 in all, and 22
+evaluations: about an hour on one core. --config.flops=2e13 asks for five times as much, in another workdir.
+
+Measured with three seeds: docs/compare_digits.md, read in the README.
 
 How it is fair, and what to keep in mind:
 * A step of each student is counted from its traced program, evaluations of the teacher and of a discriminator included;
@@ -17,7 +19,10 @@ How it is fair, and what to keep in mind:
 * The adversarial student starts from the finished AYF-EMD student and is trained for the budget once more.
 * The autoguided student knows strengths 1 to 2 and is sampled at 1.5, while alignment is measured to the teacher
   without guidance: of this method it says how far guidance moves a sample. `sample.guidance` needs no new training.
-* MeanFlow learns from the data, but starts from the teacher's parameters, as all do.
+* MeanFlow learns from the data, but starts from the teacher's parameters, as all do. It and consistency keep their
+  own share of flow matching (0.75 and none), AYF has half.
+* A consistency model renews its noise between steps: its samples at 2 and more evaluations are other samples than the
+  teacher's, by design, and their alignment says that alone.
 """
 
 import pathlib
