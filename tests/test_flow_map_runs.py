@@ -21,7 +21,7 @@ from pflow_jax.state import create_state
 from pflow_jax.step import abstract_batch
 from pflow_jax.train import train
 from pflow_jax.workdir import CHECKPOINTS, load_config
-from tests.models.test_lora import equations
+from tests.models.test_dit import equations
 from tests.programs import quick
 from tests.test_networks import leaves_of
 from tests.test_teachers import MODEL, write_teacher

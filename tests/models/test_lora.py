@@ -16,7 +16,7 @@ from pflow_jax.models.heads import ArcHead, VelocityHead
 from pflow_jax.models.lora import Adapter, adapted, init_adapters, merge_adapters
 from pflow_jax.models.mlp import MLP
 from pflow_jax.partition import combine, match, split
-from tests.models.test_dit import perturbed_params
+from tests.models.test_dit import equations, perturbed_params
 
 DIT_TABLE = (Adapter("blocks/(mlp_in|mlp_out)", rank=3, alpha=6.0), Adapter("time_embed/.*", rank=2))
 MLP_TABLE = (Adapter("blocks_0/.*", rank=2), Adapter("blocks_1/mlp_in", rank=3, alpha=1.5))
@@ -54,14 +54,6 @@ def setup(network, table):
       return plain(params)
 
   return jax.jit(plain), jax.jit(new), params, fresh, used
-
-
-def equations(jaxpr):
-  """All equations of a jaxpr, those inside scans, remats and calls too."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for sub in jax.core.jaxprs_in_params(equation.params):
-      yield from equations(sub)
 
 
 def shapes_made(f, *args):
