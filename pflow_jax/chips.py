@@ -1,0 +1,163 @@
+"""TPU chips: what a program finds on one, and how the slices are named that they come in."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One chip, with both of its TensorCores where it has two.
+
+  Attributes:
+    name: as the TPU compiler calls it, the part of a topology before the colon.
+    hbm_bytes: main memory that a program may use, what the compiler names when it refuses one ("exceeds available
+      HBM"): less than what is built in.
+    peak_flops: bfloat16 operations a second, a multiply-add counts 2.
+    hbm_bandwidth: bytes a second to and from main memory.
+    ici_bandwidth: bytes a second that the chip can send to its neighbours, one way, over all `ici_links` at once; it
+      receives as many. A collective along one axis of a slice has the two links of that axis (one, where the axis does
+      not close to a ring), two of `ici_links`.
+    ici_links: links to neighbours: 4 in a 2-D torus, 6 in a 3-D one.
+    dcn_bandwidth: bytes a second that the chip's share of its host's network can send to other slices.
+    devices: JAX devices a chip. 2 where each TensorCore is a device of its own, with half of the memory, of the
+      operations and of the bandwidths.
+    cores: TensorCores, which Cloud names count.
+  XX"""
+
+  name: str
+  hbm_bytes: int
+  peak_flops: float
+  hbm_bandwidth: float
+  ici_bandwidth: float
+  ici_links: int
+  dcn_bandwidth: float
+  devices: int
+  cores: int
+  dimensions: int
+  max_chips: int
+
+  @property
+  def hbm_bytes_per_device(self) -> int:
+    return self.hbm_bytes // self.devices
+
+
+# Memory: refusals of libtpu 0.0.42, a device's times the devices of a chip. Operations, bandwidths and links: the
+# generations' pages of cloud.google.com/tpu/docs (/v3, /v4, /v5e, /v5p, /v6e, /tpu7x). One-way ICI is half of what they
+# call bidirectional; of v3 and v4 they give no such figure, and it is the all-reduce bandwidth of a pod (340 TB/s,
+# 1.1 PB/s) over its chips, which for v5e and v6e comes to the same. DCN: /tpu7x for v5p, v6e and tpu7x; /v5e's pod
+# (6.4 Tbit/s, 256 chips); jax-ml.github.io/scaling-book, "How to think about TPUs", for v4; v3's is a guess, one
+# 100 Gbit/s adapter for the four chips of a host.
+CHIPS: dict[str, Chip] = {
+  chip.name: chip
+  for chip in (
+    Chip("v3", int(2 * 15.48 * GIB), 123e12, 900e9, 3.3e11, 4, 3.125e9, 2, 2, 2, 1024),
+    Chip("v4", int(30.75 * GIB), 275e12, 1200e9, 2.7e11, 6, 6.25e9, 1, 2, 3, 4096),
+    Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 2.0e11, 4, 3.125e9, 1, 1, 2, 256),
+    Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 6.0e11, 6, 6.25e9, 1, 2, 3, 8960),
+    Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 4.0e11, 4, 12.5e9, 1, 1, 2, 256),
+    Chip("tpu7x", int(2 * 94.75 * GIB), 2307e12, 7380e9, 6.0e11, 6, 12.5e9, 2, 2, 3, 9216),
+  )
+}
+
+
+def chip_of(topology: str) -> Chip:
+  """The chip of a topology or Cloud name, see `parse_topology`: "v5e:16x16" -> CHIPS["v5e"]."""
+  return CHIPS[parse_topology(topology)[0]]
+
+
+def parse_topology(text: str) -> tuple[str, tuple[int, ...], int]:
+  """Reads a slice's name: (name of the chip, shape in chips, number of chips).
+
+  Args:
+    text: a topology, "v5e:16x16" or "v5p:4x4x4"; or a Cloud name, "v5e-256" (also "v5litepod-256"), "v6e-64" or
+      "v5p-128", which stands for the usual shape of that size. It counts TensorCores: one a chip of v5e and v6e,
+      two of v3, v4, v5p and tpu7x.
+  Raises: ValueError for a chip, a shape or a size that there is not.
+  References: cloud.google.com/tpu/docs/system-architecture-tpu-vm and the generations' pages.
+  """
+  topology = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.strip())
+  if topology:
+    chip = _chip(topology[1], text)
+    shape = tuple(int(side) for side in topology[2].split("x"))
+    if len(shape) != chip.dimensions or min(shape) < 1:
+      example = "x".join(["4"] * chip.dimensions)
+      raise ValueError(
+        f"topology {text!r}: expected {chip.dimensions} sides for {chip.name}, as in '{chip.name}:{example}', got "
+        f"{len(shape)}: {topology[2]}"
+      )
+    return chip.name, shape, _checked(chip, math.prod(shape), text)
+  cloud = re.fullmatch(r"(\w+)-(\d+)", text.strip())
+  if not cloud:
+    raise ValueError(
+      f"topology {text!r}: expected a chip and a shape, such as 'v5e:16x16', or a Cloud name, such as 'v5p-128'; "
+      f"chips are {sorted(CHIPS)}"
+    )
+  chip, count = _chip(cloud[1], text), int(cloud[2])
+  if count % chip.cores or count < 1:
+    raise ValueError(
+      f"topology {text!r}: the number counts TensorCores, {chip.cores} a chip of {chip.name}, got {count}"
+    )
+  number = _checked(chip, count // chip.cores, text)
+  shape_of_size = _square(number) if chip.dimensions == 2 else _cube(number)
+  if shape_of_size is None:
+    raise ValueError(
+      f"topology {text!r}: {number} chips have no usual shape; name the one you mean, such as '{chip.name}:"
+      f"{'4x4' if chip.dimensions == 2 else '4x4x4'}'"
+    )
+  return chip.name, shape_of_size, number
+
+
+def compiler_topology(text: str) -> tuple[str, dict[str, Any]]:
+  """Name and options of a slice for `jax.experimental.topologies.get_topology_desc(name, platform="tpu", **options)`.
+
+  Args: see `parse_topology`.
+  """
+  name, shape, number = parse_topology(text)
+  options: dict[str, Any] = {}
+  if name == "v4":
+    options["chip_config_name"] = "megacore"  # else each TensorCore is a device, which no v4 on Cloud offers
+  if number == 1:
+    options["chips_per_host_bounds"] = [1, 1, 1]
+  return f"{name}:{'x'.join(map(str, shape))}", options
+
+
+def _chip(name: str, text: str) -> Chip:
+  name = {"v5litepod": "v5e", "v5lite": "v5e"}.get(name, name)
+  if name not in CHIPS:
+    raise ValueError(f"topology {text!r}: expected one of the chips {sorted(CHIPS)}, got {name!r}")
+  return CHIPS[name]
+
+
+def _checked(chip: Chip, number: int, text: str) -> int:
+  if number > chip.max_chips:
+    raise ValueError(
+      f"topology {text!r}: expected at most {chip.max_chips} chips of {chip.name} in a slice, got {number}; use "
+      "several slices"
+    )
+  return number
+
+
+def _square(number: int) -> tuple[int, ...] | None:
+  """The 2-D slice of so many chips: a power of 2 but 2 itself, square or twice as long as wide."""
+  if number == 2 or number & (number - 1):
+    return None
+  side = 2 ** ((number.bit_length() - 1) // 2)
+  return side, number // side
+
+
+def _cube(number: int) -> tuple[int, ...] | None:
+  """The 3-D slice of so many chips, the most like a cube of those whose sides are 1, 2 or multiples of 4."""
+  if number == 4:
+    return 2, 2, 1  # one host
+  sides = [n for n in range(1, number + 1) if number % n == 0 and (n in (1, 2) or n % 4 == 0)]
+  shapes = [s for s in itertools.combinations_with_replacement(sides, 3) if math.prod(s) == number]
+  # Slices of several hosts are at least two chips wide everywhere.
+  shapes = [s for s in shapes if min(s) > 1 or number == 1]
+  return min(shapes, key=sum, default=None)
