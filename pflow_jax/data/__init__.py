@@ -3,6 +3,7 @@
 from pflow_jax.data.dataset import Dataset as Dataset
 from pflow_jax.data.dataset import from_arrays as from_arrays
 from pflow_jax.data.emoji import fetch_emoji as fetch_emoji
+from pflow_jax.data.latents import write_latents as write_latents
 from pflow_jax.data.pipeline import batches as batches
 from pflow_jax.data.pipeline import examples as examples
 from pflow_jax.data.points import checkerboard_density as checkerboard_density

@@ -13,47 +13,40 @@ def batches(
   batch_size: int,
   *,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  start: int = 0,
+  rows: np.ndarray | None = None,
   num_threads: int | None = None,
   num_workers: int = 0,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches {"x0": (b, *space, C) float32, "label": (b,) int32}.
 
-  The order depends on `seed` alone. Every record comes once an epoch, each epoch has its own
-  shuffle, and a batch may run over from one epoch into the next, so no record is dropped and
-  `batch_size` may exceed the set. b = batch_size / process_count: the shards of the processes,
-  concatenated in process order, are the batch of a single process.
-
-  The iterator is grain's: `get_state()` and `set_state(state)` resume exactly, and
-  `grain.checkpoint.CheckpointSave(iterator)` / `CheckpointRestore(iterator)` do so through an Orbax
-  CheckpointManager. A state belongs to the same data set, seed, batch size and process count, and
-  the same `num_workers`.
+  Batch i depends on `seed` and i alone, so a run resumes exactly at any step, with any number of
+  processes: nothing but the step has to be kept. Every record comes once an epoch, each epoch has
+  its own shuffle, and a batch may run over from one epoch into the next, so no record is dropped
+  and `batch_size` may exceed the set.
 
   Args:
     dataset: from `load` or `from_arrays`.
-    batch_size: global batch size.   seed: in [0, 2^32).
-    process_index, process_count: jax.process_index() and jax.process_count().
+    batch_size: global batch size.   seed: in [0, 2^32).   start: batches to skip.
+    rows: those of a global batch that this process reads, ascending, see
+      `sharding.Layout.local_rows`; None is all of them.
     num_threads: threads that read ahead; 0 reads in the caller, None takes what suits the set
       (0 in memory, 2 for files).
     num_workers: processes that read, each with its threads; 0 reads in this process.
-  Raises: ValueError for a batch that does not divide over the processes, or values out of range.
+  Raises: ValueError for values out of range.
   """
-  if process_count < 1 or not 0 <= process_index < process_count:
-    raise ValueError(
-      f"expected 0 <= process_index < process_count, got process_index={process_index}, process_count={process_count}."
-    )
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch_size {batch_size} does not divide over {process_count} process(es); use a multiple of {process_count}."
-    )
+  rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+  if batch_size < 1 or start < 0:
+    raise ValueError(f"expected batch_size >= 1 and start >= 0, got {batch_size} and {start}.")
+  if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size or np.any(np.diff(rows) < 1):
+    raise ValueError(f"rows: expected ascending positions in [0, {batch_size}), got {rows}.")
   _check_seed(seed)
   records = dataset.records
   threads = records.read_threads if num_threads is None else num_threads
   if threads < 0 or num_workers < 0:
     raise ValueError(f"num_threads and num_workers must be >= 0, got {num_threads} and {num_workers}.")
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-  stream = records.batches(batch_size, seed, (process_index, process_count)).to_iter_dataset(options)
+  stream = records.batches(batch_size, seed, rows)[start:].to_iter_dataset(options)
   if num_workers > 0:
     _parse_absl_flags()
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))

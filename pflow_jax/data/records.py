@@ -2,8 +2,8 @@
 
 The order of a run is one endless stream: epoch 0's shuffle of all records, then epoch 1's, and so
 on. Global batch i is the stretch [i * B, (i + 1) * B) of the stream, so a batch may end one epoch
-and begin the next, every record comes once an epoch, and B may be larger than the set. A shard
-(index, count) is the index-th of `count` equal parts of each global batch.
+and begin the next, every record comes once an epoch, and B may be larger than the set. A process
+reads the rows of each global batch that its devices hold, whichever they are.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Records(Protocol):
   def read_threads(self) -> int:
     """Threads that read best by default; 0 reads in the caller."""
 
-  def batches(self, batch_size: int, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
-    """Endless grain data set whose element i is the shard of global batch i."""
+  def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
+    """Endless grain data set whose element i is the `rows` (n,) of global batch i."""
 
   def sample(self, n: int, seed: int) -> Batch:
     """`n` records without replacement."""
@@ -64,13 +64,9 @@ class ArrayRecords:
     x0 = self.x0[rows]
     return {"x0": to_unit(x0) if x0.dtype == np.uint8 else x0, "label": self.label[rows]}
 
-  def batches(self, batch_size: int, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
-    index, count = shard
-    local = batch_size // count
-
+  def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
     def batch(i: int) -> Batch:
-      first = i * batch_size + index * local
-      return self.take(stream_rows(len(self.x0), seed, first, local))
+      return self.take(stream_rows(len(self.x0), seed, i * batch_size + rows))
 
     return grain.MapDataset.range(_ENDLESS).map(batch)
 
@@ -89,20 +85,17 @@ class GeneratedRecords:
   def num_records(self) -> None:
     return None
 
-  def batches(self, batch_size: int, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
-    index, count = shard
-    local = batch_size // count
-
+  def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
     def batch(i: int) -> Batch:
-      # Every process makes the global batch and keeps its part, so shards agree with one process.
-      return self._make(batch_size, seed, i, slice(index * local, (index + 1) * local))
+      # Every process makes the global batch and keeps its part, so that all agree with one process.
+      return self._make(batch_size, seed, i, rows)
 
     return grain.MapDataset.range(_ENDLESS).map(batch)
 
   def sample(self, n: int, seed: int) -> Batch:
-    return self._make(n, seed, _EXAMPLES_KEY, slice(n))
+    return self._make(n, seed, _EXAMPLES_KEY, np.arange(n))
 
-  def _make(self, n: int, seed: int, key: int, part: slice) -> Batch:
+  def _make(self, n: int, seed: int, key: int, part: np.ndarray) -> Batch:
     words = np.array([seed, key], np.uint64)
     x0 = self.generate(n, np.random.Generator(np.random.Philox(key=words)))[part]
     return {"x0": x0, "label": np.zeros(len(x0), np.int32)}
@@ -127,25 +120,27 @@ class SourceRecords:
   def num_records(self) -> int:
     return len(self.source)
 
-  def batches(self, batch_size: int, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
-    index, count = shard
+  def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
     stream = grain.MapDataset.source(self.source).seed(seed).shuffle().repeat()
-    # Batched before the shards are dealt out, so that shards of one global batch are neighbours.
-    return stream.batch(batch_size // count, drop_remainder=True)[index::count]
+
+    def batch(i: int) -> Batch:
+      return _stacked([stream[int(position)] for position in i * batch_size + rows])
+
+    return grain.MapDataset.range(_ENDLESS).map(batch)
 
   def sample(self, n: int, seed: int) -> Batch:
     records = [self.source[int(row)] for row in _sample_rows(len(self.source), n, seed)]
-    return {name: np.stack([record[name] for record in records]) for name in ("x0", "label")}
+    return _stacked(records)
 
 
-def stream_rows(n: int, seed: int, first: int, count: int) -> np.ndarray:
-  """Rows, int64 (count,), at positions [first, first + count) of the stream of shuffled epochs."""
-  parts = []
-  while count > 0:
-    epoch, start = divmod(first, n)
-    rows = _permutation(n, seed, epoch)[start : start + count]
-    parts.append(rows)
-    first, count = first + len(rows), count - len(rows)
+def _stacked(records: list[Batch]) -> Batch:
+  return {name: np.stack([record[name] for record in records]) for name in ("x0", "label")}
+
+
+def stream_rows(n: int, seed: int, positions: np.ndarray) -> np.ndarray:
+  """Records, int64 (count,), at ascending `positions` (count,) of the stream of shuffled epochs of `n` records."""
+  epochs, offsets = np.divmod(positions, n)
+  parts = [_permutation(n, seed, int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
   return np.concatenate(parts)
 
 

@@ -12,6 +12,7 @@ from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.emoji import emoji
 from pflow_jax.data.folder import folder
 from pflow_jax.data.images import digits, mnist5k, synthetic
+from pflow_jax.data.latents import latents
 from pflow_jax.data.points import checkerboard
 from pflow_jax.data.tfds_source import tfds_images
 
@@ -27,6 +28,7 @@ _OPEN_SOURCES: dict[str, Callable[..., Dataset]] = {
   "tfds:<name>": tfds_images,
   "folder:<path>": folder,
   "npz:<path>": npz,
+  "latents:<path>": latents,
 }
 
 
@@ -35,7 +37,7 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
 
   Args:
     name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "tfds:<name>",
-      "folder:<path>" or "npz:<path>".
+      "folder:<path>", "npz:<path>" or "latents:<path>".
     split: "train" or "test"; for tfds any split it understands. See `held_out` of the sources.
     **options: keyword arguments of the source's function in this package.
   Raises: ValueError for an unknown name or option, with the nearest one and the list.

@@ -1,10 +1,8 @@
-"""Batches: determinism, coverage, shards and exact resume, for each kind of records."""
+"""Batches: determinism, coverage, parts of them and where they start, for each kind of records."""
 
 import itertools
 
-import grain
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from pflow_jax import data
@@ -85,75 +83,45 @@ def test_every_record_once_an_epoch_whatever_the_batch_size(make, batch_size):
 
 def test_array_batches_are_the_stream_of_rows():
   rows = np.concatenate([b["x0"][:, 0, 0, 0] for b in take(data.batches(array_set(), 8, seed=5), 9)])
-  np.testing.assert_array_equal(rows, stream_rows(N, 5, 0, 72))
+  np.testing.assert_array_equal(rows, stream_rows(N, 5, np.arange(72)))
 
 
 @each_set
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_shards_concatenate_to_the_batch_of_one_process(make, process_count):
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3], [4, 5, 10, 11], list(range(12))])
+def test_a_process_reads_its_rows_of_every_batch(make, rows):
   whole = take(data.batches(make(), 12, seed=7), 5)
-  shards = [
-    take(data.batches(make(), 12, seed=7, process_index=i, process_count=process_count), 5)
-    for i in range(process_count)
-  ]
-  together = [
-    {name: np.concatenate([shard[name] for shard in parts]) for name in ("x0", "label")}
-    for parts in zip(*shards, strict=True)
-  ]
-  assert shards[0][0]["x0"].shape[0] == 12 // process_count
-  assert_same(together, whole)
+  part = take(data.batches(make(), 12, seed=7, rows=np.array(rows)), 5)
+  assert_same(part, [{name: values[rows] for name, values in batch.items()} for batch in whole])
 
 
 @each_set
-@pytest.mark.parametrize("taken", [0, 1, 2, 3, 9])  # 20 records: batch 2 crosses into epoch 1
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 9])  # 20 records: batch 2 crosses into epoch 1
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_resume_from_a_saved_state_is_exact(make, taken, num_threads):
-  iterator = data.batches(make(), 8, seed=3, num_threads=num_threads)
-  take(iterator, taken)
-  state = iterator.get_state()
-  want = take(iterator, 6)
-  fresh = data.batches(make(), 8, seed=3, num_threads=num_threads)
-  take(fresh, 1)  # a used iterator must also come back
-  fresh.set_state(state)
-  assert_same(take(fresh, 6), want)
+def test_any_batch_can_be_the_first(make, start, num_threads):
+  whole = take(data.batches(make(), 8, seed=3), start + 6)
+  assert_same(take(data.batches(make(), 8, seed=3, start=start, num_threads=num_threads), 6), whole[start:])
 
 
-@each_set
-def test_resume_through_an_orbax_manager(make, tmp_path):
-  iterator = data.batches(make(), 8, seed=3)
-  take(iterator, 2)
-  with ocp.CheckpointManager(tmp_path / "run") as manager:
-    manager.save(2, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-    manager.wait_until_finished()
-  want = take(iterator, 4)
-  fresh = data.batches(make(), 8, seed=3)
-  with ocp.CheckpointManager(tmp_path / "run") as manager:
-    manager.restore(2, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
-  assert_same(take(fresh, 4), want)
-
-
-def test_worker_processes_give_the_same_batches_and_resume():
+def test_worker_processes_give_the_same_batches():
   dataset = array_set()  # CountingSource lives in this module, which a worker cannot import
   want = take(data.batches(dataset, 8, seed=3), 5)
-  iterator = data.batches(dataset, 8, seed=3, num_workers=1)
-  got = take(iterator, 2)
-  state = iterator.get_state()
-  iterator.set_state(state)
-  assert_same([*got, *take(iterator, 3)], want)
+  iterator = data.batches(dataset, 8, seed=3, start=2, num_workers=1)
+  assert_same(take(iterator, 3), want[2:])
   iterator.close()
 
 
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"process_count": 3}, "batch_size 8 does not divide over 3"),
-    ({"process_index": 2, "process_count": 2}, "process_index=2"),
-    ({"process_index": -1}, "process_index=-1"),
+    ({"rows": [3, 8]}, "rows: expected ascending positions in \\[0, 8\\)"),
+    ({"rows": [1, 0]}, "rows: expected ascending"),
+    ({"rows": []}, "rows: expected ascending"),
+    ({"start": -1}, "start >= 0, got 8 and -1"),
     ({"seed": -1}, "seed must be in"),
     ({"seed": 2**32}, "seed must be in"),
     ({"num_threads": -1}, "must be >= 0"),
     ({"num_workers": -1}, "must be >= 0"),
-    ({"batch_size": 0}, "batch_size 0"),
+    ({"batch_size": 0}, "batch_size >= 1"),
   ],
 )
 def test_bad_arguments_are_refused(options, message):
