@@ -1,9 +1,10 @@
-"""Checkpoints of the training state and the data iterator. The only file that knows Orbax.
+"""Checkpoints of the training state. The only file that knows Orbax.
 
-Layout: <directory>/<step>/{state, data, checksums.json}. Orbax writes a step into a temporary
-folder in the background and renames it when it is complete, so a killed process leaves the old or
-the new checkpoint. Orbax does not check array data (every flipped bit that we tried came back as a
-wrong number), so the rename carries a checksum of each file with it, and restoring verifies them.
+Layout: <directory>/<step>/{state, checksums.json}; where a run was in its data follows from the
+step. Orbax writes a step into a temporary folder in the background and renames it when it is
+complete, so a killed process leaves the old or the new checkpoint. Orbax does not check array data
+(every flipped bit that we tried came back as a wrong number), so the rename carries a checksum of
+each file with it, and restoring verifies them.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from grain.checkpoint import CheckpointHandler as IteratorHandler
-from grain.checkpoint import CheckpointSave as IteratorSave
 from jax.experimental import multihost_utils
+
+from pflow_jax.distributed import from_first, is_first
 
 PyTree = Any
 
 logger = logging.getLogger(__name__)
 
-_STATE, _DATA, _CHECKSUMS = "state", "data", "checksums.json"
+_STATE, _CHECKSUMS = "state", "checksums.json"
+_MESSAGE = 2**16  # bytes of what one process tells the others
 
 
 class Checkpointer:
@@ -59,7 +61,7 @@ class Checkpointer:
     self._writing: int | None = None
     self._damaged: dict[int, str] = {}
 
-  def save(self, step: int, state: PyTree, data_iterator: Any = None, *, force: bool = False) -> bool:
+  def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
     """Starts saving; blocks for the previous save and the copy to the host only.
 
     A step that is already saved is left as it is. Newer checkpoints that `restore` found damaged
@@ -67,7 +69,6 @@ class Checkpointer:
 
     Args:
       state: pytree of arrays; may be donated to the next training step right after.
-      data_iterator: grain iterator, whose position is taken at once.
       force: also save a step older than the newest checkpoint.
     Returns: whether a save was started.
     Raises: ValueError for such an older step; a failure of the previous save.
@@ -83,40 +84,30 @@ class Checkpointer:
         "the newer ones to go back, train in another folder, or pass force=True"
       )
     self._writing = step
-    items: dict[str, Any] = {_STATE: ocp.args.StandardSave(state)}
-    if data_iterator is not None:
-      items[_DATA] = IteratorSave(data_iterator)
+    items = {_STATE: ocp.args.StandardSave(state)}
     return manager.save(step, args=ocp.args.Composite(**items), force=force)
 
-  def restore(
-    self, abstract_state: PyTree, data_iterator: Any = None, step: int | None = None
-  ) -> tuple[PyTree, int] | None:
+  def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, int] | None:
     """The newest intact checkpoint, or that of `step`; None where nothing has been saved.
 
     Args:
       abstract_state: pytree of jax.ShapeDtypeStruct or arrays. Arrays are placed by its shardings,
         on the first device where it has none.
-      data_iterator: grain iterator of the same pipeline; moved to the saved position.
     Returns: (state, step).
     Raises:
-      ValueError: leaves that differ in name, shape or dtype, all named; no such step; no saved
-        position for `data_iterator`.
+      ValueError: leaves that differ in name, shape or dtype, all named; no such step.
       RuntimeError: there are checkpoints, and every one (or the one asked for) is damaged.
     """
     self.wait()
-    found, damaged = _newest_intact(self._directory, step)
+    found, damaged = _agreed(self._directory, step)
     self._damaged.update(damaged)
     if found is None:
       return None
     path = self._directory / str(found)
     target = jax.tree.map(_abstract, abstract_state)
     _check_leaves(target, _metadata(path), path)
-    if data_iterator is not None:
-      _check_iterator(path)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
       state = reader.restore(path / _STATE, args=ocp.args.StandardRestore(target))
-    if data_iterator is not None:
-      IteratorHandler().restore(path / _DATA, item=data_iterator)
     return state, found
 
   def all_steps(self) -> list[int]:
@@ -178,7 +169,7 @@ class Checkpointer:
     (path / _CHECKSUMS).write_text(json.dumps(_checksums(path), indent=1))
 
   def _set_aside(self) -> None:
-    if jax.process_index() == 0:
+    if is_first():
       for step in self._damaged:
         aside = self._directory / f"{step}.damaged"
         while aside.exists():
@@ -268,6 +259,24 @@ def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None,
   return None, damaged
 
 
+def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:
+  """`_newest_intact`, in every process what the first one found: folders on a network look alike only after a while."""
+  if jax.process_count() == 1:
+    return _newest_intact(directory, step)
+  answer: dict[str, Any] = {}
+  if is_first():
+    try:
+      found, damaged = _newest_intact(directory, step)
+      answer = {"found": found, "damaged": {str(key): reason[:100] for key, reason in damaged.items()}}
+    except (RuntimeError, ValueError) as error:
+      answer = {"error": str(error)[:2000], "mistake": isinstance(error, ValueError)}
+  padded = np.frombuffer(json.dumps(answer).encode().ljust(_MESSAGE), np.uint8)
+  answer = json.loads(bytes(from_first(padded)))
+  if "error" in answer:
+    raise (ValueError if answer["mistake"] else RuntimeError)(answer["error"])
+  return answer["found"], {int(key): reason for key, reason in answer["damaged"].items()}
+
+
 def _checksums(path: pathlib.Path) -> dict[str, list[int]]:
   """[size, CRC-32] of each file of each item, by relative path.
 
@@ -342,15 +351,4 @@ def _check_leaves(target: PyTree, saved: PyTree, path: epath.Path) -> None:
       f"the checkpoint {path} does not fit the state of this run, {len(differing)} leaves differ:"
       f"{''.join(differing)}\nuse the model and optimizer settings it was saved with, or another "
       "folder"
-    )
-
-
-def _check_iterator(path: epath.Path) -> None:
-  """Raises ValueError if the position of this process's data iterator was not saved."""
-  name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-  if not (path / _DATA / name).exists():
-    saved = sorted(p.name for p in (path / _DATA).iterdir()) if (path / _DATA).exists() else "none"
-    raise ValueError(
-      f"{path}: expected a data iterator position {name}, got {saved}; resume with the number of "
-      "processes that saved it, or restore without data_iterator"
     )

@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, merge, compare, data.
+"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data.
 
 Exit codes: 0 done; 2 a mistake in the flags, the config or the files; 130 stopped from the keyboard or told to stop;
 1 anything else, which another try may mend (launch/local.sh starts such a run again).
@@ -19,6 +19,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow evaluate --workdir runs/student                                      measure a student beside its teacher
   pflow merge    --workdir runs/adapters --out runs/merged                   a run with adapters as one without
   pflow compare  --config configs/compare/digits.py --workdir runs/compare   train and measure methods side by side
+  pflow plan     --config configs/imagenet.py:gmflow --topology v5e-256      does it fit on these TPUs, and the cost
   pflow data     emoji                                                       fetch a data set that is not in a package
 
 Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags.
@@ -63,6 +64,10 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   _cache_compilations()
   try:
+    if "coordinator" in values:
+      from pflow_jax.distributed import join
+
+      join(values.coordinator, values.num_processes, values.process_id, timeout=values.join_timeout)
     body(values)
   except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
     if os.environ.get("PFLOW_TRACEBACK"):
@@ -74,8 +79,34 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
 
 
 def _fail(code: int, message: str) -> NoReturn:
-  print(f"pflow: {message}", file=sys.stderr)
+  print(f"pflow: {message}", file=sys.stderr, flush=True)
+  if _among_others():
+    # Python's own exit would wait for the others, who wait for this process; they notice that it is gone.
+    sys.stdout.flush()
+    os._exit(code)
   sys.exit(code)
+
+
+def _stop(message: str) -> NoReturn:
+  """Ends a run that all processes have agreed to stop: together, so that none takes another for dead."""
+  print(f"pflow: {message}", file=sys.stderr, flush=True)
+  sys.exit(130)
+
+
+def _among_others() -> bool:
+  """Whether this process has joined others; asked without starting JAX."""
+  jax = sys.modules.get("jax")
+  return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _define_join_flags(values) -> None:
+  """How this process finds the others of its program, where JAX cannot know."""
+  from absl import flags
+
+  flags.DEFINE_string("coordinator", None, "host:port of process 0, a free port there", flag_values=values)
+  flags.DEFINE_integer("num_processes", None, "processes of this program", lower_bound=1, flag_values=values)
+  flags.DEFINE_integer("process_id", None, "which of them this one is", lower_bound=0, flag_values=values)
+  flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", lower_bound=1, flag_values=values)
 
 
 def _one_line(error: Exception) -> str:
@@ -103,13 +134,14 @@ def _train(argv: list[str]) -> None:
     config_flags.DEFINE_config_file("config", None, "config file, with its variant after a colon", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+    _define_join_flags(values)
 
   def train(values):
     from pflow_jax.train import train as run
 
     state = run(values.config, values.workdir)
     if int(state.step) < values.config.train.steps:
-      _fail(130, f"stopped at step {int(state.step)}, which is saved; the same command resumes")
+      _stop(f"stopped at step {int(state.step)}, which is saved; the same command resumes")
 
   _run(define, train, argv)
 
@@ -155,6 +187,7 @@ def _sample(argv: list[str]) -> None:
     )
     flags.DEFINE_enum("which", "ema", ["ema", "params"], "averaged or last parameters", flag_values=values)
     flags.DEFINE_string("out", None, "path of the results without ending", flag_values=values)
+    _define_join_flags(values)
 
   def sample(values):
     from pflow_jax.sample import sample as run
@@ -186,6 +219,7 @@ def _evaluate(argv: list[str]) -> None:
       "also", [], "workdir of another student of the same teacher; may be repeated", flag_values=values
     )
     flags.DEFINE_string("out", None, "folder of the results; default: <workdir>/evaluation", flag_values=values)
+    _define_join_flags(values)
 
   def evaluate(values):
     from pflow_jax.evaluate import evaluate as run
@@ -248,11 +282,62 @@ def _merge(argv: list[str]) -> None:
   _run(define, merge, argv)
 
 
+def _plan(argv: list[str]) -> None:
+  from absl import flags
+  from ml_collections import config_flags
+
+  # Planning is done on this machine's CPU, whatever else it has.
+  os.environ["JAX_PLATFORMS"] = "cpu"
+
+  def define(values):
+    config_flags.DEFINE_config_file("config", None, "config file, with its variant after a colon", flag_values=values)
+    flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, or a Cloud name, v5e-256", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "slices of that topology", lower_bound=1, flag_values=values)
+    flags.DEFINE_list("mesh", [], "sizes, data=4,fsdp=64; default: the config's", flag_values=values)
+    flags.DEFINE_integer("batch", None, "global batch size; default: the config's", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool(
+      "fast", False, "compile in a tenth of the time: the same memory, other traffic", flag_values=values
+    )
+    flags.DEFINE_bool("search", True, "if it does not fit, look for what would", flag_values=values)
+    flags.DEFINE_bool("sampling", True, "plan the sampler as well", flag_values=values)
+    flags.DEFINE_bool("sweep", False, "compare all sizes of fsdp", flag_values=values)
+    flags.DEFINE_string("json", None, "file for the report", flag_values=values)
+    flags.mark_flags_as_required(["config", "topology"], flag_values=values)
+
+  def plan(values):
+    from pflow_jax import plan as planner
+
+    config, where = values.config, planner.Slice(values.topology, values.slices)
+    if values.slices > 1:
+      config.mesh.slice = values.slices
+    for size in values.mesh:
+      axis, _, number = size.partition("=")
+      if axis not in planner.AXES or not number.lstrip("-").isdigit():
+        raise ValueError(f"--mesh: expected sizes of {planner.AXES} such as data=4,fsdp=64, got {size!r}")
+      config.mesh[axis] = int(number)
+    if values.batch:
+      config.train.batch_size = values.batch
+    result: object
+    if values.sweep:
+      result = reports = planner.sweep(config, where)
+      print(planner.as_table(reports))
+    else:
+      print(f"planning for {where.num_chips} chips; compiling takes a minute or a few", flush=True)
+      result = report = planner.plan(config, where, fast=values.fast, search=values.search, sampling=values.sampling)
+      print(planner.as_text(report))
+    if values.json:
+      planner.write_json(values.json, result)
+      print(f"wrote {values.json}")
+
+  _run(define, plan, argv)
+
+
 COMMANDS = {
   "train": _train,
   "sample": _sample,
   "evaluate": _evaluate,
   "merge": _merge,
   "compare": _compare,
+  "plan": _plan,
   "data": _data,
 }

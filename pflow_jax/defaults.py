@@ -15,7 +15,7 @@ from pflow_jax.experiment import FLOW_MAPS, OBJECTIVES, StartSettings
 from pflow_jax.networks import AdapterSettings
 from pflow_jax.objectives.adversarial import Adversarial
 from pflow_jax.sample import SampleSettings
-from pflow_jax.sharding import make_mesh
+from pflow_jax.sharding import MeshSettings
 from pflow_jax.teachers import TeacherSettings
 from pflow_jax.train import TrainSettings
 from pflow_jax.workdir import UNSET_TYPES
@@ -57,7 +57,7 @@ def default_config(objective: str) -> ConfigDict:
   config.train = _defaults(TrainSettings)
   config.sample = _defaults(SampleSettings)
   config.evaluate = _defaults(EvaluateSettings)
-  config.mesh = _defaults(make_mesh, but=("devices",))
+  config.mesh = _defaults(MeshSettings)
   for section in config.values():
     if isinstance(section, ConfigDict):
       section.lock()

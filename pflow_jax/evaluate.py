@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pflow_jax import data, figures, metrics, workdir
+from pflow_jax.distributed import from_first, is_first
 from pflow_jax.experiment import Experiment, build
 from pflow_jax.features import Classifier, pixel_features, train_classifier
 from pflow_jax.integrate import rollout
@@ -30,12 +31,12 @@ from pflow_jax.sample import (
   flow_map_grid,
   in_batches,
   make_sampler,
-  on_device,
   save_picture,
 )
 from pflow_jax.sampler import sample_flow_map, sample_teacher
 from pflow_jax.schedule import segment_grid, shift_time
 from pflow_jax.sections import call
+from pflow_jax.sharding import Layout, to_host
 
 COLUMNS = {
   "name": "sampler",
@@ -121,7 +122,7 @@ def evaluate(
   experiments = {name: build(one) for name, one in configs.items()}
   experiment = experiments[str(folder)]
   _check_teachers(experiments)
-  dataset = experiment.dataset
+  dataset, layout = experiment.dataset, experiment.layout(config)
   noise, labels = draw_noise(experiment, settings.num_samples, settings.seed)
   # All of a small data set; of an endless one as many as there are samples.
   real, real_labels = data.examples(
@@ -132,23 +133,24 @@ def evaluate(
   real_spaces = {"fd": features(real)} | ({"fd_pixels": pixel_features(real)} if classifier else {})
   _check_count(settings.num_samples, real_spaces["fd"].shape[1])
 
-  samplers = teacher_samplers(experiment, folder, settings)
+  samplers = teacher_samplers(experiment, layout, folder, settings)
   for name, one in experiments.items():
     if one.teacher is not None or isinstance(one.objective, FlowMap):
       suffix = f" ({pathlib.Path(name).name})" if others else ""
-      samplers += student_samplers(one, call(SampleSettings, "sample", configs[name].sample), name, suffix)
+      samplers += student_samplers(one, layout, call(SampleSettings, "sample", configs[name].sample), name, suffix)
   batch_size = call(SampleSettings, "sample", config.sample).batch_size
   keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
   for s in samplers:
-    draw = functools.partial(_draw, s, batch_size, noise, labels, keys)
+    draw = functools.partial(_draw, s, layout, batch_size, noise, labels, keys)
     if s.is_student or experiment.teacher is None:
       samples[s.name], speed = draw()
     else:
       kept = pathlib.Path(str(experiment.teacher.settings.workdir)) / "evaluation" / f"samples_{s.nfe}_steps.npz"
       what = f"{_reference(experiment)}; {settings.num_samples} samples of seed {settings.seed}, {batch_size} at a time"
-      samples[s.name], speed = _draw_once(draw, kept, f"{what}, {jax.devices()[0].device_kind} x {jax.device_count()}")
+      what += f", {jax.devices()[0].device_kind} x {jax.device_count()}"
+      samples[s.name], speed = _draw_once(draw, kept, what, noise.shape)
     rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
   reference, yardstick = samples[_teacher_name(REFERENCE_STEPS)], samples[_teacher_name(YARDSTICK_STEPS)]
   yardstick_errors = metrics.alignment_errors(yardstick, reference)
@@ -178,21 +180,28 @@ def evaluate(
   }
   table = metrics.markdown_table(rows, {k: v for k, v in COLUMNS.items() if any(k in row for row in rows)})
   out = pathlib.Path(out or pathlib.Path(folder) / "evaluation")
+  paths = {}
+  if dataset.shape == (2,):
+    paths = {s.name: s.path(noise[:64], labels[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}
+  if not is_first():
+    return report
   out.mkdir(parents=True, exist_ok=True)
   (out / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
   (out / "evaluation.md").write_text(table)
-  _pictures(experiment, samplers, samples, noise, labels, real, out)
+  _pictures(experiment, samplers, samples, paths, labels, real, out)
   print(table)
   print(f"wrote {out}/evaluation.json, evaluation.md and samples.png")
   return report
 
 
-def teacher_samplers(experiment: Experiment, folder: str | os.PathLike, settings: EvaluateSettings) -> list[Sampler]:
+def teacher_samplers(
+  experiment: Experiment, layout: Layout, folder: str | os.PathLike, settings: EvaluateSettings
+) -> list[Sampler]:
   """The teacher at all its numbers of Euler steps; the run itself if it is a teacher's."""
   if experiment.teacher is not None:
-    params, velocity = on_device(experiment.teacher.params), experiment.teacher.velocity
+    params, velocity = layout.place(experiment.teacher.params), experiment.teacher.velocity
   else:
-    params, velocity = on_device(experiment.load(folder)), experiment.velocity
+    params, velocity = layout.place(experiment.load(folder)), experiment.velocity
   shift = experiment.objective.shift
 
   def make(steps):
@@ -204,17 +213,17 @@ def teacher_samplers(experiment: Experiment, folder: str | os.PathLike, settings
       _teacher_name(steps),
       steps,
       lambda x, c, k: walk(params, x, c),
-      lambda x, c: np.asarray(walk(params, x, c, trajectory=True)),
+      lambda x, c: to_host(walk(params, x, c, trajectory=True)),
     )
 
   return [make(steps) for steps in settings.teacher_steps]
 
 
 def student_samplers(
-  experiment: Experiment, sampling: SampleSettings, folder: str | os.PathLike, suffix: str = ""
+  experiment: Experiment, layout: Layout, sampling: SampleSettings, folder: str | os.PathLike, suffix: str = ""
 ) -> list[Sampler]:
   """The student of a run at its numbers of evaluations; `suffix` tells it from other students."""
-  params = on_device(experiment.load(folder))
+  params = layout.place(experiment.load(folder))
 
   def make(nfe):
     run = functools.partial(make_sampler(experiment, sampling, nfe), params)
@@ -231,7 +240,8 @@ def trajectory(
   imitation = experiment.objective
   if isinstance(imitation, FlowMap):
     jump, grid = experiment.flow_map(params, sampling.guidance), flow_map_grid(imitation, nfe)
-    return np.asarray(sample_flow_map(jump, noise, labels, grid=grid, trajectory=True))  # type: ignore[arg-type]
+    walk = jax.jit(lambda noise, labels: sample_flow_map(jump, noise, labels, grid=grid, trajectory=True))
+    return to_host(walk(noise, labels))
   assert isinstance(imitation, Imitation)
   shift = imitation.shift
   student = jax.jit(lambda params, x, t, c: experiment.student(params)(x, t, c))
@@ -247,7 +257,7 @@ def trajectory(
     t = np.full(len(noise), shift_time(r_start, shift), np.float32)
     policy = student(params, source, t, labels)
     points = np.linspace(r_start, r_end, max(32 // nfe, 2) + 1, dtype=np.float32)
-    states += [np.asarray(roll(policy, source, points[0], r)) for r in points[1:]]
+    states += [to_host(roll(policy, source, points[0], r)) for r in points[1:]]
   return np.stack(states)
 
 
@@ -256,46 +266,58 @@ def _teacher_name(steps: int) -> str:
 
 
 def _draw(
-  sampler: Sampler, batch_size: int, noise: np.ndarray, labels: np.ndarray, keys: jax.Array
+  sampler: Sampler, layout: Layout, batch_size: int, noise: np.ndarray, labels: np.ndarray, keys: jax.Array
 ) -> tuple[np.ndarray, float]:
   """Samples, and images per second once compiled."""
-  print(f"sampling: {sampler.name}", flush=True)
+  if is_first():
+    print(f"sampling: {sampler.name}", flush=True)
   size = min(batch_size, len(noise))
-  jax.block_until_ready(sampler.run(noise[:size], labels[:size], keys[:size]))
+  in_batches(sampler.run, layout, size, noise[:size], labels[:size], keys[:size])
   start = time.perf_counter()
-  samples = in_batches(sampler.run, batch_size, noise, labels, keys)
+  samples = in_batches(sampler.run, layout, size, noise, labels, keys)
   return samples, -(-len(noise) // size) * size / (time.perf_counter() - start)
 
 
-def _draw_once(draw: Callable[[], tuple[np.ndarray, float]], path: pathlib.Path, what: str) -> tuple[np.ndarray, float]:
+def _draw_once(
+  draw: Callable[[], tuple[np.ndarray, float]], path: pathlib.Path, what: str, shape: tuple[int, ...]
+) -> tuple[np.ndarray, float]:
   """What `draw` returns; from the file `path` if it holds `what`, and there afterwards.
 
   All students of a teacher are measured against the same samples, and those of 128 steps take longer than all others.
   """
+  samples, speed = _read_samples(path, what) if is_first() else (None, 0.0)
+  if from_first(samples is not None):
+    return from_first(samples if samples is not None else np.zeros(shape, np.float32)), speed
+  samples, speed = draw()
+  if is_first():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(partial, what=what, samples=samples, images_per_second=speed)  # type: ignore[arg-type]
+    partial.replace(path)
+  return samples, speed
+
+
+def _read_samples(path: pathlib.Path, what: str) -> tuple[np.ndarray | None, float]:
+  """Samples and speed in the file `path`, if it holds `what`."""
   try:
     with np.load(path) as kept:
       if str(kept["what"]) == what:
         return kept["samples"], float(kept["images_per_second"])
   except (OSError, ValueError, KeyError, zipfile.BadZipFile):
     pass  # none yet, or cut short
-  samples, speed = draw()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(f".{os.getpid()}.npz")
-  np.savez(partial, what=what, samples=samples, images_per_second=speed)  # type: ignore[arg-type]
-  partial.replace(path)
-  return samples, speed
+  return None, 0.0
 
 
-def _pictures(experiment, samplers, samples, noise, labels, real, out: pathlib.Path) -> None:
+def _pictures(experiment, samplers, samples, paths, labels, real, out: pathlib.Path) -> None:
   """samples.png: teacher and students; for 2-D data trajectories.png as well."""
   shown = [s for s in samplers if s.is_student or s.nfe in (1, YARDSTICK_STEPS, REFERENCE_STEPS)]
   shown.sort(key=lambda s: (s.is_student, -s.nfe))
   if experiment.dataset.shape == (2,):
     figures.scatter_panels(out / "samples.png", {"data": real} | {s.name: samples[s.name] for s in shown})
-    paths = [s for s in shown if s.is_student or s.nfe == REFERENCE_STEPS]
-    figures.trajectory_plot(out / "trajectories.png", real, {s.name: s.path(noise[:64], labels[:64]) for s in paths})
+    in_order = {s.name: paths[s.name] for s in shown if s.name in paths}
+    figures.trajectory_plot(out / "trajectories.png", real, in_order)
     return
-  count = min(len(noise), max(10, min(experiment.dataset.num_classes, 12)))
+  count = min(len(labels), max(10, min(experiment.dataset.num_classes, 12)))
   save_picture(experiment, {s.name: samples[s.name][:count] for s in shown}, labels[:count], out / "samples.png")
 
 
@@ -345,10 +367,12 @@ def _classifier(experiment, settings, real, real_labels, folder) -> Classifier |
   owner = experiment.teacher.settings.workdir if experiment.teacher else folder
   # The name says how it was trained: another setting trains another.
   path = pathlib.Path(owner) / "evaluation" / f"classifier_{settings.classifier_steps}_steps.npz"
-  if path.exists():
+  if from_first(path.exists()):
     return Classifier.load(path, image_shape=dataset.shape, num_classes=dataset.num_classes)
-  print("training the classifier that features and class accuracy are measured with", flush=True)
+  if is_first():
+    print("training the classifier that features and class accuracy are measured with", flush=True)
   classifier = train_classifier(real, real_labels, dataset.num_classes, steps=settings.classifier_steps)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  classifier.save(path)
+  if is_first():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    classifier.save(path)
   return classifier

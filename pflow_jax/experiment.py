@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +22,14 @@ from pflow_jax import data, guidance, optim, workdir
 from pflow_jax.checkpoint import load_params
 from pflow_jax.models import heads
 from pflow_jax.models.attention import IMPLEMENTATIONS, supports_jvp
-from pflow_jax.networks import VELOCITIES, AdapterSettings, Network, make_network, velocity_of
+from pflow_jax.networks import SHARDING, VELOCITIES, AdapterSettings, Network, make_network, velocity_of
 from pflow_jax.objectives import flow_map
 from pflow_jax.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
 from pflow_jax.partition import combine, path_of, without
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy, Policy
 from pflow_jax.sections import call, choose, refuse_unknown
+from pflow_jax.sharding import Layout, MeshSettings, make_layout, per_example
 from pflow_jax.teachers import Teacher, load_teacher
 
 Array = jax.Array
@@ -136,16 +137,22 @@ class Experiment:
       assert self.teacher is not None
       noise = self.teacher.settings.bias_noise
       return heads.student_params_from_teacher(frozen["strong"], module, key, bias_noise=noise)
-    x, ones = jnp.zeros((1, *self.dataset.shape), jnp.float32), jnp.ones((1,))
-    named: dict[str, Any] = {}
+    ones, named = jnp.ones((1,)), {}
     if isinstance(self.objective, flow_map.FlowMap):
       named = {"s": ones} | ({"guidance": ones} if self.objective.guided else {})
-    params = module.init(key, x, ones, jnp.zeros((1,), jnp.int32), **named)["params"]
+    params = self.network.init(key, self.dataset.shape, **named)
     if "strong" not in frozen:
       return params
     # A flow map starts as its teacher's velocity: what it has besides, for s and the guidance, starts neutral.
     teacher = jax.tree.map(jnp.array, frozen["strong"])
     return combine(without(params, teacher), teacher)
+
+  def layout(self, config: ConfigDict, devices: Sequence[Any] | None = None) -> Layout:
+    """Where the run's arrays lie: `config.mesh` over `devices` (default: all), and the networks' table.
+
+    Raises: ValueError for sizes that do not fit.
+    """
+    return make_layout(call(MeshSettings, "mesh", config.get("mesh", {})), SHARDING, devices)
 
   def load(self, folder: str | os.PathLike, which: str = "ema") -> Params:
     """All parameters of the network as the run in `folder` saved them."""
@@ -189,9 +196,11 @@ class Experiment:
     return jump
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, abstract: bool = False) -> Experiment:
   """Reads the sections that shape a run; see the module's docstring.
 
+  Args:
+    abstract: of the teacher take the shapes that it must have, without reading one: to plan a run, not to train it.
   Raises: ValueError for anything in the config that does not fit, before any work is done.
   """
   refuse_unknown(config, SECTIONS, "config")
@@ -219,14 +228,14 @@ def build(config: ConfigDict) -> Experiment:
       raise ValueError("config.adapters: a teacher trains in full, expected no rows")
     return Experiment(dataset, network, objective, None, start, _flow_matching(network, dataset, objective))
   if isinstance(objective, Imitation):
-    teacher = load_teacher(config, dataset)
+    teacher = load_teacher(config, dataset, abstract=abstract)
     loss = imitation_loss_data_free if kind == "imitation_data_free" else imitation_loss
     return Experiment(dataset, network, objective, teacher, start, _imitation(network, teacher, objective, loss))
   _check_jvp(network)
   own_start = objective.target == "data" and not config.get("teacher", {}).get("workdir")
   if own_start and adapters.table:
     raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
-  student_of = None if own_start else load_teacher(config, dataset, tuple(objective.guidance))
+  student_of = None if own_start else load_teacher(config, dataset, tuple(objective.guidance), abstract)
   if student_of and objective.guided:
     low, high = objective.guidance
     if not low <= student_of.settings.guidance <= high:
@@ -261,7 +270,7 @@ def make_student(
 
   def student(x, t, cond):
     outputs = network(params, x, t, cond, key=key)
-    return jax.vmap(lambda x, t, out: create(x, t, **out))(x, t, outputs)
+    return per_example(jax.vmap(lambda x, t, out: create(x, t, **out)))(x, t, outputs)
 
   return student
 

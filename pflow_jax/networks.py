@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pflow_jax import data
-from pflow_jax.models import heads
+from pflow_jax.models import discriminator, edm2, heads, layers, lora
 from pflow_jax.models.denoiser import denoiser_velocity, edm_denoiser
 from pflow_jax.models.dit import DiT
 from pflow_jax.models.edm2 import EDM2UNet, normalize_weights
@@ -32,6 +32,8 @@ HEADS: dict[str, type[heads.Head]] = {
   "arc": heads.ArcHead,
 }
 
+# Where the parameters of all of them lie on a mesh, see `sharding.Layout`; the first row that matches decides.
+SHARDING = (*discriminator.SHARDING, *heads.SHARDING, *lora.SHARDING, *edm2.SHARDING, *layers.SHARDING)
 
 VELOCITIES = ("velocity", "denoiser")  # policies of a teacher and of a flow map
 SIZES = (
@@ -105,6 +107,15 @@ class Network:
       lambda x, c_noise, cond: apply(x, jax.nn.sigmoid(4 * c_noise), cond), self.denoiser.sigma_data
     )
     return denoiser_velocity(denoise, self.denoiser.max_sigma, self.denoiser.min_sigma)(x, t, cond)
+
+  def init(self, key: Array, shape: tuple[int, ...], **named: Any) -> Params:
+    """Random parameters of the module, for data of `shape` (*space, C); `named` as for a call of a batch of 1."""
+    x, ones = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1,))
+    return self.module.init(key, x, ones, jnp.zeros((1,), jnp.int32), **named)["params"]
+
+  def shapes(self, shape: tuple[int, ...]) -> Params:
+    """Shapes of what `init` makes."""
+    return jax.eval_shape(lambda key: self.init(key, shape), jax.random.key(0))
 
   @property
   def float32(self) -> Network | None:

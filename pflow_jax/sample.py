@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pflow_jax import figures
+from pflow_jax.distributed import is_first
 from pflow_jax.experiment import Experiment, build
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import Imitation
@@ -23,7 +24,7 @@ from pflow_jax.policies import auto_temperature
 from pflow_jax.sampler import sample_flow_map, sample_student, sample_teacher
 from pflow_jax.schedule import segment_grid, shift_time
 from pflow_jax.sections import call
-from pflow_jax.sharding import make_mesh, replicated
+from pflow_jax.sharding import Layout, to_host
 
 Array = jax.Array | np.ndarray
 
@@ -115,19 +116,15 @@ def make_sampler(experiment: Experiment, settings: SampleSettings, nfe: int) -> 
   return run
 
 
-def on_device(params: Any) -> Any:
-  """Parameters on the devices, once: host arrays would be sent again with every batch."""
-  return jax.device_put(params, replicated(make_mesh()))
-
-
-def in_batches(run: Callable[..., Any], batch_size: int, *arrays: Array) -> np.ndarray:
-  """`run` on slices of `arrays`, all of one length; whole batches only, so it compiles once."""
+def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays: Array) -> np.ndarray:
+  """`run` on slices of `arrays`, all of one length, split over the mesh; whole batches only, so it compiles once."""
   count = len(arrays[0])
-  size = min(batch_size, count)
+  size = -(-min(batch_size, count) // layout.batch_parts) * layout.batch_parts
   outputs = []
-  for start in range(0, count, size):
-    rows = np.arange(start, start + size) % count  # the last batch wraps and is cut
-    outputs.append(np.asarray(run(*(a[rows] for a in arrays))))
+  with layout.context():
+    for start in range(0, count, size):
+      rows = np.arange(start, start + size) % count  # the last batch wraps and is cut
+      outputs.append(to_host(run(*(layout.spread(a[rows]) for a in arrays))))
   return np.concatenate(outputs)[:count]
 
 
@@ -157,8 +154,8 @@ def save_picture(
   figures.image_grid(path, rows, column_labels=titles)
 
 
-def preview(experiment: Experiment, config: ConfigDict, columns: int = 10) -> Callable[[Any, str], str]:
-  """A function (params, path) -> path that draws a small picture of samples during training."""
+def preview(experiment: Experiment, config: ConfigDict, layout: Layout, columns: int = 10) -> Callable[[Any, str], str]:
+  """A function (params, path) -> path that draws a small picture of samples during training, for all processes."""
   settings = call(SampleSettings, "sample", config.sample)
   count = 4096 if experiment.dataset.shape == (2,) else columns
   noise, labels = draw_noise(experiment, count, seed=0)
@@ -166,8 +163,12 @@ def preview(experiment: Experiment, config: ConfigDict, columns: int = 10) -> Ca
 
   def draw(params, path):
     keys = jax.random.split(jax.random.key(0), count)
-    rows = {name: np.asarray(run(params, noise, labels, keys)) for name, run in samplers.items()}
-    save_picture(experiment, rows, labels, path)
+    rows = {
+      name: in_batches(functools.partial(run, params), layout, count, noise, labels, keys)
+      for name, run in samplers.items()
+    }
+    if is_first():
+      save_picture(experiment, rows, labels, path)
     return path
 
   return draw
@@ -196,18 +197,21 @@ def sample(
   if num < 1:
     raise ValueError(f"num: expected at least 1 sample, got {num}")
   experiment = build(config)
-  params = on_device(experiment.load(folder, which))
+  layout = experiment.layout(config)
+  params = layout.place(experiment.load(folder, which))
   noise, classes = draw_noise(experiment, num, seed, labels)
   keys = jax.random.split(jax.random.key(seed + 1), num)
   rows = {}
   for n in evaluations(experiment, dataclasses.replace(settings, nfe=(nfe,) if nfe else settings.nfe)):
     run = functools.partial(make_sampler(experiment, settings, n), params)
-    rows[f"{n} NFE"] = in_batches(run, settings.batch_size, noise, classes, keys)
+    rows[f"{n} NFE"] = in_batches(run, layout, settings.batch_size, noise, classes, keys)
   out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"seed{seed}")
+  picture = pathlib.Path(f"{out}.png")
+  if not is_first():
+    return picture
   out.parent.mkdir(parents=True, exist_ok=True)
   arrays = {f"x0_nfe{name.split()[0]}": x for name, x in rows.items()} | {"label": classes}
   np.savez(f"{out}.npz", **arrays)  # type: ignore[arg-type]
-  picture = pathlib.Path(f"{out}.png")
   shown = num if experiment.dataset.shape == (2,) else min(num, 16)
   save_picture(experiment, {k: v[:shown] for k, v in rows.items()}, classes[:shown], picture)
   return picture

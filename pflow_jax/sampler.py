@@ -20,6 +20,7 @@ from pflow_jax.policies import Policy
 from pflow_jax.policies import temperature as with_temperature
 from pflow_jax.policies.base import Array, as_float
 from pflow_jax.schedule import segment_grid, segment_length, shift_time, unshift_time
+from pflow_jax.sharding import per_example
 
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
 
@@ -103,7 +104,7 @@ def sample_student(
     policy = student(x, jnp.broadcast_to(t, batch), cond)
     last = i == nfe - 1
     if not last:
-      policy = jax.vmap(lambda p: with_temperature(p, temperature))(policy)
+      policy = per_example(jax.vmap(lambda p: with_temperature(p, temperature)))(policy)
     t_dst, m = flow_map_sde_target(t, t_next, h)
     r_dst = unshift_time(t_dst, shift)
     reach = segment_length(nfe, final_scale) if h == 0 else 1.0
@@ -111,7 +112,7 @@ def sample_student(
     def roll(p, x, r=grid[i], r_dst=r_dst, reach=reach):
       return rollout(p, x, r, r_dst, shift=shift, substeps=substeps, method=method, max_length=reach)
 
-    x = jax.vmap(roll)(policy, x)
+    x = per_example(jax.vmap(roll))(policy, x)
     if keys is not None and h > 0 and not last:
       x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)
   return x

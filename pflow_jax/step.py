@@ -1,4 +1,4 @@
-"""One optimizer step, pure: what `train` compiles."""
+"""One optimizer step, pure, and the program that runs it on a mesh: what `train` and `plan` compile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pflow_jax import optim
 from pflow_jax.adversary import Adversary, make_adversary
 from pflow_jax.experiment import Experiment, LossFn, build, make_optimizer
 from pflow_jax.flops import count_flops
+from pflow_jax.networks import SHARDING
 from pflow_jax.sections import call
+from pflow_jax.sharding import Layout, MeshSettings, make_layout
 from pflow_jax.state import TrainState, create_state
 
 
@@ -114,6 +116,65 @@ def make_step(config: ConfigDict, experiment: Experiment) -> tuple[Step, optax.S
   return Step(experiment.loss_fn, optimizer, ema_decay, accumulation, experiment.network.project, adversary), schedule
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A run's step laid out over a mesh.
+
+  Attributes:
+    layout: where arrays lie.   schedule: of the learning rate.
+    state, frozen, batch: shapes of the step's arguments, with their shardings.
+  """
+
+  experiment: Experiment
+  step: Step
+  schedule: optax.Schedule
+  layout: Layout
+  state: TrainState
+  frozen: Any
+  batch: dict[str, jax.ShapeDtypeStruct]
+
+  def init(self, key: Array, frozen: Any, start: Any = ()) -> TrainState:
+    """The state at step 0, made where it lies; `start`: parameters to start from, on the devices."""
+    shardings = jax.tree.map(lambda s: s.sharding, self.state)
+    make = lambda key, frozen, start: self.step.init(key, self.experiment.init(key, frozen, start))
+    with self.layout.context():
+      return jax.jit(make, out_shardings=shardings)(key, frozen, start)
+
+  def trace(self) -> jax.stages.Traced:
+    """The step as (state, frozen, batch, key) -> (state, metrics), for all devices; its old state is donated."""
+    shardings = jax.tree.map(lambda s: s.sharding, self.state), self.layout.replicated
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self.layout.replicated)
+    with self.layout.context():
+      step = jax.jit(self.step, donate_argnums=0, out_shardings=shardings)
+      return step.trace(self.state, self.frozen, self.batch, key)
+
+
+def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | None = None) -> Program:
+  """The step that `config` describes, on `layout`, by default the one that `config.mesh` describes.
+
+  Raises: ValueError for a mesh, a table or a batch that does not fit.
+  """
+  layout = layout or experiment.layout(config)
+  step, schedule = make_step(config, experiment)
+  if config.train.batch_size % (layout.batch_parts * step.accumulation):
+    raise ValueError(
+      "config.train.batch_size: expected a multiple of devices x accumulation = "
+      f"{layout.batch_parts} x {step.accumulation}, got {config.train.batch_size}"
+    )
+  key = jax.random.key(0)
+  state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, experiment.frozen)
+  return Program(
+    experiment,
+    step,
+    schedule,
+    layout,
+    layout.abstract(state),
+    layout.abstract(experiment.frozen),
+    abstract_batch(experiment, config.train.batch_size, layout.batch),
+  )
+
+
 def abstract_batch(experiment: Experiment, batch_size: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of a batch."""
   return {
@@ -124,9 +185,5 @@ def abstract_batch(experiment: Experiment, batch_size: int, sharding: Any = None
 
 def step_flops(config: ConfigDict) -> int:
   """Operations of one optimizer step of the run that `config` describes, teacher included; see `count_flops`."""
-  experiment = build(config)
-  step, _ = make_step(config, experiment)
-  key = jax.random.key(0)
-  state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, experiment.frozen)
-  batch = abstract_batch(experiment, config.train.batch_size)
-  return count_flops(jax.jit(step).trace(state, experiment.frozen, batch, key).jaxpr)
+  single = make_layout(MeshSettings(), SHARDING, jax.local_devices()[:1])
+  return count_flops(make_program(config, build(config), single).trace().jaxpr)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from pflow_jax import data, guidance, workdir
 from pflow_jax.checkpoint import load_params
-from pflow_jax.networks import VELOCITIES, make_network, velocity_of
+from pflow_jax.networks import VELOCITIES, Network, make_network, velocity_of
 from pflow_jax.sections import call
 
 Array = jax.Array
@@ -65,56 +65,84 @@ class Teacher:
   velocity: Callable[..., guidance.Velocity]  # (params, scale=settings.guidance) -> (x, t, cond) -> v, guided
 
 
-def load_teacher(config: ConfigDict, dataset: data.Dataset, strengths: tuple[float, float] = (1.0, 1.0)) -> Teacher:
+def load_teacher(
+  config: ConfigDict,
+  dataset: data.Dataset,
+  strengths: tuple[float, float] = (1.0, 1.0),
+  abstract: bool = False,
+) -> Teacher:
   """The trained teacher that `config.teacher` names, for a student that asks for guidance of these strengths.
 
+  Args:
+    abstract: without reading anything: shapes of the parameters of a teacher as the student needs one, whether there
+      is one or not, and a weak one of the same size.
   Raises: ValueError where there is none, or it does not fit the student, with all that differs.
   """
   settings = call(TeacherSettings, "teacher", config.get("teacher", {}))
-  if not settings.workdir:
-    raise ValueError(
-      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant) and "
-      "pass --config.teacher.workdir=<its workdir>"
-    )
-  own = _config_of_a_teacher(settings.workdir, "workdir")
-  # The student starts from its teacher's parameters: same data, same network but for how it is computed.
-  # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
-  is_velocity = config.policy.kind in VELOCITIES
-  if not is_velocity and own.policy.kind != "velocity":
-    raise ValueError(
-      f"config.teacher.workdir: {settings.workdir} holds a {own.policy.kind}; a policy's output layer starts from that "
-      "of a teacher with policy.kind='velocity'"
-    )
-  _check_same(config, own, settings.workdir, sections=("data", "model", *(["policy"] if is_velocity else [])))
-  strong = make_network(own.model, own.policy, dataset)
-  params = {"strong": _load(settings.workdir, settings.which, settings.step)}
-  options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
   is_guided = settings.guidance != 1 or strengths != (1.0, 1.0)
+  read = _assume if abstract else _read
+  strong, params = read(config, dataset, settings, is_guided)
+  networks, weights = {"strong": strong}, {"strong": params}
   if settings.autoguided:
-    folder = settings.weak_workdir or settings.workdir
-    weak_config = _config_of_a_teacher(folder, "weak_workdir")
-    _check_same(config, weak_config, folder, sections=("data",))
-    weak = make_network(weak_config.model, weak_config.policy, dataset)
-    params["weak"] = _load(folder, settings.which, settings.weak_step)
+    networks["weak"], weights["weak"] = read(config, dataset, settings, is_guided, weak=True)
     if not is_guided:
       raise ValueError(
         "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "
         "config.teacher.guidance or config.objective.guidance"
       )
-  elif is_guided and not own.objective.cond_dropout:
-    raise ValueError(
-      f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
-      "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"
-    )
+  options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
 
   def velocity(params, scale=None):
     scale = settings.guidance if scale is None else scale
-    field = velocity_of(strong, params["strong"])
+    field = velocity_of(networks["strong"], params["strong"])
     if settings.autoguided:
-      return guidance.autoguided(field, velocity_of(weak, params["weak"]), scale=scale, **options)
+      return guidance.autoguided(field, velocity_of(networks["weak"], params["weak"]), scale=scale, **options)
     return guidance.guided(field, dataset.num_classes, scale=scale, **options)
 
-  return Teacher(settings, params, velocity)
+  return Teacher(settings, weights, velocity)
+
+
+def _read(
+  config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings, is_guided: bool, weak: bool = False
+) -> tuple[Network, Params]:
+  """Network and parameters of the teacher, or of the weak one, from their workdirs."""
+  if not settings.workdir:
+    raise ValueError(
+      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant) and "
+      "pass --config.teacher.workdir=<its workdir>"
+    )
+  if weak:
+    folder, step = settings.weak_workdir or settings.workdir, settings.weak_step
+    own = _config_of_a_teacher(folder, "weak_workdir")
+    _check_same(config, own, folder, sections=("data",))
+  else:
+    folder, step = settings.workdir, settings.step
+    own = _config_of_a_teacher(folder, "workdir")
+    # The student starts from its teacher's parameters: same data, same network but for how it is computed.
+    # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
+    is_velocity = config.policy.kind in VELOCITIES
+    if not is_velocity and own.policy.kind != "velocity":
+      raise ValueError(
+        f"config.teacher.workdir: {folder} holds a {own.policy.kind}; a policy's output layer starts from that of a "
+        "teacher with policy.kind='velocity'"
+      )
+    _check_same(config, own, folder, sections=("data", "model", *(["policy"] if is_velocity else [])))
+    if is_guided and not settings.autoguided and not own.objective.cond_dropout:
+      raise ValueError(
+        f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
+        "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"
+      )
+  network = make_network(own.model, own.policy, dataset)
+  return network, load_params(f"{folder}/{workdir.CHECKPOINTS}", which=settings.which, step=step)  # type: ignore[arg-type]
+
+
+def _assume(
+  config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings, is_guided: bool, weak: bool = False
+) -> tuple[Network, Params]:
+  """The network of a teacher that would fit the student, and the shapes of its parameters."""
+  policy = config.policy if config.policy.kind in VELOCITIES else {"kind": "velocity"}
+  network = make_network(config.model, policy, dataset)
+  return network, network.shapes(dataset.shape)
 
 
 def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
@@ -122,10 +150,6 @@ def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
   if own.objective.kind != "flow_matching":
     raise ValueError(f"config.teacher.{key}: {folder} holds a student, expected a teacher")
   return own
-
-
-def _load(folder: str, which: str, step: int | None) -> Params:
-  return load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which, step=step)  # type: ignore[arg-type]
 
 
 def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tuple[str, ...]) -> None:

@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 
 from pflow_jax import data, sample, workdir
 from pflow_jax.checkpoint import Checkpointer, newest_step
+from pflow_jax.distributed import is_first
 from pflow_jax.evaluate import EvaluateSettings
 from pflow_jax.experiment import build
 from pflow_jax.flops import count_flops
 from pflow_jax.sections import call
-from pflow_jax.sharding import batch_sharding, make_mesh, replicated, shard_batch
 from pflow_jax.state import TrainState
-from pflow_jax.step import abstract_batch, make_step
+from pflow_jax.step import make_program
 from pflow_jax.writer import MetricsWriter, Progress, parameter_table, progress
 
 logger = logging.getLogger(__name__)
@@ -84,42 +84,21 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   call(sample.SampleSettings, "sample", config.get("sample", {}))
   call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
   workdir.claim(folder, config, write=False)
-  step_fn, schedule = make_step(config, experiment)
-  mesh = call(make_mesh, "mesh", config.mesh)
-  if settings.batch_size % (mesh.size * settings.accumulation):
-    raise ValueError(
-      "config.train.batch_size: expected a multiple of devices x accumulation = "
-      f"{mesh.size} x {settings.accumulation}, got {settings.batch_size}"
-    )
-  sampler = sample.preview(experiment, config) if settings.sample_every else None
-  first_process = jax.process_index() == 0
-
-  iterator = data.batches(
-    experiment.dataset,
-    settings.batch_size,
-    seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    num_workers=settings.num_workers,
-  )
-  key_init, key_steps = jax.random.split(jax.random.key(config.seed))
-  everywhere = replicated(mesh)
-  frozen = jax.device_put(experiment.frozen, everywhere)
+  program = make_program(config, experiment)
+  layout = program.layout
+  print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {layout.described()}", flush=True)
+  sampler = sample.preview(experiment, config, layout) if settings.sample_every else None
+  key_init, key_steps = (layout.everywhere(key) for key in jax.random.split(jax.random.key(config.seed)))
+  frozen = layout.place(experiment.frozen)
   # A run that is resumed has its own.
   start_params = () if newest_step(f"{folder}/{workdir.CHECKPOINTS}") is not None else experiment.start_params()
-  init = jax.jit(lambda key, *args: step_fn.init(key, experiment.init(key, *args)), out_shardings=everywhere)
-  abstract = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
-    jax.eval_shape(init, key_init, frozen),
-  )
-  print("compiling the train step", flush=True)
+  if is_first():
+    print("compiling the train step", flush=True)
   # Ahead of time: a later batch of another shape is an error, not a second compilation.
-  traced = jax.jit(step_fn, donate_argnums=0, out_shardings=everywhere).trace(
-    abstract, frozen, abstract_batch(experiment, settings.batch_size, batch_sharding(mesh)), key_steps
-  )
+  traced = program.trace()
   compiled, flops = traced.lower().compile(), count_flops(traced.jaxpr)
   # Only now: a config that does not compile leaves no trace.
-  workdir.claim(folder, config, write=first_process)
+  workdir.claim(folder, config, write=is_first())
   with (
     Checkpointer(
       f"{folder}/{workdir.CHECKPOINTS}",
@@ -128,34 +107,44 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
     ) as checkpointer,
     Interruption(checkpointer) as interruption,
   ):
-    restored = checkpointer.restore(abstract, iterator)
-    state, start = restored or (init(key_init, frozen, start_params), 0)
-    if first_process:
+    restored = checkpointer.restore(program.state)
+    state, start = restored or (program.init(key_init, frozen, layout.place(start_params)), 0)
+    if is_first():
       print(f"resuming {folder} from step {start}" if restored else parameter_table(state.params))
     if start >= settings.steps:
       print(f"{folder}: already trained for {start} of {settings.steps} steps")
       return state
+    iterator = data.batches(
+      experiment.dataset,
+      settings.batch_size,
+      seed=config.seed,
+      start=start,
+      rows=layout.local_rows(settings.batch_size),
+      num_workers=settings.num_workers,
+    )
     with (
-      MetricsWriter(folder, tensorboard=settings.tensorboard, active=first_process, resume_step=start) as writer,
-      progress(settings.steps, start, str(config.objective.kind), not first_process) as report,
+      MetricsWriter(folder, tensorboard=settings.tensorboard, active=is_first(), resume_step=start) as writer,
+      progress(settings.steps, start, str(config.objective.kind), not is_first()) as report,
       Profiler(settings.profile, f"{folder}/profile") as profiler,
     ):
-      meter = Meter(settings, schedule, flops, writer, report)
+      meter = Meter(settings, program.schedule, flops, writer, report)
       for step in range(start + 1, settings.steps + 1):
         profiler.before(step)
-        state, metrics = compiled(state, frozen, shard_batch(next(iterator), mesh), key_steps)
+        batch = layout.shard_batch(next(iterator), settings.batch_size)
+        # Nothing else moves between host and devices: what `meter` fetches is an interval old.
+        with jax.transfer_guard("disallow"):
+          state, metrics = compiled(state, frozen, batch, key_steps)
         profiler.after(step, metrics)
         meter.flush()  # the numbers of the steps before, while this one runs
         meter.add(step, metrics)
         stop = interruption.requested(step)
         if stop or step == settings.steps or _due(step, settings.checkpoint_every):
           with meter.paused():
-            checkpointer.save(step, state, iterator)
-        if sampler and first_process and _due(step, settings.sample_every):
+            checkpointer.save(step, state)
+        if sampler and _due(step, settings.sample_every):
           with meter.paused():
-            writer.image(
-              step, "samples", sampler(experiment.complete(state.ema, frozen), f"{folder}/samples/{step:07d}.png")
-            )
+            full = experiment.complete(state.ema, frozen)
+            writer.image(step, "samples", sampler(full, f"{folder}/samples/{step:07d}.png"))
         if stop:
           logger.warning("told to stop: saved step %d; the same command resumes", step)
           break
@@ -257,9 +246,10 @@ class Interruption:
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Interruption:
-    # With several processes JAX's own service catches the signal and agrees on the step.
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
+    # With several processes JAX's own service catches SIGTERM and agrees on the step.
+    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+    if threading.current_thread() is threading.main_thread():
+      for number in numbers:
         self._previous[number] = signal.signal(number, self._note)
     return self
 
@@ -267,6 +257,8 @@ class Interruption:
     if number == signal.SIGINT and self._flag.is_set():
       raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
     self._flag.set()
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def __exit__(self, *_: Any) -> None:
     for number, handler in self._previous.items():

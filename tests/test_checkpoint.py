@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pflow_jax.checkpoint import Checkpointer, load_params
 from pflow_jax.optim import make_optimizer
-from pflow_jax.sharding import make_mesh
+from pflow_jax.sharding import MeshSettings, make_mesh
 from pflow_jax.state import create_state
 
 OPTIMIZER = make_optimizer(learning_rate=0.1, warmup_steps=3, clip_norm=1.0)
@@ -59,10 +58,6 @@ def array_file(step_folder):
   return max(files, key=lambda f: f.stat().st_size)
 
 
-def batches():
-  return iter(grain.MapDataset.range(1000).seed(3).shuffle().repeat().batch(4).to_iter_dataset())
-
-
 def test_round_trip_is_exact(tmp_path):
   state = make_state(7)
   with Checkpointer(tmp_path / "run") as checkpointer:
@@ -87,26 +82,6 @@ def test_state_may_be_donated_right_after_save(tmp_path):
     state = jax.block_until_ready(overwrite(state))
     restored, _ = checkpointer.restore(state)
   np.testing.assert_array_equal(restored["w"], expected)
-
-
-def test_data_iterator_continues_exactly(tmp_path):
-  reference = batches()
-  expected = [next(reference) for _ in range(9)]
-  iterator = batches()
-  for _ in range(5):
-    next(iterator)
-  with Checkpointer(tmp_path) as checkpointer:
-    checkpointer.save(5, make_state(), iterator)
-    next(iterator)  # while the save is running
-  resumed = batches()
-  Checkpointer(tmp_path).restore(ABSTRACT, resumed)
-  np.testing.assert_array_equal([next(resumed) for _ in range(4)], expected[5:])
-
-
-def test_missing_data_iterator_is_an_error(tmp_path):
-  saved(tmp_path, [1])
-  with pytest.raises(ValueError, match="data iterator position process_0-of-1.json, got none"):
-    Checkpointer(tmp_path).restore(ABSTRACT, batches())
 
 
 def test_keeps_the_newest_and_every_period(tmp_path):
@@ -257,7 +232,7 @@ def test_restores_onto_other_devices(tmp_path):
       state,
     )
 
-  eight, two = make_mesh(), make_mesh(devices=jax.devices()[:2])
+  eight, two = (make_mesh(MeshSettings(), jax.devices()[:n]) for n in (8, 2))
   state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), make_state(3), place(ABSTRACT, eight))
   assert len(state.params["dense"]["kernel"].addressable_shards) == 8
   with Checkpointer(tmp_path) as checkpointer:

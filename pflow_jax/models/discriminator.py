@@ -19,6 +19,9 @@ from pflow_jax.models.layers import Dtype, accumulation_dtype
 
 _normal = nn.initializers.normal(1.0)
 
+# Where the parameters lie on a mesh, as part of a training state; see `sharding.Layout`.
+SHARDING = (("opponent/.*/kernel", (None, "fsdp")),)
+
 
 def blur(x: jax.Array, stride: int, padding: int) -> jax.Array:
   """Low-pass filter [1, 3, 3, 1] / 8 along H and W of x (B, H, W, C), padded with zeros on every side.

@@ -18,12 +18,14 @@ from pflow_jax.models.layers import (
   TimeEmbed,
   accumulation_dtype,
   check_head,
+  gathered,
   grid_of,
   layer_norm,
   modulate,
   patchify,
   position_table,
 )
+from pflow_jax.sharding import BATCH, constrain
 
 DIT_SIZES: dict[str, dict[str, int]] = {
   "S": dict(width=384, depth=12, num_heads=6),
@@ -32,11 +34,12 @@ DIT_SIZES: dict[str, dict[str, int]] = {
   "XL": dict(width=1152, depth=28, num_heads=16),
 }
 
-# What the backward pass keeps of a block: everything, nothing, or the matmul outputs.
+# What the backward pass keeps of a block: everything, nothing, the matmul outputs, or those in the host's memory.
 REMAT_POLICIES: dict[str, Any] = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 _xavier = nn.initializers.xavier_uniform()
@@ -60,10 +63,12 @@ class Block(nn.Module):
     """x (B * T, D), condition (B, D) = SiLU(embedding) -> (x, None), as scan wants it."""
     batch, width = condition.shape[0], x.shape[1]
 
-    def dense(features: int, name: str) -> nn.Dense:
-      return nn.Dense(features, dtype=self.dtype, kernel_init=_xavier, name=name)
+    def dense(features: int, name: str, *split: Any) -> nn.Dense:
+      return nn.Dense(features, dtype=self.dtype, kernel_init=_xavier, dot_general=gathered(*split), name=name)
 
-    adaln = nn.Dense(6 * width, dtype=x.dtype, kernel_init=_zeros, name="adaln")(condition)
+    x = constrain(x, BATCH, None)
+    split = gathered("fsdp", "tensor")
+    adaln = nn.Dense(6 * width, dtype=x.dtype, kernel_init=_zeros, dot_general=split, name="adaln")(condition)
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaln, 6, axis=-1)
 
     def norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -73,15 +78,16 @@ class Block(nn.Module):
     def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
       return (h.astype(x.dtype).reshape(batch, -1, width) * gate[:, None, :]).reshape(-1, width)
 
-    qkv = dense(3 * width, "qkv")(norm(x, shift1, scale1))
+    qkv = dense(3 * width, "qkv", "fsdp", "tensor")(norm(x, shift1, scale1))
     heads = qkv.reshape(batch, -1, 3, self.num_heads, width // self.num_heads)
+    heads = constrain(heads, BATCH, None, None, "tensor", None)
     q, k, v = (heads[:, :, i] for i in range(3))
     h = attention(q, k, v, implementation=self.attention).reshape(-1, width)
-    x = x + gated(dense(width, "proj")(h), gate1)
+    x = x + gated(dense(width, "proj", "tensor", "fsdp")(h), gate1)
 
-    h = dense(int(width * self.mlp_ratio), "mlp_in")(norm(x, shift2, scale2))
-    h = dense(width, "mlp_out")(nn.gelu(h, approximate=True))
-    return x + gated(h, gate2), None
+    h = dense(int(width * self.mlp_ratio), "mlp_in", "fsdp", "tensor")(norm(x, shift2, scale2))
+    h = dense(width, "mlp_out", "tensor", "fsdp")(nn.gelu(h, approximate=True))
+    return constrain(x + gated(h, gate2), BATCH, None), None
 
 
 class DiT(nn.Module):
@@ -93,7 +99,8 @@ class DiT(nn.Module):
     num_classes: rows of the class table without the null class, which is index `num_classes`.
     head: module of `pflow_jax.models.heads`; its parameters live under "head".
     dtype: compute dtype. Parameters, residual stream, norms and outputs stay float32.
-    remat: "none", "full" (keep only each block's input) or "dots" (keep the matmul outputs).
+    remat: "none", "full" (keep only each block's input), "dots" (keep the matmul outputs) or "offload" (keep those in
+      the host's memory, where the device has a way there: TPU and GPU).
     attention: implementation name, see `pflow_jax.models.attention`.
     time_scale: factor on t before its sinusoid.
     scan_unroll: blocks unrolled in one iteration of the scan over depth.
@@ -116,7 +123,7 @@ class DiT(nn.Module):
   def setup(self) -> None:
     self._check()
     dtype = jnp.dtype(self.dtype)
-    self.patch_embed = nn.Dense(self.width, dtype=dtype, kernel_init=_xavier)
+    self.patch_embed = nn.Dense(self.width, dtype=dtype, kernel_init=_xavier, dot_general=gathered(None, "fsdp"))
     wide = accumulation_dtype(dtype)  # bfloat16 would blur t by 0.02 where time_scale is 1
     self.time_embed = TimeEmbed(self.width, self.time_scale, wide)
     # Parameters of these two exist only in networks that are called with s, or with guidance.
@@ -154,7 +161,9 @@ class DiT(nn.Module):
     embedding = self.time_embed(t) + self.class_embed(cond)
     if s is not None:
       embedding += self.length_embed(t - s)
-    return embedding if guidance is None else embedding + self.guidance_embed(guidance)
+    if guidance is not None:
+      embedding += self.guidance_embed(guidance)
+    return constrain(embedding, BATCH, None)
 
   def __call__(
     self,

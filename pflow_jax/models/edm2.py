@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from pflow_jax.models.attention import attention
 from pflow_jax.models.layers import Dtype, accumulation_dtype, sinusoid
+from pflow_jax.sharding import gather
 
 EDM2_SIZES: dict[str, dict[str, int]] = {
   "XS": dict(model_channels=128),
@@ -36,6 +37,9 @@ CLIP = 256.0  # of a block's output, as in the release
 MIN_TIME = 1e-4  # log-sigma is finite in [MIN_TIME, 1 - MIN_TIME]
 
 _KERNEL = "mp_kernel"  # `normalize_weights` finds the kernels by this name
+
+# Where the kernels lie on a mesh, see `sharding.Layout`: filters whole, for they are normalised.
+SHARDING = ((f".*/{_KERNEL}", (None, "fsdp")),)
 
 
 def normalize(x: jax.Array, axis: int | tuple[int, ...], eps: float = 1e-4) -> jax.Array:
@@ -100,7 +104,7 @@ class MPConv(nn.Module):
     kernel = kernel / math.sqrt(math.prod(shape[:-1]))
     if self.gain:
       kernel = kernel * self.param("gain", nn.initializers.zeros, (), jnp.float32)
-    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    x, kernel = x.astype(self.dtype), gather(kernel.astype(self.dtype), *(None,) * (len(shape) - 1), "fsdp")
     if self.size == 1:
       return x @ kernel
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

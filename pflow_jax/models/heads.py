@@ -11,6 +11,7 @@ References: pi-Flow, arXiv:2510.14974; ArcFlow; their released code.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,9 +22,11 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from pflow_jax.models.layers import accumulation_dtype, check_layout, unpatchify
+from pflow_jax.models.layers import accumulation_dtype, check_layout, gathered, unpatchify
 
 Params = dict[str, Any]
+# Where the parameters lie on a mesh, see `sharding.Layout`.
+SHARDING = (("head/.*/kernel", ("fsdp", None)),)
 GAMMA_RANGE = (0.2, 4.0)  # of ArcFlow's momentum components at the start, log-spaced
 
 _xavier = nn.initializers.xavier_uniform()
@@ -63,6 +66,7 @@ class Head(nn.Module):
       dtype=accumulation_dtype(tokens.dtype),
       kernel_init=kernel_init,
       bias_init=bias_init,
+      dot_general=gathered("fsdp", None),
       name=name,
     )
     # Two axes, not three: the weight gradient is then one plain matmul.
@@ -133,9 +137,10 @@ class GMFlowHead(Head):
       return jnp.full(embedding.shape[:1], float(self.log_std), dtype)
     # Detached: the mixture's width must not steer the backbone.
     h = nn.silu(jax.lax.stop_gradient(embedding).astype(dtype))
-    h = nn.Dense(self.logstd_inner_dim, dtype=dtype, kernel_init=_xavier, name="proj_out_logstds_1")(h)
+    dense = functools.partial(nn.Dense, dtype=dtype, dot_general=gathered("fsdp", None))
+    h = dense(self.logstd_inner_dim, kernel_init=_xavier, name="proj_out_logstds_1")(h)
     start = nn.initializers.constant(self.init_log_std)
-    last = nn.Dense(1, dtype=dtype, kernel_init=_zeros, bias_init=start, name="proj_out_logstds_3")
+    last = dense(1, kernel_init=_zeros, bias_init=start, name="proj_out_logstds_3")
     return last(nn.silu(h))[:, 0]
 
   def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:

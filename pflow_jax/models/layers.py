@@ -5,7 +5,9 @@ Parameters are float32 everywhere; `dtype` is what a layer computes in.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +16,19 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from pflow_jax.sharding import gather
+
 Dtype = Any
 FREQUENCIES = 256  # width of the sinusoid that feeds the time MLP, as in DiT
+
+# Where the parameters of this module lie on a mesh, and of what is like them in DiT and MLP; see `sharding.Layout`.
+SHARDING = (
+  ("(qkv|mlp_in|adaln)/kernel", ("fsdp", "tensor")),
+  ("(proj|mlp_out)/kernel", ("tensor", "fsdp")),
+  ("(patch|point)_embed/kernel", (None, "fsdp")),
+  ("(time|length|guidance)_embed/(in|out)/kernel", (None, "fsdp")),
+  ("class_embed/embedding|.*/bias", ()),
+)
 
 
 def accumulation_dtype(dtype: Dtype) -> jnp.dtype:
@@ -118,6 +131,20 @@ def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
   return centred * jax.lax.rsqrt(variance + epsilon)
 
 
+@functools.cache
+def gathered(*spec: Any) -> Callable[..., jax.Array]:
+  """A `dot_general` for nn.Dense whose kernel lies on a mesh as `spec` says, see SHARDING, and is gathered for use.
+
+  Left to itself GSPMD may move activations instead, or cut the product in hundreds of small ones. The kernel has the
+  layer's compute dtype by then, which is what is sent; in an nn.scan one layer at a time is whole.
+  """
+
+  def dot_general(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    return jax.lax.dot_general(x, gather(kernel, *spec), *args, **options)
+
+  return dot_general
+
+
 class TimeEmbed(nn.Module):
   """t (B,) -> (B, width): sinusoid of time_scale * t, Dense, SiLU, Dense (DiT).
 
@@ -135,9 +162,9 @@ class TimeEmbed(nn.Module):
     init = nn.initializers.normal(0.02)
     t = t.astype(accumulation_dtype(self.dtype))
     h = sinusoid(self.time_scale * t, FREQUENCIES)
-    h = nn.silu(nn.Dense(self.width, dtype=self.dtype, kernel_init=init, name="in")(h))
-    last = nn.initializers.zeros if self.neutral else init
-    return nn.Dense(self.width, dtype=self.dtype, kernel_init=last, name="out")(h)
+    dense = functools.partial(nn.Dense, self.width, dtype=self.dtype, dot_general=gathered(None, "fsdp"))
+    h = nn.silu(dense(kernel_init=init, name="in")(h))
+    return dense(kernel_init=nn.initializers.zeros if self.neutral else init, name="out")(h)
 
 
 def check_head(head: Any, channels: int, patch_size: int) -> None:
@@ -156,8 +183,9 @@ class FinalNorm(nn.Module):
   def __call__(self, tokens: jax.Array, embedding: jax.Array) -> jax.Array:
     """tokens (B, T, D), embedding (B, D) -> (B, T, D), float32 or wider."""
     wide = accumulation_dtype(self.dtype)
-    adaln = nn.Dense(2 * tokens.shape[-1], dtype=wide, kernel_init=nn.initializers.zeros, name="adaln")(
-      nn.silu(embedding)
-    )
+    zeros = nn.initializers.zeros
+    split = gathered("fsdp", "tensor")
+    dense = nn.Dense(2 * tokens.shape[-1], dtype=wide, kernel_init=zeros, dot_general=split, name="adaln")
+    adaln = dense(nn.silu(embedding))
     shift, scale = jnp.split(adaln, 2, axis=-1)
     return modulate(layer_norm(tokens.astype(wide)), shift, scale)

@@ -25,8 +25,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pflow_jax.models.layers import accumulation_dtype
 from pflow_jax.partition import first_match
+from pflow_jax.sharding import gather
 
 Params = dict[str, Any]
+
+# Where the adapters lie on a mesh, see `sharding.Layout`.
+SHARDING = ((".*/lora_a", ("fsdp", None)), (".*/lora_b", (None, "fsdp")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +135,8 @@ def adapted(table: Table) -> contextlib.AbstractContextManager[None]:
     path = "/".join(layer.path)
     if not isinstance(layer, nn.Dense):
       raise ValueError(f"layer {path!r} has an adapter: expected an nn.Dense, got {type(layer).__name__}")
-    a: jax.Array = layer.get_variable("params", "lora_a")
-    b: jax.Array = layer.get_variable("params", "lora_b")
+    a: jax.Array = gather(layer.get_variable("params", "lora_a"), "fsdp", None)
+    b: jax.Array = gather(layer.get_variable("params", "lora_b"), None, "fsdp")
     adapter = _adapter_of(table, path, a.shape[-1])
     x, a, b = (jnp.asarray(value, y.dtype) for value in (*args, *kwargs.values(), a, b))
     if adapter.dropout and layer.has_rng("dropout"):

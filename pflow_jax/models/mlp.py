@@ -15,9 +15,11 @@ from pflow_jax.models.layers import (
   TimeEmbed,
   accumulation_dtype,
   check_head,
+  gathered,
   layer_norm,
   modulate,
 )
+from pflow_jax.sharding import BATCH, constrain
 
 
 class ResidualBlock(nn.Module):
@@ -30,12 +32,13 @@ class ResidualBlock(nn.Module):
     """x (B, T, D), condition (B, D) -> (B, T, D)."""
     width = x.shape[-1]
     xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
-    adaln = nn.Dense(2 * width, dtype=x.dtype, kernel_init=zeros, name="adaln")(condition)
+    widen, narrow = gathered("fsdp", "tensor"), gathered("tensor", "fsdp")
+    adaln = nn.Dense(2 * width, dtype=x.dtype, kernel_init=zeros, dot_general=widen, name="adaln")(condition)
     shift, scale = jnp.split(adaln, 2, axis=-1)
     # Two axes before a Dense: its weight gradient is then one plain matmul.
     h = modulate(layer_norm(x), shift, scale).reshape(-1, width)
-    h = nn.silu(nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name="mlp_in")(h))
-    h = nn.Dense(width, dtype=self.dtype, kernel_init=zeros, name="mlp_out")(h)
+    h = nn.silu(nn.Dense(width, dtype=self.dtype, kernel_init=xavier, dot_general=widen, name="mlp_in")(h))
+    h = nn.Dense(width, dtype=self.dtype, kernel_init=zeros, dot_general=narrow, name="mlp_out")(h)
     return x + h.astype(x.dtype).reshape(x.shape)
 
 
@@ -61,7 +64,7 @@ class MLP(nn.Module):
   def setup(self) -> None:
     check_head(self.head, self.channels, 1)
     dtype = jnp.dtype(self.dtype)
-    self.point_embed = nn.Dense(self.width, dtype=dtype)
+    self.point_embed = nn.Dense(self.width, dtype=dtype, dot_general=gathered(None, "fsdp"))
     wide = accumulation_dtype(dtype)  # see DiT
     self.time_embed = TimeEmbed(self.width, self.time_scale, wide)
     # Parameters of these two exist only in networks that are called with s, or with guidance.
@@ -80,7 +83,9 @@ class MLP(nn.Module):
     embedding = self.time_embed(t) + self.class_embed(cond)
     if s is not None:
       embedding += self.length_embed(t - s)
-    return embedding if guidance is None else embedding + self.guidance_embed(guidance)
+    if guidance is not None:
+      embedding += self.guidance_embed(guidance)
+    return constrain(embedding, BATCH, None)
 
   def __call__(
     self,

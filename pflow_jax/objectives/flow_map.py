@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pflow_jax.objectives.flow_matching import drop_condition, sample_time
 from pflow_jax.policies.base import as_float
 from pflow_jax.schedule import add_noise, over_space, shift_time
+from pflow_jax.sharding import per_example
 
 Array = jax.Array
 # (x, t, s, cond, guidance) -> F, like x; guidance (B,) or None.
@@ -271,18 +272,27 @@ def flow_map_loss(
 
   warmup = settings.warmup(step)
   F, g, dF = residual(network, velocity, x, t, s, cond, guidance, side=settings.side, warmup=warmup, precise=precise)
-  finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
-  g, dF = (jnp.where(over_space(finite, a), a, 0.0) for a in (g, dF))
-  # The gradient of |F - sg(F) + normalised|^2, and as its value a measure of the residual that falls with it.
-  normalised = NORMALISATIONS[settings.normalisation](g)
-  gradient = 2 * jnp.where(over_space(finite, F), F - jax.lax.stop_gradient(F), 0.0) * normalised
-  metrics = {
-    "residual": jnp.sqrt(_mean(g**2)).reshape(batch),
-    "derivative": jnp.sqrt(_mean(dF**2)).reshape(batch),
-    "masked": 1.0 - finite,
-    "warmup": jnp.asarray(warmup),
-  }
-  return _mean(gradient + g * normalised).reshape(batch), metrics
+  loss, metrics = _regression(F, g, dF, NORMALISATIONS[settings.normalisation])
+  return loss, metrics | {"warmup": jnp.asarray(warmup)}
+
+
+def _regression(F: Array, g: Array, dF: Array, normalise: Callable[[Array], Array]) -> tuple[Array, dict[str, Array]]:
+  """Loss (B,) with the gradient of |F - sg(F) + normalised residual|^2, and a value that falls with the residual."""
+
+  @per_example
+  def of_each(F, g, dF):
+    finite = jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
+    g, dF = (jnp.where(over_space(finite, a), a, 0.0) for a in (g, dF))
+    normalised = normalise(g)
+    gradient = 2 * jnp.where(over_space(finite, F), F - jax.lax.stop_gradient(F), 0.0) * normalised
+    metrics = {
+      "residual": jnp.sqrt(_mean(g**2)).reshape(-1),
+      "derivative": jnp.sqrt(_mean(dF**2)).reshape(-1),
+      "masked": 1.0 - finite,
+    }
+    return _mean(gradient + g * normalised).reshape(-1), metrics
+
+  return of_each(F, g, dF)
 
 
 def _self_guided(network: Network, v: Array, x: Array, t: Array, cond: Any, null_cond: Any, settings: FlowMap) -> Array:

@@ -19,6 +19,7 @@ from pflow_jax.integrate import METHODS, average_velocity, rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies.base import as_float
 from pflow_jax.schedule import add_noise, over_space, sample_segment, segment_grid, segment_length, shift_time
+from pflow_jax.sharding import per_example
 
 Array = jax.Array
 Teacher = Callable[[Array, Array, Any], Array]  # (x, t, cond) -> v
@@ -141,13 +142,12 @@ def segment_loss(
   window = _window(length, s.window)
   detached = jax.lax.stop_gradient(policy)
   if s.dropout and policy.num_components:
-    detached = jax.vmap(lambda p, d: p.drop(d))(detached, draws.dropout < s.dropout)
+    detached = per_example(jax.vmap(lambda p, d: p.drop(d)))(detached, draws.dropout < s.dropout)
 
-  def roll(x, r_start, r_end):
-    def one(p, x, a, b):
-      return rollout(p, x, a, b, shift=s.shift, substeps=s.substeps, method=s.method, max_length=s.max_segment)
-
-    return jax.vmap(one)(detached, x, r_start, r_end)
+  @per_example
+  @jax.vmap
+  def roll(p, x, a, b):
+    return rollout(p, x, a, b, shift=s.shift, substeps=s.substeps, method=s.method, max_length=s.max_segment)
 
   budget = (length - window)[:, None]
   # The student's gaps deliberately do not fill its budget.
@@ -159,7 +159,7 @@ def segment_loss(
     student_gap, teacher_gap = gaps
     r_a = r - student_gap
     r_b = r_a - teacher_gap
-    x_a = roll(x, r, r_a)
+    x_a = roll(detached, x, r, r_a)
     t_a, t_b = shift_time(r_a, s.shift), shift_time(r_b, s.shift)
     v = teacher(x_a, t_a, cond)
     return (x_a + v * over_space(t_b - t_a, x), r_b), (x_a, r_a, r_b, v)
@@ -171,15 +171,20 @@ def segment_loss(
   student_only = isinstance(ratio, (int, float)) and ratio == 0
   reach = s.max_window if student_only else s.max_segment
 
-  def predict(p, x, a, b):
-    return average_velocity(p, x, a, b, shift=s.shift, substeps=s.substeps, method=s.method, max_length=reach)
+  @per_example
+  def error(policy, x, r_start, r_end, target):
+    """Mean squares (B,) over the states, the second axis of all but the policy."""
 
-  over_states = jax.vmap(jax.vmap(predict), in_axes=(None, 0, 0, 0))
+    def predict(p, x, a, b):
+      return average_velocity(p, x, a, b, shift=s.shift, substeps=s.substeps, method=s.method, max_length=reach)
+
+    prediction = jax.vmap(jax.vmap(predict, in_axes=(None, 0, 0, 0)))(policy, x, r_start, r_end)
+    return jnp.mean((prediction - target) ** 2, axis=tuple(range(1, target.ndim)))
+
   r_end = jnp.maximum(r_b - window[None], 0.0)
-  prediction = over_states(policy, *jax.lax.stop_gradient((x_a, r_a, r_end)))
-  error = jnp.mean((prediction - target) ** 2, axis=(0, *range(2, target.ndim)))
-  end = roll(*last, jnp.maximum(r - length, 0.0)) if destination else None
-  return s.loss_scale * 0.5 * error, end
+  states = (a.swapaxes(0, 1) for a in jax.lax.stop_gradient((x_a, r_a, r_end, target)))
+  end = roll(detached, *last, jnp.maximum(r - length, 0.0)) if destination else None
+  return s.loss_scale * 0.5 * error(policy, *states), end
 
 
 def imitation_loss(

@@ -9,7 +9,7 @@ import pytest
 from scipy.signal import convolve2d, correlate2d
 
 from pflow_jax.models.discriminator import Discriminator, PointDiscriminator, blur, make_discriminator, minibatch_std
-from pflow_jax.sharding import make_mesh, shard_batch
+from pflow_jax.sharding import Layout, make_mesh
 from tests.models.test_dit import QUICK, apply, perturbed_params
 
 FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
@@ -162,7 +162,7 @@ def test_examples_of_a_group_see_each_other(size, group_size, groups):
 def test_groups_do_not_depend_on_devices(size):
   """Groups across devices have the right deviations; with whole groups on every device nothing is communicated."""
   x = np.random.default_rng(0).normal(size=(size, 2, 2, 3))
-  sharded = shard_batch(x, make_mesh())
+  sharded = Layout(make_mesh()).spread(x)
   assert len(sharded.sharding.device_set) == 8
   program = jax.jit(minibatch_std, static_argnums=1).lower(sharded, 4).compile()
   want = x.reshape(-1, 4, 2, 2, 3).std(axis=1).mean(axis=(1, 2, 3))
