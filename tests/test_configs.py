@@ -50,7 +50,7 @@ def test_full_size_config_is_read_whole(config, variant, tmp_path, monkeypatch):
   if variant not in TEACHERS:
     from pflow_jax import experiment
 
-    monkeypatch.setattr(experiment, "load_teacher", lambda *_: None)
+    monkeypatch.setattr(experiment, "load_teacher", lambda *_, **__: None)
     values.teacher.workdir = "a teacher"
   made = build(values)
   x = jax.ShapeDtypeStruct((2, *made.dataset.shape), "float32")

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "pflow_jax"
 # From the top. A module may import from lower layers, and from its own (without a circle).
 LAYERS = [
   {"cli"},
-  {"train", "sample", "evaluate", "merge", "compare", "compare_report", "defaults"},
-  {"step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"},
+  {"train", "sample", "evaluate", "merge", "plan", "compare", "compare_report", "defaults"},
+  {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"},
   {"objectives"},
   {"sampler"},
   {"guidance", "integrate"},
@@ -31,6 +31,9 @@ LAYERS = [
     "figures",
     "flops",
     "partition",
+    "distributed",
+    "hlo",
+    "chips",
   },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,459 @@
+"""`pflow plan`: whether a run fits on a TPU slice, and what it would cost, told on a machine that has none.
+
+The run's own step is compiled by the TPU compiler for the slice. What it says of memory, and what it makes the chips
+send, is as it will be; seconds are estimates, from the operations and bytes counted and the chip's published rates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from pflow_jax import hlo, sample
+from pflow_jax.analytic import analytic_step_flops
+from pflow_jax.chips import Chip, chip_of, compiler_topology, parse_topology
+from pflow_jax.experiment import Experiment, build
+from pflow_jax.flops import count_flops
+from pflow_jax.networks import SHARDING
+from pflow_jax.sections import call
+from pflow_jax.sharding import AXES, Layout, MeshSettings, make_layout, mesh_shape
+from pflow_jax.step import Program, make_program
+
+GIB = 2**30
+CACHE = "~/.cache/pflow_jax/libtpu"
+# What a step takes where all is well: the share of the roofline that such runs reach in practice.
+EFFICIENCY = 0.45
+
+
+class NoCompiler(RuntimeError):
+  """The TPU compiler is not installed; the message says how to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """The chips to plan for.
+
+  Attributes:
+    topology: of one slice, "v5e:16x16" or a Cloud name, see `chips.parse_topology`.   slices: how many of them.
+  """
+
+  topology: str
+  slices: int = 1
+
+  def __post_init__(self):
+    parse_topology(self.topology)
+    if self.slices < 1:
+      raise ValueError(f"--slices: expected at least 1, got {self.slices}")
+
+  @property
+  def chip(self) -> Chip:
+    return chip_of(self.topology)
+
+  @property
+  def num_chips(self) -> int:
+    return parse_topology(self.topology)[2] * self.slices
+
+  @property
+  def num_devices(self) -> int:
+    return self.num_chips * self.chip.devices
+
+  def devices(self) -> Sequence[Any]:
+    """Devices that can be compiled for, and nothing else.
+
+    Raises: NoCompiler.
+    """
+    os.environ |= _compiler_environment()
+    from jax.experimental import topologies
+
+    name, options = compiler_topology(self.topology)
+    if self.slices > 1:
+      options["num_slices"] = self.slices
+    return topologies.get_topology_desc(name, platform="tpu", **options).devices
+
+
+def find_compiler() -> str:
+  """Path of the TPU compiler's library.
+
+  Raises: NoCompiler.
+  """
+  places = [os.environ.get("TPU_LIBRARY_PATH"), os.path.expanduser(f"{CACHE}/libtpu/libtpu.so")]
+  spec = importlib.util.find_spec("libtpu")
+  if spec is not None and spec.submodule_search_locations:
+    places += [f"{folder}/libtpu.so" for folder in spec.submodule_search_locations]
+  for place in places:
+    if place and pathlib.Path(place).exists():
+      return place
+  needs = importlib.metadata.requires("jax") or []
+  pinned = [need.split(";")[0].strip() for need in needs if need.startswith("libtpu")]
+  raise NoCompiler(
+    "the TPU compiler is not installed, so what follows is counted, not compiled. It is a package of its own, which "
+    f"needs no TPU:\n  pip install --no-deps --target {CACHE} '{pinned[0] if pinned else 'libtpu'}'\n"
+    "(or set TPU_LIBRARY_PATH to a libtpu.so that fits this JAX)"
+  )
+
+
+def _compiler_environment() -> dict[str, str]:
+  """For libtpu on a machine without a TPU, beside others that use it, and without its logs."""
+  return {
+    "TPU_LIBRARY_PATH": find_compiler(),
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+  }
+
+
+def plan(
+  config: ConfigDict, where: Slice, *, fast: bool = False, search: bool = True, sampling: bool = True
+) -> dict[str, Any]:
+  """What the run that `config` describes needs on `where`, and would take there.
+
+  Without the TPU compiler the report has "note", and lacks what only the compiler knows.
+
+  Args:
+    fast: a tenth of the compile time, for the same memory; the compiler may choose other collectives.
+    search: if it does not fit, look for what would make it fit.
+    sampling: plan the sampler as well.
+  Returns: a report for JSON, see `as_text`. Bytes are of a device, operations and bytes sent of a step.
+  Raises: ValueError for a config, a mesh or a batch that does not fit together.
+  """
+  note = ""
+  try:
+    devices: Sequence[Any] | None = where.devices()
+  except NoCompiler as missing:
+    devices, note = None, str(missing)
+  with _quiet():
+    experiment = build(config, abstract=True)
+    report, program = _step(config, experiment, where, devices, fast)
+    if note:
+      report["note"] = note
+    elif not report["memory"]["fits"] and search:
+      report["tried"] = list(_what_would_fit(config, where, devices))
+    if sampling and not note:
+      report["sample"] = _sampler(config, experiment, program.layout, where, fast)
+  return report
+
+
+def sweep(config: ConfigDict, where: Slice, *, fast: bool = True) -> list[dict[str, Any]]:
+  """Reports for every size of "fsdp" that is a power of 2 and divides the devices of a slice, "data" the rest.
+
+  A size that the network or the batch does not divide by has "refused" instead.
+  """
+  reports = []
+  size, most = 1, where.num_devices // where.slices
+  while most % size == 0:
+    one = copy.deepcopy(config)
+    one.mesh.update(slice=where.slices, data=-1, fsdp=size, tensor=1)
+    print(f"compiling for data {most // size} x fsdp {size}", flush=True)
+    try:
+      reports.append(plan(one, where, fast=fast, search=False, sampling=False))
+    except ValueError as error:
+      reports.append({"mesh": {"slice": where.slices, "data": most // size, "fsdp": size}, "refused": str(error)})
+    size *= 2
+  return reports
+
+
+def _layout(config: ConfigDict, experiment: Experiment, where: Slice, devices: Sequence[Any] | None) -> Layout:
+  if devices is not None:
+    return experiment.layout(config, devices)
+  settings = call(MeshSettings, "mesh", config.get("mesh", {}))
+  own = make_layout(MeshSettings(data=-1), SHARDING, jax.local_devices()[:1])
+  shape = mesh_shape(settings, where.num_devices)
+  mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return dataclasses.replace(own, mesh=mesh, min_size=settings.min_size)
+
+
+def _step(
+  config: ConfigDict, experiment: Experiment, where: Slice, devices: Sequence[Any] | None, fast: bool
+) -> tuple[dict[str, Any], Program]:
+  """The report on the training step."""
+  program = make_program(config, experiment, _layout(config, experiment, where, devices))
+  traced = program.trace()
+  flops = count_flops(traced.jaxpr)
+  data_free = config.objective.kind == "imitation_data_free"
+  expected = analytic_step_flops(experiment, config.train.batch_size, data_free=data_free)
+  state = program.state
+  memory: dict[str, Any] = {
+    "parameters": _bytes(state.params),
+    "average": _bytes(state.ema),
+    "optimizer": _bytes(state.opt_state) + _bytes(state.opponent),
+    "teacher": _bytes(program.frozen),
+    "batch": _bytes(program.batch),
+    "available": where.chip.hbm_bytes_per_device,
+  }
+  report: dict[str, Any] = {
+    "config": {"objective": config.objective.kind, "policy": config.policy.kind, "model": config.model.to_dict()},
+    "topology": where.topology,
+    "slices": where.slices,
+    "chip": where.chip.name,
+    "chips": where.num_chips,
+    "devices": where.num_devices,
+    "mesh": dict(program.layout.mesh.shape),
+    "batch_size": config.train.batch_size,
+    "accumulation": program.step.accumulation,
+    "remat": config.model.get("remat", "none"),
+    "steps": config.train.steps,
+    "parameters": {"trained": _count(state.params), "teacher": _count(program.frozen)},
+    "flops": {"counted": flops, "analytic": expected},
+    "memory": memory,
+  }
+  seconds = {"compute": flops / where.num_chips / where.chip.peak_flops}
+  if devices is None:
+    report["estimate"] = _estimate(seconds, flops, where, config.train.steps)
+    return report, program
+  compiled, told = _compile(traced, fast)
+  report |= {"compile_seconds": told.pop("compile_seconds"), "compiled": "fast" if fast else "in full"}
+  memory |= told
+  memory["fits"] = compiled is not None
+  if compiled is None:
+    return report, program
+  text = compiled.as_text()
+  collectives = hlo.collectives(text, where.num_devices // where.slices)
+  traffic = hlo.memory_traffic(text)
+  report["traffic"] = {
+    "ici": {kind: dataclasses.asdict(t) for kind, t in collectives.ici.items() if t.count},
+    "dcn": {kind: dataclasses.asdict(t) for kind, t in collectives.dcn.items() if t.count},
+    "hbm": traffic,
+    "unknown_loops": collectives.unknown_loops,
+  }
+  chip, per = where.chip, where.chip.devices
+  # A collective runs along one axis of the slice, which has two of the chip's links.
+  one_axis = chip.ici_bandwidth * 2 / chip.ici_links
+  seconds["hbm"] = traffic * per / chip.hbm_bandwidth
+  seconds["ici"] = sum(t.sent for t in collectives.ici.values()) * per / one_axis
+  if where.slices > 1:
+    seconds["dcn"] = sum(t.sent for t in collectives.dcn.values()) * per / chip.dcn_bandwidth
+  report["estimate"] = _estimate(seconds, flops, where, config.train.steps)
+  return report, program
+
+
+def _estimate(seconds: dict[str, float], flops: int, where: Slice, steps: int) -> dict[str, Any]:
+  """Seconds a step if all overlaps and if nothing does, what limits it, and what the run costs."""
+  least = max(seconds.values())
+  return {
+    "seconds": seconds,
+    "step_seconds": [least, sum(seconds.values())],
+    "limit": max(seconds, key=seconds.__getitem__),
+    "peak_share": flops / where.num_chips / where.chip.peak_flops / least,
+    "chip_hours": [least * steps * where.num_chips / 3600, least / EFFICIENCY * steps * where.num_chips / 3600],
+  }
+
+
+def _compile(traced: Any, fast: bool) -> tuple[Any, dict[str, Any]]:
+  """The compiled program, None where it does not fit; and what the compiler says of memory, in bytes of a device."""
+  options = {"exec_time_optimization_effort": -1.0} if fast else None
+  start = time.perf_counter()
+  try:
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as error:
+    sizes = re.findall(r"([\d.]+)([KMGT])\b", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
+      raise
+    number, unit = sizes[0]
+    needed = int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
+    return None, {"peak": needed, "compile_seconds": time.perf_counter() - start}
+  told = compiled.memory_analysis()
+  return compiled, {
+    "arguments": told.argument_size_in_bytes,
+    "activations": told.peak_memory_in_bytes - told.argument_size_in_bytes,
+    "peak": told.peak_memory_in_bytes,
+    "compile_seconds": time.perf_counter() - start,
+  }
+
+
+def _what_would_fit(config: ConfigDict, where: Slice, devices: Sequence[Any] | None) -> Iterator[dict[str, Any]]:
+  """Changes in the order of what they cost, each on top of those before, until one fits."""
+  one = copy.deepcopy(config)
+  changes: list[tuple[str, dict[str, Any]]] = []
+  if config.model.get("remat", "full") != "full":
+    changes.append(("config.model.remat=full", {"model": {"remat": "full"}}))
+  sizes = mesh_shape(call(MeshSettings, "mesh", config.mesh), where.num_devices)
+  fsdp = sizes[2]
+  while fsdp * 4 <= where.num_devices // where.slices:
+    fsdp *= 4
+    changes.append((f"config.mesh.fsdp={fsdp}", {"mesh": {"data": -1, "fsdp": fsdp}}))
+    if len(changes) >= 3:
+      break
+  accumulation = config.train.accumulation
+  while (config.train.batch_size // (accumulation * 2)) % where.num_devices == 0 and accumulation < 64:
+    accumulation *= 2
+    changes.append((f"config.train.accumulation={accumulation}", {"train": {"accumulation": accumulation}}))
+  kept: list[str] = []
+  for label, values in changes:
+    before = copy.deepcopy(one)
+    one.update(values)
+    print(f"does not fit; trying {' '.join([*kept, label])}", flush=True)
+    try:
+      report, _ = _step(one, build(one, abstract=True), where, devices, fast=True)
+    except ValueError as error:
+      one = before
+      yield {"change": [*kept, label], "refused": str(error)}
+      continue
+    kept = [name for name in kept if name.split("=")[0] != label.split("=")[0]] + [label]
+    yield {"change": list(kept), "peak": report["memory"]["peak"], "fits": report["memory"]["fits"]}
+    if report["memory"]["fits"]:
+      return
+
+
+def _sampler(
+  config: ConfigDict, experiment: Experiment, layout: Layout, where: Slice, fast: bool
+) -> list[dict[str, Any]]:
+  """Reports on the sampler, for each number of evaluations that it is asked for."""
+  settings = call(sample.SampleSettings, "sample", config.get("sample", {}))
+  size = -(-settings.batch_size // layout.batch_parts) * layout.batch_parts
+
+  def all_params(key: jax.Array, frozen: Any) -> Any:
+    return experiment.complete(experiment.init(key, frozen), frozen)
+
+  key = jax.random.key(0)
+  params = layout.abstract(jax.eval_shape(all_params, key, experiment.frozen))
+  shapes = ((size, *experiment.dataset.shape), jnp.float32), ((size,), jnp.int32), ((size,), key.dtype)
+  noise, labels, keys = (jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch) for shape, dtype in shapes)
+  reports = []
+  for nfe in sample.evaluations(experiment, settings):
+    with layout.context():
+      run: Any = sample.make_sampler(experiment, settings, nfe)
+      traced = run.trace(params, noise, labels, keys)
+    flops = count_flops(traced.jaxpr)
+    _, told = _compile(traced, fast)
+    seconds = flops / where.num_chips / where.chip.peak_flops
+    reports.append({"nfe": nfe, "batch_size": size, "flops": flops, "compute_seconds": seconds, **told})
+  return reports
+
+
+def _bytes(tree: Any) -> int:
+  """Bytes of a tree of shapes on one device."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _count(tree: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without what libtpu writes on stderr of a machine that has no TPU, whatever it is told."""
+  import sys
+
+  sys.stderr.flush()
+  kept = os.dup(2)
+  null = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(null, 2)
+  try:
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(null)
+
+
+def as_text(report: dict[str, Any]) -> str:
+  """A report for people."""
+  mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+  m, flops, estimate = report["memory"], report["flops"], report.get("estimate")
+  per = "chip" if report["devices"] == report["chips"] else "device (there are two a chip)"
+  what = f"{report['config']['objective']}, {report['config']['policy']}"
+  slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
+  lines = [
+    f"{what} on {slices}{report['topology']}: {report['chips']} chips, mesh {mesh}",
+    f"batch {report['batch_size']}, accumulation {report['accumulation']}, remat {report['remat']}",
+    f"parameters: {report['parameters']['trained']:,} train, the teacher has {report['parameters']['teacher']:,}",
+  ]
+  if "note" in report:
+    lines += ["", report["note"], ""]
+  names = ("parameters", "average", "optimizer", "teacher", "batch", "activations")
+  parts = ", ".join(f"{name} {_size(m[name])}" for name in names if name in m)
+  lines.append(f"memory of a {per}: {parts}")
+  if "fits" in m:
+    verdict = "fits" if m["fits"] else "DOES NOT FIT"
+    lines.append(f"  {verdict}: peak {_size(m['peak'])} of {_size(m['available'])}")
+    lines.append(f"  compiled {report['compiled']} in {report['compile_seconds']:.0f} s")
+  for attempt in report.get("tried", ()):
+    result = attempt.get("refused") or f"{'fits' if attempt['fits'] else 'does not fit'}, {_size(attempt['peak'])}"
+    lines.append(f"  with {' '.join(attempt['change'])}: {result.splitlines()[0]}")
+  if report.get("tried") and not report["tried"][-1].get("fits"):
+    lines.append("  nothing that was tried fits: take a larger slice, a smaller batch, or adapters (config.adapters)")
+  check = ""
+  if flops["analytic"]:
+    check = f", {100 * (flops['counted'] / flops['analytic'] - 1):+.2f} % from the closed form"
+  lines.append(f"operations a step: {flops['counted'] / 1e12:,.1f} TFLOP{check}")
+  for network in ("ici", "dcn"):
+    for kind, t in sorted(report.get("traffic", {}).get(network, {}).items()):
+      lines.append(
+        f"  {network}: {t['count']} {kind}, {_size(t['payload'])}, of which a {per} sends {_size(t['sent'])}"
+      )
+  if estimate:
+    times = ", ".join(f"{name} {_time(s)}" for name, s in estimate["seconds"].items())
+    least, most = estimate["step_seconds"]
+    lines += [
+      f"estimate of a step: {_time(least)} if all overlaps, {_time(most)} if nothing does; limited by "
+      f"{estimate['limit']} ({times})",
+      f"estimate of {report['steps']:,} steps: {estimate['chip_hours'][0]:,.0f} chip-hours at that limit, "
+      f"{estimate['chip_hours'][1]:,.0f} at {EFFICIENCY:.0%} of it",
+    ]
+  for s in report.get("sample", ()):
+    per_image = f"{s['flops'] / s['batch_size'] / 1e9:,.0f} GFLOP an image"
+    lines.append(
+      f"sampling, {s['nfe']} NFE, {s['batch_size']} at a time: peak {_size(s['peak'])}, {per_image}, estimate at least "
+      f"{_time(s['compute_seconds'])}"
+    )
+  return "\n".join(lines)
+
+
+def as_table(reports: Sequence[dict[str, Any]]) -> str:
+  """Reports of several meshes, the fastest that fit first."""
+
+  def rank(report: dict[str, Any]) -> tuple[bool, float]:
+    fits = report.get("memory", {}).get("fits", "refused" not in report)
+    return not fits, report.get("estimate", {}).get("step_seconds", [math.inf])[0]
+
+  rows: list[tuple[str, ...]] = [("mesh", "peak", "fits", "sent", "step, all overlapped", "nothing", "limit")]
+  for report in sorted(reports, key=rank):
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+    if "refused" in report:
+      rows.append((mesh, "refused: " + report["refused"].splitlines()[0][:60], "", "", "", "", ""))
+      continue
+    m, estimate, traffic = report["memory"], report.get("estimate"), report.get("traffic", {})
+    sent = sum(t["sent"] for network in ("ici", "dcn") for t in traffic.get(network, {}).values())
+    times = [_time(s) for s in estimate["step_seconds"]] if estimate else ["", ""]
+    fits = {True: "yes", False: "no"}.get(m.get("fits"), "?")
+    rows.append((mesh, _size(m.get("peak", 0)), fits, _size(sent), *times, estimate["limit"] if estimate else ""))
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def write_json(path: str | os.PathLike, reports: Any) -> None:
+  pathlib.Path(path).write_text(json.dumps(reports, indent=2) + "\n")
+
+
+def _size(count: float) -> str:
+  for unit in ("B", "KiB", "MiB"):
+    if count < 1024:
+      return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    count /= 1024
+  return f"{count:.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+  return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
