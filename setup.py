@@ -40,7 +40,7 @@ setup(
     "tensorflow-datasets>=4.9.8",
   ],
   extras_require={
-    "tpu": ["jax[tpu]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10", "gcsfs>=2024.2"],  # gcsfs: workdirs on gs://
     "cuda": ["jax[cuda12]>=0.10"],
     "torch": ["torch>=2.5", "safetensors>=0.4"],
     "dev": [

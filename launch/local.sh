@@ -5,9 +5,21 @@
 #   launch/local.sh train FLAGS...         `pflow train` with these flags, started again when it dies, up to RESTARTS times
 #
 # A run resumes from its workdir, so starting it again loses nothing but the steps since its last checkpoint.
+# Told to end (SIGTERM, Ctrl-C), it has the run save first; a second Ctrl-C ends it at once.
+#
+# Settings of `train`, from the environment:
+#   PROCESSES=1   processes that train together; lines of all but process 0 begin with the process's number
+#   DEVICES=N     that many fake CPU devices in each process, instead of the machine's devices
+#   RESTARTS=3    how often a run that died is started again
+#   GRACE=60      seconds that the other processes have to end by themselves when one has died
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+
+mistake() {
+  echo "launch/local.sh: $1" >&2
+  exit 2
+}
 
 demo() {
   local folder=${1:-runs/demo} seed=${2:-0} start=$SECONDS variant
@@ -21,22 +33,102 @@ demo() {
   echo "done in $((SECONDS - start)) s. The picture: $folder/samples.png, the table: $folder/evaluation.md"
 }
 
+# Sends a signal to the processes of this run that have not ended.
+signal_all() {
+  local pid
+  for pid in $(jobs -rp); do kill "-$1" "$pid" 2>/dev/null || true; done
+}
+
+# Both signals are passed on as SIGTERM, for which a run with several processes listens.
+stop() {
+  stopped=$((stopped + 1))
+  if [[ $1 == INT ]] && ((stopped > 1)); then
+    signal_all KILL
+  else
+    echo "launch/local.sh: told to stop; waiting for the run to save" >&2
+    signal_all TERM
+  fi
+}
+
+# Sets `port` to one on which nobody listens, below those that the system gives to outgoing connections.
+find_port() {
+  port=$((20000 + RANDOM % 12000))
+  while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((20000 + RANDOM % 12000)); done
+}
+
+# Runs all processes once. Fails with 2 if any of them did, else with 130, else with the code of the first that failed.
+attempt() {
+  local i pid port running code=0 result=0 deadline='' killed=0
+  local -a pids=() cluster
+  find_port
+  for ((i = 0; i < processes; i++)); do
+    cluster=("--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$i")
+    if ((processes == 1)); then
+      pflow train "$@" &
+    elif ((i == 0)); then
+      pflow train "$@" "${cluster[@]}" &
+    else
+      pflow train "$@" "${cluster[@]}" > >(exec sed -u "s/^/[$i] /") 2> >(exec sed -u "s/^/[$i] /" >&2) &
+    fi
+    pids[i]=$!
+  done
+  # Told to stop before these were there to be told.
+  if ((stopped)); then signal_all TERM; fi
+  while ((${#pids[@]})); do
+    running=" $(jobs -rp) "
+    running=${running//$'\n'/ }
+    for i in "${!pids[@]}"; do
+      pid=${pids[i]}
+      if [[ $running == *" $pid "* ]]; then continue; fi
+      code=0
+      wait "$pid" || code=$?
+      unset "pids[i]"
+      # Whoever is killed below comes after one that failed, and is not blamed.
+      if ((code == 0)); then continue; fi
+      deadline=${deadline:-$((SECONDS + grace))}
+      if ((code == 2 || result == 0 || (code == 130 && result != 2))); then result=$code; fi
+    done
+    if ((${#pids[@]} && !killed)) && [[ $deadline ]] && ((SECONDS > deadline)); then
+      echo "launch/local.sh: ${#pids[@]} of $processes processes still run $grace s after one ended; killed" >&2
+      killed=1
+      signal_all KILL
+    fi
+    if ((${#pids[@]})); then sleep 0.2; fi
+  done
+  return "$result"
+}
+
 train() {
-  local tries=0 code=0
+  local tries=0 code=0 stopped=0 setting
+  local processes=${PROCESSES:-1} restarts=${RESTARTS:-3} grace=${GRACE:-60}
+  for setting in PROCESSES DEVICES; do
+    [[ ${!setting:-1} =~ ^[1-9][0-9]*$ ]] || mistake "$setting: expected a whole number above 0, got '${!setting}'"
+  done
+  for setting in RESTARTS GRACE; do
+    [[ ${!setting:-0} =~ ^[0-9]+$ ]] || mistake "$setting: expected a whole number, got '${!setting}'"
+  done
+  if [[ ${DEVICES:-} ]]; then
+    export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES"
+    export JAX_PLATFORMS=cpu
+  fi
+  trap 'stop TERM' TERM
+  trap 'stop INT' INT
   while true; do
     code=0
-    pflow train "$@" || code=$?
+    attempt "$@" || code=$?
+    # Told to stop before it could listen, a process dies of the signal.
+    if ((stopped && code != 0 && code != 2)); then code=130; fi
     # 2 is a mistake that another try would only repeat, 130 a run that was told to stop.
-    if ((code == 0 || code == 2 || code == 130 || tries >= ${RESTARTS:-3})); then exit "$code"; fi
+    if ((code == 0 || code == 2 || code == 130 || tries >= restarts)); then exit "$code"; fi
     tries=$((tries + 1))
-    echo "launch/local.sh: training ended with code $code; restart $tries of ${RESTARTS:-3}" >&2
+    echo "launch/local.sh: training ended with code $code; restart $tries of $restarts" >&2
   done
 }
 
 case "${1:-}" in
   demo | train) "$@" ;;
   *)
-    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

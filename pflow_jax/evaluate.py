@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from pflow_jax import data, figures, metrics, workdir
@@ -26,6 +28,7 @@ from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import Imitation
 from pflow_jax.sample import (
   SampleSettings,
+  check_local,
   draw_noise,
   evaluations,
   flow_map_grid,
@@ -118,6 +121,7 @@ def evaluate(
   Raises: ValueError for students of different teachers, or fewer samples than a Fréchet distance needs.
   """
   settings = call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
+  check_local(out, folder)
   configs = {str(folder): config} | {str(other): workdir.load_config(other) for other in others}
   experiments = {name: build(one) for name, one in configs.items()}
   experiment = experiments[str(folder)]
@@ -147,7 +151,7 @@ def evaluate(
     if s.is_student or experiment.teacher is None:
       samples[s.name], speed = draw()
     else:
-      kept = pathlib.Path(str(experiment.teacher.settings.workdir)) / "evaluation" / f"samples_{s.nfe}_steps.npz"
+      kept = epath.Path(str(experiment.teacher.settings.workdir)) / "evaluation" / f"samples_{s.nfe}_steps.npz"
       what = f"{_reference(experiment)}; {settings.num_samples} samples of seed {settings.seed}, {batch_size} at a time"
       what += f", {jax.devices()[0].device_kind} x {jax.device_count()}"
       samples[s.name], speed = _draw_once(draw, kept, what, noise.shape)
@@ -279,7 +283,7 @@ def _draw(
 
 
 def _draw_once(
-  draw: Callable[[], tuple[np.ndarray, float]], path: pathlib.Path, what: str, shape: tuple[int, ...]
+  draw: Callable[[], tuple[np.ndarray, float]], path: epath.Path, what: str, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, float]:
   """What `draw` returns; from the file `path` if it holds `what`, and there afterwards.
 
@@ -291,16 +295,23 @@ def _draw_once(
   samples, speed = draw()
   if is_first():
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(partial, what=what, samples=samples, images_per_second=speed)  # type: ignore[arg-type]
-    partial.replace(path)
+    content = io.BytesIO()
+    np.savez(content, what=what, samples=samples, images_per_second=speed)  # type: ignore[arg-type]
+    _write_bytes(path, content.getvalue())
   return samples, speed
 
 
-def _read_samples(path: pathlib.Path, what: str) -> tuple[np.ndarray | None, float]:
+def _write_bytes(path: epath.Path, content: bytes) -> None:
+  """Writes a file whole or not at all."""
+  partial = path.with_suffix(f".{os.getpid()}.partial")
+  partial.write_bytes(content)
+  partial.replace(path)
+
+
+def _read_samples(path: epath.Path, what: str) -> tuple[np.ndarray | None, float]:
   """Samples and speed in the file `path`, if it holds `what`."""
   try:
-    with np.load(path) as kept:
+    with np.load(io.BytesIO(path.read_bytes())) as kept:
       if str(kept["what"]) == what:
         return kept["samples"], float(kept["images_per_second"])
   except (OSError, ValueError, KeyError, zipfile.BadZipFile):
@@ -366,7 +377,7 @@ def _classifier(experiment, settings, real, real_labels, folder) -> Classifier |
     return None
   owner = experiment.teacher.settings.workdir if experiment.teacher else folder
   # The name says how it was trained: another setting trains another.
-  path = pathlib.Path(owner) / "evaluation" / f"classifier_{settings.classifier_steps}_steps.npz"
+  path = epath.Path(owner) / "evaluation" / f"classifier_{settings.classifier_steps}_steps.npz"
   if from_first(path.exists()):
     return Classifier.load(path, image_shape=dataset.shape, num_classes=dataset.num_classes)
   if is_first():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import os
-import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import ArrayLike
 
@@ -87,7 +88,7 @@ class Classifier:
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes one .npz, arrays and a JSON description; the file appears whole or not at all."""
-    path = pathlib.Path(path)
+    file = epath.Path(path)
     about = {
       "format": _FORMAT,
       "image_shape": list(self.image_shape),
@@ -95,11 +96,12 @@ class Classifier:
       "num_features": self.num_features,
     }
     arrays = flatten_dict(self.params, sep="/")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-      np.savez(file, about=np.array(json.dumps(about)), **arrays)
-    partial.replace(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez(content, about=np.array(json.dumps(about)), **arrays)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(content.getvalue())
+    partial.replace(file)
 
   @classmethod
   def load(
@@ -116,7 +118,7 @@ class Classifier:
       other data.
     """
     try:
-      with np.load(path, allow_pickle=False) as data:
+      with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as data:
         arrays = {name: data[name] for name in data.files}
       about = json.loads(str(arrays.pop("about")))
       if about["format"] != _FORMAT:

@@ -36,7 +36,7 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike) -> int:
   params, ema = (experiment.network.merged(experiment.load(folder, which)) for which in ("params", "ema"))
   config.adapters.table = ()
   plain = build(config)
-  state = make_step(config, plain)[0].init(jax.random.key(0), params)
+  state = make_step(config, plain).init(jax.random.key(0), params)
   state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
   workdir.claim(out, config)
   with Checkpointer(f"{out}/{workdir.CHECKPOINTS}") as checkpointer:

@@ -220,7 +220,7 @@ def _step(
   if devices is None:
     report["estimate"] = _estimate(seconds, flops, where, config.train.steps)
     return report, program
-  compiled, told = _compile(traced, fast)
+  compiled, told = _compile(traced, fast, devices[0].platform)
   report |= {"compile_seconds": told.pop("compile_seconds"), "compiled": "fast" if fast else "in full"}
   memory |= told
   memory["fits"] = compiled is not None
@@ -258,19 +258,26 @@ def _estimate(seconds: dict[str, float], flops: int, where: Slice, steps: int) -
   }
 
 
-def _compile(traced: Any, fast: bool) -> tuple[Any, dict[str, Any]]:
+def _needed(error: str) -> int:
+  """Bytes that a program needs, from the compiler's refusal of it; any other error is raised again.
+
+  It reads "Ran out of memory in memory space hbm. Used 25.84G of 15.75G hbm." or "Ran out of memory on HBM, the total
+  memory required for HLO temporaries (37.66G) exceeds available HBM (15.75G)."
+  """
+  sizes = re.search(r"(?:Used |\()([\d.]+)([KMGT])\b", error)
+  if "Ran out of memory" not in error or sizes is None:
+    raise RuntimeError(f"the compiler failed: {error}")
+  return int(float(sizes[1]) * 1024 ** ("KMGT".index(sizes[2]) + 1))
+
+
+def _compile(traced: Any, fast: bool, platform: str) -> tuple[Any, dict[str, Any]]:
   """The compiled program, None where it does not fit; and what the compiler says of memory, in bytes of a device."""
   options = {"exec_time_optimization_effort": -1.0} if fast else None
   start = time.perf_counter()
   try:
-    compiled = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
+    compiled = traced.lower(lowering_platforms=(platform,)).compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
-    sizes = re.findall(r"([\d.]+)([KMGT])\b", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
-      raise
-    number, unit = sizes[0]
-    needed = int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
-    return None, {"peak": needed, "compile_seconds": time.perf_counter() - start}
+    return None, {"peak": _needed(str(error)), "compile_seconds": time.perf_counter() - start}
   told = compiled.memory_analysis()
   return compiled, {
     "arguments": told.argument_size_in_bytes,
@@ -334,7 +341,7 @@ def _sampler(
       run: Any = sample.make_sampler(experiment, settings, nfe)
       traced = run.trace(params, noise, labels, keys)
     flops = count_flops(traced.jaxpr)
-    _, told = _compile(traced, fast)
+    _, told = _compile(traced, fast, layout.mesh.devices.flat[0].platform)  # type: ignore[union-attr]
     seconds = flops / where.num_chips / where.chip.peak_flops
     reports.append({"nfe": nfe, "batch_size": size, "flops": flops, "compute_seconds": seconds, **told})
   return reports

@@ -7,12 +7,14 @@ import functools
 import logging
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from pflow_jax import figures
@@ -144,7 +146,13 @@ def draw_noise(
 def save_picture(
   experiment: Experiment, rows: dict[str, np.ndarray], labels: np.ndarray, path: str | os.PathLike
 ) -> None:
-  """A PNG of samples, one row (images) or panel (points) for each entry of `rows`."""
+  """A PNG of samples, one row (images) or panel (points) for each entry of `rows`; `path` may be on gs://."""
+  if "://" in str(path):
+    with tempfile.TemporaryDirectory() as folder:
+      save_picture(experiment, rows, labels, f"{folder}/picture.png")
+      epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+      epath.Path(path).write_bytes(pathlib.Path(folder, "picture.png").read_bytes())
+    return
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   if experiment.dataset.shape == (2,):
     figures.scatter_panels(path, rows)
@@ -152,6 +160,12 @@ def save_picture(
   names = experiment.dataset.class_names
   titles = [names[i] for i in labels] if names and max(map(len, names)) <= 8 else None
   figures.image_grid(path, rows, column_labels=titles)
+
+
+def check_local(out: str | os.PathLike | None, folder: str | os.PathLike) -> None:
+  """Raises ValueError for results that would be written to an object store."""
+  if "://" in str(out or folder):
+    raise ValueError(f"--out: expected a folder of this machine for the results, got {out or folder}")
 
 
 def preview(experiment: Experiment, config: ConfigDict, layout: Layout, columns: int = 10) -> Callable[[Any, str], str]:
@@ -196,6 +210,7 @@ def sample(
   settings = call(SampleSettings, "sample", config.get("sample", {}))
   if num < 1:
     raise ValueError(f"num: expected at least 1 sample, got {num}")
+  check_local(out, folder)
   experiment = build(config)
   layout = experiment.layout(config)
   params = layout.place(experiment.load(folder, which))

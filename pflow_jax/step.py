@@ -31,6 +31,7 @@ class Step:
     accumulation: micro-batches that the batch is cut into, one after the other.
     project: of the parameters after an update, where a network's must stay on a surface.
     adversary: adds an adversarial loss and trains its own network in the same step.
+    schedule: learning rate by the number of updates, for the metrics.
   """
 
   loss_fn: LossFn
@@ -39,6 +40,7 @@ class Step:
   accumulation: int = 1
   project: Callable[[Any], Any] | None = None
   adversary: Adversary | None = None
+  schedule: optax.Schedule | None = None
 
   def init(self, key: Array, params: Any) -> TrainState:
     """State at step 0; `key` is for the adversary's network."""
@@ -75,6 +77,9 @@ class Step:
       "skipped_in_a_row": in_a_row,
       "skipped": total,
     }
+    if self.schedule is not None:
+      # Here, not on the host: there it would be one more program, which waits for the steps on their way.
+      metrics["learning_rate"] = self.schedule(jnp.maximum(state.step - total, 0))
     return TrainState(state.step + 1, params, ema, opt_state, opponent), metrics
 
   def _gradient(self, state, frozen, batch, key):
@@ -103,8 +108,8 @@ class Step:
     return loss, aux, grads
 
 
-def make_step(config: ConfigDict, experiment: Experiment) -> tuple[Step, optax.Schedule]:
-  """The step that `config` describes, and its learning-rate schedule."""
+def make_step(config: ConfigDict, experiment: Experiment) -> Step:
+  """The step that `config` describes."""
   optimizer, schedule = make_optimizer(config)
   ema_decay = call(optim.make_ema_decay, "ema", config.ema)
   adversary = make_adversary(config, experiment)
@@ -113,7 +118,8 @@ def make_step(config: ConfigDict, experiment: Experiment) -> tuple[Step, optax.S
     raise ValueError(
       f"config.train.accumulation: an adversarial run takes its batch whole, expected 1, got {accumulation}"
     )
-  return Step(experiment.loss_fn, optimizer, ema_decay, accumulation, experiment.network.project, adversary), schedule
+  project = experiment.network.project
+  return Step(experiment.loss_fn, optimizer, ema_decay, accumulation, project, adversary, schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +127,12 @@ class Program:
   """A run's step laid out over a mesh.
 
   Attributes:
-    layout: where arrays lie.   schedule: of the learning rate.
+    layout: where arrays lie.
     state, frozen, batch: shapes of the step's arguments, with their shardings.
   """
 
   experiment: Experiment
   step: Step
-  schedule: optax.Schedule
   layout: Layout
   state: TrainState
   frozen: Any
@@ -156,7 +161,7 @@ def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | No
   Raises: ValueError for a mesh, a table or a batch that does not fit.
   """
   layout = layout or experiment.layout(config)
-  step, schedule = make_step(config, experiment)
+  step = make_step(config, experiment)
   if config.train.batch_size % (layout.batch_parts * step.accumulation):
     raise ValueError(
       "config.train.batch_size: expected a multiple of devices x accumulation = "
@@ -167,7 +172,6 @@ def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | No
   return Program(
     experiment,
     step,
-    schedule,
     layout,
     layout.abstract(state),
     layout.abstract(experiment.frozen),

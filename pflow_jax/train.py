@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import optax
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -127,7 +126,7 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
       progress(settings.steps, start, str(config.objective.kind), not is_first()) as report,
       Profiler(settings.profile, f"{folder}/profile") as profiler,
     ):
-      meter = Meter(settings, program.schedule, flops, writer, report)
+      meter = Meter(settings, flops, writer, report)
       for step in range(start + 1, settings.steps + 1):
         profiler.before(step)
         batch = layout.shard_batch(next(iterator), settings.batch_size)
@@ -159,11 +158,8 @@ def _due(step: int, every: int) -> bool:
 class Meter:
   """Collects the metrics of every step on the device and reports their means, one interval late."""
 
-  def __init__(
-    self, settings: TrainSettings, schedule: optax.Schedule, flops: int, writer: MetricsWriter, report: Progress
-  ):
-    self._settings, self._schedule, self._flops = settings, schedule, flops
-    self._writer, self._report = writer, report
+  def __init__(self, settings: TrainSettings, flops: int, writer: MetricsWriter, report: Progress):
+    self._settings, self._flops, self._writer, self._report = settings, flops, writer, report
     self._pending: list[dict[str, Array]] = []
     self._step, self._due = 0, False
     self._clock = time.perf_counter()
@@ -196,7 +192,7 @@ class Meter:
     row = {name: sum(float(v[name]) for v in finite) / len(finite) for name in finite[0]}
     row["skipped"] = int(values[-1]["skipped"])
     row["skipped_in_a_row"] = max(int(v["skipped_in_a_row"]) for v in values)
-    row["learning_rate"] = float(self._schedule(max(self._step - 1 - row["skipped"], 0)))
+    row["learning_rate"] = float(values[-1]["learning_rate"])
     row["images_per_second"] = count * self._settings.batch_size / elapsed
     row["tflops_per_second"] = count * self._flops / elapsed / 1e12
     self._writer.write(self._step, row)

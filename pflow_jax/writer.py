@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 PyTree = Any
 
@@ -36,14 +38,15 @@ class MetricsWriter:
     active: bool = True,
     resume_step: int | None = None,
   ):
-    self._file = self._events = None
+    self._log: _Lines | None = None
+    self._events = None
     if not active:
       return
-    folder = pathlib.Path(workdir)
+    folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
-    _drop_lines(path, resume_step)
-    self._file = path.open("a", buffering=1, encoding="utf-8")
+    kept = _kept_lines(path, resume_step)
+    self._log = _Objects(path, kept) if "://" in str(path) else _Lines(path, kept)
     if tensorboard:
       from tensorboardX import SummaryWriter
 
@@ -55,24 +58,24 @@ class MetricsWriter:
 
     Raises: ValueError for a value that is not a single number, naming it.
     """
-    if self._file is None:
+    if self._log is None:
       return
     values = {name: _number(name, value) for name, value in metrics.items()}
     line: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
     line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-    self._file.write(json.dumps(line, allow_nan=False) + "\n")
+    self._log.write(json.dumps(line, allow_nan=False) + "\n")
     if self._events is not None:
       for name, value in values.items():
         self._events.add_scalar(name, value, step)
 
   def image(self, step: int, name: str, image: np.ndarray | str | os.PathLike) -> None:
     """Shows an image in TensorBoard: uint8 (H, W, C), C = 1, 3 or 4, or the path of a picture."""
-    if self._file is None:
+    if self._log is None:
       return
     if isinstance(image, (str, os.PathLike)):
       from PIL import Image
 
-      image = np.asarray(Image.open(image).convert("RGB"))
+      image = np.asarray(Image.open(io.BytesIO(epath.Path(image).read_bytes())).convert("RGB"))
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
       raise ValueError(f"image {name!r}: expected uint8 (H, W, 1, 3 or 4), got {image.dtype} {image.shape}")
@@ -88,9 +91,9 @@ class MetricsWriter:
     """Flushes and closes; writing afterwards does nothing."""
     if self._events is not None:
       self._events.close()
-    if self._file is not None:
-      self._file.close()
-    self._file = self._events = None
+    if self._log is not None:
+      self._log.close()
+    self._log = self._events = None
 
   def __enter__(self) -> MetricsWriter:
     return self
@@ -203,18 +206,51 @@ def _number(name: str, value: Any) -> int | float:
   return int(value) if value.dtype.kind in "iub" else float(value)
 
 
-def _drop_lines(path: pathlib.Path, last: int | None) -> None:
-  """Rewrites the log without steps after `last` and without the torn line of a killed process."""
+class _Lines:
+  """A text file that grows by lines, which survive a killed process."""
+
+  def __init__(self, path: epath.Path, kept: list[str]):
+    # Written anew and renamed, so that a process killed meanwhile leaves the old or the new one.
+    new = path.with_suffix(".jsonl.new")
+    new.write_text("".join(kept))
+    new.replace(path)
+    self._file = pathlib.Path(path).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 (`close` closes it)
+
+  def write(self, line: str) -> None:
+    self._file.write(line)
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class _Objects(_Lines):
+  """The same in an object store (gs://...), whose objects do not grow: the whole is stored again, at most so often."""
+
+  INTERVAL = 30.0  # seconds
+
+  def __init__(self, path: epath.Path, kept: list[str]):
+    self._path, self._lines, self._stored = path, kept, -math.inf
+
+  def write(self, line: str) -> None:
+    self._lines.append(line)
+    if time.monotonic() - self._stored >= self.INTERVAL:
+      self.close()
+
+  def close(self) -> None:
+    self._path.write_text("".join(self._lines))
+    self._stored = time.monotonic()
+
+
+def _kept_lines(path: epath.Path, last: int | None) -> list[str]:
+  """The log without steps after `last` and without the torn line of a killed process."""
   if not path.exists():
-    return
+    return []
   kept = []
-  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+  for line in path.read_bytes().decode(errors="replace").splitlines():
     try:
       step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
       continue
     if last is None or step <= last:
       kept.append(line + "\n")
-  new = path.with_suffix(".jsonl.new")
-  new.write_text("".join(kept), encoding="utf-8")
-  os.replace(new, path)
+  return kept

@@ -93,7 +93,7 @@ def test_log_gammas_move_at_a_tenth_of_the_rate(adapted_run, teacher_run):
     config = quick("digits", "arc_adapters", teacher_run)
     if rates is not None:
       config.optimizer.rates = rates
-    step, _ = make_step(config, experiment)
+    step = make_step(config, experiment)
     loss_fn = lambda params, *_: (sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), {})
     one = Step(loss_fn, step.optimizer, step.ema_decay)
     state, _ = jax.jit(one)(create_state(start, step.optimizer), {}, {}, jax.random.key(0))
@@ -113,7 +113,7 @@ def memory(variant, teacher, model):
   config.model = model
   config.objective.update(num_states=1, window=0.0, dropout=0.0)  # less to compile, the same arguments
   experiment = build(config)
-  step, _ = make_step(config, experiment)
+  step = make_step(config, experiment)
   key, frozen = jax.random.key(0), experiment.frozen
   state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, frozen)
   lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, abstract_batch(experiment, 8), key)

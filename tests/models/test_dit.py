@@ -255,7 +255,7 @@ def test_any_size_that_the_patch_divides():
     ({}, (3, 4, 2), r"expected shape \(B, H, W, 2\), got \(3, 4, 2\)"),
     ({"num_heads": 3}, (3, 4, 4, 2), "num_heads 3, got 16"),
     ({"width": 6}, (3, 4, 4, 2), "multiple of 4"),
-    ({"remat": "all"}, (3, 4, 4, 2), r"\['dots', 'full', 'none'\], got 'all'"),
+    ({"remat": "all"}, (3, 4, 4, 2), r"\['dots', 'full', 'none', 'offload'\], got 'all'"),
     ({"attention": "flash"}, (3, 4, 4, 2), "got 'flash'"),
     ({"head": VelocityHead(channels=2, patch_size=4)}, (3, 4, 4, 2), r"\(2, 2\), got \(2, 4\)"),
   ],

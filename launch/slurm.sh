@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=pflow
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+#
+# Runs under SLURM: one process a node, which has all of the node's devices. The processes find each other.
+#
+#   sbatch [OPTIONS OF SBATCH] launch/slurm.sh train FLAGS...   `pflow train` with these flags
+#   launch/slurm.sh --dry-run train FLAGS...                    prints what would be run
+#
+# Submit from the project's folder, with a workdir that all nodes see; for example
+#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 --time=1-0 launch/slurm.sh train --config ... --workdir ...
+#
+# What the lines above ask for is what sbatch's options of the same name replace. A run that died is started again in
+# the same job. Before its time limit (--signal: 120 s before) and when it is preempted the run is told to save, and the
+# job goes back into the queue, from where the run resumes. To end it for good: scancel JOB (SLURM leaves it KillWait
+# seconds, 30 unless changed, to save) or scancel --batch --signal=INT JOB (which leaves it all the time it needs).
+#
+# Settings, from the environment:
+#   RESTARTS=3   how often a run that died is started again in one job
+#   REQUEUE=1    0: at its time limit and when preempted the job ends instead of going back into the queue
+set -euo pipefail
+
+mistake() {
+  echo "launch/slurm.sh: $1" >&2
+  exit 2
+}
+
+say() { echo "launch/slurm.sh: $1" >&2; }
+
+usage() {
+  sed -n '/^# Runs/,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit 2
+}
+
+dry=0
+if [[ ${1:-} == --dry-run ]]; then
+  dry=1
+  shift
+fi
+if [[ ${1:-} != train ]]; then usage; fi
+shift
+if [[ -z ${SLURM_JOB_ID:-} ]] && ((!dry)); then
+  mistake "not inside a SLURM allocation (SLURM_JOB_ID is not set); submit it: sbatch launch/slurm.sh train FLAGS..."
+fi
+restarts=${RESTARTS:-3}
+[[ $restarts =~ ^[0-9]+$ ]] || mistake "RESTARTS: expected a whole number, got '$restarts'"
+
+# sbatch runs a copy of this file from a folder of its own.
+root=$(cd "$(dirname "$0")/.." && pwd)
+if [[ ! -e $root/launch/slurm.sh ]]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi
+[[ -e $root/launch/slurm.sh ]] || mistake "$root is not the project's folder; submit from there"
+cd "$root"
+export PATH="$PWD/.venv/bin:$PATH"
+
+step=(srun --kill-on-bad-exit=1 "--nodes=${SLURM_JOB_NUM_NODES:-1}" "--ntasks=${SLURM_JOB_NUM_NODES:-1}")
+step+=(--ntasks-per-node=1)
+# Since SLURM 22.05 srun does not take this over from sbatch by itself.
+if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
+if [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9][0-9]*$ ]]; then
+  # Under SLURM, JAX gives each process one GPU unless told otherwise.
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+  export JAX_LOCAL_DEVICE_IDS
+fi
+step+=(pflow train "$@")
+
+if ((dry)); then
+  if [[ ${JAX_LOCAL_DEVICE_IDS:-} ]]; then echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"; fi
+  printf '%q ' "${step[@]}"
+  printf '\n# at the time limit and when preempted: scontrol requeue %s\n' "${SLURM_JOB_ID:-JOB}"
+  exit 0
+fi
+
+told=''
+tell() {
+  told=$1
+  say "told to stop; waiting for the run to save"
+  for pid in $(jobs -rp); do kill -TERM "$pid" 2>/dev/null || true; done
+}
+trap 'tell TERM' TERM
+trap 'tell INT' INT
+
+# The job as SLURM sees it: its state, followed by "preempted" if it has to make room.
+job() {
+  local job
+  job=$(scontrol show job "$SLURM_JOB_ID") || { echo RUNNING && return; }
+  [[ $job =~ JobState=([A-Z_]+) ]] && printf '%s' "${BASH_REMATCH[1]}"
+  [[ $job =~ PreemptTime=([0-9][^[:space:]]*) ]] && printf ' preempted'
+  echo
+}
+
+tries=0
+while true; do
+  "${step[@]}" &
+  srun=$!
+  if [[ $told ]]; then tell "$told"; fi
+  # A signal would end `wait` before the run has ended.
+  while [[ $(jobs -rp) ]]; do sleep 0.2; done
+  code=0
+  wait "$srun" || code=$?
+  if ((code == 0 || code == 2)); then exit "$code"; fi
+  if [[ $told == INT ]]; then exit 130; fi
+  state=$(job)
+  # A job that is cancelled is not running any more. One that is preempted may be told through its steps alone.
+  if [[ $state == *preempted || ($told && $state == RUNNING) ]]; then
+    if [[ ${REQUEUE:-1} != 0 ]]; then
+      say "ended with code $code at the time limit or preempted; back into the queue"
+      scontrol requeue "$SLURM_JOB_ID" || say "SLURM did not take it back; submit it again: the run resumes"
+    fi
+    exit 130
+  fi
+  if [[ $told || $state != RUNNING ]]; then exit 130; fi
+  if ((code == 130 || tries >= restarts)); then exit "$code"; fi
+  tries=$((tries + 1))
+  say "training ended with code $code; restart $tries of $restarts"
+done

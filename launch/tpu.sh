@@ -1,0 +1,556 @@
+#!/usr/bin/env bash
+# Runs on Cloud TPU VMs: on one slice, or on several that are one queued resource.
+#
+#   launch/tpu.sh create SETTINGS         creates the TPU and waits until it is ready
+#   launch/tpu.sh setup SETTINGS          copies the committed project to every worker and installs it there, once
+#   launch/tpu.sh run SETTINGS -- FLAGS   `pflow train FLAGS` on every worker; shows its log, restarts it when it dies
+#   launch/tpu.sh SETTINGS run FLAGS      the same
+#   launch/tpu.sh logs SETTINGS           the log of worker --worker I of slice --slice J, both 0, until the run ends
+#   launch/tpu.sh status SETTINGS         the state of the TPU, and of the program on each worker
+#   launch/tpu.sh stop SETTINGS           has the run save and end
+#   launch/tpu.sh delete SETTINGS         deletes the TPU; asks first, unless --yes
+#
+# Settings, as flags or as environment variables in upper case (NAME, ZONE, ..., SPOT=1):
+#   --name NAME --zone ZONE    always needed
+#   --type TYPE                v5litepod-256, v5p-128, v6e-64, ...: needed by create and run
+#   --project PROJECT          default: gcloud's
+#   --version VERSION          runtime; default: the one for the type
+#   --slices N                 N slices, NAME-0 to NAME-(N-1), as one queued resource; default 1
+#   --queued                   one slice as a queued resource, which waits for capacity instead of failing without
+#   --spot | --reserved        default: on demand
+#   --network N --subnetwork N
+#   --internal-ips             no external addresses; to be called from inside the network
+#   --dry-run                  prints the commands and runs none
+# In the environment only:
+#   RESTARTS=10                how often `run` starts a run again: on the same TPU, or on a new one if it was preempted
+#   POLL=30                    seconds between looks at a TPU that is waited for
+#   GRACE=120                  seconds that the other workers have to end by themselves when one has
+#
+# All commands want the settings that `create` got. A run resumes from its workdir, which has to be in gs:// for more
+# than one worker. Ctrl-C leaves a run going. gcloud reaches several workers only after
+#   ssh-add ~/.ssh/google_compute_engine
+set -euo pipefail
+
+# Messages go where errors went at the start, also from a trap in the middle of a command that is redirected.
+exec 3>&1 4>&2
+say() { echo "launch/tpu.sh: $*" >&4; }
+
+mistake() {
+  say "$@"
+  exit 2
+}
+
+fail() {
+  say "$@"
+  exit 1
+}
+
+usage() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit 2
+}
+
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || mistake "bash $BASH_VERSION is too old: 4.4 or newer is needed"
+
+# ---- Settings.
+
+yes() { if [[ $1 && $1 != 0 && $1 != false ]]; then echo 1; else echo 0; fi; }
+
+name=${NAME:-} zone=${ZONE:-} project=${PROJECT:-} type=${TYPE:-} version=${VERSION:-} slices=${SLICES:-1}
+network=${NETWORK:-} subnetwork=${SUBNETWORK:-} internal=$(yes "${INTERNAL_IPS:-}")
+spot=$(yes "${SPOT:-}") reserved=$(yes "${RESERVED:-}") queued=$(yes "${QUEUED:-}")
+restarts=${RESTARTS:-10} poll=${POLL:-30} grace=${GRACE:-120}
+command='' worker='' slice=0 dry=0 sure=0 flags=()
+
+valued='--name|--zone|--project|--type|--version|--slices|--network|--subnetwork|--worker|--slice'
+plain='--queued|--spot|--reserved|--internal-ips|--dry-run|--yes'
+
+while (($#)); do
+  if [[ $1 =~ ^($valued)= ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
+  case "$1" in
+    --queued) queued=1 ;;
+    --spot) spot=1 ;;
+    --reserved) reserved=1 ;;
+    --internal-ips) internal=1 ;;
+    --dry-run) dry=1 ;;
+    --yes) sure=1 ;;
+    create | setup | run | logs | status | stop | delete)
+      if [[ $command ]]; then mistake "one command at a time, got '$command' and '$1'"; fi
+      command=$1
+      # Without a -- all that follows is pflow's.
+      if [[ $1 == run && " ${*@Q} " != *" '--' "* ]]; then
+        flags=("${@:2}")
+        break
+      fi
+      ;;
+    --)
+      flags=("${@:2}")
+      break
+      ;;
+    *)
+      if [[ ! $1 =~ ^($valued)$ ]]; then
+        if [[ $1 == help || $1 == --help || $1 == -h ]]; then usage; fi
+        mistake "there is no command or setting '$1'; launch/tpu.sh help lists them"
+      fi
+      (($# > 1)) || mistake "$1 needs a value"
+      printf -v "${1#--}" '%s' "$2"
+      shift
+      ;;
+  esac
+  shift
+done
+
+if [[ -z $command ]]; then usage; fi
+if [[ $command != run ]] && ((${#flags[@]})); then mistake "'${flags[0]}': only run takes flags of pflow"; fi
+for flag in "${flags[@]}"; do
+  if [[ $flag =~ ^--worker(=|$) ]]; then
+    worker=$flag
+  elif [[ $flag =~ ^($valued|$plain)(=|$) ]]; then
+    mistake "$flag is no flag of pflow; settings go before: launch/tpu.sh run SETTINGS -- FLAGS"
+  fi
+done
+case "$command:$worker" in
+  logs:*[!0-9]*) mistake "--worker: expected a number, got '$worker'" ;;
+  logs:* | *: | run:all) ;;
+  run:*) mistake "run takes no --worker: a program has to run on all workers of a TPU, else those that have it wait" ;;
+  *) mistake "--worker is a setting of logs" ;;
+esac
+for setting in name zone; do
+  if [[ -z ${!setting} ]]; then mistake "--$setting is missing (or ${setting^^} in the environment)"; fi
+done
+if [[ $command == create || $command == run ]] && [[ -z $type ]]; then
+  mistake "--type is missing (or TYPE in the environment), for example --type v5litepod-16"
+fi
+[[ $slices =~ ^[1-9][0-9]*$ ]] || mistake "--slices: expected a whole number above 0, got '$slices'"
+if [[ ! $slice =~ ^[0-9]+$ ]] || ((slice >= slices)); then
+  mistake "--slice: expected a number below $slices, got '$slice'"
+fi
+[[ $restarts =~ ^[0-9]+$ ]] || mistake "RESTARTS: expected a whole number, got '$restarts'"
+if ((spot && reserved)); then mistake "--spot and --reserved exclude each other"; fi
+if ((slices > 1)); then queued=1; fi
+
+nodes=("$name")
+if ((slices > 1)); then
+  for ((i = 0; i < slices; i++)); do nodes[i]=$name-$i; done
+fi
+if [[ -z $version ]]; then
+  case "$type" in
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    *) version=tpu-ubuntu2204-base ;;
+  esac
+fi
+
+where=("--zone=$zone")
+if [[ $project ]]; then where+=("--project=$project"); fi
+reach=()
+if ((internal)); then reach=(--internal-ip); fi
+# Without these, a connection to a machine that is gone would never end.
+ssh_flags=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4)
+
+if ((!dry)) && ! command -v gcloud >/dev/null; then
+  mistake "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
+fi
+
+cd "$(dirname "$0")/.."
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+
+# The same settings, for a command to be pasted.
+call() {
+  local settings="--name=$name --zone=$zone"
+  if [[ $project ]]; then settings+=" --project=$project"; fi
+  if ((slices > 1)); then settings+=" --slices=$slices"; elif ((queued)); then settings+=" --queued"; fi
+  echo "launch/tpu.sh $1 $settings"
+}
+
+# ---- The TPU.
+
+# Prints a command so that it can be pasted.
+show() {
+  local word
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@+-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
+  done >&3
+  echo >&3
+}
+
+cloud() {
+  if ((dry)); then show gcloud compute tpus "$@"; else gcloud compute tpus "$@" </dev/null 3>&- 4>&-; fi
+}
+
+# Prints one property of a tpu-vm or of queued-resources, NOT_FOUND where there is none, or, in a dry run, $4.
+look() {
+  if ((dry)); then
+    cloud "$1" describe "$2" "${where[@]}" "--format=$3"
+    echo "$4"
+  elif ! cloud "$1" describe "$2" "${where[@]}" "--format=$3" 2>"$temporary/look"; then
+    grep -qi 'not.found' "$temporary/look" || { cat "$temporary/look" >&2 && return 1; }
+    echo NOT_FOUND
+  fi
+}
+
+# Prints `ready`, `waiting STATE` or `gone STATE` for the TPU with all its slices; fails where gcloud cannot tell.
+condition() {
+  local state node
+  if ((queued)); then
+    state=$(look queued-resources "$name" 'value(state.state)' ACTIVE) || return 1
+    case "$state" in
+      ACTIVE) ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING | NOT_FOUND) echo "gone $state" && return ;;
+      *) echo "waiting $state" && return ;;
+    esac
+  fi
+  for node in "${nodes[@]}"; do
+    state=$(look tpu-vm "$node" 'value(state)' READY) || return 1
+    case "$state" in
+      READY) ;;
+      PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING | HIDING | HIDDEN | NOT_FOUND)
+        echo "gone $state"
+        return
+        ;;
+      *) echo "waiting $state" && return ;;
+    esac
+  done
+  echo ready
+}
+
+# Waits until the TPU is ready, and says each new state.
+await() {
+  local now last='' reason
+  while true; do
+    now=$(condition) || now='waiting UNKNOWN'
+    if [[ $now != "$last" ]] && ((!dry)); then say "$name: ${now#* }"; fi
+    last=$now
+    case "$now" in
+      ready) return ;;
+      gone*)
+        reason=''
+        if ((queued)); then
+          reason=$(look queued-resources "$name" 'value(state.failedData.error.message)' '') || true
+        fi
+        say "$name will not become ready, it is ${now#* }${reason:+: $reason}"
+        return 1
+        ;;
+    esac
+    sleep "$poll"
+  done
+}
+
+make() {
+  local what
+  if ((queued)); then
+    what=(queued-resources create "$name" "${where[@]}" "--accelerator-type=$type" "--runtime-version=$version")
+    if ((slices > 1)); then
+      what+=("--node-count=$slices" "--node-prefix=$name")
+    else
+      what+=("--node-id=$name")
+    fi
+  else
+    what=(tpu-vm create "$name" "${where[@]}" "--accelerator-type=$type" "--version=$version")
+  fi
+  if ((spot)); then what+=(--spot); fi
+  if ((reserved)); then what+=(--reserved); fi
+  if [[ $network ]]; then what+=("--network=$network"); fi
+  if [[ $subnetwork ]]; then what+=("--subnetwork=$subnetwork"); fi
+  if ((internal)); then what+=(--internal-ips); fi
+  cloud "${what[@]}" && await
+}
+
+remove() {
+  local kind=tpu-vm force=() found
+  if ((queued)); then kind=queued-resources force=(--force); fi
+  found=$(look "$kind" "$name" 'value(name)' "$name") || return 1
+  if [[ $found == NOT_FOUND ]]; then
+    say "there is no $name to delete"
+  else
+    cloud "$kind" delete "$name" "${where[@]}" "${force[@]}" --quiet
+  fi
+}
+
+# ---- Its workers.
+
+worker_script='bash ~/pflow/src/launch/tpu_worker.sh'
+
+remote() { # NODE WORKER COMMAND
+  cloud tpu-vm ssh "$1" "${where[@]}" "--worker=$2" "${reach[@]}" "${ssh_flags[@]}" "--command=$3"
+}
+
+# Runs a command on all workers, of all slices at once; fails if it fails on one.
+everywhere() {
+  local node pid code=0 pids=()
+  for node in "${nodes[@]}"; do
+    if ((dry || slices == 1)); then
+      remote "$node" all "$1" || code=$?
+    else
+      remote "$node" all "$1" &
+      pids+=($!)
+    fi
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+  return "$code"
+}
+
+# Writes the workers' states into $temporary/survey, a line each; fails where not all that are known of have answered.
+workers=0
+survey() {
+  local ask="if [ -e ~/pflow/revision ]; then $worker_script state"
+  ask+="; else echo \"pflow-worker \$(hostname) missing - - -\"; fi"
+  if ((dry)); then
+    everywhere "$ask"
+    : >"$temporary/survey"
+    return
+  fi
+  { everywhere "$ask" 2>"$temporary/errors" || true; } | { grep '^pflow-worker ' || true; } |
+    sort -V >"$temporary/survey"
+  (($(wc -l <"$temporary/survey") >= (workers ? workers : slices)))
+}
+
+# Reads the survey: what the program ended with (code), whether by `stop` (told), how many still run (open) or do not.
+judge() {
+  local state detail mark
+  code=0 told=0 open=0 closed=0
+  while read -r _ _ state detail mark _; do
+    if [[ $mark == stopped ]]; then told=1; fi
+    if [[ $state == running ]]; then
+      open=$((open + 1))
+      continue
+    fi
+    closed=$((closed + 1))
+    # Without a code, it went with its machine.
+    if [[ $state != ended ]]; then detail=1; fi
+    if ((detail == 2 || code == 0 || (detail == 130 && code != 2))); then code=$detail; fi
+  done <"$temporary/survey"
+}
+
+install() { # REVISION
+  local node archive=$temporary/pflow.tar.gz
+  if ((dry)); then
+    archive=/tmp/pflow.tar.gz
+    show git archive --format=tar.gz --output="$archive" "$1"
+  else
+    git archive --format=tar.gz --output="$archive" "$1" || return 1
+  fi
+  for node in "${nodes[@]}"; do
+    cloud tpu-vm scp "$archive" "$node:pflow.tar.gz" "${where[@]}" --worker=all "${reach[@]}" || return 1
+  done
+  local unpack='mkdir -p ~/pflow/new && tar -xzf ~/pflow.tar.gz -C ~/pflow/new launch/tpu_worker.sh'
+  everywhere "$unpack && bash ~/pflow/new/launch/tpu_worker.sh setup $1"
+}
+
+# Shows worker 0's log until the program has ended everywhere: code and told are set. Fails with 1 if the TPU is not
+# ready any more, with 2 if it is but does not answer.
+watch() {
+  local from=+1 misses=0 deadline='' now
+  while true; do
+    remote "${nodes[0]}" 0 "$worker_script follow $from" 2>"$temporary/errors" || true
+    from=20
+    if survey; then
+      misses=0
+      judge
+      if ((!open)); then return; fi
+      if ((closed)); then deadline=${deadline:-$((SECONDS + grace))}; fi
+      if [[ $deadline ]] && ((SECONDS >= deadline)); then
+        say "the program still runs on $open workers $grace s after it ended on others; killed"
+        everywhere "$worker_script kill" || true
+      fi
+      sleep 0.5
+    else
+      now=$(condition) || now='of unknown state'
+      if [[ $now == gone* || $now == waiting* ]]; then return 1; fi
+      misses=$((misses + 1))
+      if ((misses > 20)); then return 2; fi
+      say "not all workers answer, the TPU is $now; trying again in $poll s: $(tail -n 1 "$temporary/errors")"
+      sleep "$poll"
+    fi
+  done
+}
+
+# Makes the TPU usable again after the state that `condition` told.
+restore() {
+  case "$1" in
+    ready) ;;
+    waiting*)
+      settled=0
+      await || return 1
+      # What still runs on the other slices waits for those that began anew.
+      everywhere "$worker_script kill" 2>/dev/null || true
+      ;;
+    gone*)
+      settled=0
+      remove && make || return 1
+      ;;
+    *) return 1 ;;
+  esac
+  if ((!settled)); then install "$revision" || return 1; fi
+  settled=1
+}
+
+# ---- The commands.
+
+create() {
+  local now=''
+  if ((!dry)); then
+    now=$(condition) || fail "gcloud cannot tell the state of $name"
+  fi
+  case "$now" in
+    '' | 'gone NOT_FOUND') make || exit 1 ;;
+    gone*) fail "there is a $name already, which is ${now#* }; delete it first: $(call delete)" ;;
+    *) say "there is a $name already" && { await || exit 1; } ;;
+  esac
+  say "next: $(call setup)"
+}
+
+setup() {
+  local changed
+  git rev-parse --quiet --verify HEAD >/dev/null || mistake "$PWD has no commit that could be copied"
+  changed=$(git status --porcelain | cut -c 4-)
+  if [[ $changed ]]; then say "uncommitted changes are not copied: ${changed//$'\n'/, }"; fi
+  install "$(git rev-parse HEAD)" || fail "setup failed on some worker; the same command goes on"
+}
+
+run() {
+  local i workdir='' node count now code=0 told=0 open=0 closed=0 outcome tries=0 settled=1 revision
+  for ((i = 0; i < ${#flags[@]}; i++)); do
+    case "${flags[i]}" in
+      --workdir=* | -workdir=*) workdir=${flags[i]#*=} ;;
+      --workdir | -workdir) workdir=${flags[i + 1]:-} ;;
+    esac
+  done
+  if [[ -z $workdir ]]; then
+    mistake "--workdir is missing in the flags for pflow: launch/tpu.sh run SETTINGS -- --config ... --workdir gs://..."
+  fi
+  now=$(condition) || fail "gcloud cannot tell the state of $name"
+  if [[ $now != ready ]]; then
+    mistake "$name is ${now#* }, not ready: $(call create). A TPU of several slices needs its --slices here too"
+  fi
+  for node in "${nodes[@]}"; do
+    count=$(look tpu-vm "$node" 'value(networkEndpoints.len())' 0) || fail "gcloud cannot tell the workers of $node"
+    workers=$((workers + count))
+  done
+  if [[ $workdir != gs://* ]]; then
+    if ((workers > 1 || slices > 1)); then
+      mistake "--workdir=$workdir: every worker has to see it, so it has to begin with gs://"
+    fi
+    say "--workdir=$workdir is on the TPU's own disk: it goes when the TPU goes"
+  fi
+  local start="$worker_script start ${flags[*]@Q}"
+  survey || fail "not all $workers workers answer: $(tail -n 3 "$temporary/errors")"
+  if ((dry)); then
+    everywhere "$start"
+    remote "${nodes[0]}" 0 "$worker_script follow +1"
+    survey
+    return
+  fi
+  judge
+  if ((open)); then mistake "a program runs there already; follow it: $(call logs), or end it: $(call stop)"; fi
+  revision=$(awk '{ print $6 }' "$temporary/survey" | sort -u)
+  if [[ ! $revision =~ ^[0-9a-f]+$ ]]; then mistake "not all workers are set up alike: $(call setup)"; fi
+  git cat-file -e "$revision^{commit}" 2>/dev/null ||
+    mistake "the workers have commit $revision, which is unknown here: $(call setup)"
+
+  while true; do
+    code=1 told=0 outcome=0
+    if everywhere "$start"; then
+      following=1
+      watch || outcome=$?
+      following=0
+      if ((outcome == 2)); then fail "the workers do not answer, though the TPU is ready; try again: $(call logs)"; fi
+      if ((outcome)); then code=1; fi
+    else
+      everywhere "$worker_script kill" || true
+    fi
+    if ((code == 0 || code == 2)); then exit "$code"; fi
+    if ((told)); then exit 130; fi
+    now=$(condition) || now=unknown
+    if ((code == 130)); then
+      # A preempted machine tells its programs to end: was it that? Its state may lag.
+      if [[ $now == ready ]]; then sleep "$poll" && { now=$(condition) || now=unknown; }; fi
+      if [[ $now == ready || $now == unknown ]]; then exit 130; fi
+    fi
+    while true; do
+      # On its way, it can be neither used nor deleted.
+      while [[ $now == gone\ *ING ]]; do sleep "$poll" && { now=$(condition) || now=unknown; }; done
+      if ((tries >= restarts)); then
+        say "the run ended with code $code; given up after $tries restarts"
+        exit "$code"
+      fi
+      if [[ $now == 'gone STOPPED' ]]; then
+        fail "$name was stopped, which no preemption does: start it (gcloud compute tpus tpu-vm start), then run again"
+      fi
+      if [[ $now == gone* && $workdir != gs://* ]]; then
+        fail "$name is ${now#* }, and --workdir=$workdir with it; only what is in gs:// can be resumed elsewhere"
+      fi
+      tries=$((tries + 1))
+      say "the run ended with code $code, the TPU is ${now#* }; restart $tries of $restarts"
+      if restore "$now"; then break; fi
+      sleep "$poll"
+      now=$(condition) || now=unknown
+    done
+  done
+}
+
+logs() {
+  following=1
+  remote "${nodes[slice]}" "${worker:-0}" "$worker_script follow +1"
+}
+
+status() {
+  local node state host detail mark revision reachable=0
+  if ((queued)); then
+    state=$(look queued-resources "$name" 'value(state.state)' ACTIVE) || exit 1
+    if ((!dry)); then echo "queued resource $name: $state"; fi
+  fi
+  for node in "${nodes[@]}"; do
+    state=$(look tpu-vm "$node" 'value(state)' READY) || exit 1
+    if ((!dry)); then echo "$node: $state"; fi
+    if [[ $state == READY ]]; then reachable=1; fi
+  done
+  if ((!reachable)); then return; fi
+  survey || say "not all workers answer: $(tail -n 3 "$temporary/errors")"
+  while read -r _ host state detail mark revision; do
+    case "$state" in
+      running) state="runs, process $detail" ;;
+      ended) state="ended with code $detail" ;;
+      died) state="died with its machine" ;;
+      idle) state="set up, nothing was started" ;;
+      missing) state="not set up" ;;
+    esac
+    if [[ $mark == stopped ]]; then state+=", told to stop"; fi
+    if [[ $revision != - ]]; then state+=" (commit ${revision:0:12})"; fi
+    echo "  $host: $state"
+  done <"$temporary/survey"
+}
+
+stop() { everywhere "$worker_script stop" || fail "not all workers have ended: $(call status)"; }
+
+delete() {
+  local answer='' found
+  # Deleted alone, the TPU of a queued resource would leave that behind.
+  if ((!queued && !dry)); then
+    found=$(look queued-resources "$name" 'value(name)') || fail "gcloud cannot tell what $name is"
+    if [[ $found != NOT_FOUND ]]; then queued=1; fi
+  fi
+  if ((!sure && !dry)); then
+    say "this deletes $name in $zone with its disks; a launch/tpu.sh run that follows it would make it anew, end it first"
+    read -r -p "Delete $name? [y/N] " answer || true
+    if [[ $answer != [yY]* ]]; then fail "not deleted"; fi
+  fi
+  remove
+}
+
+following=0
+interrupted() {
+  local pid
+  for pid in $(jobs -rp); do kill "$pid" 2>/dev/null || true; done
+  if ((following)); then
+    say "the run goes on, and is not started again should it die. Follow it: $(call logs). End it: $(call stop)"
+  else
+    say "interrupted; $command can be called again"
+  fi
+  exit 130
+}
+trap interrupted INT TERM
+
+"$command"
