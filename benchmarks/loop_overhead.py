@@ -3,10 +3,12 @@
     python benchmarks/loop_overhead.py [--steps 12] [--batch 4] [--idle 0.02]
 
 Trains a DiT-S/2 by flow matching on random latents (32 x 32 x 4), with logging every second step, and reads the
-profiler's trace of the steps. A device is busy while a program runs on it; on a CPU, from the moment its client's thread
-takes a program up until it lets go of it, the memory it takes meanwhile included. Printed is the share of the time from
-the first to the last busy moment in which the device is idle. The step is called under `jax.transfer_guard("disallow")`:
-a host sync there would be an error.
+profiler's trace of the steps. A device is busy while a program runs on it; on a CPU, from the moment its client's
+thread takes a program up until it lets go of it, the memory it takes meanwhile included. Printed is the share of the
+time from the first to the last busy moment in which the device is idle. The step is called under
+`jax.transfer_guard("disallow")`: a host sync there would be an error.
+
+Measured on two cores of a shared machine, jax 0.10.2: 0.02 % (2.8 ms at most at once, steps of 2 s).
 """
 
 from __future__ import annotations

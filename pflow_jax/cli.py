@@ -190,6 +190,7 @@ def _sample(argv: list[str]) -> None:
     _define_join_flags(values)
 
   def sample(values):
+    from pflow_jax.distributed import is_first
     from pflow_jax.sample import sample as run
 
     if values.labels and not all(label.isdigit() for label in values.labels):
@@ -205,7 +206,8 @@ def _sample(argv: list[str]) -> None:
       which=values.which,
       out=values.out,
     )
-    print(f"wrote {picture} and {picture.with_suffix('.npz')}")
+    if is_first():
+      print(f"wrote {picture} and {picture.with_suffix('.npz')}")
 
   _run(define, sample, argv)
 

@@ -19,6 +19,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items):
+  """First what waits more than it computes, so that it does not run alone at the end."""
+  items.sort(key=lambda item: not item.path.name.startswith("test_processes"))
+
+
 @pytest.fixture
 def golden():
   """Returns a loader: golden("gm_policy") -> dict of NumPy arrays (see golden/README.md)."""

@@ -40,5 +40,6 @@ def command(*args):
 
 
 def environment():
-  # One device, and the compiled programs of the other runs of these tests.
-  return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+  # One device, programs that compile fast, and those of the other runs of these tests.
+  flags = "--xla_backend_optimization_level=0"
+  return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}

@@ -93,7 +93,7 @@ def test_a_compiled_plan_has_memory_traffic_and_the_sampler(compiler):
 
 
 def test_several_slices_send_over_the_slow_network(compiler):
-  values = config(slice=2, fsdp=2)
+  values = config("teacher", slice=2, fsdp=2)
   report = plan.plan(values, plan.Slice("v5e:2x2", 2), sampling=False)
   assert report["devices"] == 8
   assert report["traffic"]["dcn"]["all-reduce"]["sent"] > 0, "gradients are summed over slices"

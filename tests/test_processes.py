@@ -36,6 +36,7 @@ class Processes:
   count: int
   devices: int
   flags: tuple[str, ...]
+  program: str = "train"
 
   def __enter__(self):
     with socket.socket() as s:
@@ -46,7 +47,8 @@ class Processes:
     for i in range(self.count):
       join = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={self.count}", f"--process_id={i}")
       with (self.folder / f"log{i}").open("w") as log:
-        args = command("train", *FLAGS, *self.flags, f"--workdir={self.workdir}", *join)
+        own = FLAGS if self.program == "train" else ()
+        args = command(self.program, *own, *self.flags, f"--workdir={self.workdir}", *join)
         child = subprocess.Popen(args, stdout=log, stderr=log, cwd=ROOT, env=fake_devices(self.devices))
       self.children.append(child)
     return self
@@ -66,8 +68,8 @@ class Processes:
 
 
 def fake_devices(count):
-  flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
-  return environment() | {"XLA_FLAGS": flags}
+  own = environment()
+  return own | {"XLA_FLAGS": f"{own['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"}
 
 
 def steps_logged(workdir):
@@ -88,6 +90,14 @@ def run(folder, workdir, count, devices, steps, *flags):
     codes = processes.wait()
     assert codes == [0] * count, processes.log(0)
     return processes.log(0)
+
+
+def samples(folder, workdir, count, devices):
+  flags = ("--num=6", "--config.sample.nfe=(3,)", "--config.sample.h=0.5", f"--out={folder}/drawn")
+  with Processes(folder, workdir, count, devices, flags, "sample") as processes:
+    assert processes.wait() == [0] * count, processes.log(0)
+  with np.load(folder / "drawn.npz") as arrays:
+    return arrays["x0_nfe3"]
 
 
 def final_params(workdir):
@@ -122,6 +132,9 @@ def test_stopped_together_and_resumed_on_other_machines(tmp_path):
   assert_same(final_params(workdir), whole)
   assert_same(final_params(elsewhere), whole)
   assert steps_logged(workdir) == list(range(1, end + 1)), "metrics come from one process, each step once"
+  drawn = [samples(tmp_path / f"samples{count}", workdir, count, 8 // count) for count in (1, 2)]
+  assert drawn[0].shape == (6, 2)
+  np.testing.assert_allclose(*drawn, atol=1e-5)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -158,7 +171,6 @@ def test_no_run_is_lost_to_twenty_kills(tmp_path):
   workdir, draw = tmp_path / "run", random.Random(0)
   flags = (*FLAGS, "--config.train.sample_every=5", f"--workdir={workdir}")
   env = environment() | {"PROCESSES": "2", "DEVICES": "2", "RESTARTS": "100", "GRACE": "1"}
-  env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
   def start(steps, log):
     args = ["bash", "launch/local.sh", "train", *flags, f"--config.train.steps={steps}"]

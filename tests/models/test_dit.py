@@ -174,15 +174,16 @@ def loss_gradient(remat, unroll=1):
 
 def test_remat_engages_and_keeps_the_gradient():
   compiled, gradients = {}, {}
-  for remat in ("none", "dots", "full"):
+  for remat in ("none", "dots", "full", "offload"):
     traced, params = loss_gradient(remat)
     assert ("remat" in str(traced.jaxpr)) == (remat != "none")
     compiled[remat] = traced.lower().compile(QUICK)
     gradients[remat] = compiled[remat](params)
+    assert ("<host>" in str(traced.jaxpr)) == (remat == "offload"), "kept in the host's memory"
   memory = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
   assert memory["full"] < 0.7 * memory["dots"]
   assert memory["dots"] < 0.9 * memory["none"]
-  for remat in ("dots", "full"):
+  for remat in ("dots", "full", "offload"):
     for got, want in zip(*(jax.tree.leaves(gradients[r]) for r in (remat, "none")), strict=True):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 

@@ -1,0 +1,142 @@
+"""The π-ID step of DiT-XL/2 on an accelerator: its rate against the chip's, and the share of the policy.
+
+    python benchmarks/xl_step.py [--batch 16] [--remat full] [--attention xla] [--variant gmflow] [--steps 10]
+
+Trains configs/imagenet.py (bfloat16, float32 masters, 32 x 32 x 4 latents, K = 32, M = 2, a guided teacher) from random
+weights on random latents, over all devices that there are; `--batch` is of one device. Printed are
+
+  * the matrix rate: what the chip reaches on bfloat16 products of 8192 x 8192, the best of a few;
+  * the step: median seconds, operations (counted in the jaxpr, what remat does twice included) a second of one device,
+    and their ratio to the matrix rate. The first goal is 45 %;
+  * the same without what remat does twice, which others call model FLOP utilisation;
+  * the policy alone: the gradient of the same loss in the student's outputs, with networks that cost nothing, as a
+    share of the step.
+
+`--quick` shrinks all of it to run anywhere; it says nothing. On one GPU of 80 GiB try --batch 32 --attention cudnn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pflow_jax.analytic import analytic_step_flops
+from pflow_jax.compare import read_config
+from pflow_jax.experiment import build
+from pflow_jax.flops import count_flops
+from pflow_jax.objectives.imitation import imitation_loss
+from pflow_jax.policies import GMFlowPolicy
+from pflow_jax.sharding import per_example
+from pflow_jax.step import make_program
+
+
+def median_seconds(run, count: int) -> float:
+  """Median over `count` calls, each waited for, after one that compiles."""
+  jax.block_until_ready(run())
+  seconds = []
+  for _ in range(count):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    seconds.append(time.perf_counter() - start)
+  return float(np.median(seconds))
+
+
+def matrix_rate(size: int, count: int = 20) -> float:
+  """Operations a second of one device in bfloat16 products, several in one program lest calling it counts."""
+  x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+
+  @jax.jit
+  def products(x):
+    return jax.lax.scan(lambda y, _: ((y @ x) * (1 / size), None), x, length=count)[0]
+
+  jax.block_until_ready(products(x))
+  best = min(median_seconds(lambda: products(x), 1) for _ in range(5))
+  return 2 * size**3 * count / best
+
+
+def policy_seconds(program, batch, count: int) -> float:
+  """Seconds of the gradient of the loss in the outputs of the student's last layer."""
+  experiment, layout = program.experiment, program.layout
+  x0, cond = batch["x0"], batch["label"]
+  params, frozen = program.state.params, program.frozen
+  full = jax.eval_shape(experiment.complete, params, frozen)
+  shapes = jax.eval_shape(lambda p: experiment.network(p, x0, jnp.ones(len(x0)), cond), full)
+  rng = np.random.default_rng(0)
+  outputs = jax.tree.map(lambda s: layout.spread(rng.normal(size=s.shape).astype(np.float32)), shapes)
+
+  def loss(outputs, x0, cond, key):
+    create = per_example(jax.vmap(lambda x, t, out: GMFlowPolicy.create(x, t, **out)))
+    student = lambda x, t, cond: create(x, t, outputs)
+    teacher = lambda x, t, cond: 0.5 * x
+    return jnp.mean(imitation_loss(student, teacher, x0, cond, key, jnp.asarray(0), experiment.objective)[0])
+
+  key = layout.everywhere(jax.random.key(1))
+  with layout.context():
+    gradient = jax.jit(jax.value_and_grad(loss)).lower(outputs, x0, cond, key).compile()
+  return median_seconds(lambda: gradient(outputs, x0, cond, key), count)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--variant", default="gmflow", choices=("gmflow", "gmflow_2nfe"))
+  parser.add_argument("--batch", type=int, default=16, help="examples a device and micro-batch")
+  parser.add_argument("--accumulation", type=int, default=1)
+  parser.add_argument("--remat", default="full", choices=("none", "full", "dots", "offload"))
+  parser.add_argument("--attention", default="xla")
+  parser.add_argument("--fsdp", type=int, default=1)
+  parser.add_argument("--steps", type=int, default=10)
+  parser.add_argument("--quick", action="store_true")
+  args = parser.parse_args()
+  config = read_config(f"configs/imagenet.py:{args.variant}" + ",quicktest" * args.quick)
+  config.data = dict(name="synthetic", shape=(32, 32, 4), num_classes=1000)
+  config.model.update(remat=args.remat, attention=args.attention)
+  config.mesh.fsdp = args.fsdp
+  config.train.accumulation = args.accumulation
+  size = config.train.batch_size = args.batch * args.accumulation * jax.device_count()
+  experiment = build(config, abstract=True)
+  program = make_program(config, experiment)
+  layout = program.layout
+  traced = program.trace()
+  start = time.perf_counter()
+  compiled = traced.lower().compile()
+  compile_seconds = time.perf_counter() - start
+  key = layout.everywhere(jax.random.key(0))
+  shardings = jax.tree.map(lambda s: s.sharding, program.frozen)
+  make = lambda key: jax.tree.map(lambda s: 0.02 * jax.random.normal(key, s.shape, s.dtype), experiment.frozen)
+  with layout.context():
+    frozen = jax.jit(make, out_shardings=shardings)(key)
+  state = program.init(key, frozen)
+  rng = np.random.default_rng(0)
+  x0, label = rng.normal(size=(size, 32, 32, 4)).astype(np.float32), rng.integers(0, 1000, size, np.int32)
+  rows = layout.local_rows(size)
+  batch = layout.shard_batch({"x0": x0[rows], "label": label[rows]}, size)
+
+  def step():
+    nonlocal state
+    state, metrics = compiled(state, frozen, batch, key)
+    return metrics
+
+  seconds = median_seconds(step, args.steps)
+  flops, devices = count_flops(traced.jaxpr), jax.device_count()
+  config.model.remat = "none"
+  useful = analytic_step_flops(build(config, abstract=True), size)
+  rate = matrix_rate(512 if args.quick else 8192)
+  policy = policy_seconds(program, batch, args.steps)
+  achieved = flops / seconds / devices
+  print(f"{jax.devices()[0].device_kind} x {devices}, jax {jax.__version__}, {layout.described()}")
+  print(f"{args.variant}, batch {size}, accumulation {args.accumulation}, remat {args.remat}, {args.attention}")
+  print(f"compiled in {compile_seconds:.0f} s; peak {compiled.memory_analysis().peak_memory_in_bytes / 2**30:.2f} GiB")
+  print(f"matrix rate: {rate / 1e12:.1f} TFLOP/s")
+  print(f"step: {seconds * 1e3:.1f} ms, {flops / 1e12:.2f} TFLOP, {achieved / 1e12:.1f} TFLOP/s a device,")
+  print(
+    f"  {achieved / rate:.1%} of the matrix rate; {useful / seconds / devices / rate:.1%} without remat's operations"
+  )
+  print(f"policy alone: {policy * 1e3:.1f} ms, {policy / seconds:.1%} of the step")
+
+
+if __name__ == "__main__":
+  main()
