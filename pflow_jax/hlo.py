@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
+
+from pflow_jax.hlo_module import Computation, Instruction, Module, Scope
 
 KINDS = (
   *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
@@ -28,7 +29,6 @@ _FREE = frozenset(
   )
 )
 _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
-_MAX_TRIPS = 1_000_000  # a loop that is followed for longer is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ def collectives(text: str, devices_per_slice: int | None = None) -> Collectives:
       by slice. The TPU compiler needs no such hint: its program is one slice's, and says what leaves it.
   Raises: ValueError for a text without an entry computation, or collectives of an unknown form.
   """
-  module = _Module(text)
-  totals, unknown = _walk(_Scope(module, module.entry, {}), devices_per_slice)
+  module = Module(text)
+  totals, unknown = _walk(Scope(module, module.entry, {}), devices_per_slice)
   split: dict[bool, dict[str, Traffic]] = {False: {}, True: {}}
   for (kind, across), traffic in totals.items():
     split[across][kind] = traffic
@@ -95,10 +95,10 @@ def within(text: str, scope: str) -> list[str]:
   its own has that of the fusion or call around it; one without any is not listed. A program from JAX's persistent cache
   may carry the names of an equal one that was compiled before.
   """
-  module = _Module(text)
+  module = Module(text)
   names: dict[str, None] = {}
 
-  def visit(computation: _Computation, outer: str) -> None:
+  def visit(computation: Computation, outer: str) -> None:
     for ins in computation.instructions.values():
       name = ins.op_name or outer
       if scope in name and _collective(module, computation, ins, None):
@@ -123,157 +123,16 @@ def memory_traffic(text: str) -> int:
   loop of unknown length counts once, a conditional its largest branch. It agrees with XLA's "bytes accessed" where
   there is no loop or on-chip memory, but for the ends of copies, which XLA counts again; no profile was compared.
   """
-  module = _Module(text)
-  return _memory(_Scope(module, module.entry, {}))
-
-
-# The text as instructions.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-  """One array of a shape. `size` is in bytes, padded to its tiles; `logical` is not."""
-
-  elements: int
-  logical: int
-  size: int
-  in_memory: bool  # the device's main one
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-  name: str
-  shape: str
-  opcode: str
-  operands: tuple[str, ...]
-  arguments: str  # text between the parentheses
-  attributes: str  # text after them
-
-  @property
-  def arrays(self) -> list[_Array]:
-    """The arrays of the result, nested tuples flattened."""
-    return [_array(*found) for found in re.findall(r"(\w+)\[([\d,<=?]*)\](\{[^}]*\})?", self.shape)]
-
-  @property
-  def op_name(self) -> str:
-    found = re.search(r'op_name="([^"]*)"', self.attributes)
-    return found[1] if found else ""
-
-  @property
-  def calls(self) -> list[str]:
-    """Computations that run when this does; not the scalar functions of reductions and sorts."""
-    if self.opcode.endswith(("-done", "-update")):
-      return []
-    names = re.findall(r"(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)", self.attributes)
-    for group in re.findall(r"branch_computations=\{([^}]*)\}", self.attributes):
-      names += re.findall(r"[\w.\-]+", group)
-    if self.opcode in ("call", "call-start"):
-      names += re.findall(r"to_apply=%?([\w.\-]+)", self.attributes)
-    return names
-
-  @property
-  def target(self) -> str:
-    found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-    return found[1] if found else ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Computation:
-  name: str
-  instructions: dict[str, _Instruction]
-  root: _Instruction
-
-  @property
-  def parameters(self) -> dict[int, _Instruction]:
-    return {int(i.arguments): i for i in self.instructions.values() if i.opcode == "parameter"}
-
-  def users(self, name: str) -> list[_Instruction]:
-    return [i for i in self.instructions.values() if name in i.operands]
-
-  def operand(self, ins: _Instruction, index: int) -> _Instruction:
-    return self.instructions[ins.operands[index]]
-
-
-class _Module:
-  """Computations of an HLO text by name."""
-
-  def __init__(self, text: str):
-    self.computations: dict[str, _Computation] = {}
-    entry = None
-    devices = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])]
-    self.num_devices = math.prod(devices)
-    name, root = "", None
-    instructions: dict[str, _Instruction] = {}
-    for line in text.splitlines():
-      header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
-      if header and not line.startswith("HloModule"):
-        name, instructions, root = header[2], {}, None
-        entry = name if header[1] else entry
-      elif line.startswith("}") and instructions:
-        last = next(reversed(instructions.values()))
-        self.computations[name] = _Computation(name, instructions, root or last)
-      elif ins := _instruction(line):
-        instructions[ins.name] = ins
-        if line.lstrip().startswith("ROOT "):
-          root = ins
-    if entry is None:
-      raise ValueError("expected the text of a compiled program with an ENTRY computation, got none; use as_text()")
-    self.entry = self.computations[entry]
-
-  def __getitem__(self, name: str) -> _Computation:
-    return self.computations[name]
-
-
-def _closing(text: str, start: int) -> int:
-  """Index after the parenthesis that closes the one at `start`."""
-  depth = 0
-  for found in re.compile(r"[()]").finditer(text, start):
-    depth += 1 if found[0] == "(" else -1
-    if depth == 0:
-      return found.end()
-  return len(text)
-
-
-def _instruction(line: str) -> _Instruction | None:
-  head = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
-  if not head:
-    return None
-  start = head.end()
-  if line[start] == "(":
-    end = _closing(line, start)
-  else:  # no blank in an array's shape, `f32[8,128]{1,0:T(8,128)S(1)}`
-    end = line.index(" ", start)
-  opcode = re.compile(r"\s*([\w\-]+)\(").match(line, end)
-  if not opcode:
-    return None
-  close = _closing(line, opcode.end() - 1)
-  arguments = re.sub(r"/\*.*?\*/", "", line[opcode.end() : close - 1])
-  names = () if opcode[1] in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", arguments))
-  return _Instruction(head[1], line[start:end], opcode[1], names, arguments, line[close:])
-
-
-def _array(dtype: str, dims: str, layout: str) -> _Array:
-  bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or ["0"])[0])
-  shape = [int(d.lstrip("<=")) for d in dims.split(",") if d.lstrip("<=").isdigit()]
-  order = [int(i) for i in re.findall(r"\d+", layout.split(":")[0])]
-  tile = re.search(r"T\(([\d,]+)\)", layout)
-  padded = list(shape)
-  if tile and shape and len(order) == len(shape):
-    sides = [int(side) for side in tile[1].split(",")]
-    for axis, side in zip(order, reversed(sides), strict=False):  # order lists the axes from the innermost
-      padded[axis] = -(-shape[axis] // side) * side
-  logical, size = (math.ceil(math.prod(s) * bits / 8) for s in (shape, padded))
-  return _Array(math.prod(shape), logical, size, "S(" not in layout)
+  module = Module(text)
+  return _memory(Scope(module, module.entry, {}))
 
 
 # Collectives.
 
 _Totals = dict[tuple[str, bool], Traffic]  # (kind, whether it leaves the slice) -> traffic
-_Known = dict[tuple[int, int | None], int]  # (parameter, element of its tuple or None) -> integer
-_Values = dict[tuple[int, int | None], int | None]
 
 
-def _walk(scope: _Scope, devices_per_slice: int | None) -> tuple[_Totals, int]:
+def _walk(scope: Scope, devices_per_slice: int | None) -> tuple[_Totals, int]:
   """Traffic of one execution of a computation, and its loops of unknown length."""
   totals: _Totals = {}
   unknown = 0
@@ -300,7 +159,7 @@ def _walk(scope: _Scope, devices_per_slice: int | None) -> tuple[_Totals, int]:
 
 
 def _collective(
-  module: _Module, computation: _Computation, ins: _Instruction, devices_per_slice: int | None
+  module: Module, computation: Computation, ins: Instruction, devices_per_slice: int | None
 ) -> tuple[str, bool, Traffic] | None:
   """(kind, whether it leaves the slice, traffic) of an instruction that starts a collective, else None."""
   kind = ins.opcode.removesuffix("-start")
@@ -341,7 +200,7 @@ def _num_slices(attributes: str) -> int:
   return len({device // 100_000 for device in _integers(groups[0])})
 
 
-def _is_running(computation: _Computation, ins: _Instruction) -> bool:
+def _is_running(computation: Computation, ins: Instruction) -> bool:
   """Whether a collective in a fusion was started in another one.
 
   The TPU's compiler spreads one asynchronous collective over fusions that compute meanwhile: each repeats it, with a
@@ -352,7 +211,7 @@ def _is_running(computation: _Computation, ins: _Instruction) -> bool:
   return all(i.target != "AsyncCollectiveStart" for i in computation.instructions.values())
 
 
-def _is_scattered(computation: _Computation, ins: _Instruction) -> bool:
+def _is_scattered(computation: Computation, ins: Instruction) -> bool:
   """Whether an all-reduce is the TPU compiler's fusion "all-reduce-scatter", which sends what a reduce-scatter does."""
   return computation.name.startswith("all-reduce-scatter") and all(
     user.opcode in ("dynamic-slice", "bitcast") for user in computation.users(ins.name)
@@ -420,103 +279,10 @@ def _integers(text: str) -> list[int]:
   return [int(n) for n in re.findall(r"\d+", text)]
 
 
-# Loops.
-
-
-class _Scope:
-  """A computation, and the integers known of its parameters: {(parameter, element of its tuple or None): value}."""
-
-  def __init__(self, module: _Module, computation: _Computation, known: _Known):
-    self.module, self.computation, self.known = module, computation, known
-    self.values: dict[str, int | None] = {}
-
-  def called(self, ins: _Instruction, name: str) -> tuple[int | None, _Scope]:
-    """How often `ins` runs the computation `name`, None if that is unknown, and that computation's scope."""
-    inner = self.module[name]
-    if ins.opcode != "while":
-      values: _Values = {(i, None): self.integer(operand) for i, operand in enumerate(ins.operands)}
-      return 1, _Scope(self.module, inner, _found(values))
-    state = self.elements(self.computation.operand(ins, 0))
-    fixed = _Scope(self.module, inner, {key: n for key, n in state.items() if _is_kept(inner, key[1])})
-    if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', ins.attributes):
-      return int(stated[1]), fixed
-    # The TPU's compiler states no length, and may peel iterations off: the counter is followed from where it starts.
-    condition = self.module[re.findall(r"condition=%?([\w.\-]+)", ins.attributes)[0]]
-    for trips in range(_MAX_TRIPS):
-      going = _Scope(self.module, condition, state).integer(condition.root.name)
-      if not going:
-        return None if going is None else trips, fixed
-      state = _Scope(self.module, inner, state).elements(inner.root)
-    return None, fixed
-
-  def elements(self, ins: _Instruction) -> _Known:
-    """The known integers of a tuple, the state of a loop."""
-    if ins.opcode != "tuple":
-      return {}
-    return _found({(0, i): self.integer(name) for i, name in enumerate(ins.operands)})
-
-  def integer(self, name: str) -> int | None:
-    """Value of a scalar integer (or truth value) that depends on constants and what is known, else None."""
-    if name not in self.values:
-      ins = self.computation.instructions[name]
-      self.values[name] = self._evaluate(ins) if re.match(r"(pred|[su]\d+)\[\]", ins.shape) else None
-    return self.values[name]
-
-  def _evaluate(self, ins: _Instruction) -> int | None:
-    if ins.opcode == "constant":
-      literal = {"true": "1", "false": "0"}.get(ins.arguments, ins.arguments)
-      return int(literal) if re.fullmatch(r"-?\d+", literal) else None
-    if ins.opcode == "parameter":
-      return self.known.get((int(ins.arguments), None))
-    if ins.opcode == "get-tuple-element":
-      source, index = self.computation.operand(ins, 0), int(re.findall(r"index=(\d+)", ins.attributes)[0])
-      if source.opcode == "parameter":
-        return self.known.get((int(source.arguments), index))
-      return self.integer(source.operands[index]) if source.opcode == "tuple" else None
-    if ins.opcode in ("copy", "bitcast", "convert", "reshape"):
-      return self.integer(ins.operands[0])
-    if ins.opcode in ("fusion", "call"):
-      scope = self.called(ins, ins.calls[0])[1]
-      return scope.integer(scope.computation.root.name)
-    if ins.opcode not in ("compare", *_ARITHMETIC):
-      return None
-    first, second = (self.integer(operand) for operand in ins.operands)
-    if first is None or second is None:
-      return None
-    if ins.opcode == "compare":
-      return int(getattr(operator, re.findall(r"direction=(\w+)", ins.attributes)[0].lower())(first, second))
-    return _ARITHMETIC[ins.opcode](first, second)
-
-
-_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
-  "add": operator.add,
-  "subtract": operator.sub,
-  "multiply": operator.mul,
-  "and": operator.and_,
-  "or": operator.or_,
-  "minimum": min,
-  "maximum": max,
-}
-
-
-def _found(values: _Values) -> _Known:
-  return {key: value for key, value in values.items() if value is not None}
-
-
-def _is_kept(body: _Computation, index: int | None) -> bool:
-  """Whether the body of a loop hands on element `index` of its state as it got it."""
-  if body.root.opcode != "tuple" or index is None:
-    return False
-  last = body.operand(body.root, index)
-  if last.opcode != "get-tuple-element" or body.operand(last, 0).opcode != "parameter":
-    return False
-  return bool(re.search(rf"\bindex={index}\b", last.attributes))
-
-
 # Memory.
 
 
-def _memory(scope: _Scope) -> int:
+def _memory(scope: Scope) -> int:
   """Bytes that one execution of a computation moves."""
   total = 0
   for ins in scope.computation.instructions.values():
@@ -533,7 +299,7 @@ def _memory(scope: _Scope) -> int:
   return total
 
 
-def _moved(computation: _Computation, ins: _Instruction) -> Iterator[int]:
+def _moved(computation: Computation, ins: Instruction) -> Iterator[int]:
   """Bytes of one instruction on its own: its reads, then its writes."""
   operands = [computation.instructions[name] for name in ins.operands]
   kind, results = ins.opcode.removesuffix("-start"), ins.arrays
@@ -558,7 +324,7 @@ def _moved(computation: _Computation, ins: _Instruction) -> Iterator[int]:
 _VIEWS = frozenset(("bitcast", "copy", "convert", "reshape", "transpose"))
 
 
-def _fusion_memory(module: _Module, computation: _Computation, ins: _Instruction) -> int:
+def _fusion_memory(module: Module, computation: Computation, ins: Instruction) -> int:
   """Bytes of a fusion, of which nothing inside is ever in memory."""
   fused = module[ins.calls[0]]
   total = 0
@@ -575,7 +341,7 @@ def _fusion_memory(module: _Module, computation: _Computation, ins: _Instruction
   )
 
 
-def _share(module: _Module, fused: _Computation, source: _Instruction, of_result: float = 1.0) -> float:
+def _share(module: Module, fused: Computation, source: Instruction, of_result: float = 1.0) -> float:
   """Share of the elements of `source` that a fusion reads, if `of_result` of its own result is read."""
   elements, total = sum(a.elements for a in source.arrays), 0.0
   if source is fused.root:
@@ -599,7 +365,7 @@ def _share(module: _Module, fused: _Computation, source: _Instruction, of_result
   return min(total, 1.0)
 
 
-def _written(module: _Module, fused: _Computation, root: _Instruction) -> int:
+def _written(module: Module, fused: Computation, root: Instruction) -> int:
   """Bytes that a fusion writes of the result that `root` makes."""
   if root.opcode == "parameter" or _is_running(fused, root):
     return 0

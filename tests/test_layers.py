@@ -33,6 +33,7 @@ LAYERS = [
     "partition",
     "distributed",
     "hlo",
+    "hlo_module",
     "chips",
   },
 ]
