@@ -19,6 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from pflow_jax import plan
 from pflow_jax.compare import read_config
+from pflow_jax.plan_report import EFFICIENCY
 
 METHODS = {"π-ID, GMFlow": "gmflow", "ArcFlow, adapters": "arc_adapters", "AYF-EMD": "ayf_emd"}
 SLICES = ("v5e-16", "v5e-256", "v5p-128", "v6e-64")
@@ -31,7 +32,7 @@ def fitting(variant: str, where: plan.Slice) -> dict:
   # Parameters in parts over at most 16 chips: more parts are smaller than what is gained by them.
   config.mesh.update(data=-1, fsdp=16)
   while True:
-    report = plan.plan(copy.deepcopy(config), where, fast=True, search=False)
+    report = plan.plan(copy.deepcopy(config), where, fast=False, search=False)
     if report["memory"]["fits"] or config.train.batch_size // config.train.accumulation <= where.num_devices:
       return report
     config.train.accumulation *= 2
@@ -75,11 +76,10 @@ def main() -> None:
       print(f"{lines[-1]}  ({time.perf_counter() - start:.0f} s)", flush=True)
   text = f"""# DiT-XL/2 on ImageNet 256: does it fit, and what would it cost
 
-`python benchmarks/plan_table.py`, jax {plan.jax.__version__}, libtpu's compiler at low effort (`pflow plan --fast`), on
-a machine without a TPU. Memory, operations and bytes sent are of the compiled program. Seconds and chip-hours are
+`python benchmarks/plan_table.py`, jax {plan.jax.__version__}, on a machine without a TPU. Memory, operations and bytes sent are of the compiled program. Seconds and chip-hours are
 estimates that no chip has confirmed: the lower end of a step is what its slowest part (matrix products, main memory or
 links, at their published rates) takes alone, the upper end all of them in turn; the lower end of the hours is that of
-the step, the upper end {plan.EFFICIENCY:.0%} of such a rate. Hours are those of all steps of the config.
+the step, the upper end {EFFICIENCY:.0%} of such a rate. Hours are those of all steps of the config.
 
 """ + "\n".join(lines)
   pathlib.Path(args.out).write_text(text + "\n")

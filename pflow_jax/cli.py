@@ -308,6 +308,7 @@ def _plan(argv: list[str]) -> None:
 
   def plan(values):
     from pflow_jax import plan as planner
+    from pflow_jax import plan_report
 
     config, where = values.config, planner.Slice(values.topology, values.slices)
     if values.slices > 1:
@@ -322,13 +323,13 @@ def _plan(argv: list[str]) -> None:
     result: object
     if values.sweep:
       result = reports = planner.sweep(config, where)
-      print(planner.as_table(reports))
+      print(plan_report.as_table(reports))
     else:
       print(f"planning for {where.num_chips} chips; compiling takes a minute or a few", flush=True)
       result = report = planner.plan(config, where, fast=values.fast, search=values.search, sampling=values.sampling)
-      print(planner.as_text(report))
+      print(plan_report.as_text(report))
     if values.json:
-      planner.write_json(values.json, result)
+      plan_report.write_json(values.json, result)
       print(f"wrote {values.json}")
 
   _run(define, plan, argv)

@@ -109,7 +109,7 @@ def make_mesh(settings: MeshSettings = MeshSettings(), devices: Sequence[Any] | 
   devices = jax.devices() if devices is None else list(devices)
   shape = mesh_shape(settings, len(devices))
   slices = {getattr(device, "slice_index", None) for device in devices}
-  if len(slices) > 1 and shape[0] != len(slices):
+  if shape[0] != len(slices) and (len(slices) > 1 or devices[0].platform == "tpu"):
     raise ValueError(f"config.mesh.slice: expected the number of slices, {len(slices)}, got {shape[0]}")
   if len(slices) > 1:
     grid = mesh_utils.create_hybrid_device_mesh(

@@ -111,7 +111,8 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
     if is_first():
       print(f"resuming {folder} from step {start}" if restored else parameter_table(state.params))
     if start >= settings.steps:
-      print(f"{folder}: already trained for {start} of {settings.steps} steps")
+      if is_first():
+        print(f"{folder}: already trained for {start} of {settings.steps} steps")
       return state
     iterator = data.batches(
       experiment.dataset,

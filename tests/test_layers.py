@@ -11,7 +11,7 @@ PACKAGE = ROOT / "pflow_jax"
 # From the top. A module may import from lower layers, and from its own (without a circle).
 LAYERS = [
   {"cli"},
-  {"train", "sample", "evaluate", "merge", "plan", "compare", "compare_report", "defaults"},
+  {"train", "sample", "evaluate", "merge", "plan", "plan_report", "compare", "compare_report", "defaults"},
   {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"},
   {"objectives"},
   {"sampler"},

@@ -7,6 +7,7 @@ import pytest
 
 from pflow_jax import plan
 from pflow_jax.compare import read_config
+from pflow_jax.plan_report import as_table, as_text
 from tests.programs import pflow
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -55,7 +56,7 @@ def test_without_a_compiler_the_analytic_part_is_there(no_compiler):
   assert report["flops"]["counted"] > report["flops"]["analytic"] > 0  # policies' own products are no small part here
   assert report["estimate"]["limit"] == "compute"
   assert "peak" not in report["memory"]
-  text = plan.as_text(report)
+  text = as_text(report)
   assert "install it" in text
   assert "from the closed form" in text
   json.dumps(report)
@@ -86,7 +87,7 @@ def test_a_compiled_plan_has_memory_traffic_and_the_sampler(compiler):
   assert estimate["chip_hours"][0] == pytest.approx(hours)
   assert [row["nfe"] for row in report["sample"]] == [1]
   assert report["sample"][0]["batch_size"] == 64
-  text = plan.as_text(report)
+  text = as_text(report)
   for part in ("fits: peak", "all-gather", "chip-hours", "sampling, 1 NFE", "mesh data 2 x fsdp 4"):
     assert part in text
   json.dumps(report)
@@ -98,7 +99,7 @@ def test_several_slices_send_over_the_slow_network(compiler):
   assert report["devices"] == 8
   assert report["traffic"]["dcn"]["all-reduce"]["sent"] > 0, "gradients are summed over slices"
   assert "dcn" in report["estimate"]["seconds"]
-  assert "2 slices of v5e:2x2" in plan.as_text(report)
+  assert "2 slices of v5e:2x2" in as_text(report)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_what_would_fit_is_looked_for(verdicts):
     ["config.model.remat=full", "config.mesh.fsdp=4", "config.train.accumulation=2"],
   ]
   assert [attempt["fits"] for attempt in report["tried"]] == [False, False, True]
-  text = plan.as_text(report)
+  text = as_text(report)
   assert "DOES NOT FIT: peak 1024.00 GiB of 15.75 GiB" in text
   assert "with config.model.remat=full config.mesh.fsdp=4 config.train.accumulation=2: fits" in text
   assert asked == [False, True, True, True], "the search compiles fast"
@@ -151,7 +152,7 @@ def test_sweep_compares_sizes_and_names_those_that_do_not_fit(verdicts):
   reports = plan.sweep(values, V5E)
   assert [report["mesh"]["fsdp"] for report in reports] == [1, 2, 4, 8]
   assert "splits 20 in 8 parts" in reports[-1]["refused"]
-  table = plan.as_table(reports).splitlines()
+  table = as_table(reports).splitlines()
   assert len(table) == 5
   assert "no" in table[-2].split()
   assert "refused" in table[-1]

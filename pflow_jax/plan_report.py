@@ -1,0 +1,104 @@
+"""Reports of `plan` as text, as a table of meshes, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+# What a step takes where all is well: the share of the roofline that such runs reach in practice.
+EFFICIENCY = 0.45
+
+
+def as_text(report: dict[str, Any]) -> str:
+  """A report for people."""
+  mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+  m, flops, estimate = report["memory"], report["flops"], report.get("estimate")
+  per = "chip" if report["devices"] == report["chips"] else "device (there are two a chip)"
+  what = f"{report['config']['objective']}, {report['config']['policy']}"
+  slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
+  lines = [
+    f"{what} on {slices}{report['topology']}: {report['chips']} chips, mesh {mesh}",
+    f"batch {report['batch_size']}, accumulation {report['accumulation']}, remat {report['remat']}",
+    f"parameters: {report['parameters']['trained']:,} train, the teacher has {report['parameters']['teacher']:,}",
+  ]
+  if "note" in report:
+    lines += ["", report["note"], ""]
+  names = ("parameters", "average", "optimizer", "teacher", "batch", "activations")
+  parts = ", ".join(f"{name} {_size(m[name])}" for name in names if name in m)
+  lines.append(f"memory of a {per}: {parts}")
+  if "fits" in m:
+    verdict = "fits" if m["fits"] else "DOES NOT FIT"
+    lines.append(f"  {verdict}: peak {_size(m['peak'])} of {_size(m['available'])}")
+    lines.append(f"  compiled {report['compiled']} in {report['compile_seconds']:.0f} s")
+  for attempt in report.get("tried", ()):
+    result = attempt.get("refused") or f"{'fits' if attempt['fits'] else 'does not fit'}, {_size(attempt['peak'])}"
+    lines.append(f"  with {' '.join(attempt['change'])}: {result.splitlines()[0]}")
+  if report.get("tried") and not report["tried"][-1].get("fits"):
+    lines.append("  nothing that was tried fits: take a larger slice, a smaller batch, or adapters (config.adapters)")
+  check = ""
+  if flops["analytic"]:
+    check = f", {100 * (flops['counted'] / flops['analytic'] - 1):+.2f} % from the closed form"
+  lines.append(f"operations a step: {flops['counted'] / 1e12:,.1f} TFLOP{check}")
+  for network in ("ici", "dcn"):
+    for kind, t in sorted(report.get("traffic", {}).get(network, {}).items()):
+      lines.append(
+        f"  {network}: {t['count']} {kind}, {_size(t['payload'])}, of which a {per} sends {_size(t['sent'])}"
+      )
+  if estimate:
+    times = ", ".join(f"{name} {_time(s)}" for name, s in estimate["seconds"].items())
+    least, most = estimate["step_seconds"]
+    lines += [
+      f"estimate of a step: {_time(least)} if all overlaps, {_time(most)} if nothing does; limited by "
+      f"{estimate['limit']} ({times})",
+      f"estimate of {report['steps']:,} steps: {estimate['chip_hours'][0]:,.0f} chip-hours at that limit, "
+      f"{estimate['chip_hours'][1]:,.0f} at {EFFICIENCY:.0%} of it",
+    ]
+  for s in report.get("sample", ()):
+    per_image = f"{s['flops'] / s['batch_size'] / 1e9:,.0f} GFLOP an image"
+    lines.append(
+      f"sampling, {s['nfe']} NFE, {s['batch_size']} at a time: peak {_size(s['peak'])}, {per_image}, estimate at least "
+      f"{_time(s['compute_seconds'])}"
+    )
+  return "\n".join(lines)
+
+
+def as_table(reports: Sequence[dict[str, Any]]) -> str:
+  """Reports of several meshes, the fastest that fit first."""
+
+  def rank(report: dict[str, Any]) -> tuple[bool, float]:
+    fits = report.get("memory", {}).get("fits", "refused" not in report)
+    return not fits, report.get("estimate", {}).get("step_seconds", [math.inf])[0]
+
+  rows: list[tuple[str, ...]] = [("mesh", "peak", "fits", "sent", "step, all overlapped", "nothing", "limit")]
+  for report in sorted(reports, key=rank):
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+    if "refused" in report:
+      rows.append((mesh, "refused: " + report["refused"].splitlines()[0][:60], "", "", "", "", ""))
+      continue
+    m, estimate, traffic = report["memory"], report.get("estimate"), report.get("traffic", {})
+    sent = sum(t["sent"] for network in ("ici", "dcn") for t in traffic.get(network, {}).values())
+    times = [_time(s) for s in estimate["step_seconds"]] if estimate else ["", ""]
+    fits = {True: "yes", False: "no"}.get(m.get("fits"), "?")
+    rows.append((mesh, _size(m.get("peak", 0)), fits, _size(sent), *times, estimate["limit"] if estimate else ""))
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def write_json(path: str | os.PathLike, reports: Any) -> None:
+  pathlib.Path(path).write_text(json.dumps(reports, indent=2) + "\n")
+
+
+def _size(count: float) -> str:
+  for unit in ("B", "KiB", "MiB"):
+    if count < 1024:
+      return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    count /= 1024
+  return f"{count:.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+  return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
