@@ -9,10 +9,12 @@ each file with it, and restoring verifies them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
 import zlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal
 
@@ -73,8 +75,9 @@ class Checkpointer:
     Returns: whether a save was started.
     Raises: ValueError for such an older step; a failure of the previous save.
     """
-    manager = self._open()
-    manager.wait_until_finished()  # `_writing` is its step; a failure shows now
+    with _storage(self._directory):
+      manager = self._open()
+      manager.wait_until_finished()  # `_writing` is its step; a failure shows now
     if step in manager.all_steps():
       return False
     newest = manager.latest_step()
@@ -85,7 +88,8 @@ class Checkpointer:
       )
     self._writing = step
     items = {_STATE: ocp.args.StandardSave(state)}
-    return manager.save(step, args=ocp.args.Composite(**items), force=force)
+    with _storage(self._directory):
+      return manager.save(step, args=ocp.args.Composite(**items), force=force)
 
   def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, int] | None:
     """The newest intact checkpoint, or that of `step`; None where nothing has been saved.
@@ -106,7 +110,7 @@ class Checkpointer:
     path = self._directory / str(found)
     target = jax.tree.map(_abstract, abstract_state)
     _check_leaves(target, _metadata(path), path)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+    with _storage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
       state = reader.restore(path / _STATE, args=ocp.args.StandardRestore(target))
     return state, found
 
@@ -126,12 +130,14 @@ class Checkpointer:
   def wait(self) -> None:
     """Blocks until the save in progress is complete. Raises what made it fail."""
     if self._manager is not None:
-      self._manager.wait_until_finished()
+      with _storage(self._directory):
+        self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and ends the background threads."""
     if self._manager is not None:
-      self._manager.close()
+      with _storage(self._directory):
+        self._manager.close()
       self._manager = None
 
   def __enter__(self) -> Checkpointer:
@@ -209,7 +215,7 @@ def load_params(
     raise ValueError(f"{path}: which must be one of {sorted(saved)}, got {which!r}")
   item = {which: saved[which]}
   as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  with _storage(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     restored = reader.restore(
       path / _STATE,
       args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True),
@@ -218,11 +224,20 @@ def load_params(
 
 
 def newest_step(directory: str | epath.PathLike) -> int | None:
-  """Step of the newest intact checkpoint in `directory`; None if there is none.
+  """Step of the newest intact checkpoint in `directory`, for all processes the same; None if there is none.
 
   Raises: RuntimeError if all are damaged.
   """
-  return _newest_intact(_absolute(directory), None)[0]
+  return _agreed(_absolute(directory), None)[0]
+
+
+@contextlib.contextmanager
+def _storage(path: epath.Path) -> Iterator[None]:
+  """What storage refuses as an OSError: Orbax and tensorstore raise a ValueError for it, as for a mistake."""
+  try:
+    yield
+  except ValueError as error:
+    raise OSError(f"{path} cannot be written or read: {error}") from error
 
 
 def _absolute(directory: str | epath.PathLike) -> epath.Path:

@@ -28,8 +28,9 @@ class Chip:
     dcn_bandwidth: bytes a second that the chip's share of its host's network can send to other slices.
     devices: JAX devices a chip. 2 where each TensorCore is a device of its own, with half of the memory, of the
       operations and of the bandwidths.
-    cores: TensorCores, which Cloud names count.
-  XX"""
+    cores: TensorCores, which the Cloud names of some generations count.
+    dimensions: of a slice's torus.   max_chips: of a slice.
+  """
 
   name: str
   hbm_bytes: int
@@ -112,6 +113,17 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...], int]:
       f"{'4x4' if chip.dimensions == 2 else '4x4x4'}'"
     )
   return chip.name, shape_of_size, number
+
+
+def links_of_axis(text: str) -> int:
+  """Links that a chip has along the longest axis of a slice: 2 where the axis closes to a ring, else 1.
+
+  Axes close at 16 chips of v5e and v6e, 32 of v3, and at multiples of 4 in the 3-D generations.
+  """
+  name, shape, _ = parse_topology(text)
+  side = max(shape)
+  ring = {"v3": side == 32, "v5e": side == 16, "v6e": side == 16}.get(name, side % 4 == 0)
+  return 2 if ring else 1
 
 
 def compiler_topology(text: str) -> tuple[str, dict[str, Any]]:

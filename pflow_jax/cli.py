@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -68,7 +69,13 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
       from pflow_jax.distributed import join
 
       join(values.coordinator, values.num_processes, values.process_id, timeout=values.join_timeout)
+      if body.__name__ != "train":  # which alone asks JAX's handler whether it was told to stop
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     body(values)
+    if _among_others():
+      from pflow_jax.distributed import finish
+
+      finish()
   except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
@@ -285,11 +292,13 @@ def _merge(argv: list[str]) -> None:
 
 
 def _plan(argv: list[str]) -> None:
+  import jax
   from absl import flags
   from ml_collections import config_flags
 
-  # Planning is done on this machine's CPU, whatever else it has.
-  os.environ["JAX_PLATFORMS"] = "cpu"
+  # Planning is done on this machine's CPU, whatever else it has; programs for other chips cannot be read back.
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
 
   def define(values):
     config_flags.DEFINE_config_file("config", None, "config file, with its variant after a colon", flag_values=values)
@@ -309,14 +318,15 @@ def _plan(argv: list[str]) -> None:
   def plan(values):
     from pflow_jax import plan as planner
     from pflow_jax import plan_report
+    from pflow_jax.sharding import AXES
 
     config, where = values.config, planner.Slice(values.topology, values.slices)
     if values.slices > 1:
       config.mesh.slice = values.slices
     for size in values.mesh:
       axis, _, number = size.partition("=")
-      if axis not in planner.AXES or not number.lstrip("-").isdigit():
-        raise ValueError(f"--mesh: expected sizes of {planner.AXES} such as data=4,fsdp=64, got {size!r}")
+      if axis not in AXES or not number.lstrip("-").isdigit():
+        raise ValueError(f"--mesh: expected sizes of {AXES} such as data=4,fsdp=64, got {size!r}")
       config.mesh[axis] = int(number)
     if values.batch:
       config.train.batch_size = values.batch

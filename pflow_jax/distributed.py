@@ -79,6 +79,11 @@ def join(
       shutdown_timeout_seconds=SHUTDOWN,
     )
     jax.devices()  # the runtime's exchange of devices, which waits for all as well
+  except ValueError as error:
+    raise ValueError(
+      f"{error} JAX does not know how the processes find each other here: give --coordinator, --num_processes and "
+      "--process_id, or --num_processes=1 for a process alone"
+    ) from error
   finally:
     gave_up.cancel()
   print(
@@ -96,6 +101,12 @@ def is_first() -> bool:
 def from_first(value: Any) -> Any:
   """`value`, a number or an array of one shape everywhere, as the first process has it."""
   return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def finish() -> None:
+  """Waits for all processes, however long: at the end of a program the first one writes while the others have nothing
+  to do, and JAX takes one that waits SHUTDOWN seconds for dead."""
+  multihost_utils.sync_global_devices("pflow_jax: finished")
 
 
 def _give_up(what: str, timeout: int) -> None:

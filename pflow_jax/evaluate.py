@@ -243,9 +243,14 @@ def trajectory(
   """States (steps + 1, B, *space, C) along the student's policies or jumps, without stochastic steps."""
   imitation = experiment.objective
   if isinstance(imitation, FlowMap):
-    jump, grid = experiment.flow_map(params, sampling.guidance), flow_map_grid(imitation, nfe)
-    walk = jax.jit(lambda noise, labels: sample_flow_map(jump, noise, labels, grid=grid, trajectory=True))
-    return to_host(walk(noise, labels))
+    grid = flow_map_grid(imitation, nfe)
+
+    @jax.jit
+    def walk(params, noise, labels):
+      jump = experiment.flow_map(params, sampling.guidance)
+      return sample_flow_map(jump, noise, labels, grid=grid, trajectory=True)
+
+    return to_host(walk(params, noise, labels))
   assert isinstance(imitation, Imitation)
   shift = imitation.shift
   student = jax.jit(lambda params, x, t, c: experiment.student(params)(x, t, c))

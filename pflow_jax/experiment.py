@@ -147,8 +147,8 @@ class Experiment:
     teacher = jax.tree.map(jnp.array, frozen["strong"])
     return combine(without(params, teacher), teacher)
 
-  def layout(self, config: ConfigDict, devices: Sequence[Any] | None = None) -> Layout:
-    """Where the run's arrays lie: `config.mesh` over `devices` (default: all), and the networks' table.
+  def layout(self, config: ConfigDict, devices: Sequence[Any] | int | None = None) -> Layout:
+    """Where the run's arrays lie: `config.mesh` over `devices`, see `make_layout`, and the networks' table.
 
     Raises: ValueError for sizes that do not fit.
     """

@@ -15,24 +15,24 @@ import math
 import os
 import pathlib
 import re
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from pflow_jax import hlo, sample
 from pflow_jax.analytic import analytic_step_flops
-from pflow_jax.chips import Chip, chip_of, compiler_topology, parse_topology
+from pflow_jax.chips import Chip, chip_of, compiler_topology, links_of_axis, parse_topology
 from pflow_jax.experiment import Experiment, build
 from pflow_jax.flops import count_flops
-from pflow_jax.networks import SHARDING
 from pflow_jax.plan_report import EFFICIENCY
 from pflow_jax.sections import call
-from pflow_jax.sharding import AXES, Layout, MeshSettings, make_layout, mesh_shape
+from pflow_jax.sharding import Layout, MeshSettings, mesh_shape
 from pflow_jax.step import Program, make_program
 
 GIB = 2**30
@@ -106,6 +106,14 @@ def find_compiler() -> str:
   )
 
 
+def has_compiler() -> bool:
+  """Whether `find_compiler` finds one."""
+  try:
+    return bool(find_compiler())
+  except NoCompiler:
+    return False
+
+
 def _compiler_environment() -> dict[str, str]:
   """For libtpu on a machine without a TPU, beside others that use it, and without its logs."""
   return {
@@ -170,21 +178,11 @@ def sweep(config: ConfigDict, where: Slice, *, fast: bool = True) -> list[dict[s
   return reports
 
 
-def _layout(config: ConfigDict, experiment: Experiment, where: Slice, devices: Sequence[Any] | None) -> Layout:
-  if devices is not None:
-    return experiment.layout(config, devices)
-  settings = call(MeshSettings, "mesh", config.get("mesh", {}))
-  own = make_layout(MeshSettings(data=-1), SHARDING, jax.local_devices()[:1])
-  shape = mesh_shape(settings, where.num_devices)
-  mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-  return dataclasses.replace(own, mesh=mesh, min_size=settings.min_size)
-
-
 def _step(
   config: ConfigDict, experiment: Experiment, where: Slice, devices: Sequence[Any] | None, fast: bool
 ) -> tuple[dict[str, Any], Program]:
   """The report on the training step."""
-  program = make_program(config, experiment, _layout(config, experiment, where, devices))
+  program = make_program(config, experiment, experiment.layout(config, devices or where.num_devices))
   traced = program.trace()
   flops = count_flops(traced.jaxpr)
   data_free = config.objective.kind == "imitation_data_free"
@@ -234,8 +232,8 @@ def _step(
     "unknown_loops": collectives.unknown_loops,
   }
   chip, per = where.chip, where.chip.devices
-  # A collective runs along one axis of the slice, which has two of the chip's links.
-  one_axis = chip.ici_bandwidth * 2 / chip.ici_links
+  # A collective runs along one axis of the slice.
+  one_axis = chip.ici_bandwidth * links_of_axis(where.topology) / chip.ici_links
   seconds["hbm"] = traffic * per / chip.hbm_bandwidth
   seconds["ici"] = sum(t.sent for t in collectives.ici.values()) * per / one_axis
   if where.slices > 1:
@@ -263,7 +261,7 @@ def _needed(error: str) -> int:
   memory required for HLO temporaries (37.66G) exceeds available HBM (15.75G)."
   """
   sizes = re.search(r"(?:Used |\()([\d.]+)([KMGT])\b", error)
-  if "Ran out of memory" not in error or sizes is None:
+  if "Ran out of memory" not in error or "hbm" not in error.lower() or sizes is None:
     raise RuntimeError(f"the compiler failed: {error}")
   return int(float(sizes[1]) * 1024 ** ("KMGT".index(sizes[2]) + 1))
 
@@ -292,16 +290,17 @@ def _what_would_fit(config: ConfigDict, where: Slice, devices: Sequence[Any] | N
   if config.model.get("remat", "full") != "full":
     changes.append(("config.model.remat=full", {"model": {"remat": "full"}}))
   sizes = mesh_shape(call(MeshSettings, "mesh", config.mesh), where.num_devices)
-  fsdp = sizes[2]
-  while fsdp * 4 <= where.num_devices // where.slices:
-    fsdp *= 4
+  fsdp, most = sizes[2], sizes[1] * sizes[2]
+  while fsdp < most:
+    fsdp = min(fsdp * 4, most)
     changes.append((f"config.mesh.fsdp={fsdp}", {"mesh": {"data": -1, "fsdp": fsdp}}))
-    if len(changes) >= 3:
-      break
-  accumulation = config.train.accumulation
-  while (config.train.batch_size // (accumulation * 2)) % where.num_devices == 0 and accumulation < 64:
-    accumulation *= 2
-    changes.append((f"config.train.accumulation={accumulation}", {"train": {"accumulation": accumulation}}))
+  # The memory of a step is that of a micro-batch. An adversarial run takes its batch whole.
+  size, accumulation, parts = config.train.batch_size, config.train.accumulation, math.prod(sizes[:3])
+  whole = bool(config.get("adversarial", {}).get("weight", 0))
+  for halvings in range(1, 7):
+    if size % (accumulation * 2**halvings * parts) == 0:
+      name, value = ("batch_size", size // 2**halvings) if whole else ("accumulation", accumulation * 2**halvings)
+      changes.append((f"config.train.{name}={value}", {"train": {name: value}}))
   kept: list[str] = []
   for label, values in changes:
     before = copy.deepcopy(one)
@@ -341,9 +340,11 @@ def _sampler(
       run: Any = sample.make_sampler(experiment, settings, nfe)
       traced = run.trace(params, noise, labels, keys)
     flops = count_flops(traced.jaxpr)
-    _, told = _compile(traced, fast, layout.mesh.devices.flat[0].platform)  # type: ignore[union-attr]
+    compiled, told = _compile(traced, fast, layout.mesh.devices.flat[0].platform)  # type: ignore[union-attr]
     seconds = flops / where.num_chips / where.chip.peak_flops
-    reports.append({"nfe": nfe, "batch_size": size, "flops": flops, "compute_seconds": seconds, **told})
+    reports.append(
+      {"nfe": nfe, "batch_size": size, "flops": flops, "compute_seconds": seconds, "fits": compiled is not None} | told
+    )
   return reports
 
 
@@ -360,16 +361,16 @@ def _count(tree: Any) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without what libtpu writes on stderr of a machine that has no TPU, whatever it is told."""
-  import sys
-
+  """Without what libtpu writes on stderr of a machine that has no TPU, whatever it is told; an error brings it back."""
   sys.stderr.flush()
   kept = os.dup(2)
-  null = os.open(os.devnull, os.O_WRONLY)
-  os.dup2(null, 2)
-  try:
-    yield
-  finally:
-    os.dup2(kept, 2)
-    os.close(kept)
-    os.close(null)
+  with tempfile.TemporaryFile() as said:
+    os.dup2(said.fileno(), 2)
+    try:
+      yield
+    except RuntimeError as error:
+      said.seek(0)
+      raise RuntimeError(f"{error}\n{said.read()[-2000:].decode(errors='replace')}") from error
+    finally:
+      os.dup2(kept, 2)
+      os.close(kept)

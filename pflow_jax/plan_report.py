@@ -59,9 +59,10 @@ def as_text(report: dict[str, Any]) -> str:
     ]
   for s in report.get("sample", ()):
     per_image = f"{s['flops'] / s['batch_size'] / 1e9:,.0f} GFLOP an image"
+    verdict = "" if s["fits"] else "DOES NOT FIT, "
     lines.append(
-      f"sampling, {s['nfe']} NFE, {s['batch_size']} at a time: peak {_size(s['peak'])}, {per_image}, estimate at least "
-      f"{_time(s['compute_seconds'])}"
+      f"sampling, {s['nfe']} NFE, {s['batch_size']} at a time: {verdict}peak {_size(s['peak'])}, {per_image}, estimate "
+      f"at least {_time(s['compute_seconds'])}"
     )
   return "\n".join(lines)
 

@@ -101,21 +101,22 @@ def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, ...]:
 def make_mesh(settings: MeshSettings = MeshSettings(), devices: Sequence[Any] | None = None) -> Mesh:
   """Mesh of the axes AXES over `devices` (default: those of all processes).
 
-  Neighbours in a slice's mesh are neighbours in its network. Devices that belong to no slice (CPU, GPU) are dealt out
-  to them in the order of their processes.
+  Neighbours in a slice's mesh are neighbours in its network. Devices other than TPUs are dealt out in the order of
+  their processes: what JAX calls their slice is the machine they are in.
 
   Raises: ValueError for sizes that do not fit the devices, or their slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = mesh_shape(settings, len(devices))
-  slices = {getattr(device, "slice_index", None) for device in devices}
-  if shape[0] != len(slices) and (len(slices) > 1 or devices[0].platform == "tpu"):
+  is_tpu = devices[0].platform == "tpu"
+  slices = {getattr(device, "slice_index", None) for device in devices} if is_tpu else {None}
+  if is_tpu and shape[0] != len(slices):
     raise ValueError(f"config.mesh.slice: expected the number of slices, {len(slices)}, got {shape[0]}")
   if len(slices) > 1:
     grid = mesh_utils.create_hybrid_device_mesh(
       (1, *shape[1:]), (shape[0], 1, 1, 1), devices, allow_split_physical_axes=True
     )
-  elif devices[0].platform == "tpu" and shape[0] == 1:
+  elif is_tpu:
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:
     grid = np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
@@ -260,10 +261,21 @@ def _global(x: Any, sharding: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def make_layout(settings: MeshSettings, rules: Sequence[Rule], devices: Sequence[Any] | None = None) -> Layout:
-  """The layout that `config.mesh` and a network's table describe, over `devices` (default: all)."""
-  own = tuple((pattern, tuple(spec)) for pattern, spec in settings.rules)
-  return Layout(make_mesh(settings, devices), (*own, *rules), settings.min_size)
+def make_layout(settings: MeshSettings, rules: Sequence[Rule], devices: Sequence[Any] | int | None = None) -> Layout:
+  """The layout that `config.mesh` and a network's table describe, over `devices` (default: all).
+
+  A number of devices gives one on an abstract mesh.
+  """
+  if isinstance(devices, int):
+    shape = mesh_shape(settings, devices)
+    mesh: Mesh | AbstractMesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  else:
+    mesh = make_mesh(settings, devices)
+  own = tuple(
+    (pattern, tuple(entry if entry is None or isinstance(entry, str) else tuple(entry) for entry in spec))
+    for pattern, spec in settings.rules
+  )
+  return Layout(mesh, (*own, *rules), settings.min_size)
 
 
 def to_host(x: jax.Array) -> np.ndarray:

@@ -79,6 +79,7 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   settings = call(TrainSettings, "train", config.get("train", {}))
   workdir.pin_teacher(folder, config)
   experiment = build(config)
+  _ = experiment.dataset.num_records  # opens the data: what cannot be read is better said before any work
   # Later commands read these from the run's config: better refused now than after the training.
   call(sample.SampleSettings, "sample", config.get("sample", {}))
   call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
@@ -129,15 +130,17 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
     ):
       meter = Meter(settings, flops, writer, report)
       for step in range(start + 1, settings.steps + 1):
-        profiler.before(step)
-        batch = layout.shard_batch(next(iterator), settings.batch_size)
-        # Nothing else moves between host and devices: what `meter` fetches is an interval old.
-        with jax.transfer_guard("disallow"):
-          state, metrics = compiled(state, frozen, batch, key_steps)
-        profiler.after(step, metrics)
-        meter.flush()  # the numbers of the steps before, while this one runs
-        meter.add(step, metrics)
-        stop = interruption.requested(step)
+        # Nothing comes back from the devices but what `meter` fetches, which is an interval old. (On a CPU, which has
+        # nothing to fetch from, the guard is silent.)
+        with jax.transfer_guard_device_to_host("disallow"):
+          profiler.before(step)
+          batch = layout.shard_batch(next(iterator), settings.batch_size)
+          with jax.transfer_guard("disallow"):
+            state, metrics = compiled(state, frozen, batch, key_steps)
+          profiler.after(step, metrics)
+          meter.flush()  # the numbers of the steps before, while this one runs
+          meter.add(step, metrics)
+          stop = interruption.requested(step)
         if stop or step == settings.steps or _due(step, settings.checkpoint_every):
           with meter.paused():
             checkpointer.save(step, state)
@@ -243,8 +246,8 @@ class Interruption:
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Interruption:
-    # With several processes JAX's own service catches SIGTERM and agrees on the step.
-    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+    # A program that has joined, be it of one process, leaves SIGTERM to JAX's own service, which agrees on the step.
+    numbers = (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGTERM, signal.SIGINT)
     if threading.current_thread() is threading.main_thread():
       for number in numbers:
         self._previous[number] = signal.signal(number, self._note)
@@ -254,7 +257,7 @@ class Interruption:
     if number == signal.SIGINT and self._flag.is_set():
       raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
     self._flag.set()
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
       os.kill(os.getpid(), signal.SIGTERM)
 
   def __exit__(self, *_: Any) -> None:
@@ -263,6 +266,6 @@ class Interruption:
 
   def requested(self, step: int) -> bool:
     """Whether to save `step` and stop."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
       return self._checkpointer.reached_preemption(step)
     return self._flag.is_set()

@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from pflow_jax.checkpoint import newest_step
+from pflow_jax.distributed import from_first
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -95,7 +96,7 @@ def pin_teacher(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
   A teacher that trains on would otherwise change under a student that is resumed or evaluated.
   """
-  resumed = (epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir)
+  resumed = from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir))
   for section, prefix in (("teacher", ""), ("teacher", "weak_"), ("start", "")):
     values = config.get(section, {})
     folder, step = prefix + "workdir", prefix + "step"

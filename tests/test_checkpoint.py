@@ -12,6 +12,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -258,6 +259,17 @@ def test_load_params(tmp_path):
   for folder in (tmp_path / "nowhere", pathlib.Path(__file__).parent):
     with pytest.raises(ValueError, match="no checkpoint in"):
       load_params(folder)
+
+
+def test_what_storage_refuses_is_no_mistake(tmp_path, monkeypatch):
+  """Orbax and tensorstore raise a ValueError for it, which would say that another try is of no use."""
+
+  def full(self, *args, **kwargs):
+    raise ValueError("OUT_OF_RANGE: Failed writing")
+
+  monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+  with pytest.raises(OSError, match="cannot be written or read: OUT_OF_RANGE"):
+    Checkpointer(tmp_path).save(1, make_state())
 
 
 def test_a_failed_save_is_reported(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pflow_jax.chips import CHIPS, GIB, chip_of, compiler_topology, parse_topology
+from pflow_jax.chips import CHIPS, GIB, chip_of, compiler_topology, links_of_axis, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,10 @@ def test_the_table_fits_together():
     assert 4.5e10 <= chip.ici_bandwidth / chip.ici_links <= 1e11
     # Operations a byte of memory that make a product worth its reads: a few hundred for all of them.
     assert 100 < chip.peak_flops / chip.hbm_bandwidth < 600
+
+
+@pytest.mark.parametrize(
+  ("topology", "links"), [("v5e-16", 1), ("v5e-256", 2), ("v6e-64", 1), ("v5p-128", 2), ("v5p:2x2x2", 1)]
+)
+def test_an_axis_has_two_links_where_it_closes(topology, links):
+  assert links_of_axis(topology) == links

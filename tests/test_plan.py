@@ -121,13 +121,41 @@ def test_refusals_of_the_compiler_are_read(message, gib):
 
 
 def test_other_errors_of_the_compiler_are_errors():
-  with pytest.raises(RuntimeError, match="the compiler failed: INTERNAL"):
-    plan._needed("INTERNAL: 3.5G of nonsense")
+  for message in ("INTERNAL: 3.5G of nonsense", "Ran out of memory in memory space vmem. Used 20.00M of 16.00M vmem."):
+    with pytest.raises(RuntimeError, match="the compiler failed"):
+      plan._needed(message)
+
+
+def test_a_smaller_batch_is_tried_where_it_cannot_be_cut(verdicts):
+  verdicts[0].extend([False] * 20)
+  values = config("ayf_emd", fsdp=8)
+  values.model.remat = "full"
+  values.train.batch_size = 32
+  report = plan.plan(values, V5E, sampling=False)
+  assert [attempt["change"][-1] for attempt in report["tried"]] == [f"config.train.accumulation={n}" for n in (2, 4)]
+  assert "nothing that was tried fits" in as_text(report)
+  values.adversarial.update(weight=0.1, width=16)
+  report = plan.plan(values, V5E, sampling=False)
+  assert [attempt["change"][-1] for attempt in report["tried"]] == [f"config.train.batch_size={n}" for n in (16, 8)]
+
+
+def test_rules_of_the_config_count_without_a_compiler_too(no_compiler):
+  values = config(fsdp=8, rules=((".*", ()),))
+  memory = plan.plan(values, V5E)["memory"]
+  assert memory["parameters"] == plan.plan(config(fsdp=1), V5E)["memory"]["parameters"], "kept whole"
+
+
+@pytest.mark.skipif(not plan.has_compiler(), reason="the TPU compiler is not installed")
+def test_the_tpu_compiler_s_word():
+  values = config("teacher", fsdp=4)
+  report = plan.plan(values, V5E, fast=True, sampling=False)
+  assert report["memory"]["fits"]
+  assert report["traffic"]["ici"]["all-gather"]["count"] > 0
 
 
 def test_what_would_fit_is_looked_for(verdicts):
   fits, asked = verdicts
-  fits += [False, False, False, True]
+  fits += [False, False, False, False, True]
   values = config(fsdp=1)
   values.model.remat = "none"
   values.train.batch_size = 32
@@ -136,13 +164,14 @@ def test_what_would_fit_is_looked_for(verdicts):
   assert [attempt["change"] for attempt in report["tried"]] == [
     ["config.model.remat=full"],
     ["config.model.remat=full", "config.mesh.fsdp=4"],
-    ["config.model.remat=full", "config.mesh.fsdp=4", "config.train.accumulation=2"],
+    ["config.model.remat=full", "config.mesh.fsdp=8"],
+    ["config.model.remat=full", "config.mesh.fsdp=8", "config.train.accumulation=2"],
   ]
-  assert [attempt["fits"] for attempt in report["tried"]] == [False, False, True]
+  assert [attempt["fits"] for attempt in report["tried"]] == [False, False, False, True]
   text = as_text(report)
   assert "DOES NOT FIT: peak 1024.00 GiB of 15.75 GiB" in text
-  assert "with config.model.remat=full config.mesh.fsdp=4 config.train.accumulation=2: fits" in text
-  assert asked == [False, True, True, True], "the search compiles fast"
+  assert "with config.model.remat=full config.mesh.fsdp=8 config.train.accumulation=2: fits" in text
+  assert asked == [False, True, True, True, True], "the search compiles fast"
 
 
 def test_sweep_compares_sizes_and_names_those_that_do_not_fit(verdicts):

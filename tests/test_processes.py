@@ -148,6 +148,15 @@ def test_others_end_with_a_message_when_one_is_killed(tmp_path, victim):
     assert re.search("(?i)connection|unhealthy|heartbeat|closed", two.log(1 - victim))
 
 
+def test_told_to_stop_while_it_compiles(tmp_path):
+  """A program of one process that has joined, as on any TPU VM: JAX has the signal's handler from the start."""
+  with Processes(tmp_path, tmp_path / "run", 1, 2, ("--config.train.steps=1000000",)) as one:
+    wait_for(lambda: "a mesh of" in one.log(0))
+    one.children[0].send_signal(signal.SIGTERM)
+    assert one.wait() == [130]
+  assert newest_step(tmp_path / "run" / "checkpoints") < 100
+
+
 def test_a_missing_process_is_said_in_time(tmp_path):
   start = time.monotonic()
   with Processes(tmp_path, tmp_path / "run", 2, 1, ("--join_timeout=4",)) as two:

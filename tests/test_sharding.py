@@ -37,6 +37,17 @@ def test_make_mesh(sizes, expected):
   assert list(mesh.devices.ravel()) == jax.devices()
 
 
+def test_machines_are_no_slices_where_there_is_no_tpu():
+  """JAX numbers the machines of GPUs and CPUs as slices; a mesh may lie across them in any shape."""
+
+  class Device(Chip):
+    platform = "gpu"
+
+  devices = [Device(i) for i in range(8)]
+  assert dict(make_mesh(MeshSettings(data=1, fsdp=8), devices).shape)["fsdp"] == 8
+  assert dict(make_mesh(MeshSettings(slice=2), devices).shape)["slice"] == 2
+
+
 def test_make_mesh_over_some_devices():
   devices = jax.devices()[2:4]
   assert list(make_mesh(devices=devices).devices.ravel()) == devices

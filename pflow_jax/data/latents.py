@@ -68,6 +68,8 @@ def latents(
   """
   if split not in ("train", "test"):
     raise ValueError(f"latents:{path}: split must be 'train' or 'test', got {split!r}.")
+  if "://" in path:
+    raise ValueError(f"latents:{path}: shards are read from a file system; mount the bucket, and give where it is.")
   folder = f"{path}_test" if split == "test" else path
   info = _read_info(folder)
   given = (None if shape is None else tuple(shape), num_classes)

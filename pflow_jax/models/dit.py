@@ -67,7 +67,7 @@ class Block(nn.Module):
       return nn.Dense(features, dtype=self.dtype, kernel_init=_xavier, dot_general=gathered(*split), name=name)
 
     x = constrain(x, BATCH, None)
-    split = gathered("fsdp", "tensor")
+    split = gathered("fsdp", None)
     adaln = nn.Dense(6 * width, dtype=x.dtype, kernel_init=_zeros, dot_general=split, name="adaln")(condition)
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaln, 6, axis=-1)
 

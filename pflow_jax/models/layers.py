@@ -23,7 +23,8 @@ FREQUENCIES = 256  # width of the sinusoid that feeds the time MLP, as in DiT
 
 # Where the parameters of this module lie on a mesh, and of what is like them in DiT and MLP; see `sharding.Layout`.
 SHARDING = (
-  ("(qkv|mlp_in|adaln)/kernel", ("fsdp", "tensor")),
+  ("adaln/kernel", ("fsdp", None)),
+  ("(qkv|mlp_in)/kernel", ("fsdp", "tensor")),
   ("(proj|mlp_out)/kernel", ("tensor", "fsdp")),
   ("(patch|point)_embed/kernel", (None, "fsdp")),
   ("(time|length|guidance)_embed/(in|out)/kernel", (None, "fsdp")),
@@ -184,7 +185,7 @@ class FinalNorm(nn.Module):
     """tokens (B, T, D), embedding (B, D) -> (B, T, D), float32 or wider."""
     wide = accumulation_dtype(self.dtype)
     zeros = nn.initializers.zeros
-    split = gathered("fsdp", "tensor")
+    split = gathered("fsdp", None)
     dense = nn.Dense(2 * tokens.shape[-1], dtype=wide, kernel_init=zeros, dot_general=split, name="adaln")
     adaln = dense(nn.silu(embedding))
     shift, scale = jnp.split(adaln, 2, axis=-1)

@@ -32,8 +32,10 @@ class ResidualBlock(nn.Module):
     """x (B, T, D), condition (B, D) -> (B, T, D)."""
     width = x.shape[-1]
     xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
+    adaln = nn.Dense(2 * width, dtype=x.dtype, kernel_init=zeros, dot_general=gathered("fsdp", None), name="adaln")(
+      condition
+    )
     widen, narrow = gathered("fsdp", "tensor"), gathered("tensor", "fsdp")
-    adaln = nn.Dense(2 * width, dtype=x.dtype, kernel_init=zeros, dot_general=widen, name="adaln")(condition)
     shift, scale = jnp.split(adaln, 2, axis=-1)
     # Two axes before a Dense: its weight gradient is then one plain matmul.
     h = modulate(layer_norm(x), shift, scale).reshape(-1, width)
