@@ -65,11 +65,30 @@ if [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9][0-9]*$ ]]; then
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS
 fi
-step+=(pflow train "$@")
+
+# What each task runs: a command, which leaves a file if it ends with 2. srun cannot tell that: it ends with the highest
+# code of all tasks, and those that lose the one with the mistake abort (134) or are killed for it (137).
+task() { # FILE COMMAND...
+  local told='' interrupted=1 code=0
+  # Some clusters signal the command too, some this shell alone. Told twice, a run saves once.
+  trap 'told=1 interrupted=1; kill -TERM $! 2>/dev/null' TERM INT
+  "${@:2}" &
+  if [[ $told ]]; then kill -TERM $! 2>/dev/null; fi
+  while ((interrupted)); do
+    interrupted=0 code=0
+    wait $! || code=$?
+  done
+  if ((code == 2)); then : >"$1"; fi
+  exit "$code"
+}
+# A name of its own for each try: what NFS has once looked for in vain, it may go on not to see.
+left() { echo "$PWD/.pflow-mistake-${SLURM_JOB_ID:-JOB}-${SLURM_RESTART_COUNT:-0}-$tries"; }
+tries=0
+step+=(bash -c "$(declare -f task); task \"\$@\"" task)
 
 if ((dry)); then
   if [[ ${JAX_LOCAL_DEVICE_IDS:-} ]]; then echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"; fi
-  printf '%q ' "${step[@]}"
+  printf '%q ' "${step[@]}" "$(left)" pflow train "$@"
   printf '\n# at the time limit and when preempted: scontrol requeue %s\n' "${SLURM_JOB_ID:-JOB}"
   exit 0
 fi
@@ -92,15 +111,18 @@ job() {
   echo
 }
 
-tries=0
 while true; do
-  "${step[@]}" &
+  "${step[@]}" "$(left)" pflow train "$@" &
   srun=$!
   if [[ $told ]]; then tell "$told"; fi
   # A signal would end `wait` before the run has ended.
   while [[ $(jobs -rp) ]]; do sleep 0.2; done
   code=0
   wait "$srun" || code=$?
+  if [[ -e $(left) ]]; then
+    rm -f "$(left)"
+    code=2
+  fi
   if ((code == 0 || code == 2)); then exit "$code"; fi
   if [[ $told == INT ]]; then exit 130; fi
   state=$(job)

@@ -20,6 +20,11 @@
 #   --spot | --reserved        default: on demand
 #   --network N --subnetwork N
 #   --internal-ips             no external addresses; to be called from inside the network
+#   --prepare COMMAND          what every worker needs besides the project, for example a bucket with the data:
+#                                --prepare 'mountpoint -q ~/data || { mkdir -p ~/data && gcsfuse --implicit-dirs BUCKET ~/data; }'
+#                              `setup` has bash run it in the home folder of every worker once the project is installed,
+#                              and again when it is called again; `run` does on a TPU that it made anew or that was
+#                              repaired. So it has to be safe to run twice. If it fails, the setup has failed
 #   --dry-run                  prints the commands and runs none
 # In the environment only:
 #   RESTARTS=10                how often `run` starts a run again: on the same TPU, or on a new one if it was preempted
@@ -57,12 +62,13 @@ usage() {
 yes() { if [[ $1 && $1 != 0 && $1 != false ]]; then echo 1; else echo 0; fi; }
 
 name=${NAME:-} zone=${ZONE:-} project=${PROJECT:-} type=${TYPE:-} version=${VERSION:-} slices=${SLICES:-1}
+prepare=${PREPARE:-}
 network=${NETWORK:-} subnetwork=${SUBNETWORK:-} internal=$(yes "${INTERNAL_IPS:-}")
 spot=$(yes "${SPOT:-}") reserved=$(yes "${RESERVED:-}") queued=$(yes "${QUEUED:-}")
 restarts=${RESTARTS:-10} poll=${POLL:-30} grace=${GRACE:-120}
 command='' worker='' slice=0 dry=0 sure=0 flags=()
 
-valued='--name|--zone|--project|--type|--version|--slices|--network|--subnetwork|--worker|--slice'
+valued='--name|--zone|--project|--type|--version|--slices|--network|--subnetwork|--prepare|--worker|--slice'
 plain='--queued|--spot|--reserved|--internal-ips|--dry-run|--yes'
 
 while (($#)); do
@@ -125,6 +131,8 @@ fi
 if [[ ! $slice =~ ^[0-9]+$ ]] || ((slice >= slices)); then
   mistake "--slice: expected a number below $slices, got '$slice'"
 fi
+# Found here, it costs no TPU.
+bash -nc "$prepare" 2>/dev/null || mistake "--prepare: bash cannot read it: $prepare"
 [[ $restarts =~ ^[0-9]+$ ]] || mistake "RESTARTS: expected a whole number, got '$restarts'"
 if ((spot && reserved)); then mistake "--spot and --reserved exclude each other"; fi
 if ((slices > 1)); then queued=1; fi
@@ -162,6 +170,7 @@ call() {
   local settings="--name=$name --zone=$zone"
   if [[ $project ]]; then settings+=" --project=$project"; fi
   if ((slices > 1)); then settings+=" --slices=$slices"; elif ((queued)); then settings+=" --queued"; fi
+  if [[ $prepare && $1 == setup ]]; then settings+=" --prepare=${prepare@Q}"; fi
   echo "launch/tpu.sh $1 $settings"
 }
 
@@ -336,15 +345,18 @@ install() { # REVISION
     cloud tpu-vm scp "$archive" "$node:pflow.tar.gz" "${where[@]}" --worker=all "${reach[@]}" || return 1
   done
   local unpack='mkdir -p ~/pflow/new && tar -xzf ~/pflow.tar.gz -C ~/pflow/new launch/tpu_worker.sh'
-  everywhere "$unpack && bash ~/pflow/new/launch/tpu_worker.sh setup $1"
+  local steps="bash ~/pflow/new/launch/tpu_worker.sh setup $1"
+  if [[ $prepare ]]; then steps+=" && $worker_script prepare ${prepare@Q}"; fi
+  everywhere "$unpack && $steps"
 }
 
 # Shows worker 0's log until the program has ended everywhere: code and told are set. Fails with 1 if the TPU is not
 # ready any more, with 2 if it is but does not answer.
 watch() {
-  local from=+1 misses=0 deadline='' now
+  local from=+1 shown=0 misses=0 deadline='' now
   while true; do
-    remote "${nodes[0]}" 0 "$worker_script follow $from" 2>"$temporary/errors" || true
+    # It succeeds at the program's end there; if the connection ends before, some lines are better shown twice than not.
+    if ((!shown)) && remote "${nodes[0]}" 0 "$worker_script follow $from" 2>"$temporary/errors"; then shown=1; fi
     from=20
     if survey; then
       misses=0

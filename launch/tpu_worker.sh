@@ -2,6 +2,7 @@
 # What launch/tpu.sh calls on each worker of a TPU; everything is in ~/pflow there.
 #
 #   setup REVISION    unpacks ~/pflow.tar.gz into ~/pflow/src, and installs ~/pflow/venv unless it is there
+#   prepare COMMAND   has bash run it in the home folder; until it has succeeded, the worker is not set up
 #   start FLAGS...    `pflow train` with these flags, detached: ~/pflow/log.txt, ~/pflow/pid, at its end ~/pflow/exit
 #   state             one line: pflow-worker HOST idle|running|ended|died PID|CODE|- stopped|- REVISION
 #   follow [+1|N]     the log, from its start or its last N lines, until the program ends
@@ -79,6 +80,14 @@ setup() {
   echo "$1" >revision
 }
 
+prepare() {
+  local code=0
+  mv revision unprepared
+  (cd .. && exec bash -c "$1") || code=$?
+  if ((code)); then fail "--prepare failed with code $code: $1"; fi
+  mv unprepared revision
+}
+
 start() {
   local i
   [[ -e revision ]] || fail "not set up; call launch/tpu.sh setup" 4
@@ -147,7 +156,7 @@ end() {
 }
 
 case "${1:-}" in
-  setup | start | supervise | state | follow | stop) "$@" ;;
+  setup | prepare | start | supervise | state | follow | stop) "$@" ;;
   kill) end ;;
   *)
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

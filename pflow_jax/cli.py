@@ -54,7 +54,7 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
     rest = values(sys.argv)
     if "config" in values:
       _ = values.config.to_dict  # a config file that could not be read says so when it is used
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError) as error:
     # A config file is code of the user's: PFLOW_TRACEBACK shows where it failed.
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
@@ -81,6 +81,10 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
       raise
     mistake = isinstance(error, (ValueError, ArithmeticError, FileNotFoundError))
     _fail(2, str(error)) if mistake else _fail(1, f"{error}\n(set PFLOW_TRACEBACK=1 for the traceback)")
+  except ImportError as error:
+    if os.environ.get("PFLOW_TRACEBACK"):
+      raise
+    _fail(2, f"{error}; {sys.executable} -m pip install it (gs://: gcsfs, then gcloud auth application-default login)")
   except KeyboardInterrupt as stopped:
     _fail(130, str(stopped) or "stopped")
 
@@ -307,11 +311,11 @@ def _plan(argv: list[str]) -> None:
     flags.DEFINE_list("mesh", [], "sizes, data=4,fsdp=64; default: the config's", flag_values=values)
     flags.DEFINE_integer("batch", None, "global batch size; default: the config's", lower_bound=1, flag_values=values)
     flags.DEFINE_bool(
-      "fast", False, "compile in a tenth of the time: the same memory, other traffic", flag_values=values
+      "fast", False, "compile in less time: the same memory, but time and traffic are overestimated", flag_values=values
     )
     flags.DEFINE_bool("search", True, "if it does not fit, look for what would", flag_values=values)
     flags.DEFINE_bool("sampling", True, "plan the sampler as well", flag_values=values)
-    flags.DEFINE_bool("sweep", False, "compare all sizes of fsdp", flag_values=values)
+    flags.DEFINE_bool("sweep", False, "compare all sizes of fsdp, compiled with --fast", flag_values=values)
     flags.DEFINE_string("json", None, "file for the report", flag_values=values)
     flags.mark_flags_as_required(["config", "topology"], flag_values=values)
 
@@ -335,7 +339,8 @@ def _plan(argv: list[str]) -> None:
       result = reports = planner.sweep(config, where)
       print(plan_report.as_table(reports))
     else:
-      print(f"planning for {where.num_chips} chips; compiling takes a minute or a few", flush=True)
+      if planner.has_compiler():
+        print(f"planning for {where.num_chips} chips; compiling takes a minute or a few", flush=True)
       result = report = planner.plan(config, where, fast=values.fast, search=values.search, sampling=values.sampling)
       print(plan_report.as_text(report))
     if values.json:

@@ -1,7 +1,7 @@
 """Many processes, one program: finding each other, and saying so when one is missing.
 
 Everything after `join` is JAX's own distributed runtime. A process that dies takes the others with it: they notice a
-broken connection at once and silence after HEARTBEAT seconds, say which one it was and abort.
+broken connection at once and silence after HEARTBEAT seconds, and end with what the runtime says of it.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def find_compiler() -> str:
   pinned = [need.split(";")[0].strip() for need in needs if need.startswith("libtpu")]
   raise NoCompiler(
     "the TPU compiler is not installed, so what follows is counted, not compiled. It is a package of its own, which "
-    f"needs no TPU:\n  pip install --no-deps --target {CACHE} '{pinned[0] if pinned else 'libtpu'}'\n"
+    f"needs no TPU:\n  {sys.executable} -m pip install --no-deps --target {CACHE} "
+    f"'{pinned[0] if pinned else 'libtpu'}'\n"
     "(or set TPU_LIBRARY_PATH to a libtpu.so that fits this JAX)"
   )
 

@@ -29,7 +29,8 @@ def as_text(report: dict[str, Any]) -> str:
     lines += ["", report["note"], ""]
   names = ("parameters", "average", "optimizer", "teacher", "batch", "activations")
   parts = ", ".join(f"{name} {_size(m[name])}" for name in names if name in m)
-  lines.append(f"memory of a {per}: {parts}")
+  rest = "" if "peak" in m else f"; with activations, which only the compiler knows, of {_size(m['available'])}"
+  lines.append(f"memory of a {per}: {parts}{rest}")
   if "fits" in m:
     verdict = "fits" if m["fits"] else "DOES NOT FIT"
     lines.append(f"  {verdict}: peak {_size(m['peak'])} of {_size(m['available'])}")
@@ -48,7 +49,13 @@ def as_text(report: dict[str, Any]) -> str:
       lines.append(
         f"  {network}: {t['count']} {kind}, {_size(t['payload'])}, of which a {per} sends {_size(t['sent'])}"
       )
-  if estimate:
+  if estimate and "note" in report:
+    hours = estimate["chip_hours"][0]
+    least = _time(estimate["step_seconds"][0])
+    lines.append(
+      f"a step takes at least {least}, its operations alone; {report['steps']:,} of them {hours:,.0f} chip-hours"
+    )
+  elif estimate:
     times = ", ".join(f"{name} {_time(s)}" for name, s in estimate["seconds"].items())
     least, most = estimate["step_seconds"]
     lines += [

@@ -157,6 +157,9 @@ def save_picture(
   if experiment.dataset.shape == (2,):
     figures.scatter_panels(path, rows)
     return
+  if next(iter(rows.values())).shape[-1] not in (1, 3):
+    # Latents: without their decoder the first channels show at least where something is.
+    rows = {name: x[..., :3] if x.shape[-1] > 3 else x[..., :1] for name, x in rows.items()}
   names = experiment.dataset.class_names
   titles = [names[i] for i in labels] if names and max(map(len, names)) <= 8 else None
   figures.image_grid(path, rows, column_labels=titles)

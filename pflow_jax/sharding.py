@@ -38,7 +38,8 @@ class MeshSettings:
   """The section `mesh` of a config.
 
   Attributes:
-    slice, data, fsdp, tensor: sizes of the axes; one of them may be -1, the devices that the others leave.
+    slice, data, fsdp, tensor: sizes of the axes; one of them may be -1, the devices that the others leave. On TPUs
+      slice 1 is as many as there are.
     rules: rows (pattern, spec) that come before the network's own table, see `Layout`.
     min_size: parameters of fewer elements are kept whole on every device.
   """
@@ -62,6 +63,7 @@ class MeshSettings:
           f"rules: expected rows (pattern, spec), a spec a tuple with None, one of {AXES} or a tuple of them for each "
           f"of the last dimensions, got {row!r}"
         )
+      first_match([row[0]], "")  # a pattern that is none is refused here
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -90,6 +92,12 @@ def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, ...]:
   sizes = settings.sizes
   known = math.prod(size for size in sizes.values() if size != -1)
   shape = tuple(count // known if size == -1 else size for size in sizes.values())
+  if -1 in sizes.values() and math.prod(shape) != count:
+    free = next(axis for axis, size in sizes.items() if size == -1)
+    raise ValueError(
+      f"config.mesh: expected sizes other than {free} that multiply to a divisor of the number of devices, {count}, "
+      f"got {sizes}, which multiply to {known}; set config.mesh.fsdp, tensor or slice lower"
+    )
   if math.prod(shape) != count:
     raise ValueError(
       f"config.mesh: expected sizes whose product is the number of devices, {count}, got {sizes}; set one of them to "
@@ -110,6 +118,9 @@ def make_mesh(settings: MeshSettings = MeshSettings(), devices: Sequence[Any] | 
   shape = mesh_shape(settings, len(devices))
   is_tpu = devices[0].platform == "tpu"
   slices = {getattr(device, "slice_index", None) for device in devices} if is_tpu else {None}
+  if is_tpu and settings.slice == 1 and len(slices) > 1:
+    # The config of one slice runs on several as it is.
+    shape = mesh_shape(dataclasses.replace(settings, slice=len(slices)), len(devices))
   if is_tpu and shape[0] != len(slices):
     raise ValueError(f"config.mesh.slice: expected the number of slices, {len(slices)}, got {shape[0]}")
   if len(slices) > 1:

@@ -164,7 +164,7 @@ def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | No
   step = make_step(config, experiment)
   if config.train.batch_size % (layout.batch_parts * step.accumulation):
     raise ValueError(
-      "config.train.batch_size: expected a multiple of devices x accumulation = "
+      "config.train.batch_size: expected a multiple of the mesh's slice x data x fsdp x accumulation = "
       f"{layout.batch_parts} x {step.accumulation}, got {config.train.batch_size}"
     )
   key = jax.random.key(0)

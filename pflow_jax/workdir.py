@@ -34,6 +34,7 @@ UNSET_TYPES = {
 # What may differ when a run is resumed: how long it goes on, and what it reports.
 CHANGEABLE = (
   *("teacher.workdir", "teacher.weak_workdir", "start.workdir"),  # they may have moved; their steps are checked
+  *("model.remat", "model.attention", "model.scan_unroll"),  # how it is computed, as the mesh
   "evaluate.",
   "sample.",
   "mesh.",

@@ -136,7 +136,7 @@ class Stage:
       for key, value in os.environ.items()
       if key not in ("XLA_FLAGS", "JAX_PLATFORMS", "PROCESSES", "DEVICES") and not key.startswith(("SLURM_", "GIT_"))
     }
-    for key in ("NAME", "ZONE", "TYPE", "PROJECT", "VERSION", "SLICES", "SPOT", "RESERVED", "QUEUED", "RESTARTS"):
+    for key in ("NAME", "ZONE", "TYPE", "PROJECT", "VERSION", "SLICES", "SPOT", "RESERVED", "QUEUED", "PREPARE", "RESTARTS"):
       inherited.pop(key, None)
     self.env = inherited | {
       "PATH": f"{self.bin}:{os.environ['PATH']}",
@@ -318,8 +318,40 @@ def test_slurm_starts_one_task_a_node_with_all_its_devices(stage):
   assert stage.run("slurm.sh", "train", "--workdir", "w", **JOB) == 0
   assert stage.read("slurm") == [
     "0,1,2,3 srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16"
-    " pflow train --workdir w"
   ]
+  assert [stage.read(f"pflow/p{i}") for i in range(2)] == [["train --workdir w"]] * 2
+
+
+def test_slurm_leaves_arguments_as_they_are(stage):
+  stage.put("pflow", f"printf '%s\\0' \"$@\" >{stage.state}/args")
+  args = ["--a=b c", "", "it's", '"$HOME" `x` $(x) \\', "*", "--", "two\nlines", "-n"]
+  assert stage.run("slurm.sh", "train", *args, **JOB | {"SLURM_JOB_NUM_NODES": "1"}) == 0, stage.err.read_text()
+  assert (stage.state / "args").read_text().split("\0")[:-1] == ["train", *args]
+
+
+@pytest.mark.parametrize(
+  ("plans", "srun", "code", "tries"),
+  [
+    (("exit 134", "exit 2"), 134, 2, 1),  # lost the one with the mistake
+    (("deaf", "exit 2"), 137, 2, 1),  # killed for it
+    (("exit 2", "deaf"), 137, 2, 1),
+    (("exit 1", "exit 134"), 134, 134, 2),
+  ],
+)
+def test_slurm_does_not_repeat_a_mistake_of_any_task(stage, plans, srun, code, tries):
+  for i, plan in enumerate(plans):
+    stage.write(f"plan/p{i}", plan, plan)
+  assert stage.run("slurm.sh", "train", **JOB, RESTARTS="1") == code
+  assert stage.err.read_text().count(f"srun ended with code {srun}\n") == tries
+  assert [len(stage.read(f"pflow/p{i}")) for i in range(2)] == [tries] * 2
+  assert not list(stage.project.glob(".pflow-mistake*"))
+
+
+def test_slurm_tries_again_after_a_failure_and_then_finds_a_mistake(stage):
+  stage.write("plan/p0", "exit 1", "exit 134", "exit 0")
+  stage.write("plan/p1", "exit 1", "exit 2", "exit 0")
+  assert stage.run("slurm.sh", "train", **JOB) == 2
+  assert len(stage.read("pflow/p0")) == 2
 
 
 def test_slurm_finds_the_project_from_the_copy_that_sbatch_makes(stage, tmp_path):
@@ -386,6 +418,7 @@ def test_slurm_outside_of_an_allocation(stage):
   shown = stage.out.read_text()
   assert "export JAX_LOCAL_DEVICE_IDS=0,1\n" in shown
   assert r"pflow train --workdir a\ b" in shown
+  subprocess.run(["bash", "-nc", shown], check=True)
   assert "scontrol requeue" in shown
   assert stage.run("slurm.sh", "--dry-run") == 2
   assert "sbatch [OPTIONS" in stage.out.read_text()
@@ -614,6 +647,81 @@ def test_tpu_setup_that_failed_goes_on(cloud):
   assert [cloud.read(f"homes/pod-w-{i}/installs").count("venv") for i in range(2)] == [1, 1]
 
 
+# Adds to a file, so that it tells how often it was run; with all that a shell could misread.
+PREPARE = """
+if [[ -e ~/broken ]]; then echo "no bucket" >&2; exit 3; fi
+printf '%s|' "$PWD" 'it'"'"'s' "a  b" "$(echo "\\$x")" '--' >>~/"pre pared"
+"""
+
+
+def prepared(cloud, host):
+  """How often PREPARE was run on a worker."""
+  home = cloud.home(host).parent
+  text = (home / "pre pared").read_text() if (home / "pre pared").exists() else ""
+  once = f"{home}|it's|a  b|$x|--|"
+  assert text == once * text.count("--")
+  return text.count("--")
+
+
+@pytest.mark.parametrize("how", ["flag", "environment", "pasted"])
+def test_tpu_setup_prepares_every_worker_each_time(cloud, how):
+  env = {"PREPARE": PREPARE} if how == "environment" else {}
+  args = [] if env else ["--prepare", PREPARE] if how == "flag" else [f"--prepare={PREPARE}"]
+  assert cloud("create", *POD, *args, **env) == 0
+  assert [prepared(cloud, f"pod-w-{i}") for i in range(2)] == [0, 0]
+  told = cloud.err.read_text().split("next: ")[1]
+  for times in (1, 2):
+    if how == "pasted":
+      assert subprocess.run(["bash", "-c", told], env=cloud.env, cwd=cloud.project).returncode == 0
+    else:
+      assert cloud("setup", *POD, *args, **env) == 0, cloud.err.read_text()
+    assert [prepared(cloud, f"pod-w-{i}") for i in range(2)] == [times] * 2
+  assert cloud("run", *POD, *args, "--", *RUN, **env) == 0
+  assert [prepared(cloud, f"pod-w-{i}") for i in range(2)] == [2, 2]
+
+
+def test_tpu_setup_fails_with_what_it_is_to_prepare(cloud):
+  assert cloud("create", *POD) == 0
+  assert cloud("setup", *POD) == 0
+  broken = cloud.home("pod-w-1").parent / "broken"
+  broken.touch()
+  assert cloud("setup", *POD, "--prepare", PREPARE) == 1
+  said = cloud.err.read_text()
+  assert "no bucket" in said
+  assert "pod-w-1: --prepare failed with code 3: " in said
+  assert "setup failed on some worker" in said
+  assert "pod-w-0: --prepare" not in said
+  # Nothing runs without it.
+  assert cloud("status", *POD) == 0
+  assert "pod-w-1: not set up" in cloud.out.read_text()
+  assert cloud("run", *POD, "--", *RUN) == 2
+  broken.unlink()
+  assert cloud("setup", *POD, "--prepare", PREPARE) == 0
+  assert cloud("run", *POD, "--", *RUN) == 0
+
+
+def test_tpu_run_prepares_what_it_made_anew(cloud):
+  cloud.ready("--prepare", PREPARE)
+  cloud.plan("run", "exit 0")
+  script = cloud.start("tpu.sh", "run", *POD, "--prepare", PREPARE, "--", *RUN)
+  until(lambda: len(cloud.read("pids")) == 2)
+  cloud.preempt("PREEMPTED", "pod")
+  assert script.wait(timeout=40) == 0, cloud.err.read_text()
+  assert cloud.verbs().count("create") == 1
+  assert [prepared(cloud, f"pod-w-{i}") for i in range(2)] == [1, 1]
+
+
+def test_tpu_run_starts_nothing_on_a_new_tpu_that_it_cannot_prepare(cloud):
+  cloud.ready()
+  cloud.plan("run", "exit 0")
+  script = cloud.start("tpu.sh", "run", *POD, "--prepare", "exit 3", "--", *RUN, RESTARTS="2")
+  until(lambda: len(cloud.read("pids")) == 2)
+  cloud.preempt("PREEMPTED", "pod")
+  assert script.wait(timeout=40) == 1
+  assert "pod-w-1: --prepare failed with code 3: exit 3" in cloud.err.read_text()
+  assert len(cloud.read("pflow/pod-w-0")) == 1
+
+
 @pytest.mark.parametrize("source", ["apt", "uv", "nowhere"])
 def test_tpu_setup_finds_a_python(committed, tmp_path, source):
   home, tools = tmp_path / "home", tmp_path / "tools"
@@ -653,6 +761,16 @@ def test_tpu_run_starts_on_every_worker_and_shows_the_first_ones_log(pod):
   starts = [call for call in pod.calls if "tpu_worker.sh start" in call[-1]]
   assert [call[:5] for call in starts] == [["tpu-vm", "ssh", "pod", "--zone=z", "--worker=all"]]
   assert "create" not in pod.verbs()
+
+
+def test_tpu_run_shows_a_line_once_while_other_workers_still_run(pod):
+  pod.plan("exit 0")
+  pod.plan("run 0", hosts=["pod-w-1"])
+  script = pod.start("tpu.sh", "run", *POD, "--", *RUN, GRACE="60")
+  until(lambda: len(pod.read("pids")) == 2 and sum("state" in call[-1] for call in pod.calls) > 4)
+  os.kill(int((pod.home("pod-w-1") / "pid").read_text()), signal.SIGTERM)
+  assert script.wait(timeout=20) == 0, pod.err.read_text()
+  assert pod.out.read_text() == "pod-w-0 works\npod-w-0 warns\n"
 
 
 def test_tpu_run_on_several_slices_and_inside_the_network(cloud):
@@ -940,6 +1058,7 @@ def test_tpu_delete_asks_first_and_takes_a_queued_resource_with_its_nodes(cloud)
     (("create", *POD, "--slices=0"), "--slices"),
     (("logs", *POD, "--worker=all"), "expected a number"),
     (("logs", *POD, "--slice=1"), "--slice"),
+    (("create", *POD, "--prepare=if mount x"), "bash cannot read it: if mount x"),
     (("stop", *POD, "--worker=1"), "--worker is a setting of logs"),
     (("setup", *POD, "--name"), "--name needs a value"),
     (("setup", *POD, "--", "--workdir=w"), "only run takes flags"),

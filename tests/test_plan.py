@@ -194,6 +194,7 @@ def test_sweep_compares_sizes_and_names_those_that_do_not_fit(verdicts):
     (["--topology=v9-8"], "expected one of the chips"),
     (["--topology=v5e-8", "--mesh=model=2"], "--mesh: expected sizes of"),
     (["--topology=v5e-8", "--mesh=data=3"], "whose product is the number of devices, 8"),
+    (["--topology=v5e-8", "--mesh=fsdp=3"], "multiply to a divisor of the number of devices, 8"),
     (["--topology=v5e-8", "--batch=12"], "config.train.batch_size: expected a multiple"),
   ],
 )

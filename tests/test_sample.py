@@ -1,5 +1,7 @@
 """Samples of trained runs."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -35,6 +37,14 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tm
       assert set(arrays["label"]) == {7}
   np.testing.assert_allclose(results[0], results[1], atol=1e-5)
   assert np.abs(results[0] - results[2]).max() > 0.1
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_latents_have_a_picture_of_their_first_channels(tmp_path, channels):
+  dataset = types.SimpleNamespace(shape=(8, 8, channels), class_names=())
+  rows = {"1 NFE": np.zeros((3, 8, 8, channels), np.float32)}
+  program.save_picture(types.SimpleNamespace(dataset=dataset), rows, np.zeros(3, int), tmp_path / "x.png")
+  assert (tmp_path / "x.png").stat().st_size > 500
 
 
 def test_stochastic_and_tempered_sampling_change_the_samples(student_run):

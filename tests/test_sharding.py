@@ -66,11 +66,17 @@ def test_slices_of_a_pod_are_the_slices_of_the_mesh():
   chips = [Chip(i) for i in (4, 0, 5, 1, 6, 2, 7, 3)]
   mesh = make_mesh(MeshSettings(slice=2, data=1, fsdp=-1), chips)
   assert [{chip.slice_index for chip in part.ravel()} for part in mesh.devices] == [{0}, {1}]
-  with pytest.raises(ValueError, match="mesh.slice: expected the number of slices, 2, got 1"):
-    make_mesh(MeshSettings(), chips)
+  assert dict(make_mesh(MeshSettings(fsdp=2), chips).shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
+  with pytest.raises(ValueError, match="mesh.slice: expected the number of slices, 2, got 4"):
+    make_mesh(MeshSettings(slice=4), chips)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=3), dict(data=16), dict(data=-1, fsdp=3)])
+def test_a_rest_that_is_none_names_the_others():
+  with pytest.raises(ValueError, match="sizes other than data that multiply to a divisor .* 8, .* multiply to 3"):
+    make_mesh(MeshSettings(fsdp=3))
+
+
+@pytest.mark.parametrize("sizes", [dict(data=3), dict(data=16)])
 def test_refuses_sizes_that_do_not_fit(sizes):
   with pytest.raises(ValueError, match="product is the number of devices, 8, got .*'data': "):
     make_mesh(MeshSettings(**sizes))
@@ -85,6 +91,7 @@ def test_refuses_sizes_that_do_not_fit(sizes):
     (dict(rules=(("a",),)), "expected rows"),
     (dict(rules=(("a", ("model",)),)), "expected rows"),
     (dict(rules=(("a", "fsdp"),)), "expected rows"),
+    (dict(rules=(("[", ()),)), "expected a regular expression"),
   ],
 )
 def test_bad_settings_are_refused(settings, message):

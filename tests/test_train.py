@@ -201,7 +201,7 @@ def test_resuming_with_another_model_names_the_keys(tmp_path):
 @pytest.mark.usefixtures("float32")
 def test_batches_that_do_not_divide_are_refused_and_leave_no_trace(tmp_path):
   for changes in (dict(batch_size=12), dict(batch_size=16, accumulation=4)):
-    with pytest.raises(ValueError, match=r"devices x accumulation = 8 x"):
+    with pytest.raises(ValueError, match=r"fsdp x accumulation = 8 x"):
       train(quick("digits", "teacher", **changes), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Stands in for pflow. It writes its arguments to $STANDIN/pflow/WHO, and does what the first line of $STANDIN/plan/WHO
-# says, which it removes; WHO is the worker of a TPU, or pN for process N. Without a line it ends with 0.
+# says, which it removes; WHO is the worker of a TPU, or pN for process or task N. Without a line it ends with 0.
 #
 #   exit CODE     ends
 #   kill SIGNAL   dies of a signal
 #   run [CODE]    until SIGTERM, then ends with 130, or CODE
 #   deaf          runs, and does not hear SIGTERM
 #   leave         ends with 0, but something that it started lives on
-who=${STANDIN_HOST:-p0}
+who=${STANDIN_HOST:-p${SLURM_PROCID:-0}}
 for word in "$@"; do
   if [[ $word == --process_id=* ]]; then who=p${word#*=}; fi
 done
