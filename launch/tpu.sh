@@ -21,7 +21,7 @@
 #   --network N --subnetwork N
 #   --internal-ips             no external addresses; to be called from inside the network
 #   --prepare COMMAND          what every worker needs besides the project, for example a bucket with the data:
-#                                --prepare 'mountpoint -q ~/data || { mkdir -p ~/data && gcsfuse --implicit-dirs BUCKET ~/data; }'
+#                                --prepare 'mkdir -p data; mountpoint -q data || gcsfuse --implicit-dirs BUCKET data'
 #                              `setup` has bash run it in the home folder of every worker once the project is installed,
 #                              and again when it is called again; `run` does on a TPU that it made anew or that was
 #                              repaired. So it has to be safe to run twice. If it fails, the setup has failed

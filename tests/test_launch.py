@@ -136,7 +136,8 @@ class Stage:
       for key, value in os.environ.items()
       if key not in ("XLA_FLAGS", "JAX_PLATFORMS", "PROCESSES", "DEVICES") and not key.startswith(("SLURM_", "GIT_"))
     }
-    for key in ("NAME", "ZONE", "TYPE", "PROJECT", "VERSION", "SLICES", "SPOT", "RESERVED", "QUEUED", "PREPARE", "RESTARTS"):
+    settings = "NAME ZONE TYPE PROJECT VERSION SLICES SPOT RESERVED QUEUED PREPARE RESTARTS"
+    for key in settings.split():
       inherited.pop(key, None)
     self.env = inherited | {
       "PATH": f"{self.bin}:{os.environ['PATH']}",

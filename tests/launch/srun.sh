@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stands in for srun: all tasks, here. Like srun it ends with the highest of their codes, kills the others when one fails
-# (here those that still run a second later), and passes SIGTERM on, to the tasks' own processes alone.
+# Stands in for srun: all tasks, here. Like srun it ends with the highest of their codes, kills the others when one
+# fails (those that still run a second later), and passes SIGTERM on, to the tasks' own processes alone.
 set -m
 tasks=1 options=()
 while [[ $1 == --* ]]; do
