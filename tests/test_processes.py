@@ -198,7 +198,7 @@ def test_no_run_is_lost_to_twenty_kills(tmp_path):
         wait_for(lambda: len(set(processes(local.pid)) - gone) == 2)
         victims, before = processes(local.pid), steps_logged(workdir)
         if i % 2 == 0:
-          time.sleep(draw.uniform(0, 8))  # importing, joining, compiling, restoring
+          time.sleep(draw.uniform(0, 6))  # importing, joining, compiling, restoring
         else:
           wait_for(lambda before=before: steps_logged(workdir) not in ([], before))
           time.sleep(draw.uniform(0, 1.5))  # stepping, saving, sampling
