@@ -8,10 +8,11 @@
 Data: a folder of latents that every worker can read, by default /data/imagenet256, see `pflow_jax.data.write_latents`
 (latents of Stable Diffusion's autoencoder, scaled to unit variance).
 
-Hyper-parameters are the published ones: gmflow, gmflow_2nfe and dx of pi-Flow (arXiv:2510.14974, the teacher without
-REPA), ayf_emd of Align Your Flow (arXiv:2506.14603) on this network, arc_adapters of ArcFlow (arXiv:2602.09014) with
-adapters of rank 96. None has been trained at this size with this code: what a run needs and would take is planned, not
-measured, see the table in docs/plan_imagenet.md. Published with the same recipe: FID 3.34 at 1 evaluation (gmflow).
+gmflow is pi-Flow's published recipe (arXiv:2510.14974, teacher without REPA): FID 3.34 at 1 evaluation there.
+gmflow_2nfe and dx take its K, N, window, rate and number of steps, which were published with a REPA teacher and its
+guidance. Without a published recipe for this network, and untried: arc_adapters (ArcFlow, arXiv:2602.09014, with the
+settings of its text-to-image students and rank 96), ayf_emd (Align Your Flow, arXiv:2506.14603) and both teachers. None
+has been trained at this size with this code: what a run needs and would take is planned, see docs/plan_imagenet.md.
 """
 
 from ml_collections import ConfigDict

@@ -334,6 +334,8 @@ def _plan(argv: list[str]) -> None:
       config.mesh[axis] = int(number)
     if values.batch:
       config.train.batch_size = values.batch
+    if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():
+      raise ValueError(f"--json: there is no folder for {values.json}")
     result: object
     if values.sweep:
       result = reports = planner.sweep(config, where)

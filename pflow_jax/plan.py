@@ -35,7 +35,6 @@ from pflow_jax.sections import call
 from pflow_jax.sharding import Layout, MeshSettings, mesh_shape
 from pflow_jax.step import Program, make_program
 
-GIB = 2**30
 CACHE = "~/.cache/pflow_jax/libtpu"
 
 
@@ -137,10 +136,10 @@ def plan(
   Without the TPU compiler the report has "note", and lacks what only the compiler knows.
 
   Args:
-    fast: a tenth of the compile time, for the same memory; the compiler may choose other collectives.
+    fast: compile with little effort: about the same memory, but more traffic, and with it longer estimates.
     search: if it does not fit, look for what would make it fit.
     sampling: plan the sampler as well.
-  Returns: a report for JSON, see `as_text`. Bytes are of a device, operations and bytes sent of a step.
+  Returns: a report for JSON, see `plan_report.as_text`. Bytes are of a device, operations and bytes sent of a step.
   Raises: ValueError for a config, a mesh or a batch that does not fit together.
   """
   note = ""
@@ -170,7 +169,7 @@ def sweep(config: ConfigDict, where: Slice, *, fast: bool = True) -> list[dict[s
   while most % size == 0:
     one = copy.deepcopy(config)
     one.mesh.update(slice=where.slices, data=-1, fsdp=size, tensor=1)
-    print(f"compiling for data {most // size} x fsdp {size}", flush=True)
+    print(f"data {most // size} x fsdp {size}", flush=True)
     try:
       reports.append(plan(one, where, fast=fast, search=False, sampling=False))
     except ValueError as error:
@@ -215,7 +214,7 @@ def _step(
   }
   seconds = {"compute": flops / where.num_chips / where.chip.peak_flops}
   if devices is None:
-    report["estimate"] = _estimate(seconds, flops, where, config.train.steps)
+    report["estimate"] = _estimate(seconds, where, config.train.steps)
     return report, program
   compiled, told = _compile(traced, fast, devices[0].platform)
   report |= {"compile_seconds": told.pop("compile_seconds"), "compiled": "fast" if fast else "in full"}
@@ -239,18 +238,17 @@ def _step(
   seconds["ici"] = sum(t.sent for t in collectives.ici.values()) * per / one_axis
   if where.slices > 1:
     seconds["dcn"] = sum(t.sent for t in collectives.dcn.values()) * per / chip.dcn_bandwidth
-  report["estimate"] = _estimate(seconds, flops, where, config.train.steps)
+  report["estimate"] = _estimate(seconds, where, config.train.steps)
   return report, program
 
 
-def _estimate(seconds: dict[str, float], flops: int, where: Slice, steps: int) -> dict[str, Any]:
+def _estimate(seconds: dict[str, float], where: Slice, steps: int) -> dict[str, Any]:
   """Seconds a step if all overlaps and if nothing does, what limits it, and what the run costs."""
   least = max(seconds.values())
   return {
     "seconds": seconds,
     "step_seconds": [least, sum(seconds.values())],
     "limit": max(seconds, key=seconds.__getitem__),
-    "peak_share": flops / where.num_chips / where.chip.peak_flops / least,
     "chip_hours": [least * steps * where.num_chips / 3600, least / EFFICIENCY * steps * where.num_chips / 3600],
   }
 

@@ -91,9 +91,11 @@ def as_table(reports: Sequence[dict[str, Any]]) -> str:
     sent = sum(t["sent"] for network in ("ici", "dcn") for t in traffic.get(network, {}).values())
     times = [_time(s) for s in estimate["step_seconds"]] if estimate else ["", ""]
     fits = {True: "yes", False: "no"}.get(m.get("fits"), "?")
-    rows.append((mesh, _size(m.get("peak", 0)), fits, _size(sent), *times, estimate["limit"] if estimate else ""))
+    peak = _size(m["peak"]) if "peak" in m else "?"
+    rows.append((mesh, peak, fits, _size(sent) if traffic else "?", *times, estimate["limit"] if estimate else ""))
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+  return "\n".join([*lines, *dict.fromkeys(report["note"] for report in reports if "note" in report)])
 
 
 def write_json(path: str | os.PathLike, reports: Any) -> None:

@@ -139,6 +139,12 @@ def test_a_smaller_batch_is_tried_where_it_cannot_be_cut(verdicts):
   assert [attempt["change"][-1] for attempt in report["tried"]] == [f"config.train.batch_size={n}" for n in (16, 8)]
 
 
+def test_a_sweep_without_a_compiler_says_what_it_does_not_know(no_compiler):
+  table = as_table(plan.sweep(config(min_size=2**14), plan.Slice("v5e:1x1"))).splitlines()
+  assert table[1].split()[2:5] == ["?", "?", "?"]
+  assert table[-1] == "install it"
+
+
 def test_rules_of_the_config_count_without_a_compiler_too(no_compiler):
   values = config(fsdp=8, rules=((".*", ()),))
   memory = plan.plan(values, V5E)["memory"]
@@ -196,6 +202,7 @@ def test_sweep_compares_sizes_and_names_those_that_do_not_fit(verdicts):
     (["--topology=v5e-8", "--mesh=data=3"], "whose product is the number of devices, 8"),
     (["--topology=v5e-8", "--mesh=fsdp=3"], "multiply to a divisor of the number of devices, 8"),
     (["--topology=v5e-8", "--batch=12"], "config.train.batch_size: expected a multiple"),
+    (["--topology=v5e-8", "--json=no/such/x.json"], "--json: there is no folder for no/such/x.json"),
   ],
 )
 def test_mistakes_are_named(flags, message):
