@@ -303,8 +303,8 @@ def per_example(function: F) -> F:
 
   @functools.wraps(function)
   def run(*args):
-    mesh = jax.sharding.get_abstract_mesh()
-    if not _in_context(mesh):
+    mesh = current_mesh()
+    if mesh is None:
       return function(*args)
     spec = PartitionSpec(BATCH)
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(*args)
@@ -314,8 +314,7 @@ def per_example(function: F) -> F:
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
   """`x`, under a mesh laid out as `spec` says, an entry a dimension."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if _in_context(mesh) else x
+  return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def gather(w: jax.Array, *spec: Any) -> jax.Array:
@@ -324,8 +323,8 @@ def gather(w: jax.Array, *spec: Any) -> jax.Array:
   Its gradient is summed into the parts again. Left to itself the constraint's own transpose would make it whole, on
   every device.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if not _in_context(mesh):
+  mesh = current_mesh()
+  if mesh is None:
     return w
   used = tuple("tensor" if "tensor" in _axes(entry) else None for entry in spec)
   parts = [math.prod(mesh.shape[axis] for axis in _axes(entry)) for entry in spec]
@@ -334,6 +333,7 @@ def gather(w: jax.Array, *spec: Any) -> jax.Array:
   return linear_call(lambda _, w: constrain(w, *used), lambda _, ct: constrain(ct, *spec), (), w)
 
 
-def _in_context(mesh: Any) -> bool:
-  """Whether `mesh` is one of ours, and not inside of a shard_map already."""
-  return not mesh.empty and set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes
+def current_mesh() -> AbstractMesh | None:
+  """The mesh whose context this is traced in, if it is one of ours, and not inside of a shard_map already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if not mesh.empty and set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes else None

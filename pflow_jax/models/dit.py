@@ -1,4 +1,4 @@
-"""DiT: a transformer over patches, conditioned on time and class through adaLN-zero.
+"""DiT: a transformer over patches, conditioned on time and class, or a text's vector, through adaLN-zero.
 
 References: DiT, arXiv:2212.09748; SiT, arXiv:2401.08740.
 """
@@ -16,6 +16,7 @@ from pflow_jax.models.layers import (
   Dtype,
   FinalNorm,
   TimeEmbed,
+  VectorEmbed,
   accumulation_dtype,
   check_head,
   gathered,
@@ -24,6 +25,7 @@ from pflow_jax.models.layers import (
   modulate,
   patchify,
   position_table,
+  scanned,
 )
 from pflow_jax.sharding import BATCH, constrain
 
@@ -32,14 +34,6 @@ DIT_SIZES: dict[str, dict[str, int]] = {
   "B": dict(width=768, depth=12, num_heads=12),
   "L": dict(width=1024, depth=24, num_heads=16),
   "XL": dict(width=1152, depth=28, num_heads=16),
-}
-
-# What the backward pass keeps of a block: everything, nothing, the matmul outputs, or those in the host's memory.
-REMAT_POLICIES: dict[str, Any] = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 _xavier = nn.initializers.xavier_uniform()
@@ -97,12 +91,13 @@ class DiT(nn.Module):
     channels, patch_size: of the input; the head must have the same.
     width, depth, num_heads, mlp_ratio: size of the transformer, see `DIT_SIZES`.
     num_classes: rows of the class table without the null class, which is index `num_classes`.
+    pooled_width: of the vector (B, P) in cond["pooled"] that takes the place of a class; None for classes.
     head: module of `pflow_jax.models.heads`; its parameters live under "head".
     dtype: compute dtype. Parameters, residual stream, norms and outputs stay float32.
     remat: "none", "full" (keep only each block's input), "dots" (keep the matmul outputs) or "offload" (keep those in
       the host's memory, where the device has a way there: TPU and GPU).
     attention: implementation name, see `pflow_jax.models.attention`.
-    time_scale: factor on t before its sinusoid.
+    time_scale: factor on t before its sinusoid.   frequency_shift: of that, see `layers.sinusoid`.
     scan_unroll: blocks unrolled in one iteration of the scan over depth.
   """
 
@@ -113,11 +108,13 @@ class DiT(nn.Module):
   num_heads: int
   num_classes: int
   head: nn.Module
+  pooled_width: int | None = None
   mlp_ratio: float = 4.0
   dtype: Dtype = jnp.float32
   remat: str = "none"
   attention: str = "xla"
   time_scale: float = 1000.0
+  frequency_shift: int = 0
   scan_unroll: int = 1
 
   def setup(self) -> None:
@@ -125,40 +122,31 @@ class DiT(nn.Module):
     dtype = jnp.dtype(self.dtype)
     self.patch_embed = nn.Dense(self.width, dtype=dtype, kernel_init=_xavier, dot_general=gathered(None, "fsdp"))
     wide = accumulation_dtype(dtype)  # bfloat16 would blur t by 0.02 where time_scale is 1
-    self.time_embed = TimeEmbed(self.width, self.time_scale, wide)
+    self.time_embed = TimeEmbed(self.width, self.time_scale, wide, frequency_shift=self.frequency_shift)
     # Parameters of these two exist only in networks that are called with s, or with guidance.
     self.length_embed = TimeEmbed(self.width, self.time_scale, wide, neutral=True)
     self.guidance_embed = TimeEmbed(self.width, 1.0, wide, neutral=True)
-    self.class_embed = nn.Embed(
-      self.num_classes + 1, self.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
-    )
-    block: Any = Block
-    if self.remat != "none":
-      # Inside a rolled scan XLA cannot merge the recomputation away; unrolled, it could.
-      block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.scan_unroll > 1)
-    self.blocks = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=nn.broadcast,
-      length=self.depth,
-      unroll=self.scan_unroll,
-    )(self.num_heads, self.mlp_ratio, dtype, self.attention)
+    if self.pooled_width is not None:
+      self.pooled_embed = VectorEmbed(self.width, wide)
+    else:
+      normal = nn.initializers.normal(0.02)
+      self.class_embed = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=normal)
+    blocks = scanned(Block, self.depth, self.remat, self.scan_unroll)
+    self.blocks = blocks(self.num_heads, self.mlp_ratio, dtype, self.attention)
     self.final_norm = FinalNorm(dtype)
 
   def _check(self) -> None:
     """Raises ValueError for attributes that do not fit together."""
     if self.width % self.num_heads or self.width % 4:
       raise ValueError(f"width: expected a multiple of 4 and of num_heads {self.num_heads}, got {self.width}")
-    if self.remat not in REMAT_POLICIES:
-      raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {self.remat!r}")
     check_head(self.head, self.channels, self.patch_size)
 
   def embed_condition(
-    self, t: jax.Array, cond: jax.Array, s: jax.Array | None = None, guidance: jax.Array | None = None
+    self, t: jax.Array, cond: Any, s: jax.Array | None = None, guidance: jax.Array | None = None
   ) -> jax.Array:
-    """Returns the conditioning embedding (B, D) of t (B,), labels (B,), and what else is given."""
-    embedding = self.time_embed(t) + self.class_embed(cond)
+    """Returns the conditioning embedding (B, D) of t (B,), labels (B,) or a text, and what else is given."""
+    embedding = self.time_embed(t)
+    embedding += self.class_embed(cond) if self.pooled_width is None else self.pooled_embed(cond["pooled"])
     if s is not None:
       embedding += self.length_embed(t - s)
     if guidance is not None:
@@ -169,11 +157,11 @@ class DiT(nn.Module):
     self,
     x: jax.Array,
     t: jax.Array,
-    cond: jax.Array,
+    cond: Any,
     s: jax.Array | None = None,
     guidance: jax.Array | None = None,
   ) -> Any:
-    """x (B, H, W, C), t (B,) flow time in [0, 1] (1 is noise), cond (B,) int32 labels.
+    """x (B, H, W, C), t (B,) flow time in [0, 1] (1 is noise), cond (B,) int32 labels, or {"pooled": (B, P)}.
 
     A flow map also gets the time s (B,) that it jumps to, and, where it was trained for several, the guidance strength
     (B,). H and W are any multiples of `patch_size`. Raises ValueError for sizes that do not fit.

@@ -165,10 +165,12 @@ class DXHead(Head):
   Attributes:
     num_coefficients: N.
     basis: of the policy that reads them, "grid" or "polynomial"; decides the start from a teacher.
+    compat: read polynomials as the PyTorch release does, see `DXPolicy.create`.
   """
 
   num_coefficients: int = 10
   basis: str = "grid"
+  compat: bool = False
 
   @property
   def maps(self) -> int:

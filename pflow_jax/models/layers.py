@@ -16,9 +16,10 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from pflow_jax.sharding import gather
+from pflow_jax.sharding import BATCH, constrain, gather
 
 Dtype = Any
+COLUMNS = ("fsdp", "tensor")  # the mesh axes that split the kernel of a Dense layer with `in_parts`
 FREQUENCIES = 256  # width of the sinusoid that feeds the time MLP, as in DiT
 
 # Where the parameters of this module lie on a mesh, and of what is like them in DiT and MLP; see `sharding.Layout`.
@@ -27,9 +28,41 @@ SHARDING = (
   ("(qkv|mlp_in)/kernel", ("fsdp", "tensor")),
   ("(proj|mlp_out)/kernel", ("tensor", "fsdp")),
   ("(patch|point)_embed/kernel", (None, "fsdp")),
-  ("(time|length|guidance)_embed/(in|out)/kernel", (None, "fsdp")),
-  ("class_embed/embedding|.*/bias", ()),
+  ("(time|length|guidance|pooled)_embed/(in|out)/kernel", (None, "fsdp")),
+  ("class_embed/embedding|.*/(bias|scale)", ()),
 )
+
+# What the backward pass keeps of a block: everything, nothing, the matmul outputs, or those in the host's memory.
+REMAT_POLICIES: dict[str, Any] = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+
+
+def scanned(block: Any, depth: int, remat: str = "none", unroll: int = 1) -> Any:
+  """`depth` of `block` (carry, *constant inputs) -> (carry, None), one after the other, as one nn.scan.
+
+  Parameters have a leading axis `depth`.
+
+  Args:
+    remat: see REMAT_POLICIES.   unroll: blocks in one iteration.
+  Raises: ValueError for an unknown `remat`.
+  """
+  if remat not in REMAT_POLICIES:
+    raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {remat!r}")
+  if remat != "none":
+    # Inside a rolled scan XLA cannot merge the recomputation away; unrolled, it could.
+    block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
+  return nn.scan(
+    block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=nn.broadcast,
+    length=depth,
+    unroll=unroll,
+  )
 
 
 def accumulation_dtype(dtype: Dtype) -> jnp.dtype:
@@ -94,10 +127,14 @@ def unpatchify(rows: jax.Array, grid: tuple[int, ...], patch_size: int, groups: 
   return rearrange(rows, f"b ({names}) ({row}) -> b m {space} c", m=groups, **sizes)
 
 
-def sinusoid(position: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
-  """Returns cosines then sines of position (B,) at width/2 log-spaced frequencies: (B, width)."""
+def sinusoid(position: jax.Array, width: int, max_period: float = 10_000.0, shift: int = 0) -> jax.Array:
+  """Returns cosines then sines of position (B,) at width/2 log-spaced frequencies: (B, width).
+
+  They fall from 1 towards 1 / max_period, which the last one reaches with a `shift` of 1; diffusers' DiT has that, and
+  no other network.
+  """
   half = width // 2
-  frequencies = np.exp(-math.log(max_period) * np.arange(half) / half).astype(position.dtype)
+  frequencies = np.exp(-math.log(max_period) * np.arange(half) / (half - shift)).astype(position.dtype)
   angles = position[:, None] * frequencies[None, :]
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -146,26 +183,52 @@ def gathered(*spec: Any) -> Callable[..., jax.Array]:
   return dot_general
 
 
+def in_parts(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+  """A `dot_general` for a Dense layer on one vector an example, (B, D), whose kernel lies in parts of its columns.
+
+  Its kernel may be as large as any, as those of adaLN are, but its inputs are few: they travel, not the kernel.
+  """
+  data = tuple(axis for axis in BATCH if axis != "fsdp")
+  y = jax.lax.dot_general(constrain(x, data, None), kernel, *args, **options)
+  return constrain(constrain(y, data, COLUMNS), BATCH, None)
+
+
 class TimeEmbed(nn.Module):
   """t (B,) -> (B, width): sinusoid of time_scale * t, Dense, SiLU, Dense (DiT).
 
   Attributes:
     neutral: start at 0 whatever t is: a branch added to a trained network does not change it.
+    frequency_shift: see `sinusoid`.
   """
 
   width: int
   time_scale: float = 1000.0
   dtype: Dtype = jnp.float32
   neutral: bool = False
+  frequency_shift: int = 0
 
   @nn.compact
   def __call__(self, t: jax.Array) -> jax.Array:
     init = nn.initializers.normal(0.02)
     t = t.astype(accumulation_dtype(self.dtype))
-    h = sinusoid(self.time_scale * t, FREQUENCIES)
+    h = sinusoid(self.time_scale * t, FREQUENCIES, shift=self.frequency_shift)
     dense = functools.partial(nn.Dense, self.width, dtype=self.dtype, dot_general=gathered(None, "fsdp"))
     h = nn.silu(dense(kernel_init=init, name="in")(h))
     return dense(kernel_init=nn.initializers.zeros if self.neutral else init, name="out")(h)
+
+
+class VectorEmbed(nn.Module):
+  """Embedding (B, width) of vectors (B, P), such as a text's: Dense, SiLU, Dense."""
+
+  width: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    def dense(name: str) -> nn.Dense:
+      return nn.Dense(self.width, dtype=self.dtype, dot_general=gathered(None, "fsdp"), name=name)
+
+    return dense("out")(nn.silu(dense("in")(x)))
 
 
 def check_head(head: Any, channels: int, patch_size: int) -> None:
@@ -173,6 +236,19 @@ def check_head(head: Any, channels: int, patch_size: int) -> None:
   got = (head.channels, head.patch_size)
   if got != (channels, patch_size):
     raise ValueError(f"head: expected the network's (channels, patch_size) {(channels, patch_size)}, got {got}")
+
+
+class RMSNorm(nn.Module):
+  """x (..., D) over its root mean square along the last axis, times a learned scale; float32 or wider within."""
+
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    wide = x.astype(accumulation_dtype(x.dtype))
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+    return (wide * jnp.reshape(scale, (1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
 class FinalNorm(nn.Module):
