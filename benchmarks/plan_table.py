@@ -1,6 +1,7 @@
-"""The table in docs/plan_imagenet.md: DiT-XL/2 by three methods on four TPU slices, planned by `pflow plan`.
+"""The tables in docs/plan_*.md: what a run needs on TPU slices, planned by `pflow plan`.
 
-    python benchmarks/plan_table.py [--out docs/plan_imagenet.md]
+    python benchmarks/plan_table.py imagenet            # DiT-XL/2 by three methods
+    python benchmarks/plan_table.py text_to_image       # FLUX.1 and Qwen-Image, GMFlow students
 
 Needs the TPU compiler, see `pflow plan`; no TPU. Every row is the config as shipped, compiled for the slice. The global
 batch is the config's; where it does not fit, the row shows the accumulation that makes it fit.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,26 +23,59 @@ from pflow_jax import plan
 from pflow_jax.compare import read_config
 from pflow_jax.plan_report import EFFICIENCY
 
-METHODS = {"π-ID, GMFlow": "gmflow", "ArcFlow, adapters": "arc_adapters", "AYF-EMD": "ayf_emd"}
-SLICES = ("v5e-16", "v5e-256", "v5p-128", "v6e-64")
 GIB = 2**30
 
 
-def fitting(variant: str, where: plan.Slice, fast: bool) -> dict:
-  """The report of the first accumulation that fits, a power of 2."""
-  config = read_config(f"configs/imagenet.py:{variant}")
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Attributes: title; methods: config by name; slices; most: examples a chip that are tried first."""
+
+  title: str
+  methods: dict[str, str]
+  slices: tuple[str, ...]
+  most: int
+
+
+TABLES = {
+  "imagenet": Table(
+    "DiT-XL/2 on ImageNet 256",
+    {
+      "π-ID, GMFlow": "imagenet.py:gmflow",
+      "ArcFlow, adapters": "imagenet.py:arc_adapters",
+      "AYF-EMD": "imagenet.py:ayf_emd",
+    },
+    ("v5e-16", "v5e-256", "v5p-128", "v6e-64"),
+    most=4096,
+  ),
+  "text_to_image": Table(
+    "Students of FLUX.1-dev and Qwen-Image at 1024 x 1024",
+    {"FLUX.1-dev, GMFlow": "flux.py:gm", "Qwen-Image, GMFlow": "qwen_image.py:gm"},
+    ("v5e:2x2", "v5e-16", "v5e-256", "v5p:1x1x1", "v5p:2x2x1", "v5p-128", "v6e-1", "v6e-4", "v6e-16", "v6e-64"),
+    most=2,
+  ),
+}
+
+
+def fitting(config_name: str, where: plan.Slice, most: int, fast: bool) -> dict:
+  """The report of the first accumulation that fits, a power of 2; the last report if none does."""
+  config = read_config(f"configs/{config_name}")
   # Parameters in parts over at most 16 chips: more parts are smaller than what is gained by them.
-  config.mesh.update(data=-1, fsdp=16)
+  config.mesh.update(data=-1, fsdp=min(16, where.num_devices))
+  config.train.accumulation = max(1, config.train.batch_size // (where.num_devices * most))
   while True:
-    report = plan.plan(copy.deepcopy(config), where, fast=fast, search=False)
+    report = plan.plan(copy.deepcopy(config), where, fast=fast, search=False, sampling=False)
     if report["memory"]["fits"] or config.train.batch_size // config.train.accumulation <= where.num_devices:
       return report
     config.train.accumulation *= 2
 
 
 def row(title: str, report: dict) -> str:
-  mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+  mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "1 chip"
   m, flops, estimate = report["memory"], report["flops"], report.get("estimate")
+  if not m["fits"]:
+    batch = f"{report['batch_size']} / {report['accumulation']}"
+    refused = f"DOES NOT FIT: {m['peak'] / GIB:.2f} of {m['available'] / GIB:.2f}"
+    return "| " + " | ".join([title, report["topology"], mesh, batch, refused, *[""] * 5]) + " |"
   sent = sum(t["sent"] for t in report["traffic"]["ici"].values()) / GIB
   seconds, hours = estimate["step_seconds"], estimate["chip_hours"]
   cells = [
@@ -60,7 +95,8 @@ def row(title: str, report: dict) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--out", default="docs/plan_imagenet.md")
+  parser.add_argument("table", choices=TABLES)
+  parser.add_argument("--out", help="default: docs/plan_<table>.md")
   parser.add_argument("--full", action="store_true", help="compile with all effort, 2 minutes a row and more")
   parser.add_argument("--json", help="also all reports, as JSON")
   args = parser.parse_args()
@@ -68,11 +104,12 @@ def main() -> None:
   head += ["PFLOP a step (from the closed form)", "sent by a chip, GiB", "step, s (estimate), limit"]
   head += ["chip-hours (estimate)", "compiled in, s"]
   lines, reports = ["| " + " | ".join(head) + " |", "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"], {}
-  for title, variant in METHODS.items():
-    for name in SLICES:
+  table = TABLES[args.table]
+  for title, config in table.methods.items():
+    for name in table.slices:
       start = time.perf_counter()
-      report = fitting(variant, plan.Slice(name), not args.full)
-      reports[f"{variant} on {name}"] = report
+      report = fitting(config, plan.Slice(name), table.most, not args.full)
+      reports[f"{config} on {name}"] = report
       lines.append(row(title, report))
       print(f"{lines[-1]}  ({time.perf_counter() - start:.0f} s)", flush=True)
   effort = ""
@@ -80,18 +117,32 @@ def main() -> None:
     effort = """Compiled with little effort (`pflow plan --fast`), which moves more through main memory than a
 compilation in full: π-ID on v5e-256 takes an estimated 0.16 to 0.38 s there, see the README.
 """
-  text = f"""# DiT-XL/2 on ImageNet 256: does it fit, and what would it cost
+  text = f"""# {table.title}: does it fit, and what would it cost
 
-`python benchmarks/plan_table.py{" --full" * args.full}`, jax {plan.jax.__version__}, on a machine without a TPU.
-Memory, operations and bytes sent are of the compiled program. Seconds and chip-hours are estimates that no chip has
-confirmed: the lower end of a step is what its slowest part (matrix products, main memory or links, at their published
-rates) takes alone, the upper end all of them in turn; the lower end of the hours is that of the step, the upper end
-{EFFICIENCY:.0%} of such a rate. Hours are those of all steps of the config.
-{effort}
+`python benchmarks/plan_table.py {args.table}{" --full" * args.full}`, jax {plan.jax.__version__}, without a
+TPU at hand. Memory, operations and bytes sent are of the compiled program. Seconds and hours are estimates that no chip
+has confirmed: the lower end of a step is what its slowest part (matrix products, main memory or links, at their
+published rates) takes alone, the upper end all of them in turn; the lower end of the hours is that of the step, the
+upper end {EFFICIENCY:.0%} of such a rate. Hours are those of all steps of the config.
+{effort}{smallest(reports)}
 """ + "\n".join(lines)
-  pathlib.Path(args.out).write_text(text + "\n")
+  pathlib.Path(args.out or f"docs/plan_{args.table}.md").write_text(text + "\n")
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(reports, indent=2) + "\n")
+
+
+def smallest(reports: dict[str, dict]) -> str:
+  """For every config and chip the smallest of the slices that fits."""
+  found: dict[str, dict[str, dict]] = {}
+  for name, report in reports.items():
+    chips = found.setdefault(name.split(" on ")[0], {})
+    if report["memory"]["fits"] and report["chips"] < chips.get(report["chip"], {"chips": 1e9})["chips"]:
+      chips[report["chip"]] = report
+  lines = []
+  for config, chips in found.items():
+    fits = [f"{r['topology']} ({r['memory']['peak'] / GIB:.2f} GiB of a chip)" for r in chips.values()]
+    lines.append(f"The smallest slices here that configs/{config} fits on: {', '.join(fits)}.")
+  return "".join(f"\n{line}" for line in lines) + "\n" if lines else ""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Operations of one optimizer step in closed form, from the sizes of a DiT: a check on what is counted by tracing.
+"""Operations of one optimizer step in closed form, from a transformer's sizes: a check on what is counted by tracing.
 
 A product of matrices counts 2 a multiply-add, all else nothing, as in `flops.count_flops`. Left out are an adversary,
 and the products inside GMFlow and DX policies: their rollouts took 0.15 % of a step or less from DiT-S/2 upwards.
@@ -13,8 +13,11 @@ from typing import Any
 
 from pflow_jax.experiment import Experiment
 from pflow_jax.models import heads
+from pflow_jax.models.attention import LANES
 from pflow_jax.models.dit import DiT
+from pflow_jax.models.flux import Flux
 from pflow_jax.models.layers import FREQUENCIES
+from pflow_jax.models.qwen_image import QwenImage
 from pflow_jax.networks import AdapterSettings
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import Imitation
@@ -27,12 +30,12 @@ def analytic_step_flops(experiment: Experiment, batch_size: int, *, data_free: b
   Args:
     batch_size: examples a step; however they are accumulated, the step is linear in them.
     data_free: whether the objective is "imitation_data_free", which an Experiment does not say.
-  Returns: operations, or None for a network that is not a DiT.
+  Returns: operations, or None for a network that is neither a DiT nor made of MMDiT blocks.
   """
-  module, objective = experiment.network.module, experiment.objective
-  if not isinstance(module, DiT):
+  objective = experiment.objective
+  if not isinstance(experiment.network.module, (DiT, Flux, QwenImage)):
     return None
-  student = _DiT.of(experiment)
+  student = _Transformer.of(experiment)
   passes = student.forward() + student.backward()
   teacher = _teacher(experiment, student)
   if teacher is None:
@@ -55,25 +58,29 @@ def analytic_step_flops(experiment: Experiment, batch_size: int, *, data_free: b
   return batch_size * (passes + own * student.forward())
 
 
-def _teacher(experiment: Experiment, student: _DiT) -> int | None:
+def _teacher(experiment: Experiment, student: _Transformer) -> int | None:
   """One evaluation of the teacher's velocity for one example, guided if it is; None for a weak one that is no DiT."""
   if experiment.teacher is None:
     return 0
   settings, objective = experiment.teacher.settings, experiment.objective
-  strong = _DiT(student.tokens, student.patch, student.width, student.depth, student.hidden)
+  strong = student.as_teacher()
   if settings.guidance == 1 and not (isinstance(objective, FlowMap) and objective.guided):
     return strong.forward()
   if not settings.autoguided:
-    # Both branches are one call under vmap, in which what sees neither condition is not doubled.
-    alike = [layer for layer in strong.layers if layer.path.startswith(("patch_embed", "time_embed"))]
+    # Both branches are one call under vmap, in which what sees neither condition is not doubled: the image's tokens,
+    # the time and, where the condition is a text's tokens, what is made of the time.
+    alike = [layer for layer in strong.layers if layer.path.startswith(("patch_embed", "img_in", "time_embed"))]
+    if student.kind is QwenImage:
+      alike += [layer for layer in strong.layers if layer.path.endswith(("mod", "adaln"))]
     return 2 * strong.forward() - sum(layer.product for layer in alike)
-  blocks = experiment.teacher.params["weak"].get("blocks", {})
+  blocks = experiment.teacher.shapes["weak"].get("blocks", {})
   if "qkv" not in blocks:
     return None
-  patch = experiment.teacher.params["weak"]["patch_embed"]["kernel"].shape[0]
+  patch = experiment.teacher.shapes["weak"]["patch_embed"]["kernel"].shape[0]
   depth, width, _ = blocks["qkv"]["kernel"].shape
   hidden = blocks["mlp_in"]["kernel"].shape[-1]
-  return strong.forward() + _DiT(student.tokens * student.patch // patch, patch, width, depth, hidden).forward()
+  tokens = student.stacks[0].tokens * student.patch // patch
+  return strong.forward() + _dit(tokens, patch, width, depth, hidden).forward()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,65 +122,148 @@ class _Dense:
 
 
 @dataclasses.dataclass(frozen=True)
-class _DiT:
-  """Sizes of a DiT; what its passes cost for one example.
+class _Stack:
+  """`depth` blocks that are one scan: what one of them needs of a pass, all do.
 
   Attributes:
-    tokens: an example.   patch: values a patch.   hidden: width of the blocks' MLP.
-    outputs: of the head, by layer: (name, values a token). None is a velocity's.   log_std: width of GMFlow's MLP.
-    embeddings: of times and strengths.   remat, adapters: of the network.
+    tokens, width: of the attention.   layers: (rows, inputs, outputs) of a block, by name.
+    last: the layers whose results, but for their gates, nothing else of the block reads.
+    after: the attention's output layers.
   """
 
-  tokens: int
-  patch: int
-  width: int
+  name: str
   depth: int
-  hidden: int
+  tokens: int
+  width: int
+  layers: dict[str, tuple[int, int, int]]
+  last: tuple[str, ...]
+  after: tuple[str, ...]
+
+  @property
+  def attention(self) -> int:
+    """Scores, and the sum of values that they weigh: each a product of tokens x tokens x width."""
+    return self.depth * 2 * (2 * self.tokens**2 * self.width)
+
+  def dense(self) -> list[_Dense]:
+    return [_Dense(f"{self.name}/{name}", *sizes, copies=self.depth) for name, sizes in self.layers.items()]
+
+
+def _dit_stack(tokens: int, width: int, depth: int, hidden: int) -> _Stack:
+  layers = {"adaln": (1, width, 6 * width), "qkv": (tokens, width, 3 * width), "proj": (tokens, width, width)}
+  layers |= {"mlp_in": (tokens, width, hidden), "mlp_out": (tokens, hidden, width)}
+  return _Stack("blocks", depth, tokens, width, layers, last=("mlp_out",), after=("proj",))
+
+
+def _double_stack(image: int, text: int, width: int, depth: int, hidden: int) -> _Stack:
+  layers: dict[str, tuple[int, int, int]] = {}
+  for prefix, tokens in (("img_", image), ("txt_", text)):
+    layers |= {f"{prefix}mod": (1, width, 6 * width)}
+    layers |= {f"{prefix}{name}": (tokens, width, width) for name in ("q", "k", "v", "out")}
+    layers |= {f"{prefix}mlp_in": (tokens, width, hidden), f"{prefix}mlp_out": (tokens, hidden, width)}
+  last, after = ("img_mlp_out", "txt_mlp_out"), ("img_out", "txt_out")
+  return _Stack("double_blocks", depth, image + text, width, layers, last, after)
+
+
+def _single_stack(tokens: int, width: int, depth: int, hidden: int) -> _Stack:
+  layers = {"mod": (1, width, 3 * width)} | {name: (tokens, width, width) for name in ("q", "k", "v")}
+  layers |= {"mlp_in": (tokens, width, hidden), "out": (tokens, width + hidden, width)}
+  return _Stack("single_blocks", depth, tokens, width, layers, last=("out",), after=("out",))
+
+
+def _dit(tokens: int, patch: int, width: int, depth: int, hidden: int) -> _Transformer:
+  """A DiT with a velocity's head."""
+  stack = _dit_stack(tokens, width, depth, hidden)
+  return _Transformer(DiT, width, patch, (("patch_embed", tokens, patch),), (("time_embed", FREQUENCIES),), (stack,))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transformer:
+  """Sizes of a transformer; what its passes cost for one example.
+
+  Attributes:
+    kind: class of the network.   patch: values a patch.
+    inputs: layers that make tokens, (name, tokens, values a token).   embeddings: MLPs of two layers, (name, inputs).
+    stacks: of blocks, in order.
+    outputs: of the head, by layer: (name, values a token). None is a velocity's.   log_std: width of GMFlow's MLP.
+    fused: whether the attention is a kernel that keeps no scores and makes them again, twice, in its backward pass.
+    remat, adapters: of the network.
+  """
+
+  kind: type
+  width: int
+  patch: int
+  inputs: tuple[tuple[str, int, int], ...]
+  embeddings: tuple[tuple[str, int], ...]
+  stacks: tuple[_Stack, ...]
   outputs: tuple[tuple[str, int], ...] | None = None
   log_std: int = 0
-  embeddings: tuple[str, ...] = ("time_embed",)
+  fused: bool = False
   remat: str = "none"
   adapters: AdapterSettings = dataclasses.field(default_factory=AdapterSettings)
 
   @classmethod
-  def of(cls, experiment: Experiment) -> _DiT:
+  def of(cls, experiment: Experiment) -> _Transformer:
     """The network that trains."""
-    module, objective, space = experiment.network.module, experiment.objective, experiment.dataset.shape[:-1]
-    assert isinstance(module, DiT)
-    head: Any = module.head
+    module: Any = experiment.network.module
+    objective, dataset = experiment.objective, experiment.dataset
+    head, space = module.head, dataset.shape[:-1]
     pixels, channels = module.patch_size ** len(space), module.channels
+    tokens = math.prod(side // module.patch_size for side in space)
     outputs = {"proj_out": head.maps * channels}
     if isinstance(head, (heads.GMFlowHead, heads.ArcHead)):
       outputs = {"proj_out_means": head.maps * channels, "proj_out_logweights": head.maps}
     if isinstance(head, heads.ArcHead):
       outputs["proj_out_loggamma"] = head.maps - 1
-    embeddings = ["time_embed"]
+    embeddings = [("time_embed", FREQUENCIES)]
     if isinstance(objective, FlowMap):
-      embeddings += ["length_embed", *["guidance_embed"] * objective.guided]
+      embeddings += [("length_embed", FREQUENCIES), *[("guidance_embed", FREQUENCIES)] * objective.guided]
+    if isinstance(module, DiT):
+      width = module.width
+      inputs = [("patch_embed", tokens, pixels * channels)]
+      embeddings += [("pooled_embed", module.pooled_width)] if module.pooled_width is not None else []
+      stacks = [_dit_stack(tokens, width, module.depth, int(width * module.mlp_ratio))]
+    else:
+      width, text = module.num_heads * module.head_dim, dataset.cond_shapes(1)["text"].shape[1]
+      hidden = int(width * module.mlp_ratio)
+      inputs = [("img_in", tokens, pixels * channels), ("txt_in", text, module.text_width)]
+      stacks = [_double_stack(tokens, text, width, module.depth, hidden)]
+      if isinstance(module, Flux):
+        stacks.append(_single_stack(tokens + text, width, module.single_depth, hidden))
+        embeddings += [("pooled_embed", module.pooled_width)]
+        embeddings += [("guidance_embed", FREQUENCIES)] if module.guidance is not None else []
+    fused = module.attention == "splash"
+    if fused:
+      stacks = [dataclasses.replace(stack, tokens=-(-stack.tokens // LANES) * LANES) for stack in stacks]
     return cls(
-      tokens=math.prod(side // module.patch_size for side in space),
+      kind=type(module),
+      width=width,
       patch=pixels * channels,
-      width=module.width,
-      depth=module.depth,
-      hidden=int(module.width * module.mlp_ratio),
+      inputs=tuple(inputs),
+      embeddings=tuple(embeddings),
+      stacks=tuple(stacks),
       outputs=tuple((name, pixels * values) for name, values in outputs.items()),
       log_std=head.logstd_inner_dim if isinstance(head, heads.GMFlowHead) and head.learns_log_std else 0,
-      embeddings=tuple(embeddings),
+      fused=fused,
       remat=module.remat,
       adapters=experiment.network.adapters,
     )
 
+  def as_teacher(self) -> _Transformer:
+    """The same network with a velocity's head, without what a flow map or a student has besides."""
+    own = ("length_embed", "guidance_embed") if self.kind is DiT else ("length_embed",)
+    embeddings = tuple(embedding for embedding in self.embeddings if embedding[0] not in own)
+    return dataclasses.replace(self, embeddings=embeddings, outputs=None, log_std=0, adapters=AdapterSettings())
+
   @property
   def layers(self) -> list[_Dense]:
-    t, d, hidden = self.tokens, self.width, self.hidden
-    block = {"adaln": (1, d, 6 * d), "qkv": (t, d, 3 * d), "proj": (t, d, d)}
-    block |= {"mlp_in": (t, d, hidden), "mlp_out": (t, hidden, d)}
-    layers = [_Dense("patch_embed", t, self.patch, d)]
-    for name in self.embeddings:
-      layers += [_Dense(f"{name}/in", 1, FREQUENCIES, d), _Dense(f"{name}/out", 1, d, d)]
-    layers += [_Dense(f"blocks/{name}", *sizes, copies=self.depth) for name, sizes in block.items()]
+    d, tokens = self.width, self.inputs[0][1]
+    layers = [_Dense(name, rows, values, d) for name, rows, values in self.inputs]
+    for name, values in self.embeddings:
+      layers += [_Dense(f"{name}/in", 1, values, d), _Dense(f"{name}/out", 1, d, d)]
+    for stack in self.stacks:
+      layers += stack.dense()
     layers += [_Dense("final_norm/adaln", 1, d, 2 * d)]
-    layers += [_Dense(f"head/{name}", t, d, values) for name, values in self.outputs or [("proj_out", self.patch)]]
+    layers += [_Dense(f"head/{name}", tokens, d, values) for name, values in self.outputs or [("proj_out", self.patch)]]
     if self.log_std:
       layers += [_Dense("head/proj_out_logstds_1", 1, d, self.log_std)]
       layers += [_Dense("head/proj_out_logstds_3", 1, self.log_std, 1)]
@@ -188,13 +278,13 @@ class _DiT:
 
   def _trains(self, path: str) -> bool:
     """Whether a parameter trains in full: all do; beside adapters what the teacher lacks, and what `train` names."""
-    full = not self.adapters.table or path.startswith(("head/", "length_embed/", "guidance_embed/"))
+    own = ("head/", "length_embed/", *(["guidance_embed/"] if self.kind is DiT else []))
+    full = not self.adapters.table or path.startswith(own)
     return full or any(re.fullmatch(pattern, path) for pattern in self.adapters.train)
 
   @property
   def attention(self) -> int:
-    """Scores, and the sum of values that they weigh: each a product of tokens x tokens x width."""
-    return self.depth * 2 * (2 * self.tokens**2 * self.width)
+    return sum(stack.attention for stack in self.stacks)
 
   def forward(self) -> int:
     return sum(layer.forward for layer in self.layers) + self.attention
@@ -211,41 +301,49 @@ class _DiT:
     """Gradients of what trains, through what lies above it; what lies below all of that has no backward pass."""
     layers = self.layers
     learning = {layer.path for layer in layers if layer.learns}
-    condition = self._trains("class_embed/embedding") or any(
-      f"{e}/{i}" in learning for e in self.embeddings for i in ("in", "out")
+    condition = (self.kind is DiT and self._trains("class_embed/embedding")) or any(
+      f"{name}/{part}" in learning for name, _ in self.embeddings for part in ("in", "out")
     )
-    # The blocks are one scan: what one of them needs, all do.
-    blocks = condition or any(path.startswith(("patch_embed", "blocks/")) for path in learning)
+    # By stack, whether its tokens get a gradient.
+    reached, so_far = {}, condition or any(name in learning for name, *_ in self.inputs)
+    for stack in self.stacks:
+      so_far = so_far or any(path.startswith(f"{stack.name}/") for path in learning)
+      reached[stack.name] = so_far
 
     def below(path: str) -> bool:
       """Whether anything trains that the layer's input depends on."""
       name, _, part = path.partition("/")
-      if part == "adaln":
+      if part == "adaln" or part.endswith("mod"):
         return condition
       if part.startswith("proj_out_logstds"):
         return part.endswith("3")  # an MLP of two layers on a detached embedding
       if name == "head":
-        return blocks or "final_norm/adaln" in learning
-      return blocks if name == "blocks" else (part == "out" and f"{name}/in" in learning)
+        return so_far or "final_norm/adaln" in learning
+      return reached.get(name, part == "out" and f"{name}/in" in learning)
 
     total = sum(layer.backward(below(layer.path)) for layer in layers)
-    if not blocks:
-      return total
-    # Each product of the attention passes a gradient to both of its factors.
-    return total + 2 * self.attention + self._again(gates=condition or "blocks/adaln" in learning)
+    for stack in self.stacks:
+      if reached[stack.name]:
+        # Each product of the attention passes a gradient to both of its factors.
+        total += stack.attention * (7 if self.fused else 4) // 2
+        total += self._again(stack, gates=condition or any(f"{stack.name}/{m}" in learning for m in _mods(stack)))
+    return total
 
-  def _again(self, gates: bool) -> int:
+  def _again(self, stack: _Stack, gates: bool) -> int:
     """What rematerialisation runs a second time; of the blocks, what the backward pass asks for.
 
-    "full" runs them whole, but for the last layer's result where no gate needs it for a gradient. "dots" (and
+    "full" runs them whole, but for the last layers' results where no gate needs them for a gradient. "dots" (and
     "offload") keep the dense layers' outputs and run the attention again, its second product only for a weight.
     """
     if self.remat == "none":
       return 0
-    blocks = {layer.path: layer for layer in self.layers if layer.path.startswith("blocks/")}
+    blocks = {layer.path.split("/")[1]: layer for layer in self.layers if layer.path.startswith(f"{stack.name}/")}
     if self.remat != "full":
-      proj = blocks["blocks/proj"]
-      return self.attention if proj.kernel or proj.rank else self.attention // 2
-    last = blocks["blocks/mlp_out"]
-    unused = 0 if gates else last.product + last.up
-    return self.attention + sum(layer.forward for layer in blocks.values()) - unused
+      needed = self.fused or any(blocks[name].kernel or blocks[name].rank for name in stack.after)
+      return stack.attention if needed else stack.attention // 2
+    unused = 0 if gates else sum(blocks[name].product + blocks[name].up for name in stack.last)
+    return stack.attention + sum(layer.forward for layer in blocks.values()) - unused
+
+
+def _mods(stack: _Stack) -> list[str]:
+  return [name for name in stack.layers if name.endswith(("mod", "adaln"))]

@@ -13,24 +13,26 @@ import contextlib
 import json
 import logging
 import pathlib
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from pflow_jax.checksums import CHECKSUMS, checksums, damage
 from pflow_jax.distributed import from_first, is_first
+from pflow_jax.sharding import Layout
 
 PyTree = Any
 
 logger = logging.getLogger(__name__)
 
-_STATE, _CHECKSUMS = "state", "checksums.json"
+STATE = "state"
 _MESSAGE = 2**16  # bytes of what one process tells the others
 
 
@@ -47,6 +49,9 @@ class Checkpointer:
     keep_period: also keep every step that is a multiple of this.
   """
 
+  _save_args: Callable[[PyTree], Any] = staticmethod(ocp.args.StandardSave)
+  _item_handlers: dict[str, ocp.CheckpointHandler] | None = None
+
   def __init__(
     self,
     directory: str | epath.PathLike,
@@ -56,7 +61,7 @@ class Checkpointer:
   ):
     if max_to_keep is not None and max_to_keep < 1:
       raise ValueError(f"max_to_keep must be >= 1, or None for all, got {max_to_keep}")
-    self._directory = _absolute(directory)
+    self._directory = absolute(directory)
     self._max_to_keep = max_to_keep
     self._keep_period = keep_period
     self._manager: ocp.CheckpointManager | None = None
@@ -87,7 +92,7 @@ class Checkpointer:
         "the newer ones to go back, train in another folder, or pass force=True"
       )
     self._writing = step
-    items = {_STATE: ocp.args.StandardSave(state)}
+    items = {STATE: self._save_args(state)}
     with _storage(self._directory):
       return manager.save(step, args=ocp.args.Composite(**items), force=force)
 
@@ -111,7 +116,7 @@ class Checkpointer:
     target = jax.tree.map(_abstract, abstract_state)
     _check_leaves(target, _metadata(path), path)
     with _storage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-      state = reader.restore(path / _STATE, args=ocp.args.StandardRestore(target))
+      state = reader.restore(path / STATE, args=ocp.args.StandardRestore(target))
     return state, found
 
   def all_steps(self) -> list[int]:
@@ -156,7 +161,7 @@ class Checkpointer:
     if self._damaged:
       self._set_aside()
     if self._manager is None:
-      finish = None if _is_remote(self._directory) else self._write_checksums
+      finish = None if is_remote(self._directory) else self._write_checksums
       options = ocp.CheckpointManagerOptions(
         max_to_keep=self._max_to_keep,
         keep_period=self._keep_period,
@@ -164,7 +169,7 @@ class Checkpointer:
         lightweight_initialize=True,  # reading every step's metadata fails on a damaged one
         async_options=ocp.AsyncOptions(post_finalization_callback=finish),
       )
-      self._manager = ocp.CheckpointManager(self._directory, options=options)
+      self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._item_handlers)
     return self._manager
 
   def _write_checksums(self) -> None:
@@ -172,7 +177,7 @@ class Checkpointer:
     final = self._directory / str(self._writing)
     temporary = self._directory / (final.name + ocp.utils.TMP_DIR_SUFFIX)
     path = pathlib.Path(temporary if temporary.exists() else final)
-    (path / _CHECKSUMS).write_text(json.dumps(_checksums(path), indent=1))
+    (path / CHECKSUMS).write_text(json.dumps(checksums(path), indent=1))
 
   def _set_aside(self) -> None:
     if is_first():
@@ -192,17 +197,50 @@ def load_params(
   *,
   which: Literal["ema", "params"] = "ema",
   step: int | None = None,
+  layout: Layout | None = None,
+  dtype: Any = None,
 ) -> PyTree:
   """Only the parameters (or their average) of a checkpoint, without knowing the model.
 
   Args:
     directory: the folder given to Checkpointer.
     step: None for the newest intact checkpoint.
-  Returns: nested dict of NumPy arrays as saved, on the host.
-  Raises: ValueError if there is no checkpoint, no such step or no such part in it; RuntimeError if
-    all are damaged.
+    layout: where they go on the devices, each of which is given its part alone; None is to the host.
+    dtype: of floating leaves; None is as saved.
+  Returns: nested dict of NumPy arrays, or with a `layout` of global arrays.
+  Raises: ValueError if there is no checkpoint, no such step or no such part in it, or the layout does not fit;
+    RuntimeError if all are damaged.
   """
-  directory = _absolute(directory)
+  path, item = saved_part(directory, which, step)
+  as_saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
+  if layout is None:
+    args = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), as_saved)
+  else:
+    place = lambda leaf, sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=leaf.dtype)
+    args = jax.tree.map(place, as_saved, layout.shardings(as_saved))
+  with _storage(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    restored = reader.restore(
+      path / STATE,
+      args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
+    )
+  return restored[which]
+
+
+def params_shapes(
+  directory: str | epath.PathLike,
+  *,
+  which: Literal["ema", "params"] = "ema",
+  step: int | None = None,
+  dtype: Any = None,
+) -> PyTree:
+  """Shapes and dtypes of what `load_params` returns; errors as there."""
+  item = saved_part(directory, which, step)[1][which]
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
+
+
+def saved_part(directory: str | epath.PathLike, which: str, step: int | None) -> tuple[epath.Path, dict[str, Any]]:
+  """Folder of a checkpoint, and {which: what is known of its leaves}; errors as of `load_params`."""
+  directory = absolute(directory)
   found, _ = _newest_intact(directory, step)
   if found is None:
     raise ValueError(
@@ -213,14 +251,11 @@ def load_params(
   saved = _metadata(path)
   if which not in saved:
     raise ValueError(f"{path}: which must be one of {sorted(saved)}, got {which!r}")
-  item = {which: saved[which]}
-  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-  with _storage(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    restored = reader.restore(
-      path / _STATE,
-      args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True),
-    )
-  return restored[which]
+  return path, {which: saved[which]}
+
+
+def _as_dtype(own: Any, wanted: Any) -> Any:
+  return own if wanted is None or not jnp.issubdtype(own, jnp.floating) else jnp.dtype(wanted)
 
 
 def newest_step(directory: str | epath.PathLike) -> int | None:
@@ -228,7 +263,7 @@ def newest_step(directory: str | epath.PathLike) -> int | None:
 
   Raises: RuntimeError if all are damaged.
   """
-  return _agreed(_absolute(directory), None)[0]
+  return _agreed(absolute(directory), None)[0]
 
 
 @contextlib.contextmanager
@@ -240,12 +275,12 @@ def _storage(path: epath.Path) -> Iterator[None]:
     raise OSError(f"{path} cannot be written or read: {error}") from error
 
 
-def _absolute(directory: str | epath.PathLike) -> epath.Path:
+def absolute(directory: str | epath.PathLike) -> epath.Path:
   path = epath.Path(directory)
-  return path if _is_remote(path) else path.expanduser().absolute()
+  return path if is_remote(path) else path.expanduser().absolute()
 
 
-def _is_remote(path: epath.Path) -> bool:
+def is_remote(path: epath.Path) -> bool:
   return "://" in str(path)
 
 
@@ -260,7 +295,7 @@ def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None,
     raise ValueError(f"no checkpoint of step {step} in {directory}, there are {steps}")
   damaged: dict[int, str] = {}
   for candidate in reversed(steps) if step is None else [step]:
-    reason = _damage(directory / str(candidate))
+    reason = None if is_remote(path := directory / str(candidate)) else damage(pathlib.Path(path))
     if reason is None:
       return candidate, damaged
     damaged[candidate] = reason
@@ -292,51 +327,9 @@ def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[i
   return answer["found"], {int(key): reason for key, reason in answer["damaged"].items()}
 
 
-def _checksums(path: pathlib.Path) -> dict[str, list[int]]:
-  """[size, CRC-32] of each file of each item, by relative path.
-
-  Files beside the items are left out: Orbax still changes them, and restoring does not need them.
-  """
-  return {
-    str(file.relative_to(path)): _checksum(file)
-    for item in sorted(path.iterdir())
-    if item.is_dir()
-    for file in sorted(item.rglob("*"))
-    if file.is_file()
-  }
-
-
-def _checksum(file: pathlib.Path) -> list[int]:
-  size = crc = 0
-  with file.open("rb") as f:
-    while block := f.read(1 << 24):
-      size, crc = size + len(block), zlib.crc32(block, crc)
-  return [size, crc]
-
-
-def _damage(path: epath.Path) -> str | None:
-  """What is wrong with the files of the checkpoint in `path`; None if nothing is."""
-  if _is_remote(path):
-    return None
-  try:
-    expected = dict(json.loads((path / _CHECKSUMS).read_text()))
-    for name, (size, crc) in expected.items():
-      file = pathlib.Path(path / name)
-      if not file.exists():
-        return f"{name} is missing"
-      got_size, got_crc = _checksum(file)
-      if got_size != size:
-        return f"{name} has {got_size} bytes instead of {size}"
-      if got_crc != crc:
-        return f"{name} does not match its checksum"
-  except (OSError, ValueError, TypeError) as error:
-    return f"cannot be read: {error}"
-  return None
-
-
 def _metadata(path: epath.Path) -> dict[str, Any]:
   """Shape and dtype of every saved leaf, as nested dicts and lists."""
-  return ocp.PyTreeCheckpointHandler().metadata(path / _STATE).tree
+  return ocp.PyTreeCheckpointHandler().metadata(path / STATE).tree
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

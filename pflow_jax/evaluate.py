@@ -203,9 +203,9 @@ def teacher_samplers(
 ) -> list[Sampler]:
   """The teacher at all its numbers of Euler steps; the run itself if it is a teacher's."""
   if experiment.teacher is not None:
-    params, velocity = layout.place(experiment.teacher.params), experiment.teacher.velocity
+    params, velocity = experiment.load_frozen(layout), experiment.teacher.velocity
   else:
-    params, velocity = layout.place(experiment.load(folder)), experiment.velocity
+    params, velocity = experiment.load(folder, layout=layout), experiment.velocity
   shift = experiment.objective.shift
 
   def make(steps):
@@ -227,7 +227,7 @@ def student_samplers(
   experiment: Experiment, layout: Layout, sampling: SampleSettings, folder: str | os.PathLike, suffix: str = ""
 ) -> list[Sampler]:
   """The student of a run at its numbers of evaluations; `suffix` tells it from other students."""
-  params = layout.place(experiment.load(folder))
+  params = experiment.load(folder, layout=layout)
 
   def make(nfe):
     run = functools.partial(make_sampler(experiment, sampling, nfe), params)

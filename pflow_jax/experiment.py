@@ -86,8 +86,12 @@ class Experiment:
 
   @property
   def frozen(self) -> Params:
-    """Parameters that the loss takes beside those that train: the teacher's."""
-    return self.teacher.params if self.teacher else {}
+    """Shapes of the parameters that the loss takes beside those that train: the teacher's."""
+    return self.teacher.shapes if self.teacher else {}
+
+  def load_frozen(self, layout: Layout | None = None) -> Params:
+    """Those parameters, on the devices as `layout` says, without one on the host."""
+    return self.teacher.load(layout) if self.teacher else {}
 
   def init(self, key: Array, frozen: Params, start: Params = ()) -> Params:
     """What trains, at the start: `start` if given, random, or for a student made from its teacher's."""
@@ -140,7 +144,7 @@ class Experiment:
     ones, named = jnp.ones((1,)), {}
     if isinstance(self.objective, flow_map.FlowMap):
       named = {"s": ones} | ({"guidance": ones} if self.objective.guided else {})
-    params = self.network.init(key, self.dataset.shape, **named)
+    params = self.network.init(key, self.dataset, **named)
     if "strong" not in frozen:
       return params
     # A flow map starts as its teacher's velocity: what it has besides, for s and the guidance, starts neutral.
@@ -154,9 +158,10 @@ class Experiment:
     """
     return make_layout(call(MeshSettings, "mesh", config.get("mesh", {})), SHARDING, devices)
 
-  def load(self, folder: str | os.PathLike, which: str = "ema") -> Params:
-    """All parameters of the network as the run in `folder` saved them."""
-    return self.complete(load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which), self.frozen)  # type: ignore[arg-type]
+  def load(self, folder: str | os.PathLike, which: str = "ema", layout: Layout | None = None) -> Params:
+    """All parameters of the network as the run in `folder` saved them, on the devices as `layout` says."""
+    trained = load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which, layout=layout)  # type: ignore[arg-type]
+    return self.complete(trained, self.load_frozen(layout))
 
   def complete(self, trained: Params, frozen: Params) -> Params:
     """All parameters of the network, from those that train and those that do not."""
@@ -230,7 +235,9 @@ def build(config: ConfigDict, abstract: bool = False) -> Experiment:
   if isinstance(objective, Imitation):
     teacher = load_teacher(config, dataset, abstract=abstract)
     loss = imitation_loss_data_free if kind == "imitation_data_free" else imitation_loss
-    return Experiment(dataset, network, objective, teacher, start, _imitation(network, teacher, objective, loss))
+    return Experiment(
+      dataset, network, objective, teacher, start, _imitation(network, dataset, teacher, objective, loss)
+    )
   _check_jvp(network)
   own_start = objective.target == "data" and not config.get("teacher", {}).get("workdir")
   if own_start and adapters.table:
@@ -263,8 +270,8 @@ def make_student(
   head: nn.Module = network.module.head  # type: ignore[attr-defined]
   create: Callable[..., Policy]
   if isinstance(head, heads.DXHead):
-    segment, shift, basis = imitation.max_segment, imitation.shift, head.basis
-    create = functools.partial(DXPolicy.create, segment=segment, shift=shift, basis=basis)
+    segment, shift = imitation.max_segment, imitation.shift
+    create = functools.partial(DXPolicy.create, segment=segment, shift=shift, basis=head.basis, compat=head.compat)
   else:
     create = GMFlowPolicy.create if isinstance(head, heads.GMFlowHead) else ArcPolicy.create
 
@@ -278,24 +285,26 @@ def make_student(
 def _flow_matching(network: Network, dataset: data.Dataset, settings: FlowMatching) -> LossFn:
   def loss_fn(params, frozen, batch, key, step):
     del frozen, step
-    null_cond = dataset.num_classes
     return flow_matching_loss(
-      velocity_of(network, params), batch["x0"], batch["label"], key, settings, null_cond=null_cond
+      velocity_of(network, params), batch["x0"], batch["cond"], key, settings, null_cond=dataset.null_cond
     )
 
   return loss_fn
 
 
-def _imitation(network: Network, teacher: Teacher, settings: Imitation, loss: Callable) -> LossFn:
+def _imitation(
+  network: Network, dataset: data.Dataset, teacher: Teacher, settings: Imitation, loss: Callable
+) -> LossFn:
   def loss_fn(params, frozen, batch, key, step):
     full = network.complete(params, frozen["strong"])
     student = make_student(network, settings, full, jax.random.fold_in(key, DROPOUT))
-    x = batch["x0"]
     if loss is imitation_loss_data_free:
-      # Of the batch only the shape and the conditions are used.
+      # Of the batch only the conditions are used.
       key_noise, key = jax.random.split(key)
-      x = jax.random.normal(key_noise, x.shape, x.dtype)
-    return loss(student, teacher.velocity(frozen), x, batch["label"], key, step, settings)
+      x = jax.random.normal(key_noise, (jax.tree.leaves(batch)[0].shape[0], *dataset.shape), jnp.float32)
+    else:
+      x = batch["x0"]
+    return loss(student, teacher.velocity(frozen), x, batch["cond"], key, step, settings)
 
   return loss_fn
 
@@ -322,11 +331,11 @@ def _flow_map(network: Network, dataset: data.Dataset, teacher: Teacher | None, 
       jump(network, full),
       velocity if teacher else None,
       batch["x0"],
-      batch["label"],
+      batch["cond"],
       key,
       step,
       settings,
-      null_cond=dataset.num_classes,
+      null_cond=dataset.null_cond,
       precise=jump(precise, jax.lax.stop_gradient(full)) if precise else None,
     )
 

@@ -16,7 +16,7 @@ def count_flops(jaxpr: Any) -> int:
   Args:
     jaxpr: a ClosedJaxpr, such as `jax.jit(f).trace(*args).jaxpr`.
   Returns: operations of the whole (global) computation. A while loop counts one iteration, a cond its largest branch,
-    elementwise work nothing.
+    a Pallas kernel as often as its grid has steps, elementwise work nothing.
   """
   return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
@@ -39,6 +39,8 @@ def _equation(eqn) -> int:
     repeats = params["length"]
   elif name == "shard_map":
     repeats = params["mesh"].size
+  elif name == "pallas_call":
+    repeats = math.prod(params["grid_mapping"].grid)
   return repeats * sum(inner)
 
 

@@ -36,6 +36,13 @@ def guidance_bias(v_pos: Array, v_neg: Array, scale: Array, *, orthogonal: float
   return bias
 
 
+def broadcast_condition(c: Array, n: Any) -> Array:
+  """The empty condition's leaf `n`, without a batch axis, in the shape of `c`; axes in which it is longer are cut."""
+  n = jnp.asarray(n, c.dtype)
+  n = n[tuple(slice(0, size) for size in c.shape[c.ndim - n.ndim :])]
+  return jnp.broadcast_to(n, c.shape)
+
+
 def guided(
   velocity: Velocity,
   null_cond: Any,
@@ -48,7 +55,7 @@ def guided(
 
   Args:
     velocity: (x, t, cond) -> v, all with a leading batch axis.
-    null_cond: the empty condition, broadcast against every leaf of `cond`.
+    null_cond: the empty condition, broadcast against every leaf of `cond`; of a longer text, as many tokens as it has.
     scale: w, a number or one an example (B,); the number 1 returns `velocity` itself, at one evaluation instead of two.
     interval: flow times [low, high] where guidance acts.
     orthogonal: see `guidance_bias`; the axis is the positive branch's x0 = x - t v.
@@ -56,7 +63,7 @@ def guided(
   """
 
   def branches(x, t, cond):
-    null = jax.tree.map(lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null_cond)
+    null = jax.tree.map(broadcast_condition, cond, null_cond)
     # The two branches lie on a new axis: concatenated along the batch they would not stay in place on a sharded one.
     pair = jax.tree.map(lambda c, n: jnp.stack([c, n]), cond, null)
     return jax.vmap(velocity, in_axes=(None, None, 0))(x, t, pair)

@@ -12,19 +12,28 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pflow_jax import data
-from pflow_jax.models import discriminator, edm2, heads, layers, lora
+from pflow_jax.models import discriminator, edm2, heads, layers, lora, mmdit
 from pflow_jax.models.denoiser import denoiser_velocity, edm_denoiser
 from pflow_jax.models.dit import DiT
 from pflow_jax.models.edm2 import EDM2UNet, normalize_weights
+from pflow_jax.models.flux import Flux
+from pflow_jax.models.layers import accumulation_dtype
 from pflow_jax.models.lora import Adapter, adapted, init_adapters, merge_adapters
 from pflow_jax.models.mlp import MLP
+from pflow_jax.models.qwen_image import QwenImage
 from pflow_jax.partition import combine, match, split, without
 from pflow_jax.sections import call, choose
 
 Array = jax.Array
 Params = Any
 
-MODULES: dict[str, type[nn.Module]] = {"dit": DiT, "edm2": EDM2UNet, "mlp": MLP}
+MODULES: dict[str, type[nn.Module]] = {
+  "dit": DiT,
+  "edm2": EDM2UNet,
+  "flux": Flux,
+  "mlp": MLP,
+  "qwen_image": QwenImage,
+}
 HEADS: dict[str, type[heads.Head]] = {
   "velocity": heads.VelocityHead,
   "gmflow": heads.GMFlowHead,
@@ -33,7 +42,14 @@ HEADS: dict[str, type[heads.Head]] = {
 }
 
 # Where the parameters of all of them lie on a mesh, see `sharding.Layout`; the first row that matches decides.
-SHARDING = (*discriminator.SHARDING, *heads.SHARDING, *lora.SHARDING, *edm2.SHARDING, *layers.SHARDING)
+SHARDING = (
+  *discriminator.SHARDING,
+  *heads.SHARDING,
+  *lora.SHARDING,
+  *edm2.SHARDING,
+  *mmdit.SHARDING,
+  *layers.SHARDING,
+)
 
 VELOCITIES = ("velocity", "denoiser")  # policies of a teacher and of a flow map
 SIZES = (
@@ -108,14 +124,15 @@ class Network:
     )
     return denoiser_velocity(denoise, self.denoiser.max_sigma, self.denoiser.min_sigma)(x, t, cond)
 
-  def init(self, key: Array, shape: tuple[int, ...], **named: Any) -> Params:
-    """Random parameters of the module, for data of `shape` (*space, C); `named` as for a call of a batch of 1."""
-    x, ones = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1,))
-    return self.module.init(key, x, ones, jnp.zeros((1,), jnp.int32), **named)["params"]
+  def init(self, key: Array, dataset: data.Dataset, **named: Any) -> Params:
+    """Random parameters of the module, for the data's shapes; `named` as for a call of a batch of 1."""
+    x, ones = jnp.zeros((1, *dataset.shape), jnp.float32), jnp.ones((1,))
+    cond = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dataset.cond_shapes(1))
+    return self.module.init(key, x, ones, cond, **named)["params"]
 
-  def shapes(self, shape: tuple[int, ...]) -> Params:
+  def shapes(self, dataset: data.Dataset) -> Params:
     """Shapes of what `init` makes."""
-    return jax.eval_shape(lambda key: self.init(key, shape), jax.random.key(0))
+    return jax.eval_shape(lambda key: self.init(key, dataset), jax.random.key(0))
 
   @property
   def float32(self) -> Network | None:
@@ -130,10 +147,11 @@ class Network:
     return normalize_weights if isinstance(self.module, EDM2UNet) else None
 
   def trained(self, params: Params, base: Params, key: Array) -> Params:
-    """What trains of a network that starts with `params`; `base` as in `complete`."""
+    """What trains of a network that starts with `params`, in float32 or wider; `base` as in `complete`."""
     if not self.adapters.table:
-      return params
-    return combine(without(params, self._frozen(base)), init_adapters(params, self.adapters.rows, key))
+      return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), params)
+    chosen = combine(without(params, self._frozen(base)), init_adapters(params, self.adapters.rows, key))
+    return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), chosen)
 
   def complete(self, trained: Params, base: Params) -> Params:
     """All parameters: those that train, and of `base`, the teacher's, those that do not. The leaves are not copied."""
@@ -176,7 +194,16 @@ def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: da
         raise ValueError(f"config.{section}.{key}: expected > 0, got {value}")
   if model_values.get("dtype", "float32") not in DTYPES:
     raise ValueError(f"config.model.dtype: expected one of {DTYPES}, got {model_values['dtype']!r}")
-  size = dict(channels=dataset.shape[-1], num_classes=dataset.num_classes)
+  channels, cond = dataset.shape[-1], dataset.cond_shapes(1)
+  has_text = isinstance(cond, Mapping)
+  if has_text != (module in (Flux, QwenImage)) and module is not DiT:
+    raise ValueError(
+      f"config.model.kind: {model['kind']!r} is conditioned on {'classes' if has_text else 'texts'}, the data set "
+      f"{dataset.name} has {'texts' if has_text else 'none'}"
+    )
+  size = dict(channels=channels) | ({} if module in (Flux, QwenImage) else dict(num_classes=dataset.num_classes))
+  if module is DiT and has_text:
+    size["pooled_width"] = cond["pooled"].shape[-1]
   if module is EDM2UNet:
     if head is not heads.VelocityHead:
       raise ValueError(
@@ -188,12 +215,22 @@ def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: da
     head,
     "policy",
     head_values,
-    channels=size["channels"],
-    patch_size=model_values.get("patch_size", 1),
-    layout="dit",
+    channels=channels,
+    patch_size=model_values.get("patch_size") or module_defaults(model).get("patch_size", 1),
+    layout="flux" if module in (Flux, QwenImage) else "dit",
     use_bias=True,
   )
   return call(module, "model", model_values, head=head_module, **size)
+
+
+def module_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings of the section `model` that its module has defaults for, and these."""
+  fields = dataclasses.fields(MODULES[model["kind"]]) if model.get("kind") in MODULES else ()  # type: ignore[arg-type]
+  return {
+    field.name: field.default
+    for field in fields
+    if field.default is not dataclasses.MISSING and field.name not in ("parent", "name", "channels", "dtype", "head")
+  }
 
 
 def velocity_of(network: Network, params: Params) -> Callable[[Array, Array, Any], Array]:

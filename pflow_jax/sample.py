@@ -118,15 +118,16 @@ def make_sampler(experiment: Experiment, settings: SampleSettings, nfe: int) -> 
   return run
 
 
-def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays: Array) -> np.ndarray:
-  """`run` on slices of `arrays`, all of one length, split over the mesh; whole batches only, so it compiles once."""
-  count = len(arrays[0])
+def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays: Any) -> np.ndarray:
+  """`run` on slices of pytrees of arrays, all of one length, split over the mesh; whole ones, so it compiles once."""
+  count = len(jax.tree.leaves(arrays)[0])
   size = -(-min(batch_size, count) // layout.batch_parts) * layout.batch_parts
   outputs = []
   with layout.context():
     for start in range(0, count, size):
       rows = np.arange(start, start + size) % count  # the last batch wraps and is cut
-      outputs.append(to_host(run(*(layout.spread(a[rows]) for a in arrays))))
+      part = jax.tree.map(lambda a, rows=rows: layout.spread(a[rows]), arrays)
+      outputs.append(to_host(run(*part)))
   return np.concatenate(outputs)[:count]
 
 

@@ -93,17 +93,22 @@ class Step:
     if self.accumulation == 1:
       out = gradient(state.params, batch, key)
     else:
-      # Every micro-batch takes every accumulation-th example, so that examples stay on their devices.
-      micro = jax.tree.map(lambda x: x.reshape(-1, self.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
-      def micro_step(total, inputs):
-        micro_batch, i = inputs
-        one = gradient(state.params, micro_batch, jax.random.fold_in(key, i))
+      def micro_batch(i):
+        # Every accumulation-th example, so that examples stay on their devices; cut out here, because a scan over
+        # them would want a copy of the batch in its order.
+        take = lambda x: jax.lax.dynamic_index_in_dim(
+          x.reshape(-1, self.accumulation, *x.shape[1:]), i, axis=1, keepdims=False
+        )
+        return jax.tree.map(take, batch)
+
+      def micro_step(total, i):
+        one = gradient(state.params, micro_batch(i), jax.random.fold_in(key, i))
         return jax.tree.map(lambda a, b: a + b / self.accumulation, total, one), None
 
-      shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro), key)
+      shapes = jax.eval_shape(lambda key: gradient(state.params, micro_batch(0), key), key)
       start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      out, _ = jax.lax.scan(micro_step, start, (micro, jnp.arange(self.accumulation)))
+      out, _ = jax.lax.scan(micro_step, start, jnp.arange(self.accumulation))
     (loss, aux), grads = out
     return loss, aux, grads
 
@@ -128,7 +133,7 @@ class Program:
 
   Attributes:
     layout: where arrays lie.
-    state, frozen, batch: shapes of the step's arguments, with their shardings.
+    state, frozen, batch: shapes of the step's arguments, with their shardings; of the longest texts.
   """
 
   experiment: Experiment
@@ -136,7 +141,7 @@ class Program:
   layout: Layout
   state: TrainState
   frozen: Any
-  batch: dict[str, jax.ShapeDtypeStruct]
+  batch: dict[str, Any]
 
   def init(self, key: Array, frozen: Any, start: Any = ()) -> TrainState:
     """The state at step 0, made where it lies; `start`: parameters to start from, on the devices."""
@@ -145,14 +150,22 @@ class Program:
     with self.layout.context():
       return jax.jit(make, out_shardings=shardings)(key, frozen, start)
 
-  def trace(self) -> jax.stages.Traced:
-    """The step as (state, frozen, batch, key) -> (state, metrics), for all devices; its old state is donated."""
+  def trace(self, length: int | None = None) -> jax.stages.Traced:
+    """The step as (state, frozen, batch, key) -> (state, metrics), for all devices; its old state is donated.
+
+    Args:
+      length: of the batch's texts, by default the longest.
+    """
+    batch = self.batch
+    if length is not None:
+      size = jax.tree.leaves(batch)[0].shape[0]
+      batch = abstract_batch(self.experiment, size, self.layout.batch, length)
     shardings = jax.tree.map(lambda s: s.sharding, self.state), self.layout.replicated
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self.layout.replicated)
     with self.layout.context():
       step = jax.jit(self.step, donate_argnums=0, out_shardings=shardings)
-      return step.trace(self.state, self.frozen, self.batch, key)
+      return step.trace(self.state, self.frozen, batch, key)
 
 
 def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | None = None) -> Program:
@@ -179,12 +192,15 @@ def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | No
   )
 
 
-def abstract_batch(experiment: Experiment, batch_size: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of a batch."""
-  return {
-    "x0": jax.ShapeDtypeStruct((batch_size, *experiment.dataset.shape), jnp.float32, sharding=sharding),
-    "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding),
-  }
+def abstract_batch(
+  experiment: Experiment, batch_size: int, sharding: Any = None, length: int | None = None
+) -> dict[str, Any]:
+  """Shapes of a batch, of texts of `length` tokens where there are texts, by default the longest."""
+  dataset = experiment.dataset
+  shapes: dict[str, Any] = {"cond": dataset.cond_shapes(batch_size, length)}
+  if dataset.has_x0:
+    shapes["x0"] = jax.ShapeDtypeStruct((batch_size, *dataset.shape), jnp.float32)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def step_flops(config: ConfigDict) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,15 @@ import jax
 from ml_collections import ConfigDict
 
 from pflow_jax import data, guidance, workdir
-from pflow_jax.checkpoint import load_params
-from pflow_jax.networks import VELOCITIES, Network, make_network, velocity_of
+from pflow_jax.checkpoint import load_params, params_shapes
+from pflow_jax.networks import VELOCITIES, Network, make_network, module_defaults, velocity_of
 from pflow_jax.sections import call
+from pflow_jax.sharding import Layout
 
 Array = jax.Array
 Params = Any
+
+PRETRAINED = "pretrained"  # objective.kind of a teacher that was converted, not trained here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class TeacherSettings:
     weak_workdir, weak_step: a weaker model, an early checkpoint or a smaller network, which guides it in place of the
       empty condition (autoguidance). weak_step alone is a checkpoint of the teacher's own run.
     bias_noise: of a student's start, see `heads.head_params_from_teacher`.
+    dtype: that its parameters, and what of a student does not train, are kept in; None is as they were saved.
   """
 
   workdir: str | None = None
@@ -40,6 +45,7 @@ class TeacherSettings:
   weak_workdir: str | None = None
   weak_step: int | None = None
   bias_noise: float = 0.05
+  dtype: str | None = None
 
   def __post_init__(self):
     if self.which not in ("ema", "params"):
@@ -50,6 +56,8 @@ class TeacherSettings:
       raise ValueError(f"interval: expected flow times (low, high), 0 <= low <= high <= 1, got {self.interval}")
     if self.bias_noise < 0:
       raise ValueError(f"bias_noise: expected at least 0, got {self.bias_noise}")
+    if self.dtype not in (None, "float32", "bfloat16"):
+      raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {self.dtype!r}")
 
   @property
   def autoguided(self) -> bool:
@@ -57,12 +65,42 @@ class TeacherSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Saved:
+  """A checkpoint of parameters, of which no more is read than asked for."""
+
+  folder: str
+  which: str
+  step: int | None
+  dtype: str | None
+
+  def shapes(self) -> Params:
+    return params_shapes(self.folder, **self._where)
+
+  def load(self, layout: Layout | None = None) -> Params:
+    return load_params(self.folder, layout=layout, **self._where)
+
+  @property
+  def _where(self) -> dict[str, Any]:
+    return {"which": self.which, "step": self.step, "dtype": self.dtype}
+
+
+@dataclasses.dataclass(frozen=True)
 class Teacher:
-  """A trained flow model. `params` has the entry "strong" and, with autoguidance, "weak"."""
+  """A trained flow model.
+
+  Attributes:
+    shapes: of its parameters, the entry "strong" and, with autoguidance, "weak".   saved: where they are.
+    velocity: (params, scale=settings.guidance) -> (x, t, cond) -> v, guided.
+  """
 
   settings: TeacherSettings
-  params: Params
-  velocity: Callable[..., guidance.Velocity]  # (params, scale=settings.guidance) -> (x, t, cond) -> v, guided
+  shapes: Params
+  saved: dict[str, Saved]
+  velocity: Callable[..., guidance.Velocity]
+
+  def load(self, layout: Layout | None = None) -> Params:
+    """Its parameters, on the devices as `layout` says, without one on the host."""
+    return {name: one.load(layout) for name, one in self.saved.items()}
 
 
 def load_teacher(
@@ -80,16 +118,19 @@ def load_teacher(
   """
   settings = call(TeacherSettings, "teacher", config.get("teacher", {}))
   is_guided = settings.guidance != 1 or strengths != (1.0, 1.0)
-  read = _assume if abstract else _read
-  strong, params = read(config, dataset, settings, is_guided)
-  networks, weights = {"strong": strong}, {"strong": params}
-  if settings.autoguided:
-    networks["weak"], weights["weak"] = read(config, dataset, settings, is_guided, weak=True)
-    if not is_guided:
-      raise ValueError(
-        "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "
-        "config.teacher.guidance or config.objective.guidance"
-      )
+  if settings.autoguided and not is_guided:
+    raise ValueError(
+      "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "
+      "config.teacher.guidance or config.objective.guidance"
+    )
+  names = ("strong", "weak") if settings.autoguided else ("strong",)
+  networks, shapes, saved = {}, {}, {}
+  for name in names:
+    if abstract:
+      networks[name], shapes[name] = _assume(config, dataset, settings)
+    else:
+      networks[name], saved[name] = _find(config, dataset, settings, is_guided, weak=name == "weak")
+      shapes[name] = saved[name].shapes()
   options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
 
   def velocity(params, scale=None):
@@ -97,24 +138,24 @@ def load_teacher(
     field = velocity_of(networks["strong"], params["strong"])
     if settings.autoguided:
       return guidance.autoguided(field, velocity_of(networks["weak"], params["weak"]), scale=scale, **options)
-    return guidance.guided(field, dataset.num_classes, scale=scale, **options)
+    return guidance.guided(field, dataset.null_cond, scale=scale, **options)
 
-  return Teacher(settings, weights, velocity)
+  return Teacher(settings, shapes, saved, velocity)
 
 
-def _read(
+def _find(
   config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings, is_guided: bool, weak: bool = False
-) -> tuple[Network, Params]:
-  """Network and parameters of the teacher, or of the weak one, from their workdirs."""
+) -> tuple[Network, Saved]:
+  """Network of the teacher, or of the weak one, and its checkpoint."""
   if not settings.workdir:
     raise ValueError(
-      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant) and "
-      "pass --config.teacher.workdir=<its workdir>"
+      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant), or "
+      "convert one (`pflow convert`), and pass --config.teacher.workdir=<its workdir>"
     )
   if weak:
     folder, step = settings.weak_workdir or settings.workdir, settings.weak_step
     own = _config_of_a_teacher(folder, "weak_workdir")
-    _check_same(config, own, folder, sections=("data",))
+    sections: tuple[str, ...] = ()
   else:
     folder, step = settings.workdir, settings.step
     own = _config_of_a_teacher(folder, "workdir")
@@ -126,28 +167,44 @@ def _read(
         f"config.teacher.workdir: {folder} holds a {own.policy.kind}; a policy's output layer starts from that of a "
         "teacher with policy.kind='velocity'"
       )
-    _check_same(config, own, folder, sections=("data", "model", *(["policy"] if is_velocity else [])))
-    if is_guided and not settings.autoguided and not own.objective.cond_dropout:
-      raise ValueError(
-        f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
-        "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"
-      )
+    sections = ("model", "policy") if is_velocity else ("model",)
+    if is_guided and not settings.autoguided:
+      _check_knows_nothing(own, dataset, settings)
+  pretrained = own.objective.kind == PRETRAINED
+  _check_same(config, own, folder, sections if pretrained else ("data", *sections))
   network = make_network(own.model, own.policy, dataset)
-  return network, load_params(f"{folder}/{workdir.CHECKPOINTS}", which=settings.which, step=step)  # type: ignore[arg-type]
+  # What is converted has no average beside its parameters.
+  which = "params" if pretrained else settings.which
+  return network, Saved(f"{folder}/{workdir.CHECKPOINTS}", which, step, settings.dtype)
 
 
-def _assume(
-  config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings, is_guided: bool, weak: bool = False
-) -> tuple[Network, Params]:
+def _check_knows_nothing(own: ConfigDict, dataset: data.Dataset, settings: TeacherSettings) -> None:
+  """Raises ValueError where there is no empty condition to guide the teacher away from."""
+  if own.objective.kind != PRETRAINED and not own.objective.cond_dropout:
+    raise ValueError(
+      f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
+      "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"
+    )
+  if dataset.null_cond is None:
+    raise ValueError(
+      f"config.teacher.guidance: {settings.guidance} needs the empty prompt's embedding, which {dataset.name} lacks; "
+      "write it again with `pflow cache`"
+    )
+
+
+def _assume(config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings) -> tuple[Network, Params]:
   """The network of a teacher that would fit the student, and the shapes of its parameters."""
   policy = config.policy if config.policy.kind in VELOCITIES else {"kind": "velocity"}
   network = make_network(config.model, policy, dataset)
-  return network, network.shapes(dataset.shape)
+  shapes = network.shapes(dataset)
+  if settings.dtype:
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, settings.dtype), shapes)
+  return network, shapes
 
 
 def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
   own = workdir.load_config(folder)
-  if own.objective.kind != "flow_matching":
+  if own.objective.kind not in ("flow_matching", PRETRAINED):
     raise ValueError(f"config.teacher.{key}: {folder} holds a student, expected a teacher")
   return own
 
@@ -156,7 +213,8 @@ def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tupl
   computed = ("model.dtype", "model.remat", "model.attention", "model.scan_unroll")
   starts = tuple(f"{section}." for section in sections)
   mine, teachers = (
-    {k: v for k, v in workdir.flatten(workdir.as_plain(c)).items() if k.startswith(starts)} for c in (config, own)
+    {k: v for k, v in workdir.flatten(_complete(workdir.as_plain(c))).items() if k.startswith(starts)}
+    for c in (config, own)
   )
   differing = [
     f"\n  {key}: the teacher has {teachers.get(key, '(default)')!r}, the student {mine.get(key, '(default)')!r}"
@@ -165,3 +223,8 @@ def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tupl
   ]
   if differing:
     raise ValueError(f"the teacher in {folder} was trained on other data or with another network:{''.join(differing)}")
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+  """A config in plain JSON whose section `model` has all its settings, the defaults too."""
+  return config | {"model": json.loads(json.dumps(module_defaults(config["model"]) | config["model"]))}

@@ -89,14 +89,15 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {layout.described()}", flush=True)
   sampler = sample.preview(experiment, config, layout) if settings.sample_every else None
   key_init, key_steps = (layout.everywhere(key) for key in jax.random.split(jax.random.key(config.seed)))
-  frozen = layout.place(experiment.frozen)
+  frozen = experiment.load_frozen(layout)
   # A run that is resumed has its own.
   start_params = () if newest_step(f"{folder}/{workdir.CHECKPOINTS}") is not None else experiment.start_params()
   if is_first():
     print("compiling the train step", flush=True)
   # Ahead of time: a later batch of another shape is an error, not a second compilation.
-  traced = program.trace()
-  compiled, flops = traced.lower().compile(), count_flops(traced.jaxpr)
+  traced = {length: program.trace(length) for length in experiment.dataset.lengths or (None,)}
+  compiled = {length: one.lower().compile() for length, one in traced.items()}
+  flops = {length: count_flops(one.jaxpr) for length, one in traced.items()}
   # Only now: a config that does not compile leaves no trace.
   workdir.claim(folder, config, write=is_first())
   with (
@@ -128,18 +129,19 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
       progress(settings.steps, start, str(config.objective.kind), not is_first()) as report,
       Profiler(settings.profile, f"{folder}/profile") as profiler,
     ):
-      meter = Meter(settings, flops, writer, report)
+      meter = Meter(settings, writer, report)
       for step in range(start + 1, settings.steps + 1):
         # Nothing comes back from the devices but what `meter` fetches, which is an interval old. (On a CPU, which has
         # nothing to fetch from, the guard is silent.)
         with jax.transfer_guard_device_to_host("disallow"):
           profiler.before(step)
           batch = layout.shard_batch(next(iterator), settings.batch_size)
+          length = data.text_length(batch["cond"])
           with jax.transfer_guard("disallow"):
-            state, metrics = compiled(state, frozen, batch, key_steps)
+            state, metrics = compiled[length](state, frozen, batch, key_steps)
           profiler.after(step, metrics)
           meter.flush()  # the numbers of the steps before, while this one runs
-          meter.add(step, metrics)
+          meter.add(step, metrics, flops[length])
           stop = interruption.requested(step)
         if stop or step == settings.steps or _due(step, settings.checkpoint_every):
           with meter.paused():
@@ -162,15 +164,17 @@ def _due(step: int, every: int) -> bool:
 class Meter:
   """Collects the metrics of every step on the device and reports their means, one interval late."""
 
-  def __init__(self, settings: TrainSettings, flops: int, writer: MetricsWriter, report: Progress):
-    self._settings, self._flops, self._writer, self._report = settings, flops, writer, report
+  def __init__(self, settings: TrainSettings, writer: MetricsWriter, report: Progress):
+    self._settings, self._writer, self._report = settings, writer, report
+    self._flops = 0
     self._pending: list[dict[str, Array]] = []
     self._step, self._due = 0, False
     self._clock = time.perf_counter()
 
-  def add(self, step: int, metrics: dict[str, Array]) -> None:
-    """Takes a step's metrics without waiting for them."""
+  def add(self, step: int, metrics: dict[str, Array], flops: int) -> None:
+    """Takes a step's metrics without waiting for them, and its operations."""
     self._pending.append(metrics)
+    self._flops += flops
     self._step = step
     self._due = _due(step, self._settings.log_every)
 
@@ -190,6 +194,7 @@ class Meter:
       return
     count, values = len(self._pending), jax.device_get(self._pending)
     elapsed, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+    flops, self._flops = self._flops, 0
     self._pending, self._due = [], False
     # A skipped step has no loss to speak of; its absence shows in `skipped`.
     finite = [v for v in values if not v["skipped_in_a_row"]] or values
@@ -198,7 +203,7 @@ class Meter:
     row["skipped_in_a_row"] = max(int(v["skipped_in_a_row"]) for v in values)
     row["learning_rate"] = float(values[-1]["learning_rate"])
     row["images_per_second"] = count * self._settings.batch_size / elapsed
-    row["tflops_per_second"] = count * self._flops / elapsed / 1e12
+    row["tflops_per_second"] = flops / elapsed / 1e12
     self._writer.write(self._step, row)
     self._report.update(self._step, row["loss"])
     if row["skipped_in_a_row"] >= self._settings.max_skipped:

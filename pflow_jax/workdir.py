@@ -19,6 +19,7 @@ CHECKPOINTS = "checkpoints"
 # Type of the keys that may be unset (None), or have no default: a ConfigDict needs it to take them from the command
 # line.
 UNSET_TYPES = {
+  "dtype": str,
   "steps": int,
   "batch_size": int,
   "learning_rate": float,

@@ -6,6 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from pflow_jax import data, workdir
+from pflow_jax.checkpoint import Checkpointer
+from pflow_jax.networks import make_network
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -43,3 +51,19 @@ def environment():
   # One device, programs that compile fast, and those of the other runs of these tests.
   flags = "--xla_backend_optimization_level=0"
   return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+def write_pretrained(values, folder, seed=0):
+  """A workdir as `pflow convert` writes one, of a random network that `values`, a student's config, starts from."""
+  model = values.model.to_dict()
+  config = ConfigDict(
+    {"seed": 0, "model": model, "policy": {"kind": "velocity"}, "objective": {"kind": "pretrained"}, "source": {}}
+  )
+  dataset = data.load(**values.data)
+  shapes = make_network(model, config.policy, dataset).shapes(dataset)
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(lambda leaf: rng.normal(scale=0.1, size=leaf.shape).astype("float32"), shapes)
+  workdir.claim(folder, config)
+  with Checkpointer(f"{folder}/{workdir.CHECKPOINTS}") as checkpointer:
+    checkpointer.save(0, {"params": params})
+  return folder

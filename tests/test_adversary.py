@@ -51,7 +51,7 @@ def toy(**settings):
 def toy_step(adversary, params, grads, w=(3.0, -4.0), x0=None):
   opponent = dataclasses.replace(adversary.init(jax.random.key(0)), params={"w": jnp.array(w)})
   x0 = jnp.zeros((4, 2)) if x0 is None else x0
-  batch = {"x0": x0, "label": jnp.zeros(4, jnp.int32)}
+  batch = {"x0": x0, "cond": jnp.zeros(4, jnp.int32)}
   return adversary.step(opponent, params, {}, grads, batch, jax.random.key(1))
 
 

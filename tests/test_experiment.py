@@ -69,8 +69,8 @@ def test_student_starts_as_its_teachers_one_step(teacher_run):
   made = build(config)
   noise = jax.random.normal(jax.random.key(0), (4, *made.dataset.shape))
   t, labels = jax.numpy.ones(4), jax.numpy.arange(4)
-  policy = made.student(made.init(jax.random.key(1), made.frozen))(noise, t, labels)
+  policy = made.student(made.init(jax.random.key(1), made.load_frozen()))(noise, t, labels)
   moved = jax.vmap(lambda p, x: p.velocity(x, 1.0))(policy, noise)
-  expected = made.teacher.velocity(made.teacher.params)(noise, t, labels)
+  expected = made.teacher.velocity(made.teacher.load())(noise, t, labels)
   assert float(jax.numpy.abs(expected).max()) > 0
   assert jax.numpy.allclose(moved, expected, atol=1e-5)

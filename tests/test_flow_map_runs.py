@@ -73,11 +73,11 @@ def mean_flow_run(tmp_path_factory):
 def starts_as_its_teacher(experiment, trained):
   """Checks the average velocity wherever it lands, at several strengths."""
   x, t, label = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.3, 1, 4), jnp.arange(4)
-  expected = jax.jit(experiment.teacher.velocity(experiment.frozen))(x, t, label)
+  expected = jax.jit(experiment.teacher.velocity(experiment.load_frozen()))(x, t, label)
   assert np.abs(expected).max() > 0.1
 
   def outputs(trained):
-    params = experiment.complete(trained, experiment.frozen)
+    params = experiment.complete(trained, experiment.load_frozen())
     return [experiment.flow_map(params, w)(x, t, s, label) for s, w in ((t / 2, 1.0), (0 * t, 1.0), (t / 2, 1.5))]
 
   outputs = jax.jit(outputs)
@@ -93,7 +93,7 @@ def starts_as_its_teacher(experiment, trained):
 def test_starts_as_its_teacher_wherever_it_jumps_and_however_guided(tmp_path):
   write_teacher(tmp_path, DIT, steps=(1,), cond_dropout=0.1)
   experiment = build(guided_config(tmp_path, DIT))
-  starts_as_its_teacher(experiment, jax.jit(experiment.init)(jax.random.key(1), experiment.frozen))
+  starts_as_its_teacher(experiment, jax.jit(experiment.init)(jax.random.key(1), experiment.load_frozen()))
 
 
 def test_with_adapters_it_starts_as_its_teacher_too(teacher):
@@ -101,7 +101,7 @@ def test_with_adapters_it_starts_as_its_teacher_too(teacher):
   config = guided_config(teacher)
   config.adapters.table = (("time_embed/.*", 2),)
   experiment = build(config)
-  trained = jax.jit(experiment.init)(jax.random.key(0), experiment.frozen)
+  trained = jax.jit(experiment.init)(jax.random.key(0), experiment.load_frozen())
   names = set(leaves_of(trained))
   assert {"length_embed/out/kernel", "guidance_embed/in/bias", "time_embed/in/lora_a", "head/proj_out/bias"} < names
   assert not names & {"time_embed/in/kernel", "point_embed/kernel"}
@@ -126,13 +126,13 @@ def test_objective_gets_the_network_and_its_teacher_at_the_strength_it_drew(teac
   def outputs(frozen):
     start = experiment.init(jax.random.key(0), frozen)
     params = jax.tree_util.tree_map_with_path(lambda keys, p: p + ("embed/out" in path_of(keys)), start)
-    experiment.loss_fn(params, frozen, {"x0": x, "label": label}, jax.random.key(0), 0)
+    experiment.loss_fn(params, frozen, {"x0": x, "cond": label}, jax.random.key(0), 0)
     averages = [given["network"](x, t, s, label, jnp.full(4, w)) for s, w in cases]
     expected = [experiment.flow_map(params, w)(x, t, s, label) for s, w in cases]
     guided, plain = (experiment.teacher.velocity(frozen, w)(x, t, label) for w in (strengths, 1.0))
     return averages, expected, given["velocity"](x, t, label, strengths), guided, plain
 
-  averages, expected, velocity, guided, plain = outputs(experiment.frozen)
+  averages, expected, velocity, guided, plain = outputs(experiment.load_frozen())
   assert given["null_cond"] == 10
   assert given["precise"] is None
   np.testing.assert_allclose(averages, expected, rtol=1e-5, atol=1e-5)
@@ -193,7 +193,7 @@ def test_evaluation_measures_every_step_count(tmp_path):
   config.sample.nfe = (1, 4)
   config.evaluate.teacher_steps = (1, 4, 128)
   experiment = build(config)
-  state = create_state(jax.jit(experiment.init)(jax.random.key(0), experiment.frozen), optax.identity())
+  state = create_state(jax.jit(experiment.init)(jax.random.key(0), experiment.load_frozen()), optax.identity())
   workdir.claim(tmp_path / "student", config)
   with Checkpointer(tmp_path / "student" / workdir.CHECKPOINTS) as checkpointer:
     checkpointer.save(1, state)
@@ -210,7 +210,7 @@ def test_mean_flow_trains_without_a_teacher(mean_flow_run, tmp_path):
   folder, state = mean_flow_run
   experiment = build(load_config(folder))
   assert experiment.teacher is None
-  assert experiment.frozen == {}
+  assert experiment.load_frozen() == {}
   rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [row["skipped"] for row in rows] == [0, 0, 0]
   assert np.any(state.params["head"]["proj_out"]["kernel"]), "zero at the start"
@@ -342,14 +342,14 @@ def test_the_derivative_counts_more_with_every_step(teacher):
   config = guided_config(teacher)
   config.objective.warmup_steps = 10
   experiment = build(config)
-  batch = {"x0": jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), "label": jnp.arange(4)}
+  batch = {"x0": jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), "cond": jnp.arange(4)}
 
   @jax.jit
   def warmup(frozen, step):
     trained = experiment.init(jax.random.key(0), frozen)
     return experiment.loss_fn(trained, frozen, batch, jax.random.key(0), step)[1]["warmup"]
 
-  got = [warmup(experiment.frozen, step) for step in (0, 5, 100)]
+  got = [warmup(experiment.load_frozen(), step) for step in (0, 5, 100)]
   np.testing.assert_allclose(got, [0, 0.5, 0.99], rtol=1e-6)
 
 
@@ -367,9 +367,9 @@ def test_adapters_drop_out_alike_in_both_evaluations_of_a_step(teacher):
 
   network = Noted(experiment.network.module, experiment.network.adapters)
   loss_fn = _flow_map(network, experiment.dataset, experiment.teacher, experiment.objective)
-  trained = experiment.init(jax.random.key(0), experiment.frozen)
-  batch = {"x0": jnp.ones((2, 8, 8, 1)), "label": jnp.arange(2)}
-  loss_fn(trained, experiment.frozen, batch, jax.random.key(0), 0)
+  trained = experiment.init(jax.random.key(0), experiment.load_frozen())
+  batch = {"x0": jnp.ones((2, 8, 8, 1)), "cond": jnp.arange(2)}
+  loss_fn(trained, experiment.load_frozen(), batch, jax.random.key(0), 0)
   assert len(keys) == 2
   np.testing.assert_array_equal(*map(jax.random.key_data, keys))
 
@@ -378,9 +378,9 @@ def test_the_derivative_asks_for_products_in_float32(teacher):
   """Accelerators round the factors to bfloat16 by default, whatever the arrays are."""
   config = guided_config(teacher, MODEL | dict(dtype="bfloat16"))
   experiment = build(config)
-  batch = {"x0": jnp.ones((2, 8, 8, 1)), "label": jnp.arange(2)}
-  init = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
-  traced = jax.make_jaxpr(lambda p: experiment.loss_fn(p, experiment.frozen, batch, jax.random.key(0), 0)[0])(init)
+  batch = {"x0": jnp.ones((2, 8, 8, 1)), "cond": jnp.arange(2)}
+  init = jax.eval_shape(experiment.init, jax.random.key(0), experiment.load_frozen())
+  traced = jax.make_jaxpr(lambda p: experiment.loss_fn(p, experiment.load_frozen(), batch, jax.random.key(0), 0)[0])(init)
   dots = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
   precise = [e for e in dots if "HIGHEST" in str(e.params["precision"])]
   assert precise
@@ -400,9 +400,9 @@ def test_edm2_network_trains_and_stays_normalised(tmp_path):
     build(student)
   student.policy = dict(kind="denoiser", sigma_data=0.5)
   experiment = build(student)
-  starts = jax.jit(experiment.init)(jax.random.key(1), experiment.frozen)
+  starts = jax.jit(experiment.init)(jax.random.key(1), experiment.load_frozen())
   x, t, label = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.3, 1, 4), jnp.arange(4)
-  expected = experiment.teacher.velocity(experiment.frozen)(x, t, label)
+  expected = experiment.teacher.velocity(experiment.load_frozen())(x, t, label)
   np.testing.assert_allclose(experiment.flow_map(starts)(x, t, t / 2, label), expected, rtol=1e-4, atol=1e-5)
   for trained in (state.params, train(student, tmp_path / "student").params):
     for path, leaf in leaves_of(trained).items():

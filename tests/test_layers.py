@@ -11,7 +11,7 @@ PACKAGE = ROOT / "pflow_jax"
 # From the top. A module may import from lower layers, and from its own (without a circle).
 LAYERS = [
   {"cli"},
-  {"train", "sample", "evaluate", "merge", "plan", "plan_report", "compare", "compare_report", "defaults"},
+  {"train", "sample", "evaluate", "merge", "plan", "plan_report", "compare", "compare_report", "defaults", "cache"},
   {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"},
   {"objectives"},
   {"sampler"},
@@ -35,6 +35,7 @@ LAYERS = [
     "hlo",
     "hlo_module",
     "chips",
+    "text",
   },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -54,12 +54,12 @@ class Case:
     devices = jax.devices()[: math.prod(MESHES[mesh])]
     self.program = make_program(config, experiment, experiment.layout(config, devices))
     layout = self.program.layout
-    self.frozen = layout.place(experiment.frozen)
+    self.frozen = experiment.load_frozen(layout)
     key = layout.everywhere(jax.random.key(3))
     self.state = self.program.init(key, self.frozen)
     self.start = jax.device_get(self.state.params)
     rng = np.random.default_rng(0)
-    batch = {"x0": rng.normal(size=(8, 8, 8, 1)).astype("f4"), "label": np.arange(8, dtype="i4")}
+    batch = {"x0": rng.normal(size=(8, 8, 8, 1)).astype("f4"), "cond": np.arange(8, dtype="i4")}
     traced = self.program.trace()
     self.jaxpr, compiled = str(traced.jaxpr), traced.lower().compile()
     self.text = compiled.as_text()
@@ -149,7 +149,7 @@ def test_samples_are_the_same_on_every_mesh(case):
   results = []
   for mesh in ("1", "2 x 2 x 2"):
     c = case("π-ID", mesh)
-    params = c.program.layout.place(jax.device_get(c.experiment.init(jax.random.key(0), c.experiment.frozen)))
+    params = c.program.layout.place(jax.device_get(c.experiment.init(jax.random.key(0), c.experiment.load_frozen())))
     noise, labels = draw_noise(c.experiment, 5, seed=0)
     run = functools.partial(make_sampler(c.experiment, SampleSettings(h=0.5), 2), params)
     keys = jax.random.split(jax.random.key(1), 5)

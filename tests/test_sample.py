@@ -50,7 +50,7 @@ def test_latents_have_a_picture_of_their_first_channels(tmp_path, channels):
 def test_stochastic_and_tempered_sampling_change_the_samples(student_run):
   config = load_config(student_run)
   experiment = build(config)
-  params = experiment.init(jax.random.key(0), experiment.teacher.params)
+  params = experiment.init(jax.random.key(0), experiment.teacher.load())
   noise, labels = program.draw_noise(experiment, 4, seed=0)
   draw = lambda key=0, **kw: program.make_sampler(experiment, program.SampleSettings(**kw), 2)(
     params, noise, labels, jax.random.split(jax.random.key(key), 4)

@@ -52,7 +52,7 @@ def test_state_and_checkpoint_hold_what_trains_alone(adapted_run):
 def test_frozen_leaves_stay_where_their_neighbours_move(adapted_run, teacher_run):
   experiment, folder, _ = adapted_run
   teacher = leaves_of(load_params(teacher_run / CHECKPOINTS))
-  start = leaves_of(experiment.init(jax.random.split(jax.random.key(0))[0], experiment.frozen))
+  start = leaves_of(experiment.init(jax.random.split(jax.random.key(0))[0], experiment.load_frozen()))
   after = leaves_of(experiment.load(folder))
   assert set(after) == TRAINED | {path for path in teacher if not path.startswith(("head/", "final_norm/"))}
   for path, leaf in after.items():
@@ -114,7 +114,7 @@ def memory(variant, teacher, model):
   config.objective.update(num_states=1, window=0.0, dropout=0.0)  # less to compile, the same arguments
   experiment = build(config)
   step = make_step(config, experiment)
-  key, frozen = jax.random.key(0), experiment.frozen
+  key, frozen = jax.random.key(0), experiment.load_frozen()
   state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, frozen)
   lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, abstract_batch(experiment, 8), key)
   analysis = lowered.compile().memory_analysis()
@@ -152,11 +152,11 @@ def test_dropout_of_adapters_engages_in_training_alone(adapted_run, monkeypatch)
 
   monkeypatch.setattr(Network, "__call__", noted)
   batch, key = abstract_batch(experiment, 2), jax.random.key(0)
-  jax.eval_shape(experiment.loss_fn, state.params, experiment.frozen, batch, key, 0)
+  jax.eval_shape(experiment.loss_fn, state.params, experiment.load_frozen(), batch, key, 0)
   assert set(calls) == {(True, True), (False, False)}
   calls.clear()
   draw = make_sampler(experiment, SampleSettings(), 2)
-  jax.eval_shape(draw, experiment.load(folder), batch["x0"], batch["label"], jax.random.split(key, 2))
+  jax.eval_shape(draw, experiment.load(folder), batch["x0"], batch["cond"], jax.random.split(key, 2))
   assert set(calls) == {(True, False)}
 
 

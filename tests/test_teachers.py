@@ -73,7 +73,7 @@ def field(model, params, factor, inputs):
 
 def guided(teacher, inputs, scale=None):
   """The teacher's velocity, from one compiled program: op by op it takes longer."""
-  return jax.jit(lambda params, scale: teacher.velocity(params, scale)(*inputs))(teacher.params, scale)
+  return jax.jit(lambda params, scale: teacher.velocity(params, scale)(*inputs))(teacher.load(), scale)
 
 
 def load(config, **options):
@@ -104,8 +104,8 @@ def test_newest_average_is_the_teacher_unless_told_otherwise(plain):
   cases = ((dict(), 2), (dict(step=1), 1), (dict(which="params"), 1), (dict(step=1, which="params"), 0.5))
   for settings, factor in cases:
     teacher = load(student_of(folder, **settings))
-    assert set(teacher.params) == {"strong"}
-    jax.tree.map(np.testing.assert_array_equal, teacher.params["strong"], scaled(params, factor))
+    assert set(teacher.load()) == {"strong"}
+    jax.tree.map(np.testing.assert_array_equal, teacher.load()["strong"], scaled(params, factor))
 
 
 def test_an_early_checkpoint_of_its_own_run_guides(plain):
@@ -132,7 +132,7 @@ def test_a_smaller_network_guides(plain, tmp_path):
   teacher = load(student_of(folder, **settings))
   expected = 2 * field(MODEL, params, 2, inputs) - field(small, weak_params, 3, inputs)
   np.testing.assert_allclose(guided(teacher, inputs), expected, rtol=1e-4, atol=1e-5)
-  early = load(student_of(folder, **settings, weak_step=1)).params["weak"]
+  early = load(student_of(folder, **settings, weak_step=1)).load()["weak"]
   jax.tree.map(np.testing.assert_array_equal, early, weak_params)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pflow_jax.guidance import broadcast_condition
 from pflow_jax.policies.base import as_float
 from pflow_jax.schedule import add_noise, over_space, shift_time
 
@@ -57,8 +58,7 @@ def drop_condition(key: Array, cond: Any, null_cond: Any, rate: float) -> Any:
   drop = jax.random.bernoulli(key, rate, (batch,))
 
   def pick(c, n):
-    n = jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)
-    return jnp.where(over_space(drop, c), n, c)
+    return jnp.where(over_space(drop, c), broadcast_condition(c, n), c)
 
   return jax.tree.map(pick, cond, null_cond)
 

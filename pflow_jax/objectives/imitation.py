@@ -7,7 +7,6 @@ ArcFlow (arXiv:2602.09014) trains with the same objective.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -233,16 +232,22 @@ def imitation_loss_data_free(
   length.
   """
   (noise,) = as_float(noise)
-  batch, total, x = noise.shape[0], jnp.zeros(noise.shape[:1], noise.dtype), noise
+  batch = noise.shape[0]
   ratio = settings.teacher_ratio(step)
-  grid = segment_grid(settings.nfe, settings.final_scale)
-  for i, (r, r_next) in enumerate(itertools.pairwise(grid)):
-    r_s, length = (jnp.full((batch,), value, noise.dtype) for value in (r, r - r_next))
-    policy = student(x, shift_time(r_s, settings.shift), cond)
+  grid = np.asarray(segment_grid(settings.nfe, settings.final_scale))
+
+  def segment(carry, inputs):
+    total, x = carry
+    i, *span = inputs
+    r, length = (jnp.broadcast_to(value, (batch,)) for value in span)
+    policy = student(x, shift_time(r, settings.shift), cond)
     draws = draw(jax.random.fold_in(key, i), batch, policy.num_components, settings.num_states)
-    loss, end = segment_loss(policy, teacher, x, r_s, length, cond, draws, settings, ratio=ratio, destination=True)
-    assert end is not None
-    total, x = total + length * loss, end
+    loss, end = segment_loss(policy, teacher, x, r, length, cond, draws, settings, ratio=ratio, destination=True)
+    return (total + length * loss, end), None
+
+  spans = (jnp.asarray(values, noise.dtype) for values in (grid[:-1], grid[:-1] - grid[1:]))
+  start = jnp.zeros((batch,), noise.dtype), noise
+  (total, _), _ = jax.lax.scan(segment, start, (jnp.arange(settings.nfe), *spans))
   return total, {"teacher_ratio": jnp.asarray(ratio)}
 
 

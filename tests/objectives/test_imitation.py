@@ -111,8 +111,16 @@ def test_data_loss_matches_the_release(golden, monkeypatch):
 )
 def test_data_free_loss_matches_the_release(golden, monkeypatch, name, kind, settings, rtol):
   file = golden(name)
-  components, segments = file["in_param_lw"].shape[1], iter(range(settings.nfe))
-  monkeypatch.setattr(imitation, "draw", lambda *_: draws_of(file, components, f"_{next(segments)}"))
+  components, segments = file["in_param_lw"].shape[1], range(settings.nfe)
+  draws = [draws_of(file, components, f"_{i}") for i in segments]
+  keys = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(jax.random.key(0), i)))(jnp.arange(settings.nfe))
+
+  def draw(key, *_):
+    """Those of the segment whose key this is: the segments are one scan."""
+    segment = jnp.argmax(jnp.all(jax.random.key_data(key)[None] == keys, axis=1))
+    return jax.tree.map(lambda *of_segments: jnp.stack(of_segments)[segment], *draws)
+
+  monkeypatch.setattr(imitation, "draw", draw)
 
   def loss(params):
     per_example, aux = imitation.imitation_loss_data_free(

@@ -1,0 +1,65 @@
+"""FLUX.1-dev (12 billion parameters, 1024 x 1024): students of 4, 8 or 2 evaluations, adapters on the frozen teacher.
+
+    pflow plan    --config configs/flux.py:gm --topology v5e-16
+    pflow convert --source FLUX.1-dev/transformer --out gs://BUCKET/flux
+    pflow cache   --model flux --encoders FLUX.1-dev --prompts prompts.txt --out /data/flux_prompts
+    launch/tpu.sh run -- --config configs/flux.py:gm_data_free --workdir gs://BUCKET/gm \
+        --config.teacher.workdir=gs://BUCKET/flux
+
+Data: a folder of prompts' embeddings, by default /data/flux_prompts; "gm", "gm_8nfe", "dx" and "arc" want the latents
+of an image beside every prompt, the "data_free" ones do not. What a run needs and would take is planned, see
+docs/plan_text_to_image.md; none has been trained at this size with this code.
+
+The recipes are those published for π-Flow (arXiv:2510.14974: K = 8 or N = 10, rank 256, batch 256, 3,000 steps at rate
+1e-4, the teacher's share of the walk decaying over 2,000) and ArcFlow (arXiv:2602.09014: K = 16, 10,000 steps,
+log-gamma at a tenth of the rate; its batch was 4 a GPU on a number of GPUs that is not told: here 64). Published
+results of π-Flow, distance to the teacher's samples on HPSv2 prompts (FID / patch-FID): 12.6 / 15.9 at 8 evaluations,
+14.3 / 19.2 at 4, 14.4 / 19.7 at 4 without data.
+"""
+
+from ml_collections import ConfigDict
+
+from pflow_jax.defaults import default_config, parse_variant
+
+VARIANTS = ("gm", "gm_8nfe", "gm_data_free", "gm_8nfe_data_free", "dx", "arc")
+
+
+def get_config(variant: str = "gm") -> ConfigDict:
+  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  name, quicktest = parse_variant(variant, VARIANTS)
+  config = default_config("imitation_data_free" if name.endswith("data_free") else "imitation")
+  config.data = dict(name="prompts:/data/flux_prompts", model="flux", shape=(128, 128, 16))
+  config.model = dict(kind="flux", guidance=3.5, dtype="bfloat16", remat="full", attention="splash", scan_unroll=1)
+  config.teacher.dtype = "bfloat16"
+  config.adapters.table = (
+    ("single_blocks/(mlp_in|out)", 256, 256.0, 0.05),
+    ("double_blocks/(img|txt)_(mlp_in|mlp_out)", 256, 256.0, 0.05),
+    ("time_embed/(in|out)", 256, 256.0, 0.05),
+  )
+  config.objective.update(nfe=4, num_states=4, window=3.0, dropout=0.1, shift=3.2, final_scale=0.5)
+  config.objective.update(loss_scale=30.0, ratio_decay=2000)
+  config.optimizer.update(learning_rate=1e-4, warmup_steps=0)
+  config.train.update(steps=3000, batch_size=256, log_every=10, checkpoint_every=200)
+  config.mesh.update(data=-1, fsdp=16)
+  config.sample.batch_size = 16
+  if name.startswith("gm"):
+    config.policy = dict(kind="gmflow", num_components=8)
+    config.sample.auto_temperature = True
+  if name.startswith("gm_8nfe"):
+    config.objective.nfe = 8
+  if name == "dx":
+    config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
+    config.objective.dropout = 0.0
+  if name == "arc":
+    config.policy = dict(kind="arc", num_components=16)
+    config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
+    config.objective.update(nfe=2, final_scale=1.0)
+    config.train.update(steps=10_000, batch_size=64)
+  if quicktest:
+    config.data = dict(name="synthetic_prompts", model="flux", shape=(8, 8, 16), text=(6, 12), pooled=10)
+    config.model.update(depth=1, single_depth=1, num_heads=2, head_dim=16, text_width=12, pooled_width=10)
+    config.model.update(rope_axes=(4, 6, 6), attention="xla", dtype="float32", remat="none")
+    config.adapters.table = tuple((pattern, 8, 8.0, rate) for pattern, _, _, rate in config.adapters.table)
+    config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
+    config.mesh.fsdp = 1
+  return config
