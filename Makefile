@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 SEED ?= 0
+# Installed before the rest, which would take the newest, with gigabytes for GPUs; where this one brings those too:
+# make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= torch==2.13.0
 
 .PHONY: demo test lint types clean
 
@@ -26,6 +29,7 @@ types: .venv/dev
 	touch $@
 
 .venv/dev: .venv/core
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 

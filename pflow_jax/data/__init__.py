@@ -1,12 +1,16 @@
 """Data sets and the batches drawn from them (NumPy and grain; no JAX)."""
 
+from pflow_jax.data.buckets import BucketRecords as BucketRecords
 from pflow_jax.data.dataset import Dataset as Dataset
+from pflow_jax.data.dataset import Embedding as Embedding
 from pflow_jax.data.dataset import from_arrays as from_arrays
+from pflow_jax.data.dataset import text_length as text_length
 from pflow_jax.data.emoji import fetch_emoji as fetch_emoji
 from pflow_jax.data.latents import write_latents as write_latents
 from pflow_jax.data.pipeline import batches as batches
 from pflow_jax.data.pipeline import examples as examples
 from pflow_jax.data.points import checkerboard_density as checkerboard_density
+from pflow_jax.data.prompt_files import read_prompts as read_prompts
 from pflow_jax.data.records import ArrayRecords as ArrayRecords
 from pflow_jax.data.records import GeneratedRecords as GeneratedRecords
 from pflow_jax.data.records import SourceRecords as SourceRecords

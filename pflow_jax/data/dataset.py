@@ -1,25 +1,63 @@
-"""What a data set is: a shape, its classes, and the records behind them."""
+"""What a data set is: a shape, its conditions, and the records behind them."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from pflow_jax.data.records import ArrayRecords, Records
 
+TEXT_DTYPE = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+  """What a set's prompts are embedded as, a dict of arrays.
+
+  Attributes:
+    lengths: L of "text" (B, L, text_width) bfloat16, ascending, one of them a batch; empty without "text".
+    text_width: of "text".   masked: whether there is "mask" (B, L) bool, True where there is a token.
+    pooled_width: of "pooled" (B, pooled_width) float32, 0 without it.
+    null: the empty prompt's, without the batch axis and of the longest L, or None if it is not known.
+  """
+
+  lengths: tuple[int, ...] = ()
+  text_width: int = 0
+  masked: bool = False
+  pooled_width: int = 0
+  null: dict[str, np.ndarray] | None = None
+
+  def leaves(self, length: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape, without the batch axis, and dtype of every array, for a text of `length`, by default the longest."""
+    leaves: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    if self.lengths:
+      length = self.lengths[-1] if length is None else length
+      if length not in self.lengths:
+        raise ValueError(f"expected a text length of {self.lengths}, got {length}.")
+      leaves["text"] = (length, self.text_width), TEXT_DTYPE
+      if self.masked:
+        leaves["mask"] = (length,), np.dtype(bool)
+    if self.pooled_width:
+      leaves["pooled"] = (self.pooled_width,), np.dtype(np.float32)
+    return leaves
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A named set of examples, images or points, with or without classes.
+  """A named set of examples, images or points, with classes, with prompts, or with neither.
 
   Attributes:
     name: what `load` was asked for.
     shape: (*space, C) of one x0; images are (H, W, C), points are (C,).
     num_classes: 0 for a set without classes, whose labels are then all 0.
     class_names: one name a class, in label order; empty without classes.
-    records: `ArrayRecords`, `GeneratedRecords` or `SourceRecords`.
+    records: `ArrayRecords`, `GeneratedRecords`, `SourceRecords` or `BucketRecords`.
     texts: one description a record, in record order, or empty.
+    embedding: of the prompts that are the condition in place of a label, or None.
+    has_x0: False for prompts alone, from which one can only train without data.
   """
 
   name: str
@@ -28,11 +66,40 @@ class Dataset:
   class_names: tuple[str, ...]
   records: Records
   texts: tuple[str, ...] = ()
+  embedding: Embedding | None = None
+  has_x0: bool = True
+
+  @property
+  def lengths(self) -> tuple[int, ...]:
+    """Lengths of text that batches may have, ascending; empty without text."""
+    return self.embedding.lengths if self.embedding else ()
+
+  @property
+  def null_cond(self) -> Any:
+    """The empty condition: the label num_classes, or the empty prompt's arrays, or None if they are not known."""
+    return self.embedding.null if self.embedding else self.num_classes
+
+  def cond_shapes(self, batch_size: int, length: int | None = None) -> Any:
+    """Shapes of a batch's condition, with text of `length`, one of `lengths`, by default the longest.
+
+    Returns: a jax.ShapeDtypeStruct (batch_size,) int32, or a dict of them.
+    """
+    from jax import ShapeDtypeStruct as struct
+
+    if self.embedding is None:
+      return struct((batch_size,), np.int32)
+    leaves = self.embedding.leaves(length)
+    return {name: struct((batch_size, *shape), dtype) for name, (shape, dtype) in leaves.items()}
 
   @property
   def num_records(self) -> int | None:
     """Records in an epoch; None for a generated set, which never ends."""
     return self.records.num_records
+
+
+def text_length(cond: Any) -> int | None:
+  """L of a batch's cond["text"] (B, L, D); None for a condition without text."""
+  return cond["text"].shape[1] if isinstance(cond, dict) and "text" in cond else None
 
 
 def from_arrays(

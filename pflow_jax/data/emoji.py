@@ -16,6 +16,7 @@ from PIL import Image
 
 from pflow_jax.data.dataset import Dataset, from_arrays, split_rows
 from pflow_jax.data.pixels import over_white
+from pflow_jax.data.prompts import with_embeddings
 
 _PACKAGE = "emoji-datasource-google"
 _VERSION = "16.0.0"
@@ -31,7 +32,14 @@ _SKIN_TONES = {
 }
 
 
-def emoji(*, split: str = "train", held_out: int = 0, size: int = 32, cache_dir: str | None = None) -> Dataset:
+def emoji(
+  *,
+  split: str = "train",
+  held_out: int = 0,
+  size: int = 32,
+  cache_dir: str | None = None,
+  embeddings: str | None = None,
+) -> Dataset:
   """Noto colour emoji over white: (size, size, 3), class = category, text = name.
 
   Skin tones are records of their own: "father christmas: dark skin tone".
@@ -39,7 +47,9 @@ def emoji(*, split: str = "train", held_out: int = 0, size: int = 32, cache_dir:
   Args:
     split: "train" or "test".   held_out: records kept out of "train" for "test".
     size: 32 or 64 pixels.   cache_dir: where `fetch_emoji` was told to put them.
-  Raises: ValueError if they were never fetched, or for another size.
+    embeddings: folder of the names' embeddings, which are then the condition in place of the class:
+      `pflow cache --prompts=data:emoji --model=minilm --out=<folder>`.
+  Raises: ValueError if they were never fetched, for another size, or embeddings that are not there.
   Source: npm package emoji-datasource-google (code MIT, images Apache-2.0).
   """
   if size not in _SIZES:
@@ -60,7 +70,8 @@ def emoji(*, split: str = "train", held_out: int = 0, size: int = 32, cache_dir:
   label = np.array([class_names.index(category) for _, _, category, _ in entries], np.int32)
   rows = split_rows("emoji", len(entries), split, held_out)
   texts = tuple(entries[row][3] for row in rows)
-  return from_arrays("emoji", x0[rows], label[rows], class_names=class_names, texts=texts)
+  dataset = from_arrays("emoji", x0[rows], label[rows], class_names=class_names, texts=texts)
+  return with_embeddings(dataset, embeddings) if embeddings else dataset
 
 
 def fetch_emoji(cache_dir: str | None = None) -> pathlib.Path:

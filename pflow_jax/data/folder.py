@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from pflow_jax.data.dataset import Dataset, split_rows
 from pflow_jax.data.pixels import check_image_options, to_pixels, to_unit
-from pflow_jax.data.records import Batch, SourceRecords
+from pflow_jax.data.records import Record, SourceRecords
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _NAMES_SHOWN = 10
@@ -31,7 +31,7 @@ class FolderSource:
   def __len__(self) -> int:
     return len(self.files)
 
-  def __getitem__(self, row: SupportsIndex) -> Batch:
+  def __getitem__(self, row: SupportsIndex) -> Record:
     path, label = self.files[int(row)]
     try:
       x0 = to_unit(_read(path, self.size, self.channels))

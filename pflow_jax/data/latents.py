@@ -15,7 +15,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from pflow_jax.data.dataset import Dataset
-from pflow_jax.data.records import Batch, SourceRecords
+from pflow_jax.data.records import Record, SourceRecords
 
 INFO = "info.json"
 LABEL, VALUES = np.dtype("<i4"), np.dtype("<f2")
@@ -30,7 +30,7 @@ class LatentSource:
   def __len__(self) -> int:
     return len(self._records)
 
-  def __getitem__(self, row: SupportsIndex) -> Batch:
+  def __getitem__(self, row: SupportsIndex) -> Record:
     record = self._records[int(row)]
     x0 = np.frombuffer(record, VALUES, offset=LABEL.itemsize).astype(np.float32)
     return {"x0": x0.reshape(self.shape), "label": np.frombuffer(record, LABEL, 1)[0].astype(np.int32)}

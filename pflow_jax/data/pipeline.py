@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grain
 import numpy as np
 
@@ -18,7 +20,10 @@ def batches(
   num_threads: int | None = None,
   num_workers: int = 0,
 ) -> grain.DatasetIterator:
-  """Endless shuffled batches {"x0": (b, *space, C) float32, "label": (b,) int32}.
+  """Endless shuffled batches {"x0": (b, *space, C) float32, "cond": (b,) int32 labels}.
+
+  Of a set of prompts, "cond" is a dict of arrays (b, ...), see `dataset.Embedding`, and there is no "x0" if the set
+  holds prompts alone. All texts of a global batch have one length, see `buckets.BucketRecords`.
 
   Batch i depends on `seed` and i alone, so a run resumes exactly at any step, with any number of
   processes: nothing but the step has to be kept. Every record comes once an epoch, each epoch has
@@ -53,11 +58,11 @@ def batches(
   return iter(stream)
 
 
-def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[Any, Any]:
   """`n` records without replacement, for evaluation: x0 (n, *space, C) float32, label (n,) int32.
 
-  The same for the same `seed`, whatever the batches. Of a generated set, points of a stream of
-  their own.
+  Of a set of prompts: x0 or None, and a dict of arrays (n, ...), their text of the longest length. The same for the
+  same `seed`, whatever the batches. Of a generated set, points of a stream of their own.
 
   Raises: ValueError if the set has fewer than `n` records, or for n < 1.
   """
@@ -70,7 +75,7 @@ def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[np.ndarray, np.nd
       f"asked for {n} examples without replacement, but {dataset.name} has {count} records; ask for {count} or fewer."
     )
   sample = dataset.records.sample(n, seed)
-  return sample["x0"], sample["label"]
+  return sample.get("x0"), sample["cond"]
 
 
 def _check_seed(seed: int) -> None:

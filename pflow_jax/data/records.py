@@ -1,4 +1,4 @@
-"""The three kinds of records, each able to give an endless grain data set of batches.
+"""Kinds of records, each able to give an endless grain data set of batches; `buckets` has a fourth.
 
 The order of a run is one endless stream: epoch 0's shuffle of all records, then epoch 1's, and so
 on. Global batch i is the stretch [i * B, (i + 1) * B) of the stream, so a batch may end one epoch
@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Protocol, SupportsIndex
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, SupportsIndex
 
 import grain
 import numpy as np
 
 from pflow_jax.data.pixels import to_unit
 
-Batch = dict[str, np.ndarray]
+Record = dict[str, np.ndarray]
+Batch = dict[str, Any]  # "x0", if there is any, and "cond": labels (n,) int32, or a dict of arrays (n, ...)
 
 # Batches in an "endless" data set: more than any run takes, and their positions fit int64.
-_ENDLESS = 2**40
+ENDLESS = 2**40
 # Keys `examples` away from the shuffles of epochs (and the points of batches) below it.
 _EXAMPLES_KEY = 2**63
 
@@ -48,12 +49,14 @@ class Records(Protocol):
 class ArrayRecords:
   """Records in memory: x0 (n, *space, C) uint8 in [0, 255] or float32; label (n,) int32.
 
-  A grain element is a whole batch: grain costs tens of microseconds an element, many times the
-  price of indexing an array.
+  With `embeddings`, arrays (n, ...) by name, those are the condition in place of the label. A grain
+  element is a whole batch: grain costs tens of microseconds an element, many times the price of
+  indexing an array.
   """
 
   x0: np.ndarray
   label: np.ndarray
+  embeddings: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   read_threads: int = 0
 
   @property
@@ -62,16 +65,17 @@ class ArrayRecords:
 
   def take(self, rows: np.ndarray) -> Batch:
     x0 = self.x0[rows]
-    return {"x0": to_unit(x0) if x0.dtype == np.uint8 else x0, "label": self.label[rows]}
+    cond = {name: values[rows] for name, values in self.embeddings.items()} or self.label[rows]
+    return {"x0": to_unit(x0) if x0.dtype == np.uint8 else x0, "cond": cond}
 
   def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
     def batch(i: int) -> Batch:
       return self.take(stream_rows(len(self.x0), seed, i * batch_size + rows))
 
-    return grain.MapDataset.range(_ENDLESS).map(batch)
+    return grain.MapDataset.range(ENDLESS).map(batch)
 
   def sample(self, n: int, seed: int) -> Batch:
-    return self.take(_sample_rows(len(self.x0), n, seed))
+    return self.take(sample_rows(len(self.x0), n, seed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,7 @@ class GeneratedRecords:
       # Every process makes the global batch and keeps its part, so that all agree with one process.
       return self._make(batch_size, seed, i, rows)
 
-    return grain.MapDataset.range(_ENDLESS).map(batch)
+    return grain.MapDataset.range(ENDLESS).map(batch)
 
   def sample(self, n: int, seed: int) -> Batch:
     return self._make(n, seed, _EXAMPLES_KEY, np.arange(n))
@@ -98,7 +102,7 @@ class GeneratedRecords:
   def _make(self, n: int, seed: int, key: int, part: np.ndarray) -> Batch:
     words = np.array([seed, key], np.uint64)
     x0 = self.generate(n, np.random.Generator(np.random.Philox(key=words)))[part]
-    return {"x0": x0, "label": np.zeros(len(x0), np.int32)}
+    return {"x0": x0, "cond": np.zeros(len(x0), np.int32)}
 
 
 class RecordSource(Protocol):
@@ -106,7 +110,7 @@ class RecordSource(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, row: SupportsIndex) -> Batch: ...
+  def __getitem__(self, row: SupportsIndex) -> Record: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +130,14 @@ class SourceRecords:
     def batch(i: int) -> Batch:
       return _stacked([stream[int(position)] for position in i * batch_size + rows])
 
-    return grain.MapDataset.range(_ENDLESS).map(batch)
+    return grain.MapDataset.range(ENDLESS).map(batch)
 
   def sample(self, n: int, seed: int) -> Batch:
-    records = [self.source[int(row)] for row in _sample_rows(len(self.source), n, seed)]
-    return _stacked(records)
+    return _stacked([self.source[int(row)] for row in sample_rows(len(self.source), n, seed)])
 
 
-def _stacked(records: list[Batch]) -> Batch:
-  return {name: np.stack([record[name] for record in records]) for name in ("x0", "label")}
+def _stacked(records: list[Record]) -> Batch:
+  return {"x0": np.stack([r["x0"] for r in records]), "cond": np.stack([r["label"] for r in records])}
 
 
 def stream_rows(n: int, seed: int, positions: np.ndarray) -> np.ndarray:
@@ -151,7 +154,8 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
   return rows
 
 
-def _sample_rows(count: int, n: int, seed: int) -> np.ndarray:
+def sample_rows(count: int, n: int, seed: int) -> np.ndarray:
+  """`n` of `count` rows without replacement, int64; ValueError if there are fewer."""
   if n > count:
     raise ValueError(
       f"asked for {n} examples without replacement of a set of {count} records; ask for {count} or fewer."

@@ -14,6 +14,7 @@ from pflow_jax.data.folder import folder
 from pflow_jax.data.images import digits, mnist5k, synthetic
 from pflow_jax.data.latents import latents
 from pflow_jax.data.points import checkerboard
+from pflow_jax.data.prompts import prompts, synthetic_prompts
 from pflow_jax.data.tfds_source import tfds_images
 
 _SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -22,6 +23,7 @@ _SOURCES: dict[str, Callable[..., Dataset]] = {
   "emoji": emoji,
   "checkerboard": checkerboard,
   "synthetic": synthetic,
+  "synthetic_prompts": synthetic_prompts,
 }
 # Called with what follows the colon.
 _OPEN_SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -29,6 +31,7 @@ _OPEN_SOURCES: dict[str, Callable[..., Dataset]] = {
   "folder:<path>": folder,
   "npz:<path>": npz,
   "latents:<path>": latents,
+  "prompts:<path>": prompts,
 }
 
 
@@ -36,8 +39,8 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
   """The data set called `name`.
 
   Args:
-    name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "tfds:<name>",
-      "folder:<path>", "npz:<path>" or "latents:<path>".
+    name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "synthetic_prompts", "tfds:<name>",
+      "folder:<path>", "npz:<path>", "latents:<path>" or "prompts:<path>".
     split: "train" or "test"; for tfds any split it understands. See `held_out` of the sources.
     **options: keyword arguments of the source's function in this package.
   Raises: ValueError for an unknown name or option, with the nearest one and the list.

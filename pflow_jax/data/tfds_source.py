@@ -12,7 +12,7 @@ from PIL import Image
 
 from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.pixels import check_image_options, to_pixels, to_unit
-from pflow_jax.data.records import Batch, SourceRecords
+from pflow_jax.data.records import Record, SourceRecords
 
 
 class TfdsSource:
@@ -33,7 +33,7 @@ class TfdsSource:
   def __len__(self) -> int:
     return len(self.source)
 
-  def __getitem__(self, row: SupportsIndex) -> Batch:
+  def __getitem__(self, row: SupportsIndex) -> Record:
     record = self.source[int(row)]
     pixels = record[self.image_key]
     if pixels.shape != self.shape:

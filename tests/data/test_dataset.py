@@ -17,7 +17,7 @@ def test_uint8_is_scaled_to_the_unit_range():
 def test_a_set_without_labels_has_no_classes():
   dataset = data.from_arrays("points", np.zeros((4, 2)))
   assert (dataset.shape, dataset.num_classes, dataset.num_records) == ((2,), 0, 4)
-  np.testing.assert_array_equal(next(data.batches(dataset, 4, seed=0))["label"], np.zeros(4))
+  np.testing.assert_array_equal(next(data.batches(dataset, 4, seed=0))["cond"], np.zeros(4))
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,24 @@ def test_texts_follow_the_records_of_a_split(cache):
   assert not images
 
 
+def test_names_can_be_the_condition(cache, tmp_path, monkeypatch):
+  from pflow_jax import cache as program
+  from tests.encoders import StubEncoder
+
+  monkeypatch.setattr(program, "load_encoder", lambda *args, **options: StubEncoder("minilm"))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  (tmp_path / "xdg").mkdir()
+  (tmp_path / "xdg" / "pflow_jax").symlink_to(cache)
+  program.cache("data:emoji", "minilm", tmp_path / "names")
+  for split, count in (("train", 2), ("test", 1)):
+    dataset = data.load("emoji", split=split, held_out=1, embeddings=str(tmp_path / "names"))
+    assert (dataset.num_records, dataset.num_classes, dataset.has_x0) == (count, 0, True)
+    want = np.stack([StubEncoder("minilm").one(text)[1] for text in dataset.texts])
+    np.testing.assert_array_equal(dataset.records.embeddings["pooled"], want)
+  with pytest.raises(ValueError, match="no prompts; write them with `pflow cache`"):
+    data.load("emoji", embeddings=str(tmp_path / "none"))
+
+
 def test_absent_images_name_the_command(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="`pflow data emoji`"):
     data.load("emoji", cache_dir=str(tmp_path))

@@ -28,9 +28,9 @@ def test_images_and_classes(root):
   assert (dataset.shape, dataset.num_classes, dataset.num_records) == ((8, 8, 3), 2, 12)
   assert dataset.class_names == ("cat", "dog")
   batch = next(data.batches(dataset, 12, seed=0))
-  np.testing.assert_array_equal(np.bincount(batch["label"]), [6, 6])
+  np.testing.assert_array_equal(np.bincount(batch["cond"]), [6, 6])
   colours = np.array(list(COLOURS.values()), np.float32) / 127.5 - 1
-  want = np.broadcast_to(colours[batch["label"]][:, None, None, :], (12, 8, 8, 3))
+  want = np.broadcast_to(colours[batch["cond"]][:, None, None, :], (12, 8, 8, 3))
   np.testing.assert_allclose(batch["x0"], want, atol=1e-6)
 
 

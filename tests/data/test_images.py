@@ -19,7 +19,7 @@ def test_digits():
   batch = whole(dataset)
   reference = load_digits()
   np.testing.assert_array_equal((batch["x0"][..., 0] + 1) * 8, reference.images)
-  np.testing.assert_array_equal(batch["label"], reference.target)
+  np.testing.assert_array_equal(batch["cond"], reference.target)
   assert (batch["x0"].min(), batch["x0"].max()) == (-1.0, 1.0)
 
 
@@ -27,7 +27,7 @@ def test_mnist5k():
   dataset = data.load("mnist5k")
   assert (dataset.shape, dataset.num_classes, dataset.num_records) == ((28, 28, 1), 10, 5000)
   batch = whole(dataset)
-  np.testing.assert_array_equal(np.bincount(batch["label"]), np.full(10, 500))
+  np.testing.assert_array_equal(np.bincount(batch["cond"]), np.full(10, 500))
   assert (batch["x0"].min(), batch["x0"].max()) == (-1.0, 1.0)
 
 
@@ -50,7 +50,7 @@ def test_synthetic_has_any_shape(shape):
   assert batch["x0"].shape == (64, *shape)
   assert -1 <= batch["x0"].min() < -0.8
   assert 0.8 < batch["x0"].max() <= 1
-  assert set(batch["label"]) == set(range(7))
+  assert set(batch["cond"]) == set(range(7))
 
 
 def test_synthetic_splits_differ_and_repeat():

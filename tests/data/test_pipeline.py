@@ -47,7 +47,7 @@ def take(iterator, n):
 def assert_same(got, want):
   assert len(got) == len(want) > 0
   for a, b in zip(got, want, strict=True):
-    assert a.keys() == b.keys() == {"x0", "label"}
+    assert a.keys() == b.keys() == {"x0", "cond"}
     for name in a:
       assert a[name].dtype == b[name].dtype
       assert a[name].tobytes() == b[name].tobytes()
@@ -60,8 +60,8 @@ def test_shapes_types_and_determinism(make):
   for batch in first:
     assert batch["x0"].shape == (8, *dataset.shape)
     assert batch["x0"].dtype == np.float32
-    assert batch["label"].shape == (8,)
-    assert batch["label"].dtype == np.int32
+    assert batch["cond"].shape == (8,)
+    assert batch["cond"].dtype == np.int32
   assert_same(take(data.batches(make(), 8, seed=1), 6), first)
   other = take(data.batches(dataset, 8, seed=2), 6)
   assert not np.array_equal(other[0]["x0"], first[0]["x0"])
@@ -74,7 +74,7 @@ def test_every_record_once_an_epoch_whatever_the_batch_size(make, batch_size):
   epochs = 4
   batches = take(data.batches(make(), batch_size, seed=0), -(-epochs * N // batch_size))
   stream = np.concatenate([b["x0"][:, 0, 0, 0] for b in batches])[: epochs * N]
-  labels = np.concatenate([b["label"] for b in batches])[: epochs * N]
+  labels = np.concatenate([b["cond"] for b in batches])[: epochs * N]
   np.testing.assert_array_equal(labels, stream % 3)
   stream = stream.reshape(epochs, N)
   np.testing.assert_array_equal(np.sort(stream), np.broadcast_to(np.arange(N), (epochs, N)))
