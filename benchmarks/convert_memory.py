@@ -7,7 +7,9 @@ to one laid out for a mesh, and back to a PyTorch folder, each in a process of i
 what was written, bit by bit. The peak is the process's largest resident set less what it has after importing what it
 needs. The bar is twice the largest tensor and a constant.
 
-MEASURED
+Measured on two cores, 2.62 GB in 6 files whose largest tensor has 108 MB: 153 MB to a workdir (1.4 times the largest
+tensor), 160 MB to one for a mesh of 8 devices, 124 MB back (1.1 times); with what a tiny model takes as well, the
+constant, 211, 218 and 132 MB. About 35 s each way on a shared machine, most of it zstd's.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ import json, pathlib, re, sys
 import jax, torch, safetensors
 from pflow_jax.convert.program import convert
 source, out, mesh, warm = json.loads(sys.argv[1])
-resident = lambda name: int(re.search(name + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+status = lambda: pathlib.Path("/proc/self/status").read_text()
+resident = lambda name: int(re.search(name + r":\\s+(\\d+) kB", status())[1]) * 1024
 if warm:
   convert(warm[0], warm[1], mesh=mesh)
 pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data.
+"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, cache.
 
 Exit codes: 0 done; 2 a mistake in the flags, the config or the files; 130 stopped from the keyboard or told to stop;
 1 anything else, which another try may mend (launch/local.sh starts such a run again).
@@ -22,6 +22,8 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow compare  --config configs/compare/digits.py --workdir runs/compare   train and measure methods side by side
   pflow plan     --config configs/imagenet.py:gmflow --topology v5e-256      does it fit on these TPUs, and the cost
   pflow data     emoji                                                       fetch a data set that is not in a package
+  pflow convert  --source FLUX.1-dev/transformer --out runs/flux             weights from PyTorch, or a run to PyTorch
+  pflow cache    --prompts prompts.txt --model flux --encoders FLUX.1-dev --out prompts    embed prompts once
 
 Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags.
 """
@@ -84,7 +86,8 @@ def _run(define: Callable, body: Callable, argv: list[str]) -> None:
   except ImportError as error:
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
-    _fail(2, f"{error}; {sys.executable} -m pip install it (gs://: gcsfs, then gcloud auth application-default login)")
+    advice = f"{sys.executable} -m pip install it (gs://: gcsfs, then gcloud auth application-default login)"
+    _fail(2, str(error) if "pip install" in str(error) else f"{error}; {advice}")
   except KeyboardInterrupt as stopped:
     _fail(130, str(stopped) or "stopped")
 
@@ -197,13 +200,21 @@ def _sample(argv: list[str]) -> None:
       flag_values=values,
     )
     flags.DEFINE_enum("which", "ema", ["ema", "params"], "averaged or last parameters", flag_values=values)
-    flags.DEFINE_string("out", None, "path of the results without ending", flag_values=values)
+    flags.DEFINE_string("out", None, "path of the results without ending; of prompts, their folder", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=values)
+    flags.DEFINE_string("prompts", None, ".txt, .jsonl or .csv with more of them", flag_values=values)
+    flags.DEFINE_string("pipeline", None, "folder of the model whose encoders a prompt needs", flag_values=values)
+    for side in ("height", "width"):
+      flags.DEFINE_integer(side, None, "of a prompt's picture in pixels; default: as trained", flag_values=values)
     _define_join_flags(values)
 
   def sample(values):
     from pflow_jax.distributed import is_first
     from pflow_jax.sample import sample as run
 
+    if values.prompt or values.prompts:
+      _sample_prompts(values)
+      return
     if values.labels and not all(label.isdigit() for label in values.labels):
       raise ValueError(f"--labels: expected class numbers separated by commas, got {','.join(values.labels)!r}")
     labels = [int(label) for label in values.labels] if values.labels else None
@@ -221,6 +232,29 @@ def _sample(argv: list[str]) -> None:
       print(f"wrote {picture} and {picture.with_suffix('.npz')}")
 
   _run(define, sample, argv)
+
+
+def _sample_prompts(values) -> None:
+  from pflow_jax.data import read_prompts
+  from pflow_jax.distributed import is_first
+  from pflow_jax.text_to_image import sample_prompts
+
+  if values.labels:
+    raise ValueError("--labels and --prompt: expected one of them")
+  out = sample_prompts(
+    values.config,
+    values.workdir,
+    [*values.prompt, *(read_prompts(values.prompts).texts if values.prompts else [])],
+    pipeline=values.pipeline,
+    height=values.height,
+    width=values.width,
+    nfe=values.nfe,
+    seed=values.seed,
+    which=values.which,
+    out=values.out,
+  )
+  if is_first():
+    print(f"wrote the pictures, overview.png and samples.npz in {out}")
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -278,6 +312,86 @@ def _data(argv: list[str]) -> None:
     _fail(2, str(error))
 
 
+def _cache(argv: list[str]) -> None:
+  from absl import flags
+
+  def define(values):
+    flags.DEFINE_string("prompts", None, ".txt, .jsonl or .csv, or data:emoji", flag_values=values)
+    flags.DEFINE_enum("model", None, ["flux", "qwen_image", "minilm"], "that they are for", flag_values=values)
+    flags.DEFINE_string("out", None, "folder for the embeddings", flag_values=values)
+    flags.DEFINE_string("encoders", None, "folder of the model's pipeline; minilm needs none", flag_values=values)
+    flags.DEFINE_integer("batch_size", 16, "prompts at a time", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("max_length", None, "tokens of a text; default: 512", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+      "shard_records", None, "prompts in a file; default: files of 4 GiB at most", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "that the encoders compute in", flag_values=values)
+    flags.DEFINE_string("field", None, "that holds the prompt; default: prompt, text or caption", flag_values=values)
+    flags.DEFINE_string(
+      "latents", None, "field that names a .npy file with the latents of a prompt's image", flag_values=values
+    )
+    flags.mark_flags_as_required(["prompts", "model", "out"], flag_values=values)
+
+  def cache(values):
+    from pflow_jax.cache import cache as run
+
+    options = {
+      name: values[name].value for name in ("encoders", "batch_size", "max_length", "shard_records", "dtype", "field")
+    }
+    try:
+      run(values.prompts, values.model, values.out, file_field=values.latents, **options)
+    except KeyboardInterrupt as stopped:
+      raise KeyboardInterrupt("stopped; the same command goes on where it was") from stopped
+
+  _run(define, cache, argv)
+
+
+def _convert(argv: list[str]) -> None:
+  from absl import flags
+
+  def define(values):
+    flags.DEFINE_string("source", None, "workdir, folder of diffusers, or .safetensors or .pth", flag_values=values)
+    flags.DEFINE_string("out", None, "new workdir, or for a run the new folder for PyTorch", flag_values=values)
+    flags.DEFINE_string("base", None, "workdir of the teacher of an adapter from PyTorch", flag_values=values)
+    flags.DEFINE_enum("which", "ema", ["ema", "params"], "averaged or last parameters of a run", flag_values=values)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "default: as it is stored", flag_values=values)
+    flags.DEFINE_float("max_shard_gb", 5.0, "size of a file for PyTorch, in 10^9 bytes", flag_values=values)
+    flags.DEFINE_string("key", "", "of the state dict in a .pth file that has several", flag_values=values)
+    flags.DEFINE_list("mesh", [], "fsdp=16: parts that lie together in the checkpoint", flag_values=values)
+    flags.mark_flags_as_required(["source", "out"], flag_values=values)
+    _define_join_flags(values)
+
+  def convert(values):
+    from pflow_jax.convert.program import convert as run
+
+    try:
+      run(
+        values.source,
+        values.out,
+        base=values.base,
+        which=values.which,
+        dtype=values.dtype,
+        max_shard_gb=values.max_shard_gb,
+        key=values.key,
+        mesh=_mesh_sizes(values.mesh),
+      )
+    except KeyboardInterrupt as stopped:
+      raise KeyboardInterrupt("stopped; the same command goes on where it was") from stopped
+
+  _run(define, convert, argv)
+
+
+def _mesh_sizes(sizes: list[str]) -> dict[str, int]:
+  """{"data": 4} of --mesh=data=4."""
+  from pflow_jax.sharding import AXES
+
+  for size in sizes:
+    axis, _, number = size.partition("=")
+    if axis not in AXES or not number.lstrip("-").isdigit():
+      raise ValueError(f"--mesh: expected sizes of {AXES} such as data=4,fsdp=64, got {size!r}")
+  return {size.partition("=")[0]: int(size.partition("=")[2]) for size in sizes}
+
+
 def _merge(argv: list[str]) -> None:
   from absl import flags
 
@@ -322,16 +436,11 @@ def _plan(argv: list[str]) -> None:
   def plan(values):
     from pflow_jax import plan as planner
     from pflow_jax import plan_report
-    from pflow_jax.sharding import AXES
 
     config, where = values.config, planner.Slice(values.topology, values.slices)
     if values.slices > 1:
       config.mesh.slice = values.slices
-    for size in values.mesh:
-      axis, _, number = size.partition("=")
-      if axis not in AXES or not number.lstrip("-").isdigit():
-        raise ValueError(f"--mesh: expected sizes of {AXES} such as data=4,fsdp=64, got {size!r}")
-      config.mesh[axis] = int(number)
+    config.mesh.update(_mesh_sizes(values.mesh))
     if values.batch:
       config.train.batch_size = values.batch
     if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():
@@ -360,4 +469,6 @@ COMMANDS = {
   "compare": _compare,
   "plan": _plan,
   "data": _data,
+  "convert": _convert,
+  "cache": _cache,
 }

@@ -1,0 +1,49 @@
+"""Checksums of the files of a checkpoint, written beside them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import zlib
+
+CHECKSUMS = "checksums.json"
+
+
+def checksums(path: pathlib.Path) -> dict[str, list[int]]:
+  """[size, CRC-32] of each file of each item, by relative path.
+
+  Files beside the items are left out: Orbax still changes them, and restoring does not need them.
+  """
+  return {
+    str(file.relative_to(path)): checksum(file)
+    for item in sorted(path.iterdir())
+    if item.is_dir()
+    for file in sorted(item.rglob("*"))
+    if file.is_file()
+  }
+
+
+def checksum(file: pathlib.Path) -> list[int]:
+  size = crc = 0
+  with file.open("rb") as f:
+    while block := f.read(1 << 24):
+      size, crc = size + len(block), zlib.crc32(block, crc)
+  return [size, crc]
+
+
+def damage(path: pathlib.Path) -> str | None:
+  """What is wrong with the files of the checkpoint in `path`; None if nothing is."""
+  try:
+    expected = dict(json.loads((path / CHECKSUMS).read_text()))
+    for name, (size, crc) in expected.items():
+      file = pathlib.Path(path / name)
+      if not file.exists():
+        return f"{name} is missing"
+      got_size, got_crc = checksum(file)
+      if got_size != size:
+        return f"{name} has {got_size} bytes instead of {size}"
+      if got_crc != crc:
+        return f"{name} does not match its checksum"
+  except (OSError, ValueError, TypeError) as error:
+    return f"cannot be read: {error}"
+  return None

@@ -1,0 +1,83 @@
+"""FLUX.1, to and from diffusers and the releases of π-Flow and ArcFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pflow_jax.convert import mmdit
+from pflow_jax.convert.heads import VELOCITY, config_from_policy, head_rows, student_of
+from pflow_jax.convert.table import Row, dense
+
+# Policies of the PyTorch classes. π-Flow's files of DX students name the backbone's class.
+CLASS_NAMES = {
+  "FluxTransformer2DModel": "velocity",
+  "GMFluxTransformer2DModel": "gmflow",
+  "DXFluxTransformer2DModel": "dx",
+  "ArcFluxTransformer2DModel": "arc",
+}
+GUIDANCE = 3.5  # that a guidance-distilled model is asked for
+_DEFAULTS = dict(
+  in_channels=64,
+  num_layers=19,
+  num_single_layers=38,
+  num_attention_heads=24,
+  attention_head_dim=128,
+  joint_attention_dim=4096,
+  pooled_projection_dim=768,
+  axes_dims_rope=(16, 56, 56),
+)
+_DOUBLE = (
+  *(("norm1.linear", "img_mod"), ("norm1_context.linear", "txt_mod")),
+  *(("ff.net.0.proj", "img_mlp_in"), ("ff.net.2", "img_mlp_out")),
+  *(("ff_context.net.0.proj", "txt_mlp_in"), ("ff_context.net.2", "txt_mlp_out")),
+)
+_SINGLE = (
+  *(("norm.linear", "mod"), ("attn.to_q", "q"), ("attn.to_k", "k"), ("attn.to_v", "v")),
+  *(("proj_mlp", "mlp_in"), ("proj_out", "out")),
+)
+
+
+def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tuple[Row, ...]:
+  """Table of names for attributes of `models.flux.Flux` and the section `policy`."""
+  embeddings = {"timestep_embedder": "time_embed", "text_embedder": "pooled_embed"}
+  if model["guidance"] is not None:
+    embeddings["guidance_embedder"] = "guidance_embed"
+  single, blocks = "single_transformer_blocks.{i}", "single_blocks"
+  return (
+    *dense("x_embedder", "img_in"),
+    *dense("context_embedder", "txt_in"),
+    *(row for a, b in embeddings.items() for row in mmdit.embedding_rows(f"time_text_embed.{a}", b)),
+    *mmdit.double_block_rows(_DOUBLE),
+    *(row for theirs, ours in _SINGLE for row in dense(f"{single}.{theirs}", f"{blocks}/{ours}")),
+    *(Row(f"{single}.attn.norm_{name}.weight", f"{blocks}/{name}_norm/scale") for name in "qk"),
+    *mmdit.final_norm_rows(),
+    *head_rows(policy, "proj_out"),
+  )
+
+
+def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Attributes of `models.flux.Flux` for a config.json."""
+  full = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
+  return mmdit.sizes_from_config(config, _DEFAULTS) | {
+    "single_depth": full["num_single_layers"],
+    "pooled_width": full["pooled_projection_dim"],
+    "guidance": GUIDANCE if full.get("guidance_embeds") else None,
+  }
+
+
+def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
+  """A config.json for attributes of `models.flux.Flux` and the section `policy`."""
+  outputs = model["channels"] * mmdit.SUB_PIXELS
+  # A class that π-Flow's loader knows has no DX in it.
+  kind = "velocity" if policy["kind"] == "dx" else policy["kind"]
+  fields = {"patch_size": 1} if kind == "velocity" else {}
+  return {
+    "_class_name": student_of(kind, CLASS_NAMES),
+    **mmdit.config_from_sizes(model),
+    **fields,
+    "num_single_layers": model["single_depth"],
+    "pooled_projection_dim": model["pooled_width"],
+    "guidance_embeds": model["guidance"] is not None,
+    **config_from_policy(policy, outputs, mmdit.SUB_PIXELS),
+  }

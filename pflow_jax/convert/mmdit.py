@@ -1,0 +1,80 @@
+"""What the tables of FLUX.1 and Qwen-Image share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pflow_jax.convert.table import Row, dense
+
+PATCH = 2  # side of a patch, which PyTorch counts among the channels
+SUB_PIXELS = PATCH**2
+
+_ATTENTION = (
+  *(("to_q", "img_q"), ("to_k", "img_k"), ("to_v", "img_v"), ("to_out.0", "img_out")),
+  *(("add_q_proj", "txt_q"), ("add_k_proj", "txt_k"), ("add_v_proj", "txt_v"), ("to_add_out", "txt_out")),
+)
+_NORMS = (
+  *(("norm_q", "img_q_norm"), ("norm_k", "img_k_norm")),
+  *(("norm_added_q", "txt_q_norm"), ("norm_added_k", "txt_k_norm")),
+)
+
+
+def double_block_rows(others: Iterable[tuple[str, str]]) -> tuple[Row, ...]:
+  """Rows of the double blocks: of the attention, and of the Linear layers `others`, (PyTorch's name, ours)."""
+  torch, flax = "transformer_blocks.{i}", "double_blocks"
+  rows = [row for theirs, ours in _ATTENTION for row in dense(f"{torch}.attn.{theirs}", f"{flax}/{ours}")]
+  rows += [Row(f"{torch}.attn.{theirs}.weight", f"{flax}/{ours}/scale") for theirs, ours in _NORMS]
+  rows += [row for theirs, ours in others for row in dense(f"{torch}.{theirs}", f"{flax}/{ours}")]
+  return tuple(rows)
+
+
+def embedding_rows(torch: str, flax: str) -> tuple[Row, ...]:
+  """Rows of an embedding's two Linear layers."""
+  return (*dense(f"{torch}.linear_1", f"{flax}/in"), *dense(f"{torch}.linear_2", f"{flax}/out"))
+
+
+def final_norm_rows() -> tuple[Row, ...]:
+  """Rows of the last adaLN, whose scale comes before its shift in PyTorch."""
+  return dense("norm_out.linear", "final_norm/adaln", layout="swap_linear")
+
+
+def sizes_from_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """Attributes that both networks have, of a config.json whose class has these defaults.
+
+  Raises: ValueError for a latent that is no image's, which this package has no network for.
+  """
+  full = dict(defaults) | {key: value for key, value in config.items() if value is not None}
+  channels, rest = divmod(full["in_channels"], SUB_PIXELS)
+  if rest:
+    raise ValueError(f"config.json: expected in_channels a multiple of {SUB_PIXELS}, got {full['in_channels']}")
+  return {
+    "channels": channels,
+    "patch_size": PATCH,
+    "depth": full["num_layers"],
+    "num_heads": full["num_attention_heads"],
+    "head_dim": full["attention_head_dim"],
+    "text_width": full["joint_attention_dim"],
+    "rope_axes": tuple(full["axes_dims_rope"]),
+    "mlp_ratio": 4.0,
+  }
+
+
+def config_from_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
+  """The way back.
+
+  Raises: ValueError for sizes that the PyTorch classes do not have.
+  """
+  if model["patch_size"] != PATCH or model["mlp_ratio"] != 4:
+    raise ValueError(
+      f"config.model: PyTorch's class has patch_size {PATCH} and mlp_ratio 4, got {model['patch_size']} and "
+      f"{model['mlp_ratio']}"
+    )
+  return {
+    "in_channels": model["channels"] * SUB_PIXELS,
+    "num_layers": model["depth"],
+    "num_attention_heads": model["num_heads"],
+    "attention_head_dim": model["head_dim"],
+    "joint_attention_dim": model["text_width"],
+    "axes_dims_rope": list(model["rope_axes"]),
+  }

@@ -1,0 +1,68 @@
+"""Qwen-Image, to and from diffusers and the releases of π-Flow and ArcFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pflow_jax.convert import mmdit
+from pflow_jax.convert.heads import VELOCITY, config_from_policy, head_rows, student_of
+from pflow_jax.convert.table import Row, dense
+
+# Policies of the PyTorch classes. π-Flow's files of DX students name the backbone's class.
+CLASS_NAMES = {
+  "QwenImageTransformer2DModel": "velocity",
+  "GMQwenImageTransformer2DModel": "gmflow",
+  "DXQwenImageTransformer2DModel": "dx",
+  "ArcQwenImageTransformer2DModel": "arc",
+}
+_DEFAULTS = dict(
+  in_channels=64,
+  num_layers=60,
+  num_attention_heads=24,
+  attention_head_dim=128,
+  joint_attention_dim=3584,
+  axes_dims_rope=(16, 56, 56),
+)
+_DOUBLE = (
+  *(("img_mod.1", "img_mod"), ("txt_mod.1", "txt_mod")),
+  *(("img_mlp.net.0.proj", "img_mlp_in"), ("img_mlp.net.2", "img_mlp_out")),
+  *(("txt_mlp.net.0.proj", "txt_mlp_in"), ("txt_mlp.net.2", "txt_mlp_out")),
+)
+_OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # of the editing models
+
+
+def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tuple[Row, ...]:
+  """Table of names for attributes of `models.qwen_image.QwenImage` and the section `policy`."""
+  return (
+    *dense("img_in", "img_in"),
+    *dense("txt_in", "txt_in"),
+    Row("txt_norm.weight", "txt_norm/scale"),
+    *mmdit.embedding_rows("time_text_embed.timestep_embedder", "time_embed"),
+    *mmdit.double_block_rows(_DOUBLE),
+    *mmdit.final_norm_rows(),
+    *head_rows(policy, "proj_out"),
+  )
+
+
+def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Attributes of `models.qwen_image.QwenImage` for a config.json.
+
+  Raises: ValueError for a model that is not plain Qwen-Image.
+  """
+  others = [field for field in _OTHERS if config.get(field)]
+  if others:
+    raise ValueError(f"config.json: expected a model that makes images from text alone, got one with {others}")
+  return mmdit.sizes_from_config(config, _DEFAULTS)
+
+
+def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
+  """A config.json for attributes of `models.qwen_image.QwenImage` and the section `policy`."""
+  outputs = model["channels"] * mmdit.SUB_PIXELS
+  fields = config_from_policy(policy, outputs, mmdit.SUB_PIXELS)
+  kind = policy["kind"]
+  if kind == "velocity":  # of which diffusers counts the channels before they are packed
+    fields = {"patch_size": mmdit.PATCH, "out_channels": model["channels"]}
+  if kind == "dx":  # a class that π-Flow's loader knows has no DX in it
+    fields, kind = {"patch_size": 1} | fields, "velocity"
+  return {"_class_name": student_of(kind, CLASS_NAMES), **mmdit.config_from_sizes(model), **fields}
