@@ -201,11 +201,12 @@ class Experiment:
     return jump
 
 
-def build(config: ConfigDict, abstract: bool = False) -> Experiment:
+def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | None = None) -> Experiment:
   """Reads the sections that shape a run; see the module's docstring.
 
   Args:
     abstract: of the teacher take the shapes that it must have, without reading one: to plan a run, not to train it.
+    dataset: in place of that of config.data, to sample other shapes than a run was trained on.
   Raises: ValueError for anything in the config that does not fit, before any work is done.
   """
   refuse_unknown(config, SECTIONS, "config")
@@ -224,7 +225,7 @@ def build(config: ConfigDict, abstract: bool = False) -> Experiment:
     objective = make_settings(**values)
   else:
     objective = call(make_settings, "objective", values)
-  dataset = data.load(**config.data)
+  dataset = dataset or data.load(**config.data)
   adapters = call(AdapterSettings, "adapters", config.get("adapters", {}))
   network = make_network(config.model, config.policy, dataset, adapters)
   start = call(StartSettings, "start", config.get("start", {}))

@@ -1,0 +1,111 @@
+"""The autoencoder of a latent model, read from the folder of its pipeline: latents to pictures, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from pflow_jax.convert import qwen_vae, vae
+from pflow_jax.convert.check import check_tensors
+from pflow_jax.convert.table import to_flax, torch_shapes_of
+from pflow_jax.convert.tensors import open_tensors
+from pflow_jax.models.qwen_vae import QwenVAE
+from pflow_jax.models.vae import AutoencoderKL
+from pflow_jax.partition import path_of
+
+# Classes in config.json: our module, and the module of its table.
+CLASSES: dict[str, tuple[Any, Any]] = {
+  **dict.fromkeys(vae.CLASS_NAMES, (AutoencoderKL, vae)),
+  **dict.fromkeys(qwen_vae.CLASS_NAMES, (QwenVAE, qwen_vae)),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codec:
+  """An autoencoder with its parameters; one picture at a time, so that its memory does not grow with their number."""
+
+  module: Any
+  params: Any
+
+  @property
+  def factor(self) -> int:
+    """Pixels of a picture a pixel of its latents, along each axis."""
+    return self.module.down_factor
+
+  def decode(self, z: np.ndarray) -> np.ndarray:
+    """Pictures (B, H, W, 3), about [-1, 1], of latents (B, h, w, C)."""
+    return np.concatenate([np.asarray(self._run("decode")(self.params, one[None])) for one in z])
+
+  def encode(self, x: np.ndarray) -> np.ndarray:
+    """Latents (B, h, w, C), of about unit variance, of pictures (B, H, W, 3) in [-1, 1]; the mean, not a draw."""
+    return np.concatenate([np.asarray(self._run("encode")(self.params, one[None])) for one in x])
+
+  @functools.cache  # noqa: B019 (of the one autoencoder of a program)
+  def _run(self, method: str) -> Any:
+    return jax.jit(lambda params, x: self.module.apply({"params": params}, x, method=method))
+
+  def read(self, paths: Sequence[str | os.PathLike], size: tuple[int, int]) -> np.ndarray:
+    """Latents of picture files, cut to the shape of `size` (H, W) around their middle and scaled to it.
+
+    Raises: ValueError for a file that is no picture.
+    """
+    return np.concatenate([self.encode(_read_picture(path, size)[None]) for path in paths])
+
+
+def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Codec:
+  """The autoencoder in `folder`, or in its folder "vae".
+
+  Args:
+    dtype: to compute in. Parameters are float32.
+  Raises: ValueError for a folder without one, of a class that is not known, or whose tensors do not fit its config.
+  """
+  path = pathlib.Path(folder)
+  path = path / "vae" if (path / "vae").is_dir() else path
+  file = path / "config.json"
+  if not file.is_file():
+    raise ValueError(f"{folder}: expected an autoencoder of diffusers, config.json here or in the folder vae")
+  try:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    name = config.get("_class_name")
+  except (ValueError, AttributeError) as error:
+    raise ValueError(f"{file}: expected JSON, got {error}") from error
+  if name not in CLASSES:
+    raise ValueError(f"{file}: expected an autoencoder of {sorted(CLASSES)}, got {name!r}")
+  kind, table = CLASSES[name]
+  attributes = table.model_from_config(config)
+  module = kind(**attributes, dtype=jnp.dtype(dtype))
+  rows = table.rows(attributes)
+  tensors = open_tensors(path)
+  rename = getattr(table, "current_name", lambda name: name)
+  tensors = tensors.renamed({rename(name): name for name in tensors.shapes})
+  factor = module.down_factor
+  shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, factor, factor, 3), jnp.float32))
+  by_path = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"])}
+  expected = {name: shape for row in rows for name, shape in torch_shapes_of(row, by_path[row.flax]).items()}
+  check_tensors(expected, tensors.shapes, str(path))
+  params = to_flax(rows, {name: tensors.read(name).astype(np.float32) for name in expected})
+  return Codec(module, params)
+
+
+def _read_picture(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+  height, width = size
+  try:
+    with Image.open(path) as image:
+      picture = image.convert("RGB")
+  except OSError as error:
+    raise ValueError(f"{path}: expected a picture, got {error}") from error
+  scale = max(width / picture.width, height / picture.height)
+  scaled = picture.resize((max(round(picture.width * scale), width), max(round(picture.height * scale), height)), 3)
+  left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+  pixels = np.asarray(scaled.crop((left, top, left + width, top + height)), np.float32)
+  return pixels / 127.5 - 1

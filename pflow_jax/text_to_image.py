@@ -1,0 +1,141 @@
+"""`pflow sample --prompt`: pictures of prompts from a student that is conditioned on texts."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, PngImagePlugin
+
+from pflow_jax import data, figures, text
+from pflow_jax.autoencoder import Codec, load_autoencoder
+from pflow_jax.checkpoint import newest_step
+from pflow_jax.distributed import is_first
+from pflow_jax.experiment import build
+from pflow_jax.sample import SampleSettings, check_local, evaluations, in_batches, make_sampler
+from pflow_jax.sections import call
+from pflow_jax.workdir import CHECKPOINTS
+
+SHOWN = 16  # pictures in the overview
+
+
+def sample_prompts(
+  config: ConfigDict,
+  folder: str | os.PathLike,
+  prompts: Sequence[str],
+  *,
+  pipeline: str | os.PathLike | None = None,
+  height: int | None = None,
+  width: int | None = None,
+  nfe: int | None = None,
+  seed: int = 0,
+  which: str = "ema",
+  out: str | os.PathLike | None = None,
+) -> pathlib.Path:
+  """Pictures of `prompts` from the run in `folder`, with their settings in each file.
+
+  Args:
+    pipeline: folder of the model as it was published, whose text encoders and autoencoder are used; not needed for
+      a run on MiniLM's embeddings and pixels.
+    height, width: in pixels; by default those that the run was trained for.
+    nfe: network evaluations, by default those of config.sample.nfe; of several the first.
+    seed: picture i starts from noise that depends on it and i alone.   which: "ema" or "params".
+    out: folder for 0000.png, ... (a file a prompt), overview.png and samples.npz: noise, prompts, the condition and the
+      result "x0", what it takes to sample the same elsewhere. Default: <folder>/samples/prompts_seed<seed>.
+  Returns: `out`.
+  Raises: ValueError for a run, a folder or a size that does not fit.
+  """
+  check_local(out, folder)
+  settings = call(SampleSettings, "sample", config.get("sample", {}))
+  model = encoders_of(config)
+  # In the dtype that the network computes in, or better.
+  dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
+  cond = text.encode_prompts(model, pipeline, prompts, dtype=dtype)
+  codec = load_autoencoder(pipeline) if pipeline is not None and model != "minilm" else None
+  dataset = data.load(**config.data) if model == "minilm" else _shapes(config, cond, codec, height, width)
+  if model == "minilm" and (height or width):
+    raise ValueError(f"--height, --width: this run samples pictures of {dataset.shape[0]} x {dataset.shape[1]}")
+  experiment = build(config, dataset=dataset)
+  layout = experiment.layout(config)
+  nfe = nfe or evaluations(experiment, settings)[0]
+  params = experiment.load(folder, which, layout)
+  key = jax.random.key(seed)
+  draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
+  noise = np.asarray(draw(jnp.arange(len(prompts))))
+  keys = jax.random.split(jax.random.key(seed + 1), len(prompts))
+  run = functools.partial(make_sampler(experiment, settings, nfe), params)
+  x0 = in_batches(run, layout, settings.batch_size, noise, cond, keys)
+  out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"prompts_seed{seed}")
+  if is_first():
+    pictures = x0 if codec is None else codec.decode(x0)
+    told = {"model": config.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
+    told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": _temperature(settings)}
+    _write(out, pictures, prompts, told)
+    arrays = {name: value.astype(np.float32) if value.dtype != bool else value for name, value in cond.items()}
+    np.savez(out / "samples.npz", x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **arrays)  # type: ignore[arg-type]
+  return out
+
+
+def encoders_of(config: ConfigDict) -> str:
+  """Which text encoders the run of `config` is conditioned on, see `text.ENCODERS`.
+
+  Raises: ValueError for a run that is conditioned on classes.
+  """
+  kind = config.model.get("kind")
+  if kind in ("flux", "qwen_image"):
+    return kind
+  if config.data.get("embeddings"):
+    return "minilm"
+  raise ValueError(f"--prompt: this run ({kind} on {config.data.get('name')}) knows classes, not texts; use --labels")
+
+
+def _shapes(
+  config: ConfigDict, cond: dict[str, Any], codec: Codec | None, height: int | None, width: int | None
+) -> data.Dataset:
+  """A set without records: what is sampled, and on what."""
+  trained = tuple(config.data.shape)
+  if codec is None:
+    raise ValueError("--pipeline: expected the folder of the published model, whose text encoders are needed")
+  sizes = {"--height": (height, trained[0]), "--width": (width, trained[1])}
+  patch = config.model.get("patch_size", 2) * codec.factor
+  for flag, (given, _) in sizes.items():
+    if given is not None and (given < patch or given % patch):
+      raise ValueError(f"{flag}: expected a multiple of {patch} pixels, got {given}")
+  if codec.module.latent_channels != trained[-1]:
+    raise ValueError(
+      f"--pipeline: its autoencoder has {codec.module.latent_channels} channels, the run's latents {trained[-1]}; give "
+      "the folder of the model that the run was made from"
+    )
+  space = tuple(default if given is None else given // codec.factor for given, default in sizes.values())
+  embedding = data.Embedding(
+    lengths=(cond["text"].shape[1],),
+    text_width=cond["text"].shape[2],
+    masked="mask" in cond,
+    pooled_width=cond["pooled"].shape[1] if "pooled" in cond else 0,
+    null={name: np.zeros_like(value[0]) for name, value in cond.items()},  # a teacher's, which is not sampled
+  )
+  return data.Dataset("prompts", (*space, trained[-1]), 0, (), records=None, embedding=embedding)  # type: ignore[arg-type]
+
+
+def _temperature(settings: SampleSettings) -> float | str:
+  return "auto" if settings.auto_temperature else settings.temperature
+
+
+def _write(out: pathlib.Path, pictures: np.ndarray, prompts: Sequence[str], told: dict[str, Any]) -> None:
+  out.mkdir(parents=True, exist_ok=True)
+  for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+    info = PngImagePlugin.PngInfo()
+    about = {"prompt": prompt, "index": i, "height": picture.shape[0], "width": picture.shape[1], **told}
+    info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
+    pixels = np.clip(np.nan_to_num(picture) * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(out / f"{i:04d}.png", pnginfo=info)
+  labels = [prompt if len(prompt) <= 24 else f"{prompt[:22]} …" for prompt in prompts[:SHOWN]]
+  figures.image_grid(out / "overview.png", {f"{told['nfe']} NFE": pictures[:SHOWN]}, column_labels=labels)
