@@ -149,9 +149,8 @@ class Network:
   def trained(self, params: Params, base: Params, key: Array) -> Params:
     """What trains of a network that starts with `params`, in float32 or wider; `base` as in `complete`."""
     if not self.adapters.table:
-      return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), params)
-    chosen = combine(without(params, self._frozen(base)), init_adapters(params, self.adapters.rows, key))
-    return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), chosen)
+      return _widened(params)
+    return _widened(combine(without(params, self._frozen(base)), init_adapters(params, self.adapters.rows, key)))
 
   def complete(self, trained: Params, base: Params) -> Params:
     """All parameters: those that train, and of `base`, the teacher's, those that do not. The leaves are not copied."""
@@ -168,6 +167,12 @@ class Network:
     body = {name: value for name, value in base.items() if name != "head"}
     table = [(pattern, True) for pattern in self.adapters.train] + [(".*", False)]
     return split(body, match(table, body))[1]
+
+
+def _widened(params: Params) -> Params:
+  """Parameters in float32 or wider; those that are so already are the same objects."""
+  wide = lambda leaf: accumulation_dtype(leaf.dtype)
+  return jax.tree.map(lambda leaf: leaf if leaf.dtype == wide(leaf) else leaf.astype(wide(leaf)), params)
 
 
 def make_network(

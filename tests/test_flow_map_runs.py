@@ -380,7 +380,9 @@ def test_the_derivative_asks_for_products_in_float32(teacher):
   experiment = build(config)
   batch = {"x0": jnp.ones((2, 8, 8, 1)), "cond": jnp.arange(2)}
   init = jax.eval_shape(experiment.init, jax.random.key(0), experiment.load_frozen())
-  traced = jax.make_jaxpr(lambda p: experiment.loss_fn(p, experiment.load_frozen(), batch, jax.random.key(0), 0)[0])(init)
+  traced = jax.make_jaxpr(lambda p: experiment.loss_fn(p, experiment.load_frozen(), batch, jax.random.key(0), 0)[0])(
+    init
+  )
   dots = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
   precise = [e for e in dots if "HIGHEST" in str(e.params["precision"])]
   assert precise

@@ -11,7 +11,9 @@ PACKAGE = ROOT / "pflow_jax"
 # From the top. A module may import from lower layers, and from its own (without a circle).
 LAYERS = [
   {"cli"},
-  {"train", "sample", "evaluate", "merge", "plan", "plan_report", "compare", "compare_report", "defaults", "cache"},
+  {"cli_files"},
+  {"train", "sample", "evaluate", "merge", "plan", "plan_report", "compare", "compare_report", "defaults", "cache"}
+  | {"convert", "autoencoder", "text_to_image"},
   {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"},
   {"objectives"},
   {"sampler"},
@@ -25,6 +27,9 @@ LAYERS = [
     "optim",
     "state",
     "checkpoint",
+    "checkpoint_stream",
+    "command",
+    "checksums",
     "writer",
     "metrics",
     "features",

@@ -38,7 +38,9 @@ def test_merged_run_is_plain_and_draws_the_same_samples(adapted_run, tmp_path):
     assert "kernel" not in own["blocks"]["mlp_in"]
     assert np.abs(own["blocks"]["mlp_in"]["lora_b"]).max() > 0.05
   shapes = jax.tree.map(np.shape, params)
-  assert shapes == jax.tree.map(np.shape, jax.eval_shape(build(config).init, jax.random.key(0), build(config).load_frozen()))
+  assert shapes == jax.tree.map(
+    np.shape, jax.eval_shape(build(config).init, jax.random.key(0), build(config).load_frozen())
+  )
   drawn = [
     sample(load_config(folder), folder, num=4).with_suffix(".npz") for folder in (adapted_run, tmp_path / "merged")
   ]

@@ -85,9 +85,19 @@ def test_complete_shares_every_frozen_leaf_with_the_base():
 def test_without_a_table_all_is_trained_and_nothing_is_done():
   network = image_network(adapters=AdapterSettings())
   params, other = {"layer": {"kernel": np.ones(2)}}, {"layer": {"kernel": np.zeros(2)}}
-  assert network.trained(params, other, jax.random.key(0)) is params
+  jax.tree.map(np.testing.assert_array_equal, network.trained(params, other, jax.random.key(0)), params)
   assert network.complete(params, other) is params
   assert network.merged(params) is params
+
+
+@pytest.mark.parametrize("table", [(), TABLE])
+def test_what_trains_is_float32_whatever_its_teacher_is(table):
+  network = image_network(adapters=AdapterSettings(table))
+  params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), base_of(network))
+  trained = network.trained(params, params, jax.random.key(0))
+  assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {np.dtype("float32")}
+  whole = leaves_of(network.complete(trained, params))
+  assert whole["blocks/qkv/kernel"].dtype == ("bfloat16" if table else "float32")
 
 
 def test_patterns_that_take_nothing_are_refused():

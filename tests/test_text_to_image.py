@@ -11,15 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
+from pflow_jax import data
 from pflow_jax.autoencoder import load_autoencoder
 from pflow_jax.cache import cache
 from pflow_jax.cli import main
 from pflow_jax.convert.program import convert
+from pflow_jax.experiment import build
 from pflow_jax.text_to_image import sample_prompts
 from pflow_jax.train import train
 from pflow_jax.workdir import load_config
 from tests import encoders
-from tests.programs import ROOT, quick
+from tests.programs import ROOT, quick, write_pretrained
 
 PROMPTS = ["a red cat", "the dog", "two cats of a photo", "blue", "a photo of the dog", "red", "cats", "a a a"]
 SIZE = dict(num_layers=1, attention_head_dim=16, num_attention_heads=2, axes_dims_rope=(4, 6, 6))
@@ -198,3 +200,47 @@ def test_pictures_become_latents(journey, tmp_path):
   (tmp_path / "no.png").write_text("no picture")
   with pytest.raises(ValueError, match="expected a picture"):
     codec.read([tmp_path / "no.png"], (8, 12))
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("policy", ["gmflow", "arc"])
+@pytest.mark.parametrize("model", ["flux", "qwen_image"])
+def test_student_starts_as_its_teachers_one_step(model, policy, tmp_path):
+  """Without noise on the biases, and before any training, the policy is the teacher's velocity."""
+  config = quick(model, {"gmflow": "gm", "arc": "arc"}[policy])
+  write_pretrained(config, tmp_path)
+  config.teacher.update(workdir=str(tmp_path), guidance=1.0, bias_noise=0.0, dtype="float32")
+  experiment = build(config)
+  frozen = experiment.load_frozen()
+  batch = next(data.batches(experiment.dataset, 4, seed=0))
+  x, t = jax.random.normal(jax.random.key(0), (4, *experiment.dataset.shape)), jax.numpy.array([1.0, 0.9, 0.5, 0.2])
+
+  @jax.jit
+  def both(frozen):
+    params = experiment.complete(experiment.init(jax.random.key(1), frozen), frozen)
+    policies = experiment.student(params)(x, t, batch["cond"])
+    velocity = jax.vmap(lambda policy, x, t: policy.velocity(x, t))(policies, x, t)
+    return velocity, experiment.teacher.velocity(frozen)(x, t, batch["cond"])
+
+  own, teachers = both(frozen)
+  assert float(jax.numpy.linalg.norm(own - teachers) / jax.numpy.linalg.norm(teachers)) < 1e-5
+
+
+def test_images_beside_prompts_are_cached_as_latents(journey, tmp_path):
+  model, root, _ = journey
+  pixels = np.random.default_rng(0).integers(0, 256, (3, 30, 20, 3), np.uint8)
+  for i, picture in enumerate(pixels):
+    Image.fromarray(picture).save(tmp_path / f"{i}.png")
+  lines = [json.dumps({"prompt": f"cat {i}", "image": f"{i}.png"}) for i in range(len(pixels))]
+  (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+  args = ["cache", "--prompts", tmp_path / "prompts.jsonl", "--model", model, "--encoders", root / "pipeline"]
+  args += ["--out", tmp_path / "out", "--max_length", 12, "--images", "image", "--height", 12, "--width", 16]
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    main([*map(str, args)])
+    codec = load_autoencoder(root / "pipeline")
+    expected = codec.read([tmp_path / "1.png"], (12, 16))[0]
+  dataset = data.load(f"prompts:{tmp_path / 'out'}")
+  assert dataset.shape == expected.shape == (12 // codec.factor, 16 // codec.factor, 16)
+  records = [dataset.records.source.read(i) for i in range(3)]
+  found = next(record for prompt, record in records if prompt == "cat 1")
+  np.testing.assert_allclose(found["x0"], expected, atol=2e-3 * np.abs(expected).max())

@@ -97,12 +97,13 @@ def test_every_step_and_micro_batch_has_its_own_random_numbers():
 def test_meter_sees_a_streak_inside_an_interval(tmp_path):
   settings = TrainSettings(steps=100, batch_size=8, log_every=50, max_skipped=20)
   with MetricsWriter(tmp_path, tensorboard=False) as writer, progress(100, disable=True) as report:
-    meter = Meter(settings, 0, writer, report)
+    meter = Meter(settings, writer, report)
     for step in range(1, 51):
       bad = 10 < step <= 35
       meter.add(
         step,
         {"loss": np.nan if bad else 1.0, "skipped_in_a_row": (step - 10) * bad, "skipped": 0, "learning_rate": 1.0},
+        flops=step,
       )
     with pytest.raises(FloatingPointError, match="25 updates in a row"):
       meter.flush()

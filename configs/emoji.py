@@ -1,0 +1,48 @@
+"""Emoji from their names, 32 x 32, on a CPU: a text-conditional teacher and students of 4 evaluations and 1.
+
+    pflow data emoji
+    pflow cache  --prompts data:emoji --model minilm --out runs/emoji_names
+    pflow train  --config configs/emoji.py:teacher --workdir runs/emoji
+    pflow train  --config configs/emoji.py:gmflow --workdir runs/emoji_gmflow --config.teacher.workdir=runs/emoji
+    pflow sample --workdir runs/emoji_gmflow --prompt "red heart" --prompt "grinning cat" --seed 1
+
+3,780 pictures (Noto, Apache-2.0) and MiniLM's embeddings of their names, in place of a class.
+"""
+
+from ml_collections import ConfigDict
+
+from pflow_jax.defaults import default_config, parse_variant
+
+VARIANTS = ("teacher", "gmflow", "gmflow_1nfe")
+
+
+def get_config(variant: str = "teacher") -> ConfigDict:
+  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  name, quicktest = parse_variant(variant, VARIANTS)
+  config = default_config("flow_matching" if name == "teacher" else "imitation")
+  config.data = dict(name="emoji", size=32, embeddings="runs/emoji_names")
+  config.model = dict(kind="dit", patch_size=4, width=128, depth=6, num_heads=4, scan_unroll=1, time_scale=1000.0)
+  config.model.update(dtype="float32", remat="none", attention="xla")
+  config.train.update(batch_size=64, log_every=100, checkpoint_every=500)
+  config.optimizer.update(learning_rate=1e-3, warmup_steps=200, schedule="cosine")
+  config.sample.batch_size = 64
+  config.evaluate.num_samples = 2000
+  if name == "teacher":
+    config.policy = dict(kind="velocity")
+    config.objective.cond_dropout = 0.1
+    config.train.steps = 12_000
+  else:
+    config.policy = dict(kind="gmflow", num_components=8)
+    config.teacher.update(guidance=2.0)
+    config.objective.update(nfe=4, num_states=2, dropout=0.05, substeps=64)
+    config.train.steps = 3000
+  if name == "gmflow_1nfe":
+    config.objective.nfe = 1
+    config.train.steps = 6000
+  if quicktest:
+    config.data = dict(name="synthetic_prompts", model="minilm", shape=(8, 8, 3), pooled=12)
+    config.model.update(patch_size=2, width=16, depth=1, num_heads=2)
+    config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
+    config.optimizer.warmup_steps = 1
+    config.sample.batch_size = 8
+  return config
