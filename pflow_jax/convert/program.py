@@ -27,9 +27,10 @@ from pflow_jax.convert.check import check_tensors
 from pflow_jax.convert.heads import policy_metadata, sampling_metadata
 from pflow_jax.convert.leaves import Exporter, TensorLeaf
 from pflow_jax.convert.models import Model, model_of_run, model_of_torch, read_config, which_of
+from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.shards import ModelFolder
 from pflow_jax.convert.table import is_lora, rows_for, strip_prefix
-from pflow_jax.convert.tensors import Tensors, open_tensors
+from pflow_jax.convert.tensors import open_tensors
 from pflow_jax.distributed import is_first
 from pflow_jax.models.lora import Adapter
 from pflow_jax.networks import SHARDING, AdapterSettings
@@ -143,6 +144,9 @@ def _to_jax(
       print(f"{out} holds this model already")
     return False
   layout = _layout(mesh)
+  if layout is not None:
+    for part in plan.state.values():
+      layout.shardings({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in part.items()})
   leaves = [leaf for part in plan.state.values() for leaf in part.values()]
   total = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
   if is_first():

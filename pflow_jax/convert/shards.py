@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from pflow_jax.checksums import checksum
-from pflow_jax.convert.tensors import DTYPES, INDEX, WEIGHTS, open_tensors
+from pflow_jax.convert.places import DTYPES
+from pflow_jax.convert.tensors import INDEX, WEIGHTS, open_tensors
 
 CONFIG = "config.json"
 JOURNAL = "conversion.partial.json"
@@ -92,7 +93,11 @@ class ModelFolder:
       raise ValueError(f"{self.folder} is a file, expected a folder that may be new; give another --out")
     other = f"{self.folder} holds a model that was not made from this source with these options; give another --out"
     if (self.folder / CONFIG).exists():
-      if open_tensors(self.folder).metadata.get(SOURCE) != self.source:
+      try:
+        same = open_tensors(self.folder).metadata.get(SOURCE) == self.source
+      except ValueError as error:
+        raise ValueError(f"{other} ({error})") from error
+      if not same:
         raise ValueError(other)
       return True
     if (self.folder / JOURNAL).exists():

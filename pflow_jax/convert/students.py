@@ -16,8 +16,8 @@ from pflow_jax.convert.check import check_tensors
 from pflow_jax.convert.heads import sampling_of
 from pflow_jax.convert.leaves import TensorLeaf, dtype_of
 from pflow_jax.convert.models import Model, flat_shapes, model_of_run, which_of
+from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.table import Row, is_lora, lora_rows, torch_shapes_of
-from pflow_jax.convert.tensors import Tensors
 from pflow_jax.networks import module_defaults
 
 Shape = tuple[int, ...]
