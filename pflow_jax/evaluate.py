@@ -138,12 +138,13 @@ def evaluate(
   )
   classifier = _classifier(experiment, settings, real, real_labels, folder)
   features = classifier.features if classifier else pixel_features
-  real_spaces = {"fd": features(real)} | ({"fd_pixels": pixel_features(real)} if classifier else {})
+  real_features = features(real)
+  real_spaces = {"fd": real_features} | ({"fd_pixels": pixel_features(real)} if classifier else {})
   if isinstance(cond, dict):
     # Pixels alone, which are more than there are samples: without a Fréchet distance the rest still says something.
-    real_spaces = {"fd_pixels": real_spaces["fd"]}
+    real_spaces = {"fd_pixels": real_features}
   else:
-    _check_count(settings.num_samples, real_spaces["fd"].shape[1])
+    _check_count(settings.num_samples, real_features.shape[1])
 
   samplers = teacher_samplers(experiment, layout, folder, settings)
   for name, one in experiments.items():
@@ -178,7 +179,7 @@ def evaluate(
       row["alignment"], row["alignment_ratio"] = ratio.value, (ratio.ratio, ratio.standard_error)
     for name, real_space in real_spaces.items():
       row |= _frechet(name, spaces[name], reference_spaces[name], real_space, settings.num_resamples)
-    row["precision"], row["recall"] = metrics.precision_recall(features(real), spaces["fd"])
+    row["precision"], row["recall"] = metrics.precision_recall(real_features, spaces["fd"])
     if classifier:
       row["accuracy"] = metrics.accuracy(classifier.predict(x), labels)
   report = {
