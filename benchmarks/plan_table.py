@@ -3,6 +3,8 @@
     python benchmarks/plan_table.py imagenet            # DiT-XL/2 by three methods
     python benchmarks/plan_table.py text_to_image       # FLUX.1 and Qwen-Image, GMFlow students
 
+Goes on where it was stopped: reports are kept in runs/plan_<table>.json, row by row.
+
 Needs the TPU compiler, see `pflow plan`; no TPU. Every row is the config as shipped, compiled for the slice. The global
 batch is the config's; where it does not fit, the row shows the accumulation that makes it fit.
 """
@@ -98,19 +100,23 @@ def main() -> None:
   parser.add_argument("table", choices=TABLES)
   parser.add_argument("--out", help="default: docs/plan_<table>.md")
   parser.add_argument("--full", action="store_true", help="compile with all effort, 2 minutes a row and more")
-  parser.add_argument("--json", help="also all reports, as JSON")
+  parser.add_argument("--json", help="file for the reports; default: runs/plan_<table>.json")
   args = parser.parse_args()
   head = ["method", "slice", "mesh", "batch / accumulation", "memory of a chip, GiB: arguments / peak"]
   head += ["PFLOP a step (from the closed form)", "sent by a chip, GiB", "step, s (estimate), limit"]
   head += ["chip-hours (estimate)", "compiled in, s"]
-  lines, reports = ["| " + " | ".join(head) + " |", "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"], {}
-  table = TABLES[args.table]
+  lines = ["| " + " | ".join(head) + " |", "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+  table, kept = TABLES[args.table], pathlib.Path(args.json or f"runs/plan_{args.table}.json")
+  kept.parent.mkdir(parents=True, exist_ok=True)
+  reports = json.loads(kept.read_text()) if kept.exists() else {}
   for title, config in table.methods.items():
     for name in table.slices:
       start = time.perf_counter()
-      report = fitting(config, plan.Slice(name), table.most, not args.full)
-      reports[f"{config} on {name}"] = report
-      lines.append(row(title, report))
+      key = f"{config} on {name}{', in full' * args.full}"
+      if key not in reports:
+        reports[key] = fitting(config, plan.Slice(name), table.most, not args.full)
+        kept.write_text(json.dumps(reports, indent=2) + "\n")
+      lines.append(row(title, reports[key]))
       print(f"{lines[-1]}  ({time.perf_counter() - start:.0f} s)", flush=True)
   effort = ""
   if not args.full:
@@ -127,8 +133,6 @@ upper end {EFFICIENCY:.0%} of such a rate. Hours are those of all steps of the c
 {effort}{smallest(reports)}
 """ + "\n".join(lines)
   pathlib.Path(args.out or f"docs/plan_{args.table}.md").write_text(text + "\n")
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(reports, indent=2) + "\n")
 
 
 def smallest(reports: dict[str, dict]) -> str:
