@@ -121,13 +121,13 @@ def check_gradients(module, params, method, x, weight, torch_loss, network, tabl
 
 
 def check_dtypes(module, params, method, x):
-  """Convolutions in bfloat16, norms and softmax in float32."""
+  """Convolutions in bfloat16; norms, what follows them and softmax in float32."""
   jaxpr = jax.make_jaxpr(functools.partial(module.apply, method=method))({"params": params}, x)
   dtypes = {}
   for equation in equations(jaxpr.jaxpr):
     dtypes.setdefault(equation.primitive.name, set()).add(equation.outvars[0].aval.dtype.name)
   assert dtypes["conv_general_dilated"] == {"bfloat16"}
-  assert dtypes["rsqrt"] == dtypes["exp"] == {"float32"}
+  assert dtypes["rsqrt"] == dtypes["logistic"] == dtypes["exp"] == {"float32"}
 
 
 def check_names(module, table, network):
@@ -272,9 +272,9 @@ def test_reads_the_names_of_old_files(tmp_path):
 
 
 def test_refuses_other_networks():
-  config = PUBLISHED | dict(act_fn="relu", latents_mean=[0.0] * 4, out_channels=1)
+  config = PUBLISHED | dict(act_fn="relu", latents_std=[2.0] * 4, out_channels=1)
   config["up_block_types"] = [*PUBLISHED["up_block_types"][:3], "AttnUpDecoderBlock2D"]
-  with pytest.raises(ValueError, match=r"(?s)up_block_types.*Attn.*act_fn.*relu.*out_channels.*latents_mean"):
+  with pytest.raises(ValueError, match=r"(?s)up_block_types.*Attn.*act_fn.*relu.*out_channels.*latents_std"):
     names.model_from_config(config)
   with pytest.raises(ValueError, match="widths: expected multiples of groups 32, got"):
     AutoencoderKL(widths=(48, 64)).init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))
@@ -285,7 +285,7 @@ def test_refuses_shapes_that_do_not_fit():
   for shape in ((1, 12, 18, 3), (1, 13, 12, 3), (1, 12, 12, 4), (12, 12, 3), (1, 0, 4, 3)):
     with pytest.raises(ValueError, match=r"expected shape \(B, H, W, 3\) with H and W multiples of 4"):
       module.apply({"params": params}, jnp.zeros(shape), method="encode")
-  for shape in ((1, 3, 3, 3), (3, 3, 4)):
+  for shape in ((1, 3, 3, 3), (3, 3, 4), (1, 0, 3, 4)):
     with pytest.raises(ValueError, match=r"expected latents of shape \(B, h, w, 4\)"):
       module.apply({"params": params}, jnp.zeros(shape), method="decode")
 
