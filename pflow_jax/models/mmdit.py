@@ -22,10 +22,13 @@ from pflow_jax.models.layers import (
   Dtype,
   RMSNorm,
   accumulation_dtype,
+  check_head,
   gathered,
+  grid_of,
   in_parts,
   layer_norm,
   modulate,
+  scanned,
 )
 from pflow_jax.sharding import BATCH, constrain
 
@@ -156,6 +159,61 @@ class SingleBlock(_Block):
     return constrain(
       x + gate[:, None] * self._dense(self.width, "out", "tensor", "fsdp")(both), BATCH, None, None
     ), None
+
+
+class Transformer(nn.Module):
+  """What the networks made of these blocks share: settings, their checks, and what a picture's tokens are.
+
+  Attributes:
+    head: module of `pflow_jax.models.heads` in layout "flux"; its parameters live under "head".
+    channels, patch_size: of the latents; the head must have the same.
+    num_heads, head_dim: their product is the width.
+    rope_axes: channels of a head that turn with a token's frame, row and column.
+    dtype: compute dtype and that of the residual stream. Norms, embeddings and outputs stay float32.
+    remat, scan_unroll: see `layers.scanned`.   attention: see `models.attention`.
+  """
+
+  head: nn.Module
+  channels: int = 16
+  patch_size: int = 2
+  num_heads: int = 24
+  head_dim: int = 128
+  rope_axes: tuple[int, ...] = (16, 56, 56)
+  mlp_ratio: float = 4.0
+  dtype: Dtype = jnp.float32
+  remat: str = "none"
+  attention: str = "xla"
+  scan_unroll: int = 1
+
+  @property
+  def width(self) -> int:
+    return self.num_heads * self.head_dim
+
+  def _check_settings(self) -> None:
+    check_head(self.head, self.channels, self.patch_size)
+    check_rope(self.rope_axes, self.head_dim)
+
+  def _tokens_in(self) -> nn.Dense:
+    """A layer that makes tokens, of image or text."""
+    return nn.Dense(self.width, dtype=jnp.dtype(self.dtype), dot_general=gathered(None, "fsdp"))
+
+  def _blocks(self, block: Any, depth: int) -> Any:
+    size = (self.num_heads, self.head_dim, self.mlp_ratio, jnp.dtype(self.dtype), self.attention)
+    return scanned(block, depth, self.remat, self.scan_unroll)(*size)
+
+  def _grid(self, x: jax.Array, cond: Any, widths: dict[str, int]) -> tuple[int, int]:
+    """Rows and columns of patches of x (B, H, W, C); ValueError if it or `cond`, see `check_text`, does not fit."""
+    if x.ndim != 4 or x.shape[-1] != self.channels:
+      raise ValueError(f"x: expected shape (B, H, W, {self.channels}), got {x.shape}")
+    check_text(cond, widths, x.shape[0])
+    rows, columns = grid_of(x.shape[1:-1], self.patch_size)
+    return rows, columns
+
+
+def image_positions(grid: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> np.ndarray:
+  """Frame 0, row and column of every token of a grid, row-major, counted from the one at `origin`: (T, 3)."""
+  rows, columns = np.indices(grid).reshape(2, -1)
+  return np.stack([np.zeros_like(rows), rows - origin[0], columns - origin[1]], axis=1)
 
 
 def check_text(cond: Any, widths: dict[str, int], batch: int) -> None:

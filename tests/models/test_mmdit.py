@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from pflow_jax import sharding
 from pflow_jax.models import layers, mmdit
-from pflow_jax.models.flux import Flux, image_positions
+from pflow_jax.models.flux import Flux
 from pflow_jax.models.heads import VelocityHead
 from pflow_jax.models.qwen_image import QwenImage
 from pflow_jax.networks import SHARDING
@@ -62,7 +62,7 @@ def test_rotary_positions_turn_pairs_of_channels():
 
 
 def test_positions_are_row_major():
-  np.testing.assert_array_equal(image_positions((2, 3))[[0, 2, 3]], [[0, 0, 0], [0, 0, 2], [0, 1, 0]])
+  np.testing.assert_array_equal(mmdit.image_positions((2, 3))[[0, 2, 3]], [[0, 0, 0], [0, 0, 2], [0, 1, 0]])
 
 
 @pytest.mark.usefixtures("float32")
