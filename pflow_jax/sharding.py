@@ -164,6 +164,11 @@ class Layout:
     """Parts that a batch is split in."""
     return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
+  @property
+  def platform(self) -> str | None:
+    """Kind of the devices, such as "tpu"; None without devices."""
+    return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
+
   def context(self) -> contextlib.AbstractContextManager[Any]:
     """In which what runs on the mesh is to be traced."""
     return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)

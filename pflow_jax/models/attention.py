@@ -7,6 +7,7 @@ NVIDIA GPUs, "splash" for TPUs.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import math
 from typing import Any
@@ -20,6 +21,7 @@ from pflow_jax.sharding import BATCH, current_mesh
 
 # Implementation -> whether jvp works. The fused kernels carry a custom_vjp and nothing else.
 IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False}
+PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # that have no other, of devices as JAX names them
 
 LANES = 128  # of a TPU register: splash works on blocks of a multiple of it
 BLOCKS = (512, 384, 256, 128)  # sizes of splash's blocks, the largest that divides a sequence first
@@ -34,6 +36,17 @@ def supports_jvp(implementation: str) -> bool:
   """Returns whether `jax.jvp` works through `attention(..., implementation=implementation)`."""
   _check(implementation)
   return IMPLEMENTATIONS[implementation]
+
+
+def check_platform(implementation: str, platform: str) -> None:
+  """Raises ValueError if devices of `platform` do not have this implementation."""
+  _check(implementation)
+  if platform not in PLATFORMS.get(implementation, (platform,)):
+    able = [name for name in IMPLEMENTATIONS if platform in PLATFORMS.get(name, (platform,))]
+    raise ValueError(
+      f"config.model.attention: {implementation!r} is for {PLATFORMS[implementation][0].upper()}s, and this runs on "
+      f"{platform}; set config.model.attention to one of {able}"
+    )
 
 
 def attention(
@@ -114,6 +127,11 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Any:
     block_kv_dq=block_kv,
   )
   mask = splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads)
-  with jax.ensure_compile_time_eval():  # its tables are constants, not values of the trace that asked first
+
+  def make() -> Any:
     kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret)
     return jax.tree.map(np.asarray, kernel)
+
+  # Its tables are constants, not values of the trace that asked first: another thread knows of none.
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    return thread.submit(make).result()

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from pflow_jax.models import attention as module
-from pflow_jax.models.attention import IMPLEMENTATIONS, attention, supports_jvp
+from pflow_jax.models.attention import IMPLEMENTATIONS, attention, check_platform, supports_jvp
 from pflow_jax.sharding import MeshSettings, make_layout
 
 
@@ -135,3 +136,29 @@ def test_unknown_name_lists_the_choices(call):
   with pytest.raises(ValueError, match=r"expected one of \['cudnn', 'splash', 'xla'\], got 'flash'"):
     call("flash")
   assert sorted(IMPLEMENTATIONS) == ["cudnn", "splash", "xla"]
+
+
+def test_kernels_are_refused_where_they_are_not():
+  check_platform("xla", "cpu")
+  check_platform("splash", "tpu")
+  check_platform("cudnn", "gpu")
+  with pytest.raises(ValueError, match=r"'splash' is for TPUs, and this runs on gpu; .* one of \['xla', 'cudnn'\]"):
+    check_platform("splash", "gpu")
+  with pytest.raises(ValueError, match=r"'cudnn' is for GPUs, and this runs on cpu; .* one of \['xla'\]"):
+    check_platform("cudnn", "cpu")
+
+
+def test_splash_is_made_within_any_trace():
+  """Its tables are no values of the trace that asked first, be it within a scan of a network."""
+  module._splash_kernel.cache_clear()
+
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      return attention(x, x, x, implementation="splash"), None
+
+  layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()
+  x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    text = jax.jit(lambda x: layers.apply({}, x, None)[0]).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+  assert "tpu_custom_call" in text
