@@ -93,22 +93,17 @@ class Step:
     if self.accumulation == 1:
       out = gradient(state.params, batch, key)
     else:
+      # Every micro-batch takes every accumulation-th example, so that examples stay on their devices.
+      micro = jax.tree.map(lambda x: x.reshape(-1, self.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
-      def micro_batch(i):
-        # Every accumulation-th example, so that examples stay on their devices; cut out here, because a scan over
-        # them would want a copy of the batch in its order.
-        take = lambda x: jax.lax.dynamic_index_in_dim(
-          x.reshape(-1, self.accumulation, *x.shape[1:]), i, axis=1, keepdims=False
-        )
-        return jax.tree.map(take, batch)
-
-      def micro_step(total, i):
-        one = gradient(state.params, micro_batch(i), jax.random.fold_in(key, i))
+      def micro_step(total, inputs):
+        micro_batch, i = inputs
+        one = gradient(state.params, micro_batch, jax.random.fold_in(key, i))
         return jax.tree.map(lambda a, b: a + b / self.accumulation, total, one), None
 
-      shapes = jax.eval_shape(lambda key: gradient(state.params, micro_batch(0), key), key)
+      shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro), key)
       start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      out, _ = jax.lax.scan(micro_step, start, jnp.arange(self.accumulation))
+      out, _ = jax.lax.scan(micro_step, start, (micro, jnp.arange(self.accumulation)))
     (loss, aux), grads = out
     return loss, aux, grads
 

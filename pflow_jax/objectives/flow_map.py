@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pflow_jax.guidance import broadcast_condition
 from pflow_jax.objectives.flow_matching import drop_condition, sample_time
 from pflow_jax.policies.base import as_float
 from pflow_jax.schedule import add_noise, over_space, shift_time
@@ -299,7 +300,7 @@ def _self_guided(network: Network, v: Array, x: Array, t: Array, cond: Any, null
   """MeanFlow's guided target from the network's own velocities, F(x, t, t)."""
   if (settings.omega, settings.kappa) == (1, 0):
     return v
-  null = jax.tree.map(lambda c, n: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), cond, null_cond)
+  null = jax.tree.map(broadcast_condition, cond, null_cond)
   target = settings.omega * v
   for share, c in ((1 - settings.omega - settings.kappa, null), (settings.kappa, cond)):
     if share != 0:
