@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from pflow_jax import data, guidance, optim, workdir
 from pflow_jax.checkpoint import load_params
 from pflow_jax.models import heads
-from pflow_jax.models.attention import IMPLEMENTATIONS, supports_jvp
+from pflow_jax.models.attention import IMPLEMENTATIONS, check_platform, supports_jvp
 from pflow_jax.networks import SHARDING, VELOCITIES, AdapterSettings, Network, make_network, velocity_of
 from pflow_jax.objectives import flow_map
 from pflow_jax.objectives.flow_matching import FlowMatching, flow_matching_loss
@@ -154,14 +154,24 @@ class Experiment:
   def layout(self, config: ConfigDict, devices: Sequence[Any] | int | None = None) -> Layout:
     """Where the run's arrays lie: `config.mesh` over `devices`, see `make_layout`, and the networks' table.
 
-    Raises: ValueError for sizes that do not fit.
+    Raises: ValueError for sizes that do not fit, or a network that these devices cannot run.
     """
-    return make_layout(call(MeshSettings, "mesh", config.get("mesh", {})), SHARDING, devices)
+    layout = make_layout(call(MeshSettings, "mesh", config.get("mesh", {})), SHARDING, devices)
+    implementation = getattr(self.network.module, "attention", None)
+    if layout.platform is not None and implementation is not None:
+      check_platform(implementation, layout.platform)
+    return layout
 
-  def load(self, folder: str | os.PathLike, which: str = "ema", layout: Layout | None = None) -> Params:
-    """All parameters of the network as the run in `folder` saved them, on the devices as `layout` says."""
+  def load(
+    self, folder: str | os.PathLike, which: str = "ema", layout: Layout | None = None, frozen: Params | None = None
+  ) -> Params:
+    """All parameters of the network as the run in `folder` saved them, on the devices as `layout` says.
+
+    Args:
+      frozen: what `load_frozen` gave, where it has been called already: its leaves are shared.
+    """
     trained = load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which, layout=layout)  # type: ignore[arg-type]
-    return self.complete(trained, self.load_frozen(layout))
+    return self.complete(trained, self.load_frozen(layout) if frozen is None else frozen)
 
   def complete(self, trained: Params, frozen: Params) -> Params:
     """All parameters of the network, from those that train and those that do not."""
@@ -300,6 +310,10 @@ def _imitation(
     full = network.complete(params, frozen["strong"])
     student = make_student(network, settings, full, jax.random.fold_in(key, DROPOUT))
     if loss is imitation_loss_data_free:
+      if getattr(network.module, "remat", "none") != "none":
+        # A segment's source is detached from the segment before. So the backward pass evaluates the student again, an
+        # eighth of a FLUX.1 step, rather than have every segment keep its blocks' inputs at once.
+        student = jax.checkpoint(student, prevent_cse=False)
       # Of the batch only the conditions are used.
       key_noise, key = jax.random.split(key)
       x = jax.random.normal(key_noise, (jax.tree.leaves(batch)[0].shape[0], *dataset.shape), jnp.float32)

@@ -208,6 +208,11 @@ def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: da
     )
   size = dict(channels=channels) | ({} if module in (Flux, QwenImage) else dict(num_classes=dataset.num_classes))
   if module is DiT and has_text:
+    if "pooled" not in cond:
+      raise ValueError(
+        f"config.model.kind: 'dit' is conditioned on one vector a text, {dataset.name} has {sorted(cond)}; write it "
+        "with `pflow cache --model minilm`"
+      )
     size["pooled_width"] = cond["pooled"].shape[-1]
   if module is EDM2UNet:
     if head is not heads.VelocityHead:

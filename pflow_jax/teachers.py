@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -173,9 +173,12 @@ def _find(
   pretrained = own.objective.kind == PRETRAINED
   _check_same(config, own, folder, sections if pretrained else ("data", *sections))
   network = make_network(own.model, own.policy, dataset)
-  # What is converted has no average beside its parameters.
-  which = "params" if pretrained else settings.which
-  return network, Saved(f"{folder}/{workdir.CHECKPOINTS}", which, step, settings.dtype)
+  return network, Saved(f"{folder}/{workdir.CHECKPOINTS}", which_of(own, settings.which), step, settings.dtype)
+
+
+def which_of(config: Mapping[str, Any], which: str = "ema") -> str:
+  """The parameters to read of a run: `which`, but for a converted teacher, which has no average."""
+  return "params" if config["objective"]["kind"] == PRETRAINED else which
 
 
 def _check_knows_nothing(own: ConfigDict, dataset: data.Dataset, settings: TeacherSettings) -> None:
@@ -210,7 +213,7 @@ def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
 
 
 def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tuple[str, ...]) -> None:
-  computed = ("model.dtype", "model.remat", "model.attention", "model.scan_unroll")
+  free = ("model.dtype", "model.remat", "model.attention", "model.scan_unroll", "data.max_length")
   starts = tuple(f"{section}." for section in sections)
   mine, teachers = (
     {k: v for k, v in workdir.flatten(_complete(workdir.as_plain(c))).items() if k.startswith(starts)}
@@ -219,7 +222,7 @@ def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tupl
   differing = [
     f"\n  {key}: the teacher has {teachers.get(key, '(default)')!r}, the student {mine.get(key, '(default)')!r}"
     for key in sorted(mine.keys() | teachers.keys())
-    if mine.get(key) != teachers.get(key) and key not in computed
+    if mine.get(key) != teachers.get(key) and key not in free
   ]
   if differing:
     raise ValueError(f"the teacher in {folder} was trained on other data or with another network:{''.join(differing)}")

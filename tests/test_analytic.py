@@ -71,6 +71,8 @@ CASES = {
   "a teacher": dict(kind="flow_matching", policy=VELOCITY),
   "the other side of a flow map": dict(kind="ayf_lmd", policy=VELOCITY),
   "guided, all segments": dict(kind="imitation_data_free", policy=GMFLOW, nfe=2, teacher=GUIDED),
+  "all segments, one at a time": dict(kind="imitation_data_free", policy=GMFLOW, nfe=2, remat="full"),
+  "and with adapters": dict(kind="imitation_data_free", policy=ARC, nfe=2, adapters=ADAPTERS, remat="full"),
   "autoguided": dict(kind="imitation", policy=ARC, teacher=GUIDED | dict(weak_workdir="weak")),
   "DX, windows": dict(kind="imitation", policy=dict(kind="dx", num_coefficients=10), window=10.0),
   "several strengths": dict(kind="ayf_emd", policy=VELOCITY, teacher=GUIDED, guidance=(1.0, 3.0)),

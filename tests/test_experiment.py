@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from pflow_jax.experiment import build, make_optimizer
+from pflow_jax.step import make_program
 from pflow_jax.train import train
 from tests.programs import quick
 
@@ -74,3 +75,27 @@ def test_student_starts_as_its_teachers_one_step(teacher_run):
   expected = made.teacher.velocity(made.teacher.load())(noise, t, labels)
   assert float(jax.numpy.abs(expected).max()) > 0
   assert jax.numpy.allclose(moved, expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("float32")
+def test_segments_without_data_do_not_add_up_in_memory():
+  """Three times the segments, of which each keeps its source alone for the backward pass: 1.3 times the memory."""
+
+  def temporary_bytes(nfe):
+    config = quick("imagenet", "gmflow", batch_size=8)
+    config.objective.update(kind="imitation_data_free", nfe=nfe)
+    config.model.update(depth=12, width=64, num_heads=2, remat="full")
+    experiment = build(config, abstract=True)
+    program = make_program(config, experiment, experiment.layout(config, jax.devices()[:1]))
+    return program.trace(None).lower().compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary_bytes(6) < 1.4 * temporary_bytes(2)
+
+
+def test_kernels_are_refused_where_they_are_not():
+  config = quick("flux", "gm_data_free")
+  config.model.attention = "splash"
+  experiment = build(config, abstract=True)
+  with pytest.raises(ValueError, match=r"config\.model\.attention: 'splash' is for TPUs, and this runs on cpu"):
+    experiment.layout(config)
+  assert experiment.layout(config, 4).platform is None, "to be planned"

@@ -199,7 +199,7 @@ def test_weak_teacher_and_start_are_kept_as_they_were(tmp_path, monkeypatch):
   def pinned():
     config = student_of("strong", guidance=2.0, weak_workdir="weak")
     config.start.workdir = "first"
-    workdir.pin_teacher("run", config)
+    workdir.pin("run", config)
     return config
 
   def steps(config):
@@ -220,7 +220,7 @@ def test_weak_teacher_and_start_are_kept_as_they_were(tmp_path, monkeypatch):
 
 def test_a_weak_step_of_the_own_run_stays_what_was_asked_for(plain, tmp_path):
   config = student_of(plain[0], guidance=2.0, weak_step=1)
-  workdir.pin_teacher(tmp_path, config)
+  workdir.pin(tmp_path, config)
   assert (config.teacher.step, config.teacher.weak_step, config.teacher.weak_workdir) == (2, 1, None)
 
 
