@@ -42,6 +42,7 @@ def get_config(variant: str = "gm") -> ConfigDict:
   config.train.update(steps=3000, batch_size=256, log_every=10, checkpoint_every=200)
   config.mesh.update(data=-1, fsdp=16)
   config.sample.batch_size = 16
+  config.evaluate.num_samples = 256
   if name.startswith("gm"):
     config.policy = dict(kind="gmflow", num_components=8)
     config.sample.auto_temperature = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -21,26 +20,20 @@ from ml_collections import ConfigDict
 
 from pflow_jax import data, figures, metrics, workdir
 from pflow_jax.distributed import from_first, is_first
+from pflow_jax.evaluate_samplers import Sampler, student_samplers, teacher_name, teacher_samplers
 from pflow_jax.experiment import Experiment, build
 from pflow_jax.features import Classifier, pixel_features, train_classifier
-from pflow_jax.integrate import rollout
 from pflow_jax.objectives.flow_map import FlowMap
-from pflow_jax.objectives.imitation import Imitation
 from pflow_jax.sample import (
   SampleSettings,
   check_local,
   draw_noise,
-  evaluations,
-  flow_map_grid,
   in_batches,
   labels_of,
-  make_sampler,
   save_picture,
 )
-from pflow_jax.sampler import sample_flow_map, sample_teacher
-from pflow_jax.schedule import segment_grid, shift_time
 from pflow_jax.sections import call
-from pflow_jax.sharding import Layout, to_host
+from pflow_jax.sharding import Layout
 
 COLUMNS = {
   "name": "sampler",
@@ -92,17 +85,6 @@ class EvaluateSettings:
       )
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-  """One row of the table: who draws with how many network evaluations."""
-
-  name: str
-  nfe: int
-  run: Callable[..., Any]  # (noise, conditions, keys) -> samples
-  path: Callable[..., np.ndarray]  # (noise, conditions) -> states (steps + 1, B, *space, C), from noise to data
-  is_student: bool = False
-
-
 def evaluate(
   config: ConfigDict,
   folder: str | os.PathLike,
@@ -128,14 +110,13 @@ def evaluate(
   experiment = experiments[str(folder)]
   _check_teachers(experiments)
   dataset, layout = experiment.dataset, experiment.layout(config)
-  noise, cond = draw_noise(experiment, settings.num_samples, settings.seed)
-  labels = labels_of(cond, settings.num_samples)
   if not dataset.has_x0:
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
-  # All of a small data set; of an endless one as many as there are samples.
-  real, real_labels = data.examples(
-    dataset, min(dataset.num_records or settings.num_samples, 10 * settings.num_samples)
-  )
+  noise, cond = draw_noise(experiment, settings.num_samples, settings.seed)
+  labels = labels_of(cond, settings.num_samples)
+  # All of a small data set; of an endless one, or one with texts, which are large, as many as there are samples.
+  most = settings.num_samples * (1 if isinstance(cond, dict) else 10)
+  real, real_labels = data.examples(dataset, min(dataset.num_records or settings.num_samples, most))
   classifier = _classifier(experiment, settings, real, real_labels, folder)
   features = classifier.features if classifier else pixel_features
   real_features = features(real)
@@ -146,11 +127,14 @@ def evaluate(
   else:
     _check_count(settings.num_samples, real_features.shape[1])
 
-  samplers = teacher_samplers(experiment, layout, folder, settings)
+  frozen = experiment.load_frozen(layout)
+  samplers = teacher_samplers(experiment, layout, folder, settings.teacher_steps, frozen)
   for name, one in experiments.items():
     if one.teacher is not None or isinstance(one.objective, FlowMap):
       suffix = f" ({pathlib.Path(name).name})" if others else ""
-      samplers += student_samplers(one, layout, call(SampleSettings, "sample", configs[name].sample), name, suffix)
+      sampling = call(SampleSettings, "sample", configs[name].sample)
+      shared = frozen if one.teacher and experiment.teacher and one.teacher.saved == experiment.teacher.saved else None
+      samplers += student_samplers(one, layout, sampling, name, suffix, shared)
   batch_size = call(SampleSettings, "sample", config.sample).batch_size
   keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
   samples: dict[str, np.ndarray] = {}
@@ -165,7 +149,7 @@ def evaluate(
       what += f", {jax.devices()[0].device_kind} x {jax.device_count()}"
       samples[s.name], speed = _draw_once(draw, kept, what, noise.shape)
     rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
-  reference, yardstick = samples[_teacher_name(REFERENCE_STEPS)], samples[_teacher_name(YARDSTICK_STEPS)]
+  reference, yardstick = samples[teacher_name(REFERENCE_STEPS)], samples[teacher_name(YARDSTICK_STEPS)]
   yardstick_errors = metrics.alignment_errors(yardstick, reference)
   spread = metrics.diversity(reference, labels)
   reference_spaces = {"fd": features(reference), "fd_pixels": pixel_features(reference)}
@@ -205,82 +189,6 @@ def evaluate(
   print(table)
   print(f"wrote {out}/evaluation.json, evaluation.md and samples.png")
   return report
-
-
-def teacher_samplers(
-  experiment: Experiment, layout: Layout, folder: str | os.PathLike, settings: EvaluateSettings
-) -> list[Sampler]:
-  """The teacher at all its numbers of Euler steps; the run itself if it is a teacher's."""
-  if experiment.teacher is not None:
-    params, velocity = experiment.load_frozen(layout), experiment.teacher.velocity
-  else:
-    params, velocity = experiment.load(folder, layout=layout), experiment.velocity
-  shift = experiment.objective.shift
-
-  def make(steps):
-    @functools.partial(jax.jit, static_argnames="trajectory")
-    def walk(params, noise, labels, trajectory=False):
-      return sample_teacher(velocity(params), noise, labels, steps=steps, shift=shift, trajectory=trajectory)
-
-    return Sampler(
-      _teacher_name(steps),
-      steps,
-      lambda x, c, k: walk(params, x, c),
-      lambda x, c: to_host(walk(params, x, c, trajectory=True)),
-    )
-
-  return [make(steps) for steps in settings.teacher_steps]
-
-
-def student_samplers(
-  experiment: Experiment, layout: Layout, sampling: SampleSettings, folder: str | os.PathLike, suffix: str = ""
-) -> list[Sampler]:
-  """The student of a run at its numbers of evaluations; `suffix` tells it from other students."""
-  params = experiment.load(folder, layout=layout)
-
-  def make(nfe):
-    run = functools.partial(make_sampler(experiment, sampling, nfe), params)
-    path = functools.partial(trajectory, experiment, sampling, params, nfe)
-    return Sampler(f"student, {nfe} NFE{suffix}", nfe, run, path, is_student=True)
-
-  return [make(nfe) for nfe in evaluations(experiment, sampling)]
-
-
-def trajectory(
-  experiment: Experiment, sampling: SampleSettings, params: Any, nfe: int, noise: np.ndarray, labels: np.ndarray
-) -> np.ndarray:
-  """States (steps + 1, B, *space, C) along the student's policies or jumps, without stochastic steps."""
-  imitation = experiment.objective
-  if isinstance(imitation, FlowMap):
-    grid = flow_map_grid(imitation, nfe)
-
-    @jax.jit
-    def walk(params, noise, labels):
-      jump = experiment.flow_map(params, sampling.guidance)
-      return sample_flow_map(jump, noise, labels, grid=grid, trajectory=True)
-
-    return to_host(walk(params, noise, labels))
-  assert isinstance(imitation, Imitation)
-  shift = imitation.shift
-  student = jax.jit(lambda params, x, t, c: experiment.student(params)(x, t, c))
-
-  @jax.jit
-  def roll(policy, x, r_start, r_end):
-    one = lambda p, x: rollout(p, x, r_start, r_end, shift=shift, substeps=sampling.substeps, method=sampling.method)
-    return jax.vmap(one)(policy, x)
-
-  states = [noise]
-  for r_start, r_end in itertools.pairwise(segment_grid(nfe, imitation.final_scale)):
-    source = states[-1]
-    t = np.full(len(noise), shift_time(r_start, shift), np.float32)
-    policy = student(params, source, t, labels)
-    points = np.linspace(r_start, r_end, max(32 // nfe, 2) + 1, dtype=np.float32)
-    states += [to_host(roll(policy, source, points[0], r)) for r in points[1:]]
-  return np.stack(states)
-
-
-def _teacher_name(steps: int) -> str:
-  return f"teacher, {steps} step{'s' * (steps != 1)}"
 
 
 def _draw(

@@ -12,7 +12,19 @@ PACKAGE = ROOT / "pflow_jax"
 LAYERS = [
   {"cli"},
   {"cli_files"},
-  {"train", "sample", "evaluate", "merge", "plan", "plan_report", "compare", "compare_report", "defaults", "cache"}
+  {
+    "train",
+    "sample",
+    "evaluate",
+    "evaluate_samplers",
+    "merge",
+    "plan",
+    "plan_report",
+    "compare",
+    "compare_report",
+    "defaults",
+    "cache",
+  }
   | {"convert", "autoencoder", "text_to_image"},
   {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"},
   {"objectives"},
