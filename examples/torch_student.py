@@ -9,9 +9,9 @@ It is also the description of the format. A student is a folder of
   the output layers (num_gaussians or, for DX, out_channels; constant_logstd, ...);
 * diffusion_pytorch_model.safetensors, or shards with an index. Its metadata holds "policy_config", JSON such as
   {"type": "DX", "segment_size": 0.2857, "shift": 3.2}, and, where pflow_jax wrote it, "sampling", such as
-  {"nfe": 4, "final_scale": 0.5, "shift": 3.2}. An adapter has low-rank updates "LAYER.lora_A.weight" (r, in) and
-  "LAYER.lora_B.weight" (out, r), to be added as they are (alpha = r), and tensors that replace those of the base. A
-  full model has every tensor and needs no base. A prefix "transformer." is dropped.
+  {"nfe": 4, "final_scale": 0.5, "shift": 3.2, "temperature": "auto"}. An adapter has low-rank updates
+  "LAYER.lora_A.weight" (r, in) and "LAYER.lora_B.weight" (out, r), to be added as they are (alpha = r), and tensors
+  that replace those of the base. A full model has every tensor and needs no base. A prefix "transformer." is dropped.
 
 Arrays on disk are channels last: noise.npy (B, H, W, C), x0.npy likewise; cond.npz has text (B, L, D), mask (B, L) and
 pooled (B, P), as far as the network reads them. In here they are (B, C, H, W). With x a state, t its noise level (1 is
@@ -456,12 +456,10 @@ def main(argv: list[str] | None = None) -> None:
   add("--noise", required=True, help="standard normal latents, .npy (B, H, W, C)")
   add("--cond", help=".npz with text and pooled (FLUX), or text and mask (Qwen-Image)")
   add("--labels", default="", help="classes for a DiT, repeated, such as 3,7")
-  add(
-    "--nfe", type=int, help="network evaluations; this and the next two are by default those in the student's metadata"
-  )
+  add("--nfe", type=int, help="network evaluations; by default, as the next three, those in the student's metadata")
   add("--final_scale", type=float, help="length of the last segment; without metadata 1 for ArcFlow and DiT, else 0.5")
   add("--shift", type=float, help="time shift; without metadata 1 for DiT, else 3.2")
-  add("--temperature", default="1.0", help='a number, or "auto"')
+  add("--temperature", help='a number, or "auto"; without metadata 1')
   add("--substeps", type=int, default=128, help="Euler steps for a unit of schedule time")
   add("--num_timesteps", type=float, help="factor on t in a DiT without it: 1 for π-Flow's gmrepa students, else 1000")
   add("--dtype", default="float32", help="of the backbone; policies are float32")
@@ -477,12 +475,12 @@ def main(argv: list[str] | None = None) -> None:
     cond = {k: v.to(args.device) for k, v in cond.items()} if isinstance(cond, dict) else cond.to(args.device)
     is_dit = student.backbone == DIT
     grid = dict(final_scale=1.0 if is_dit or student.kind == "ArcFlow" else 0.5, shift=1.0 if is_dit else 3.2)
-    given = dict(nfe=args.nfe, final_scale=args.final_scale, shift=args.shift)
+    temperature = args.temperature if args.temperature in (None, "auto") else float(args.temperature)
+    given = dict(nfe=args.nfe, final_scale=args.final_scale, shift=args.shift, temperature=temperature)
     grid |= student.sampling | {name: value for name, value in given.items() if value is not None}
     if "nfe" not in grid:
       raise ValueError("--nfe: expected a number of network evaluations, which this student's metadata do not tell")
-    temperature = args.temperature if args.temperature == "auto" else float(args.temperature)
-    x0 = sample(student, noise, cond, **grid, temperature=temperature, substeps=args.substeps)
+    x0 = sample(student, noise, cond, **grid, substeps=args.substeps)
   except (ValueError, OSError) as error:
     raise SystemExit(f"error: {error}") from None
   np.save(args.out, x0.movedim(1, -1).cpu().numpy())

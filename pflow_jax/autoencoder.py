@@ -17,11 +17,11 @@ from PIL import Image
 
 from pflow_jax.convert import qwen_vae, vae
 from pflow_jax.convert.check import check_tensors
+from pflow_jax.convert.models import flat_shapes
 from pflow_jax.convert.table import to_flax, torch_shapes_of
 from pflow_jax.convert.tensors import open_tensors
 from pflow_jax.models.qwen_vae import QwenVAE
 from pflow_jax.models.vae import AutoencoderKL
-from pflow_jax.partition import path_of
 
 # Classes in config.json: our module, and the module of its table.
 CLASSES: dict[str, tuple[Any, Any]] = {
@@ -90,11 +90,11 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   tensors = tensors.renamed({rename(name): name for name in tensors.shapes})
   factor = module.down_factor
   shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, factor, factor, 3), jnp.float32))
-  by_path = {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"])}
+  by_path = flat_shapes(shapes["params"])
   expected = {name: shape for row in rows for name, shape in torch_shapes_of(row, by_path[row.flax]).items()}
   check_tensors(expected, tensors.shapes, str(path))
   params = to_flax(rows, {name: tensors.read(name).astype(np.float32) for name in expected})
-  return Codec(module, params)
+  return Codec(module, jax.device_put(params))
 
 
 def _read_picture(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import zlib
@@ -24,11 +25,18 @@ def checksums(path: pathlib.Path) -> dict[str, list[int]]:
 
 
 def checksum(file: pathlib.Path) -> list[int]:
+  """[size, CRC-32] of a file, which is read once in a process unless it changes."""
+  told = file.stat()
+  return list(_checksum(file, told.st_size, told.st_mtime_ns, told.st_ino))
+
+
+@functools.lru_cache(maxsize=4096)
+def _checksum(file: pathlib.Path, *_: int) -> tuple[int, int]:
   size = crc = 0
   with file.open("rb") as f:
     while block := f.read(1 << 24):
       size, crc = size + len(block), zlib.crc32(block, crc)
-  return [size, crc]
+  return size, crc
 
 
 def damage(path: pathlib.Path) -> str | None:

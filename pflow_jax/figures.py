@@ -78,8 +78,7 @@ def image_grid(
   cell_h, cell_w = height * scale + gap, width * scale + gap
   canvas = np.full((len(images) * cell_h - gap, count * cell_w - gap, 3), 255, np.uint8)
   for i, x in enumerate(images.values()):
-    x = np.nan_to_num(np.clip(x, -1, 1), nan=0.0)
-    x = np.rint((x + 1) * 127.5).astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
+    x = _pixels(x).repeat(scale, axis=1).repeat(scale, axis=2)
     for j in range(count):
       top, left = i * cell_h, j * cell_w
       canvas[top : top + height * scale, left : left + width * scale] = x[j]
@@ -106,6 +105,54 @@ def image_grid(
       figure.text(x / total_w, y / total_h, str(text), ha="center", va="center", color=_MUTED)
     if title:
       figure.text(pad / total_w, 1 - (pad + line / 2) / total_h, title, va="center", fontsize=11)
+
+
+def captioned_images(
+  path: str | os.PathLike, images: ArrayLike, captions: Sequence[str], *, columns: int = 4, side: int = 256
+) -> None:
+  """Images in reading order, each above its caption, of two lines at most.
+
+  Args:
+    images: (n, H, W, C) in [-1, 1] (clipped; not finite becomes mid-grey), C 1 or 3.
+    captions: n texts.   columns: images a row.
+    side: pixels of an image's longer side: smaller ones by whole pixels (nearest neighbour), larger ones shrunk.
+  Raises: ValueError on other shapes.
+  """
+  import textwrap
+
+  from PIL import Image
+
+  x = np.asarray(images, np.float32)
+  if x.ndim != 4 or x.shape[-1] not in (1, 3) or x.size == 0:
+    raise ValueError(f"images: expected (n, H, W, 1 or 3), got {x.shape}")
+  if len(captions) != len(x):
+    raise ValueError(f"captions: expected {len(x)}, one per image, got {len(captions)}")
+  pixels = _pixels(x).repeat(3 // x.shape[-1], axis=-1)
+  longest = max(x.shape[1:3])
+  if longest > side:
+    size = tuple(max(1, round(n * side / longest)) for n in (x.shape[2], x.shape[1]))
+    pixels = np.stack([Image.fromarray(one).resize(size, Image.Resampling.LANCZOS) for one in pixels])
+  else:
+    pixels = pixels.repeat(side // longest, axis=1).repeat(side // longest, axis=2)
+
+  height, width = pixels.shape[1:3]
+  pad, line = 24, 32
+  columns = min(columns, len(pixels))
+  letters = max(1, int(width / (_text_width("n" * 20) / 20)))
+  wrapped = [textwrap.fill(text, letters, max_lines=2, placeholder=" …") for text in captions]
+  cell_w, cell_h = width + pad, height + pad + line * (1 + max(text.count("\n") for text in wrapped))
+  total_w, total_h = pad + columns * cell_w, pad + -(-len(pixels) // columns) * cell_h
+  canvas = np.full((total_h, total_w, 3), 255, np.uint8)
+  corners = [(pad + i // columns * cell_h, pad + i % columns * cell_w) for i in range(len(pixels))]
+  for (top, left), one in zip(corners, pixels, strict=True):
+    canvas[top : top + height, left : left + width] = one
+  with _figure(path, total_w / _DPI, total_h / _DPI) as figure:
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    for (top, left), text in zip(corners, wrapped, strict=True):
+      x_text, y_text = (left + width / 2) / total_w, 1 - (top + height + line / 4) / total_h
+      figure.text(x_text, y_text, text, ha="center", va="top", color=_MUTED)
 
 
 def trajectory_plot(
@@ -331,6 +378,11 @@ def _pale() -> Any:
   from matplotlib.colors import LinearSegmentedColormap
 
   return LinearSegmentedColormap.from_list("pale", ["#ffffff", "#b9d3ea"])
+
+
+def _pixels(x: Array) -> Array:
+  """Images in [-1, 1] as bytes."""
+  return np.rint((np.nan_to_num(np.clip(x, -1, 1), nan=0.0) + 1) * 127.5).astype(np.uint8)
 
 
 def _text_width(text: str, size: float = 9) -> int:

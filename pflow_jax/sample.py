@@ -60,6 +60,11 @@ class SampleSettings:
   guidance: float | None = None
   batch_size: int = 256
 
+  @property
+  def temperature_of_segments(self) -> float | str:
+    """The temperature, or "auto"."""
+    return "auto" if self.auto_temperature else self.temperature
+
   def __post_init__(self):
     if min(self.nfe, default=1) < 1 or self.batch_size < 1:
       raise ValueError(f"config.sample: expected nfe and batch_size of at least 1, got {self.nfe}, {self.batch_size}")
@@ -232,7 +237,7 @@ def sample(
   check_local(out, folder)
   experiment = build(config)
   layout = experiment.layout(config)
-  params = layout.place(experiment.load(folder, which))
+  params = experiment.load(folder, which, layout)
   noise, cond = draw_noise(experiment, num, seed, labels)
   classes = labels_of(cond, num)
   keys = jax.random.split(jax.random.key(seed + 1), num)

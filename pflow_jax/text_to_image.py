@@ -56,11 +56,13 @@ def sample_prompts(
   check_local(out, folder)
   settings = call(SampleSettings, "sample", config.get("sample", {}))
   model = encoders_of(config)
+  if pipeline is None and model != "minilm":
+    raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
   # In the dtype that the network computes in, or better.
   dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
-  cond = text.encode_prompts(model, pipeline, prompts, dtype=dtype)
-  codec = load_autoencoder(pipeline) if pipeline is not None and model != "minilm" else None
-  dataset = data.load(**config.data) if model == "minilm" else _shapes(config, cond, codec, height, width)
+  cond = text.encode_prompts(model, pipeline, prompts, config.data.get("max_length"), dtype=dtype)
+  codec = load_autoencoder(pipeline) if model != "minilm" and pipeline is not None else None
+  dataset = _shapes(config, cond, codec, height, width) if codec else data.load(**config.data)
   if model == "minilm" and (height or width):
     raise ValueError(f"--height, --width: this run samples pictures of {dataset.shape[0]} x {dataset.shape[1]}")
   experiment = build(config, dataset=dataset)
@@ -77,7 +79,7 @@ def sample_prompts(
   if is_first():
     pictures = x0 if codec is None else codec.decode(x0)
     told = {"model": config.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
-    told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": _temperature(settings)}
+    told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": settings.temperature_of_segments}
     _write(out, pictures, prompts, told)
     arrays = {name: value.astype(np.float32) if value.dtype != bool else value for name, value in cond.items()}
     np.savez(out / "samples.npz", x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **arrays)  # type: ignore[arg-type]
@@ -98,12 +100,10 @@ def encoders_of(config: ConfigDict) -> str:
 
 
 def _shapes(
-  config: ConfigDict, cond: dict[str, Any], codec: Codec | None, height: int | None, width: int | None
+  config: ConfigDict, cond: dict[str, Any], codec: Codec, height: int | None, width: int | None
 ) -> data.Dataset:
   """A set without records: what is sampled, and on what."""
   trained = tuple(config.data.shape)
-  if codec is None:
-    raise ValueError("--pipeline: expected the folder of the published model, whose text encoders are needed")
   sizes = {"--height": (height, trained[0]), "--width": (width, trained[1])}
   patch = config.model.get("patch_size", 2) * codec.factor
   for flag, (given, _) in sizes.items():
@@ -125,10 +125,6 @@ def _shapes(
   return data.Dataset("prompts", (*space, trained[-1]), 0, (), records=None, embedding=embedding)  # type: ignore[arg-type]
 
 
-def _temperature(settings: SampleSettings) -> float | str:
-  return "auto" if settings.auto_temperature else settings.temperature
-
-
 def _write(out: pathlib.Path, pictures: np.ndarray, prompts: Sequence[str], told: dict[str, Any]) -> None:
   out.mkdir(parents=True, exist_ok=True)
   for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
@@ -137,5 +133,4 @@ def _write(out: pathlib.Path, pictures: np.ndarray, prompts: Sequence[str], told
     info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
     pixels = np.clip(np.nan_to_num(picture) * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(out / f"{i:04d}.png", pnginfo=info)
-  labels = [prompt if len(prompt) <= 24 else f"{prompt[:22]} …" for prompt in prompts[:SHOWN]]
-  figures.image_grid(out / "overview.png", {f"{told['nfe']} NFE": pictures[:SHOWN]}, column_labels=labels)
+  figures.captioned_images(out / "overview.png", pictures[:SHOWN], prompts[:SHOWN])

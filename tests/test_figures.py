@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pflow_jax import figures
-from pflow_jax.figures import curve_panels, curves, image_grid, scatter_panels, trajectory_plot
+from pflow_jax.figures import captioned_images, curve_panels, curves, image_grid, scatter_panels, trajectory_plot
 
 
 @pytest.fixture
@@ -73,6 +73,26 @@ def test_image_grid_refuses_wrong_shapes(tmp_path, rng):
   with pytest.raises(ValueError, match="scale"):
     image_grid(path, {"a": x}, scale=-1)
   assert not path.exists()
+
+
+def test_captioned_images_are_whole_pixels_in_rows(tmp_path, rng):
+  path = tmp_path / "images.png"
+  shades = np.linspace(-0.9, 0.9, 5).reshape(5, 1, 1, 1) * np.array([1.0, -1.0, 0.5])
+  captions = ["a", "a rather long description of what is to be seen", "", "b", "two red cats"]
+  captioned_images(path, np.broadcast_to(shades, (5, 8, 6, 3)), captions, columns=2, side=64)
+  pixels = _pixels(path)
+  assert pixels.shape[1] < pixels.shape[0], "three rows of two"
+  for shade in np.rint((shades.astype(np.float32) + 1) * 127.5).astype(int).reshape(5, 3):
+    assert np.sum((pixels == shade).all(axis=-1)) == 64 * 48
+  captioned_images(path, rng.uniform(-1, 1, (1, 512, 1024, 1)), ["a picture that is larger"], side=64)
+  assert _pixels(path).shape[1] == 64 + 2 * 24
+
+
+def test_captioned_images_refuse_wrong_shapes(tmp_path, rng):
+  with pytest.raises(ValueError, match="1 or 3"):
+    captioned_images(tmp_path / "a.png", rng.uniform(size=(3, 8, 8)), ["a"] * 3)
+  with pytest.raises(ValueError, match="captions: expected 3"):
+    captioned_images(tmp_path / "a.png", rng.uniform(size=(3, 8, 8, 1)), ["a"])
 
 
 def test_trajectory_plot_with_points_and_with_a_function(tmp_path, rng):

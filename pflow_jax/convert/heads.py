@@ -123,9 +123,10 @@ def policy_metadata(policy: Mapping[str, Any], segment: float, shift: float) -> 
   return {POLICY_CONFIG: json.dumps(stated)}
 
 
-def sampling_metadata(nfe: int, final_scale: float, shift: float) -> dict[str, str]:
+def sampling_metadata(nfe: int, final_scale: float, shift: float, temperature: float | str) -> dict[str, str]:
   """Metadata that only this package reads, of what the releases' files do not tell: see `sampling_of`."""
-  return {SAMPLING: json.dumps({"nfe": nfe, "final_scale": final_scale, "shift": shift})}
+  stated = {"nfe": nfe, "final_scale": final_scale, "shift": shift, "temperature": temperature}
+  return {SAMPLING: json.dumps(stated)}
 
 
 def config_from_policy(policy: Mapping[str, Any], outputs: int, sub_pixels: int = 0) -> dict[str, Any]:
@@ -159,11 +160,16 @@ def student_of(kind: str, classes: Mapping[str, str]) -> str:
 
 
 def sampling_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-  """What the metadata of a student tell of an objective: nfe, final_scale and shift, or nothing."""
+  """What the metadata of a student tell of its sampling: nfe, final_scale and shift, or nothing.
+
+  And "temperature", a number or "auto", where this package wrote the file.
+  """
   if SAMPLING in metadata:
     try:
       stated = json.loads(metadata[SAMPLING])
-      return {"nfe": int(stated["nfe"])} | {name: float(stated[name]) for name in ("final_scale", "shift")}
+      told = {"nfe": int(stated["nfe"])} | {name: float(stated[name]) for name in ("final_scale", "shift")}
+      temperature = stated.get("temperature", 1.0)
+      return told | {"temperature": temperature if temperature == "auto" else float(temperature)}
     except (ValueError, TypeError, KeyError) as error:
       raise ValueError(
         f"metadata {SAMPLING}: expected nfe, final_scale and shift, got {metadata[SAMPLING]!r}"

@@ -15,12 +15,11 @@ from flax.traverse_util import flatten_dict
 from pflow_jax.convert import dit, flux, qwen_image
 from pflow_jax.convert.heads import policy_from_config
 from pflow_jax.convert.table import Row, torch_shapes_of
+from pflow_jax.convert.tensors import CONFIG
 from pflow_jax.data import ArrayRecords, Dataset, Embedding
 from pflow_jax.networks import make_network, module_defaults
-from pflow_jax.teachers import PRETRAINED
 
 MODULES: dict[str, ModuleType] = {"dit": dit, "flux": flux, "qwen_image": qwen_image}
-CONFIG = "config.json"
 # Attributes of our modules that a config takes from its data, and what is no attribute at all.
 _FROM_DATA = ("channels", "num_classes", "sample_size", "out_channels")
 
@@ -142,11 +141,6 @@ def model_of_run(
     if "class_embed/embedding" in shapes:
       attributes["num_classes"] = shapes["class_embed/embedding"][0] - 1
   return Model(section["kind"], attributes, policy)
-
-
-def which_of(config: Mapping[str, Any], which: str = "ema") -> str:
-  """The parameters to read of a run: `which`, but for a converted teacher, which has no average."""
-  return "params" if config["objective"]["kind"] == PRETRAINED else which
 
 
 def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -22,11 +22,12 @@ from ml_collections import ConfigDict
 from pflow_jax import data, workdir
 from pflow_jax.checkpoint import newest_step
 from pflow_jax.checkpoint_stream import Stored, open_leaves, save_leaves
+from pflow_jax.checksums import CHECKSUMS
 from pflow_jax.convert import students
 from pflow_jax.convert.check import check_tensors
 from pflow_jax.convert.heads import policy_metadata, sampling_metadata
 from pflow_jax.convert.leaves import Exporter, TensorLeaf
-from pflow_jax.convert.models import Model, model_of_run, model_of_torch, read_config, which_of
+from pflow_jax.convert.models import Model, model_of_run, model_of_torch, read_config
 from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.shards import ModelFolder
 from pflow_jax.convert.table import is_lora, rows_for, strip_prefix
@@ -36,9 +37,10 @@ from pflow_jax.models.lora import Adapter
 from pflow_jax.networks import SHARDING, AdapterSettings
 from pflow_jax.objectives.imitation import Imitation
 from pflow_jax.partition import first_match
+from pflow_jax.sample import SampleSettings
 from pflow_jax.sections import call
 from pflow_jax.sharding import Layout, MeshSettings, make_layout
-from pflow_jax.teachers import PRETRAINED
+from pflow_jax.teachers import PRETRAINED, which_of
 from pflow_jax.writer import progress
 
 SOURCE = "source.json"  # of a workdir that was converted: of what
@@ -161,9 +163,7 @@ def _to_jax(
   with _progress(total, "convert") as report:
     save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
   if is_first():
-    partial = epath.Path(out) / (workdir.CONFIG + ".partial")
-    partial.write_text(json.dumps(workdir.as_plain(plan.config), indent=2) + "\n")
-    partial.replace(epath.Path(out) / workdir.CONFIG)
+    workdir.claim(out, plan.config)
   return True
 
 
@@ -280,7 +280,10 @@ def _to_torch(
     values = {key: value for key, value in config.objective.items() if key != "kind"}
     objective = call(Imitation, "objective", values)
     metadata = policy_metadata(model.policy, objective.max_segment, objective.shift)
-    metadata |= sampling_metadata(objective.nfe, objective.final_scale, objective.shift)
+    sampling = call(SampleSettings, "sample", config.get("sample", {}))
+    metadata |= sampling_metadata(
+      objective.nfe, objective.final_scale, objective.shift, sampling.temperature_of_segments
+    )
   exporter = Exporter(leaves, rows, dtype, _scales(leaves, adapters.rows), _unused(leaves))
   identity = {"folder": os.path.abspath(folder), "step": step, "sums": _sums(checkpoints, step)}
   source = _digest({"config": workdir.as_plain(config), **identity, **options, "max_bytes": max_bytes})
@@ -344,7 +347,7 @@ def _data_of(config: ConfigDict) -> dict[str, Any]:
 
 def _sums(checkpoints: str, step: int | None) -> str:
   """What tells a checkpoint from another of the same step."""
-  path = epath.Path(checkpoints) / str(step) / "checksums.json"
+  path = epath.Path(checkpoints) / str(step) / CHECKSUMS
   return path.read_text() if path.exists() else ""
 
 

@@ -20,9 +20,8 @@ import numpy as np
 
 from pflow_jax.checksums import checksum
 from pflow_jax.convert.places import DTYPES
-from pflow_jax.convert.tensors import INDEX, WEIGHTS, open_tensors
+from pflow_jax.convert.tensors import CONFIG, INDEX, WEIGHTS, open_tensors
 
-CONFIG = "config.json"
 JOURNAL = "conversion.partial.json"
 SOURCE = "source"  # of what a file was made, in its metadata
 _PARTIAL = ".partial"

@@ -15,10 +15,11 @@ from pflow_jax.checkpoint import newest_step, params_shapes
 from pflow_jax.convert.check import check_tensors
 from pflow_jax.convert.heads import sampling_of
 from pflow_jax.convert.leaves import TensorLeaf, dtype_of
-from pflow_jax.convert.models import Model, flat_shapes, model_of_run, which_of
+from pflow_jax.convert.models import Model, flat_shapes, model_of_run
 from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.table import Row, is_lora, lora_rows, torch_shapes_of
 from pflow_jax.networks import module_defaults
+from pflow_jax.teachers import which_of
 
 Shape = tuple[int, ...]
 Leaves = dict[str, TensorLeaf]
@@ -149,6 +150,11 @@ def student_config(
     whole = is_dit or model.policy["kind"] == "arc"
     told = {"nfe": int(stated[1]) if stated else nfe, "final_scale": 1.0 if whole else 0.5}
     told["shift"] = 1.0 if is_dit else TEXT_SHIFT
+  temperature = told.pop("temperature", "auto" if model.policy["kind"] == "gmflow" and not is_dit else 1.0)
+  if temperature == "auto":  # as π-Flow's pipelines sample their GMFlow students
+    config.sample.auto_temperature = True
+  else:
+    config.sample.temperature = temperature
   config.objective.update(told)
   if base is not None:
     config.teacher.update(workdir=base, step=newest_step(f"{base}/{workdir.CHECKPOINTS}"))

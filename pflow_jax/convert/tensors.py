@@ -14,6 +14,7 @@ import struct
 from pflow_jax.convert.pickled import open_pickled
 from pflow_jax.convert.places import DTYPES, NEEDS_TORCH, Place, Tensors
 
+CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 

@@ -62,6 +62,7 @@ def config_of(kind, policy, teacher, table):
   config.teacher.workdir = str(teacher)
   config.adapters.table = table
   config.objective.update(**SAMPLING)
+  config.sample.temperature = 0.7
   config.train.update(steps=1, batch_size=1)
   config.optimizer.learning_rate = 1e-3
   return config
@@ -108,6 +109,7 @@ def test_an_adapter_goes_to_pytorch_and_comes_back(tmp_path, teachers, kind, pol
   before, after = workdir.load_config(tmp_path / "run"), workdir.load_config(tmp_path / "back")
   assert after.policy.to_dict() == POLICIES[policy] | after.policy.to_dict()
   assert {key: after.objective[key] for key in SAMPLING} == SAMPLING
+  assert after.sample.temperature == before.sample.temperature == 0.7
   assert (after.teacher.workdir, after.teacher.step) == (str(base), 0)
   assert tuple(after.data.shape)[-1] == 4
   # It is a run: all of its parameters are there, in the shapes of the one that was trained.
@@ -276,7 +278,14 @@ def test_an_adapter_wants_its_own_teacher(tmp_path, teachers):
       dict(nfe=4, final_scale=0.5, shift=3.2),
     ),
     ({"policy_config": '{"type": "DX", "segment_size": 1.0}'}, dict(nfe=1, final_scale=1.0, shift=1.0)),
-    ({"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3}'}, dict(nfe=2, final_scale=1.0, shift=3.0)),
+    (
+      {"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3}'},
+      dict(nfe=2, final_scale=1.0, shift=3.0, temperature=1.0),
+    ),
+    (
+      {"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3, "temperature": "auto"}'},
+      dict(nfe=2, final_scale=1.0, shift=3.0, temperature="auto"),
+    ),
   ],
 )
 def test_what_files_tell_of_the_training(metadata, want):
