@@ -22,18 +22,25 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike) -> int:
   `folder` hold the adapters alone, with the layers that train in full.
 
   Returns: the step of the checkpoint.
-  Raises: ValueError for a run without adapters, or an `out` that holds a run.
+  Raises: ValueError for a run without adapters, or with a teacher in low precision, or an `out` that holds a run.
   """
   config = workdir.load_config(folder)
   if not config.get("adapters", {}).get("table"):
     raise ValueError(f"{folder}: expected a run with adapters (config.adapters.table), this one trains in full already")
+  if config.teacher.get("dtype"):
+    raise ValueError(
+      f"{folder}: its teacher is kept in {config.teacher.dtype} (config.teacher.dtype), too few digits for a run that "
+      "trains in full; `pflow convert` writes the adapters for PyTorch, `pflow sample` takes them as they are"
+    )
   if workdir.has_checkpoint(out):
     raise ValueError(f"{out} holds a run already; give another --out")
   step = newest_step(f"{folder}/{workdir.CHECKPOINTS}")
   if step is None:
     raise ValueError(f"{folder} has no checkpoint yet; train it first")
   experiment = build(config)
-  params, ema = (experiment.network.merged(experiment.load(folder, which)) for which in ("params", "ema"))
+  frozen = experiment.load_frozen()
+  whole = (experiment.load(folder, which, frozen=frozen) for which in ("params", "ema"))
+  params, ema = map(experiment.network.merged, whole)
   config.adapters.table = ()
   plain = build(config)
   state = make_step(config, plain).init(jax.random.key(0), params)

@@ -77,7 +77,7 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   Raises: ValueError for a config that does not fit; FloatingPointError when updates stay non-finite.
   """
   settings = call(TrainSettings, "train", config.get("train", {}))
-  workdir.pin_teacher(folder, config)
+  workdir.pin(folder, config)
   experiment = build(config)
   _ = experiment.dataset.num_records  # opens the data: what cannot be read is better said before any work
   # Later commands read these from the run's config: better refused now than after the training.

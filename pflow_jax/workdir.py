@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict, config_dict
 
+from pflow_jax import data
 from pflow_jax.checkpoint import newest_step
 from pflow_jax.distributed import from_first
 
@@ -93,11 +94,14 @@ def has_checkpoint(workdir: str | os.PathLike) -> bool:
   )
 
 
-def pin_teacher(workdir: str | os.PathLike, config: ConfigDict) -> None:
-  """Makes a student's config name its teachers for good: absolute folders and the step of a checkpoint of each.
+def pin(workdir: str | os.PathLike, config: ConfigDict) -> None:
+  """Makes a config name for good what it was only pointed to.
 
-  A teacher that trains on would otherwise change under a student that is resumed or evaluated.
+  A student's teachers, by absolute folders and the step of a checkpoint of each: one that trains on would otherwise
+  change under a student that is resumed or evaluated. Of a folder of prompts what `data.pinned` tells.
   """
+  if "data" in config:
+    config.data = data.pinned(config.data)
   resumed = from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir))
   for section, prefix in (("teacher", ""), ("teacher", "weak_"), ("start", "")):
     values = config.get(section, {})

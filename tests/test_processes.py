@@ -37,6 +37,7 @@ class Processes:
   devices: int
   flags: tuple[str, ...]
   program: str = "train"
+  own: tuple[str, ...] = FLAGS  # of a training
 
   def __enter__(self):
     with socket.socket() as s:
@@ -47,7 +48,7 @@ class Processes:
     for i in range(self.count):
       join = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={self.count}", f"--process_id={i}")
       with (self.folder / f"log{i}").open("w") as log:
-        own = FLAGS if self.program == "train" else ()
+        own = self.own if self.program == "train" else ()
         args = command(self.program, *own, *self.flags, f"--workdir={self.workdir}", *join)
         child = subprocess.Popen(args, stdout=log, stderr=log, cwd=ROOT, env=fake_devices(self.devices))
       self.children.append(child)

@@ -54,16 +54,16 @@ def test_a_student_keeps_the_teacher_it_started_with(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(workdir, "newest_step", lambda folder: 7)
   student = config(teacher={"workdir": "teacher", "step": None})
-  workdir.pin_teacher("run", student)
+  workdir.pin("run", student)
   assert (student.teacher.workdir, student.teacher.step) == (str(tmp_path / "teacher"), 7)
   workdir.claim("run", student)
   save(tmp_path / "run")
   monkeypatch.setattr(workdir, "newest_step", lambda folder: 9)  # the teacher has trained on
   again = config(teacher={"workdir": "teacher", "step": None})
-  workdir.pin_teacher("run", again)
+  workdir.pin("run", again)
   assert again.teacher.step == 7
   fresh = config(teacher={"workdir": "teacher", "step": None})
-  workdir.pin_teacher("other", fresh)
+  workdir.pin("other", fresh)
   assert fresh.teacher.step == 9
 
 

@@ -11,6 +11,7 @@ from pflow_jax.data.pipeline import batches as batches
 from pflow_jax.data.pipeline import examples as examples
 from pflow_jax.data.points import checkerboard_density as checkerboard_density
 from pflow_jax.data.prompt_files import read_prompts as read_prompts
+from pflow_jax.data.prompts import pinned as pinned
 from pflow_jax.data.records import ArrayRecords as ArrayRecords
 from pflow_jax.data.records import GeneratedRecords as GeneratedRecords
 from pflow_jax.data.records import SourceRecords as SourceRecords

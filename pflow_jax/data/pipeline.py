@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any
 
 import grain
@@ -64,11 +66,17 @@ def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[Any, Any]:
   Of a set of prompts: x0 or None, and a dict of arrays (n, ...), their text of the longest length. The same for the
   same `seed`, whatever the batches. Of a generated set, points of a stream of their own.
 
-  Raises: ValueError if the set has fewer than `n` records, or for n < 1.
+  Raises: ValueError if the set has fewer than `n` records, for n < 1, or for more than the machine's memory holds.
   """
   _check_seed(seed)
   if n < 1:
     raise ValueError(f"expected n >= 1 examples, got {n}.")
+  needed, memory = n * _example_bytes(dataset), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if needed > memory:
+    raise ValueError(
+      f"{n} examples of {dataset.name} take {needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB of "
+      "memory; ask for fewer."
+    )
   count = dataset.num_records
   if count is not None and n > count:
     raise ValueError(
@@ -76,6 +84,12 @@ def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[Any, Any]:
     )
   sample = dataset.records.sample(n, seed)
   return sample.get("x0"), sample["cond"]
+
+
+def _example_bytes(dataset: Dataset) -> int:
+  """Bytes of an example in memory."""
+  embedded = dataset.embedding.leaves().values() if dataset.embedding else ()
+  return 4 * math.prod(dataset.shape) + sum(math.prod(shape) * dtype.itemsize for shape, dtype in embedded)
 
 
 def _check_seed(seed: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ def prompts(
   model: str | None = None,
   shape: tuple[int, ...] | None = None,
   buckets: tuple[int, ...] | None = None,
+  max_length: int | None = None,
 ) -> Dataset:
   """Prompts of a folder that `pflow cache` wrote, and the latents beside them if there are any.
 
@@ -30,6 +33,7 @@ def prompts(
     shape: (*space, C) of x0, by default that of the latents.
     buckets: lengths of text, see `buckets`; by default one, the longest text's. A model that attends to padding has
       texts of one length alone.
+    max_length: tokens that texts were cut to, see `pinned`; it has to be the folder's.
   Raises: ValueError for a folder that says otherwise, or is needed and not there.
   """
   name = f"prompts:{path}"
@@ -58,6 +62,8 @@ def prompts(
       raise ValueError(f"prompts:{folder} has no latents; give shape=, (*space, C) of what is to be sampled.")
     if fields.shape and shape not in (None, fields.shape):
       raise ValueError(f"prompts:{folder} has latents of shape {fields.shape}, got shape={shape}.")
+    if max_length not in (None, index.max_length):
+      raise ValueError(f"prompts:{folder} has texts of up to {index.max_length} tokens, got max_length={max_length}.")
     null = read_null(folder, fields)
   lengths = _lengths(folder, fields, longest, buckets)
   embedding = Embedding(lengths, fields.text_width, fields.masked, fields.pooled_width)
@@ -73,6 +79,13 @@ def prompts(
     embedding=dataclasses.replace(embedding, null=null),
     has_x0=bool(fields.shape),
   )
+
+
+def pinned(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Options of a data set, see `load`, and what a prompt has to be embedded with where the set is not at hand."""
+  kind, _, path = str(options.get("name")).partition(":")
+  index = read_index(path) if kind == "prompts" else None
+  return {**options} if index is None else {**options, "max_length": index.max_length}
 
 
 def with_embeddings(dataset: Dataset, folder: str) -> Dataset:
@@ -174,6 +187,8 @@ def _lengths(folder: str, fields: Fields, longest: int, buckets: Iterable[int] |
       raise ValueError(f"prompts:{folder}: there are no texts to put in buckets; leave out buckets=.")
     return ()
   lengths = tuple(sorted({int(bucket) for bucket in buckets or (longest,)}))
+  # A program is compiled for each: none for texts longer than there are.
+  lengths = lengths[: bisect.bisect_left(lengths, longest) + 1]
   if lengths[0] < 1:
     raise ValueError(f"prompts:{folder}: buckets must be lengths of text, at least 1, got {lengths}.")
   if not fields.masked and lengths != (longest,):

@@ -1,5 +1,6 @@
 """Batches: determinism, coverage, parts of them and where they start, for each kind of records."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -158,3 +159,7 @@ def test_examples_refuse_more_than_there_are():
     data.examples(array_set(), N + 1)
   with pytest.raises(ValueError, match="n >= 1"):
     data.examples(array_set(), 0)
+  texts = data.load("synthetic_prompts", shape=(2, 2, 1), text=(512, 4096), pooled=8, num_records=1)
+  many = dataclasses.replace(texts, records=data.GeneratedRecords(None))
+  with pytest.raises(ValueError, match="1000000 examples of synthetic_prompts take 4,194 GB"):
+    data.examples(many, 10**6)

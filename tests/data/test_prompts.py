@@ -1,6 +1,5 @@
 """Sets of prompts: folders of embeddings, what is known of them without the data, emoji with names, random ones."""
 
-import dataclasses
 import itertools
 import json
 import pickle
@@ -11,38 +10,10 @@ import numpy as np
 import pytest
 
 from pflow_jax import data
-from pflow_jax.data.prompt_records import INDEX, TABLE, Fields, Index, PromptSource, prompt_hashes, without_x0
+from pflow_jax.data.prompt_records import INDEX, TABLE, Fields, Index, PromptSource
 from pflow_jax.data.prompts import with_embeddings
 from tests.encoders import StubEncoder
-
-PROMPTS = ["a", "bb", "a cat", "the dog", "two red cats", "a photo of the dog"]
-SHAPE = (4, 4, 2)
-
-
-def write(folder, model="qwen_image", shape=SHAPE, prompts=PROMPTS, shard=4, null=True):
-  """A folder of prompts as `pflow cache` writes it; x0 of record i is full of i."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  folder.mkdir()
-  encoder = StubEncoder(model, max_length=16)
-  fields = dataclasses.replace(encoder.fields, shape=shape or ())
-  lengths = encoder.text_lengths(prompts)
-
-  def pack(fields, prompt, row):
-    text, pooled = encoder.one(prompt)
-    return fields.pack(prompt, {"text": text, "pooled": pooled, "x0": np.full(SHAPE, row, np.float32)})
-
-  for start in range(0, len(prompts), shard):
-    writer = ArrayRecordWriter(str(folder / f"{start:05d}.array_record"), "group_size:1")
-    for row in range(start, min(start + shard, len(prompts))):
-      writer.write(pack(fields, prompts[row], row))
-    writer.close()
-  np.savez(folder / TABLE, length=lengths, hash=prompt_hashes(prompts))
-  if null:
-    (folder / "null.record").write_bytes(pack(without_x0(fields), "", 0))
-  index = Index(model, fields, 16, int(lengths.max(initial=1)), len(prompts), shard)
-  (folder / INDEX).write_text(index.as_json())
-  return str(folder)
+from tests.prompt_folders import PROMPTS, SHAPE, write
 
 
 def test_a_record_is_read_as_it_was_written():
@@ -95,6 +66,24 @@ def test_batches_with_latents_in_buckets(tmp_path):
   x0, cond = data.examples(dataset, 6)
   assert x0.shape == (6, *SHAPE)
   assert cond["mask"].shape == (6, 12)
+
+
+def test_no_bucket_is_longer_than_needed(tmp_path):
+  folder = write(tmp_path / "prompts")
+  lengths = lambda *buckets: data.load(f"prompts:{folder}", buckets=buckets).lengths
+  assert lengths(64, 4, 32, 128) == (4, 32)
+  assert lengths(16, 17) == (16,)
+  assert lengths(4, 8) == (4, 8)
+
+
+def test_what_a_prompt_was_cut_to_is_pinned(tmp_path):
+  options = dict(name=f"prompts:{write(tmp_path / 'prompts')}", buckets=(4, 16))
+  assert data.pinned(options) == options | dict(max_length=16)
+  assert data.load(**data.pinned(options)).lengths == (4, 16)
+  with pytest.raises(ValueError, match="texts of up to 16 tokens, got max_length=77"):
+    data.load(**options, max_length=77)
+  for elsewhere in (dict(name="prompts:/nowhere", model="flux"), dict(name="digits")):
+    assert data.pinned(elsewhere) == elsewhere
 
 
 def test_worker_processes_give_the_same_batches(tmp_path):

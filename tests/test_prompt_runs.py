@@ -1,0 +1,78 @@
+"""Students of text-to-image models as runs: buckets, pictures on the way, samples, tables, several processes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from pflow_jax import data, workdir
+from pflow_jax.checkpoint import load_params
+from pflow_jax.evaluate import evaluate
+from pflow_jax.experiment import build
+from pflow_jax.merge import merge
+from pflow_jax.sample import sample
+from pflow_jax.train import train
+from tests.programs import quick, write_pretrained
+from tests.prompt_folders import write
+from tests.test_processes import Processes
+
+pytestmark = pytest.mark.usefixtures("float32")
+PROMPTS = [*("a", "bb", "a cat", "the dog", "red", "two", "a red", "no"), *("a photo of two", "a photo of the dog")]
+SHAPE = (4, 4, 16)
+
+
+@pytest.fixture
+def config(tmp_path):
+  """A student of a random Qwen-Image on a folder of prompts with latents, texts of up to 16 tokens."""
+  config = quick("qwen_image", "gm", steps=4, batch_size=16, accumulation=2, sample_every=2)
+  folder = write(tmp_path / "prompts", prompts=PROMPTS, shape=SHAPE)
+  config.data = dict(name=f"prompts:{folder}", model="qwen_image", buckets=(6, 512))
+  config.model.text_width = data.load(**config.data).embedding.text_width
+  config.teacher.update(workdir=str(write_pretrained(config, tmp_path / "teacher")), dtype="float32")
+  config.evaluate.update(num_samples=4, teacher_steps=(1, 8))
+  config.sample.batch_size = 4
+  return config
+
+
+def test_a_run_with_buckets_is_trained_sampled_and_measured(config, tmp_path, capsys):
+  assert build(config).dataset.lengths == (6, 512)
+  folder = tmp_path / "run"
+  train(config, folder)
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  assert all(np.isfinite(row["loss"]) for row in rows)
+  assert len({row["tflops_per_second"] * 4 / row["images_per_second"] for row in rows}) > 1, "two lengths of text"
+  assert len(list((folder / "samples").glob("*.png"))) == 2
+  own = workdir.load_config(folder)
+  assert own.data.max_length == 16, "what prompts are to be cut to when they are sampled"
+  with np.load(sample(own, folder, num=3).with_suffix(".npz")) as drawn:
+    assert drawn["x0_nfe4"].shape == (3, *SHAPE)
+  report = evaluate(own, folder)
+  assert [row["name"] for row in report["rows"]] == ["teacher, 1 steps", "teacher, 8 steps", "student, 4 NFE"]
+  assert all(np.isfinite(row["diversity_ratio"]) for row in report["rows"][::2])
+  assert "alignment" in (folder / "evaluation" / "evaluation.md").read_text()
+
+
+def test_adapters_on_a_teacher_in_low_precision_are_not_merged(config, tmp_path):
+  config.teacher.dtype = "bfloat16"
+  workdir.claim(tmp_path / "run", config)
+  with pytest.raises(ValueError, match=r"its teacher is kept in bfloat16"):
+    merge(tmp_path / "run", tmp_path / "merged")
+  assert not (tmp_path / "merged").exists()
+
+
+def test_two_processes_train_what_one_does(config, tmp_path):
+  """Each reads its own rows of every batch."""
+  config.data.buckets = (512,)
+  config.train.update(steps=2, sample_every=0, accumulation=1)
+  config.mesh.update(fsdp=2, min_size=64)
+  workdir.claim(tmp_path / "shared", config)
+  code = f"from pflow_jax.workdir import load_config\nget_config = lambda: load_config({str(tmp_path / 'shared')!r})\n"
+  (tmp_path / "config.py").write_text(code)
+  for count in (1, 2):
+    flags = (f"--config={tmp_path / 'config.py'}",)
+    with Processes(tmp_path / f"logs{count}", tmp_path / f"run{count}", count, 4 // count, flags, own=()) as processes:
+      assert processes.wait() == [0] * count, processes.log(0)
+  one, two = (load_params(tmp_path / f"run{count}" / workdir.CHECKPOINTS, which="params") for count in (1, 2))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two)
