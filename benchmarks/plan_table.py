@@ -1,12 +1,12 @@
 """The tables in docs/plan_*.md: what a run needs on TPU slices, planned by `pflow plan`.
 
     python benchmarks/plan_table.py imagenet            # DiT-XL/2 by three methods
-    python benchmarks/plan_table.py text_to_image       # FLUX.1 and Qwen-Image, GMFlow students
+    python benchmarks/plan_table.py text_to_image       # FLUX.1 and Qwen-Image by π-ID
 
 Goes on where it was stopped: reports are kept in runs/plan_<table>.json, row by row.
 
-Needs the TPU compiler, see `pflow plan`; no TPU. Every row is the config as shipped, compiled for the slice. The global
-batch is the config's; where it does not fit, the row shows the accumulation that makes it fit.
+Needs the TPU compiler, see `pflow plan`; no TPU. Every row is the config as shipped but for its mesh, with parameters in
+as many parts as there are chips, at most 16, and its micro-batches (`train.accumulation`), the fewest that fit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ TABLES = {
   ),
   "text_to_image": Table(
     "Students of FLUX.1-dev and Qwen-Image at 1024 x 1024",
-    {"FLUX.1-dev, GMFlow": "flux.py:gm", "Qwen-Image, GMFlow": "qwen_image.py:gm"},
+    {
+      "FLUX.1-dev, GMFlow": "flux.py:gm",
+      "the same, without data": "flux.py:gm_data_free",
+      "Qwen-Image, GMFlow": "qwen_image.py:gm",
+    },
     ("v5e:2x2", "v5e-16", "v5e-256", "v5p:1x1x1", "v5p:2x2x1", "v5p-128", "v6e-1", "v6e-4", "v6e-16", "v6e-64"),
     most=2,
   ),
