@@ -172,8 +172,14 @@ def _find(
       _check_knows_nothing(own, dataset, settings)
   pretrained = own.objective.kind == PRETRAINED
   _check_same(config, own, folder, sections if pretrained else ("data", *sections))
-  network = make_network(own.model, own.policy, dataset)
+  network = make_network(_computed_as(config.model, own.model), own.policy, dataset)
   return network, Saved(f"{folder}/{workdir.CHECKPOINTS}", which_of(own, settings.which), step, settings.dtype)
+
+
+def _computed_as(student: ConfigDict, own: ConfigDict) -> ConfigDict:
+  """The section `model` of a teacher, its blocks computed as the student's: it need not run where it was trained."""
+  keys = ("attention", "remat", "scan_unroll") if own.kind == student.kind else ()
+  return ConfigDict({**own, **{key: student[key] for key in keys if key in student}})
 
 
 def which_of(config: Mapping[str, Any], which: str = "ema") -> str:

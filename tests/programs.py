@@ -55,7 +55,8 @@ def environment():
 
 def write_pretrained(values, folder, seed=0):
   """A workdir as `pflow convert` writes one, of a random network that `values`, a student's config, starts from."""
-  model = values.model.to_dict()
+  how = ("attention", "remat", "scan_unroll")  # a student's own, which no file of PyTorch tells
+  model = {key: value for key, value in values.model.to_dict().items() if key not in how}
   config = ConfigDict(
     {"seed": 0, "model": model, "policy": {"kind": "velocity"}, "objective": {"kind": "pretrained"}, "source": {}}
   )

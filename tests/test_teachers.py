@@ -17,7 +17,7 @@ from pflow_jax.networks import Network, make_module
 from pflow_jax.state import create_state
 from pflow_jax.teachers import load_teacher
 from tests.models.test_dit import perturbed_params
-from tests.programs import quick
+from tests.programs import quick, write_pretrained
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -177,6 +177,19 @@ def test_teachers_that_do_not_fit_are_refused(plain, tmp_path):
 
 def test_how_a_network_is_computed_may_differ(plain):
   load(student_of(plain[0], MODEL | dict(dtype="bfloat16")))
+
+
+@pytest.mark.parametrize(("attention", "has_kernel"), [("xla", False), ("splash", True)])
+def test_a_teacher_attends_as_its_student(attention, has_kernel, tmp_path):
+  """Its own way may not exist where the student trains, and a converted one has none."""
+  config = quick("flux", "gm")
+  config.teacher.workdir = str(write_pretrained(config, tmp_path / "teacher"))
+  config.model.attention = attention
+  dataset = data.load(**config.data)
+  teacher, cond = load_teacher(config, dataset), dataset.cond_shapes(2)
+  inputs = jax.ShapeDtypeStruct((2, *dataset.shape), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32), cond
+  program = jax.make_jaxpr(lambda params, *inputs: teacher.velocity(params)(*inputs))(teacher.shapes, *inputs)
+  assert ("pallas_call" in str(program)) == has_kernel
 
 
 def test_strengths_of_the_objective_reach_the_check_of_the_teacher(plain, conditional):
