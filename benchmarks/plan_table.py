@@ -5,8 +5,8 @@
 
 Goes on where it was stopped: reports are kept in runs/plan_<table>.json, row by row.
 
-Needs the TPU compiler, see `pflow plan`; no TPU. Every row is the config as shipped but for its mesh, with parameters in
-as many parts as there are chips, at most 16, and its micro-batches (`train.accumulation`), the fewest that fit.
+Needs the TPU compiler, see `pflow plan`; no TPU. Every row is the config as shipped but for its mesh, with parameters
+in as many parts as there are chips, at most 16, and its micro-batches (`train.accumulation`), the fewest that fit.
 """
 
 from __future__ import annotations

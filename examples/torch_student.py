@@ -459,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
   add("--nfe", type=int, help="network evaluations; by default, as the next three, those in the student's metadata")
   add("--final_scale", type=float, help="length of the last segment; without metadata 1 for ArcFlow and DiT, else 0.5")
   add("--shift", type=float, help="time shift; without metadata 1 for DiT, else 3.2")
-  add("--temperature", help='a number, or "auto"; without metadata 1')
+  add("--temperature", help='a number, or "auto"; without metadata that for GMFlow, but 1 for DiT')
   add("--substeps", type=int, default=128, help="Euler steps for a unit of schedule time")
   add("--num_timesteps", type=float, help="factor on t in a DiT without it: 1 for π-Flow's gmrepa students, else 1000")
   add("--dtype", default="float32", help="of the backbone; policies are float32")
@@ -475,6 +475,7 @@ def main(argv: list[str] | None = None) -> None:
     cond = {k: v.to(args.device) for k, v in cond.items()} if isinstance(cond, dict) else cond.to(args.device)
     is_dit = student.backbone == DIT
     grid = dict(final_scale=1.0 if is_dit or student.kind == "ArcFlow" else 0.5, shift=1.0 if is_dit else 3.2)
+    grid["temperature"] = "auto" if student.kind == "GMFlow" and not is_dit else 1.0
     temperature = args.temperature if args.temperature in (None, "auto") else float(args.temperature)
     given = dict(nfe=args.nfe, final_scale=args.final_scale, shift=args.shift, temperature=temperature)
     grid |= student.sampling | {name: value for name, value in given.items() if value is not None}

@@ -44,7 +44,7 @@ def analytic_step_flops(experiment: Experiment, batch_size: int, *, data_free: b
     # Without data a step walks all segments, with data one. The teacher's outputs are constants: it has no backward
     # pass, nor have the rollouts that lead to its inputs.
     segments = objective.nfe if data_free else 1
-    if data_free and student.remat != "none":
+    if segments > 1 and student.remat != "none":
       passes += student.forward()  # the student is evaluated again, see experiment._imitation
     return batch_size * segments * (passes + objective.num_states * teacher)
   if not isinstance(objective, FlowMap):

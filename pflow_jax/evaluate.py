@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from pflow_jax import data, figures, metrics, workdir
 from pflow_jax.distributed import from_first, is_first
 from pflow_jax.evaluate_samplers import Sampler, student_samplers, teacher_name, teacher_samplers
-from pflow_jax.experiment import Experiment, build
+from pflow_jax.experiment import Experiment, build, layout_of
 from pflow_jax.features import Classifier, pixel_features, train_classifier
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.sample import (
@@ -109,13 +109,13 @@ def evaluate(
   experiments = {name: build(one) for name, one in configs.items()}
   experiment = experiments[str(folder)]
   _check_teachers(experiments)
-  dataset, layout = experiment.dataset, experiment.layout(config)
+  dataset, layout = experiment.dataset, layout_of(config)
   if not dataset.has_x0:
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
   noise, cond = draw_noise(experiment, settings.num_samples, settings.seed)
   labels = labels_of(cond, settings.num_samples)
   # All of a small data set; of an endless one, or one with texts, which are large, as many as there are samples.
-  most = settings.num_samples * (1 if isinstance(cond, dict) else 10)
+  most = settings.num_samples * (1 if isinstance(cond, dict) and "text" in cond else 10)
   real, real_labels = data.examples(dataset, min(dataset.num_records or settings.num_samples, most))
   classifier = _classifier(experiment, settings, real, real_labels, folder)
   features = classifier.features if classifier else pixel_features

@@ -151,17 +151,6 @@ class Experiment:
     teacher = jax.tree.map(jnp.array, frozen["strong"])
     return combine(without(params, teacher), teacher)
 
-  def layout(self, config: ConfigDict, devices: Sequence[Any] | int | None = None) -> Layout:
-    """Where the run's arrays lie: `config.mesh` over `devices`, see `make_layout`, and the networks' table.
-
-    Raises: ValueError for sizes that do not fit, or a network that these devices cannot run.
-    """
-    layout = make_layout(call(MeshSettings, "mesh", config.get("mesh", {})), SHARDING, devices)
-    implementation = getattr(self.network.module, "attention", None)
-    if layout.platform is not None and implementation is not None:
-      check_platform(implementation, layout.platform)
-    return layout
-
   def load(
     self, folder: str | os.PathLike, which: str = "ema", layout: Layout | None = None, frozen: Params | None = None
   ) -> Params:
@@ -209,6 +198,18 @@ class Experiment:
       return self.network(params, x, t, cond, s=s, guidance=given)
 
     return jump
+
+
+def layout_of(config: ConfigDict, devices: Sequence[Any] | int | None = None) -> Layout:
+  """Where a run's arrays lie: `config.mesh` over `devices`, see `make_layout`, and the networks' table.
+
+  Raises: ValueError for sizes that do not fit, or attention that these devices do not have.
+  """
+  layout = make_layout(call(MeshSettings, "mesh", config.get("mesh", {})), SHARDING, devices)
+  implementation = config.model.get("attention")
+  if layout.platform is not None and implementation is not None:
+    check_platform(implementation, layout.platform)
+  return layout
 
 
 def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | None = None) -> Experiment:
@@ -310,7 +311,7 @@ def _imitation(
     full = network.complete(params, frozen["strong"])
     student = make_student(network, settings, full, jax.random.fold_in(key, DROPOUT))
     if loss is imitation_loss_data_free:
-      if getattr(network.module, "remat", "none") != "none":
+      if settings.nfe > 1 and getattr(network.module, "remat", "none") != "none":
         # A segment's source is detached from the segment before. So the backward pass evaluates the student again, an
         # eighth of a FLUX.1 step, rather than have every segment keep its blocks' inputs at once.
         student = jax.checkpoint(student, prevent_cse=False)

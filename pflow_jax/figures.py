@@ -102,7 +102,7 @@ def image_grid(
       figure.text((left - pad * 0.75) / total_w, y / total_h, label, ha="right", va="center")
     for j, text in enumerate(column_labels or ()):
       x, y = left + j * cell_w + width * scale / 2, bottom + canvas.shape[0] + line * 0.45
-      figure.text(x / total_w, y / total_h, str(text), ha="center", va="center", color=_MUTED)
+      figure.text(x / total_w, y / total_h, str(text), ha="center", va="center", color=_MUTED, parse_math=False)
     if title:
       figure.text(pad / total_w, 1 - (pad + line / 2) / total_h, title, va="center", fontsize=11)
 
@@ -131,7 +131,7 @@ def captioned_images(
   longest = max(x.shape[1:3])
   if longest > side:
     size = tuple(max(1, round(n * side / longest)) for n in (x.shape[2], x.shape[1]))
-    pixels = np.stack([Image.fromarray(one).resize(size, Image.Resampling.LANCZOS) for one in pixels])
+    pixels = np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.LANCZOS)) for one in pixels])
   else:
     pixels = pixels.repeat(side // longest, axis=1).repeat(side // longest, axis=2)
 
@@ -152,7 +152,7 @@ def captioned_images(
     axes.set_axis_off()
     for (top, left), text in zip(corners, wrapped, strict=True):
       x_text, y_text = (left + width / 2) / total_w, 1 - (top + height + line / 4) / total_h
-      figure.text(x_text, y_text, text, ha="center", va="top", color=_MUTED)
+      figure.text(x_text, y_text, text, ha="center", va="top", color=_MUTED, parse_math=False)
 
 
 def trajectory_plot(

@@ -27,17 +27,18 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike) -> int:
   config = workdir.load_config(folder)
   if not config.get("adapters", {}).get("table"):
     raise ValueError(f"{folder}: expected a run with adapters (config.adapters.table), this one trains in full already")
-  if config.teacher.get("dtype"):
-    raise ValueError(
-      f"{folder}: its teacher is kept in {config.teacher.dtype} (config.teacher.dtype), too few digits for a run that "
-      "trains in full; `pflow convert` writes the adapters for PyTorch, `pflow sample` takes them as they are"
-    )
   if workdir.has_checkpoint(out):
     raise ValueError(f"{out} holds a run already; give another --out")
+  experiment = build(config)
+  low = {leaf.dtype.name for leaf in jax.tree.leaves(experiment.frozen["strong"]) if leaf.dtype.itemsize < 4}
+  if low:
+    raise ValueError(
+      f"{folder}: its teacher is kept in {', '.join(low)}, too few digits for a run that trains in full; `pflow "
+      "convert` writes the adapters for PyTorch, `pflow sample` takes them as they are"
+    )
   step = newest_step(f"{folder}/{workdir.CHECKPOINTS}")
   if step is None:
     raise ValueError(f"{folder} has no checkpoint yet; train it first")
-  experiment = build(config)
   frozen = experiment.load_frozen()
   whole = (experiment.load(folder, which, frozen=frozen) for which in ("params", "ema"))
   params, ema = map(experiment.network.merged, whole)

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from pflow_jax import hlo, sample
 from pflow_jax.analytic import analytic_step_flops
 from pflow_jax.chips import Chip, chip_of, compiler_topology, links_of_axis, parse_topology
-from pflow_jax.experiment import Experiment, build
+from pflow_jax.experiment import Experiment, build, layout_of
 from pflow_jax.flops import count_flops
 from pflow_jax.plan_report import EFFICIENCY
 from pflow_jax.sections import call
@@ -182,7 +182,7 @@ def _step(
   config: ConfigDict, experiment: Experiment, where: Slice, devices: Sequence[Any] | None, fast: bool
 ) -> tuple[dict[str, Any], Program]:
   """The report on the training step."""
-  program = make_program(config, experiment, experiment.layout(config, devices or where.num_devices))
+  program = make_program(config, experiment, layout_of(config, devices or where.num_devices))
   traced = program.trace()
   flops = count_flops(traced.jaxpr)
   data_free = config.objective.kind == "imitation_data_free"

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from pflow_jax import data, figures
 from pflow_jax.distributed import is_first
-from pflow_jax.experiment import Experiment, build
+from pflow_jax.experiment import Experiment, build, layout_of
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import Imitation
 from pflow_jax.policies import auto_temperature
@@ -236,7 +236,7 @@ def sample(
     raise ValueError(f"num: expected at least 1 sample, got {num}")
   check_local(out, folder)
   experiment = build(config)
-  layout = experiment.layout(config)
+  layout = layout_of(config)
   params = experiment.load(folder, which, layout)
   noise, cond = draw_noise(experiment, num, seed, labels)
   classes = labels_of(cond, num)

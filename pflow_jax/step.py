@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from pflow_jax import optim
 from pflow_jax.adversary import Adversary, make_adversary
-from pflow_jax.experiment import Experiment, LossFn, build, make_optimizer
+from pflow_jax.experiment import Experiment, LossFn, build, layout_of, make_optimizer
 from pflow_jax.flops import count_flops
 from pflow_jax.networks import SHARDING
 from pflow_jax.sections import call
@@ -168,7 +168,7 @@ def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | No
 
   Raises: ValueError for a mesh, a table or a batch that does not fit.
   """
-  layout = layout or experiment.layout(config)
+  layout = layout or layout_of(config)
   step = make_step(config, experiment)
   if config.train.batch_size % (layout.batch_parts * step.accumulation):
     raise ValueError(

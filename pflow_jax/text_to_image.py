@@ -19,7 +19,7 @@ from pflow_jax import data, figures, text
 from pflow_jax.autoencoder import Codec, load_autoencoder
 from pflow_jax.checkpoint import newest_step
 from pflow_jax.distributed import is_first
-from pflow_jax.experiment import build
+from pflow_jax.experiment import build, layout_of
 from pflow_jax.sample import SampleSettings, check_local, evaluations, in_batches, make_sampler
 from pflow_jax.sections import call
 from pflow_jax.workdir import CHECKPOINTS
@@ -58,6 +58,7 @@ def sample_prompts(
   model = encoders_of(config)
   if pipeline is None and model != "minilm":
     raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
+  layout = layout_of(config)  # what these devices cannot run is better said before the encoders are read
   # In the dtype that the network computes in, or better.
   dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
   cond = text.encode_prompts(model, pipeline, prompts, config.data.get("max_length"), dtype=dtype)
@@ -66,7 +67,6 @@ def sample_prompts(
   if model == "minilm" and (height or width):
     raise ValueError(f"--height, --width: this run samples pictures of {dataset.shape[0]} x {dataset.shape[1]}")
   experiment = build(config, dataset=dataset)
-  layout = experiment.layout(config)
   nfe = nfe or evaluations(experiment, settings)[0]
   params = experiment.load(folder, which, layout)
   key = jax.random.key(seed)
@@ -80,9 +80,10 @@ def sample_prompts(
     pictures = x0 if codec is None else codec.decode(x0)
     told = {"model": config.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
     told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": settings.temperature_of_segments}
-    _write(out, pictures, prompts, told)
+    out.mkdir(parents=True, exist_ok=True)
     arrays = {name: value.astype(np.float32) if value.dtype != bool else value for name, value in cond.items()}
     np.savez(out / "samples.npz", x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **arrays)  # type: ignore[arg-type]
+    _write(out, pictures, prompts, told)
   return out
 
 
@@ -126,7 +127,6 @@ def _shapes(
 
 
 def _write(out: pathlib.Path, pictures: np.ndarray, prompts: Sequence[str], told: dict[str, Any]) -> None:
-  out.mkdir(parents=True, exist_ok=True)
   for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
     info = PngImagePlugin.PngInfo()
     about = {"prompt": prompt, "index": i, "height": picture.shape[0], "width": picture.shape[1], **told}

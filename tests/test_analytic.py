@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from pflow_jax import data
 from pflow_jax.analytic import analytic_step_flops
 from pflow_jax.defaults import default_config
-from pflow_jax.experiment import build
+from pflow_jax.experiment import build, layout_of
 from pflow_jax.flops import count_flops
 from pflow_jax.models.dit import DIT_SIZES
 from pflow_jax.step import make_program
@@ -40,7 +40,7 @@ def counts(monkeypatch):
     for name, value in changes.items():
       (config.model if name in config.model else config.objective)[name] = value
     experiment = build(config, abstract=True)
-    program = make_program(config, experiment, experiment.layout(config, jax.devices()[:1]))
+    program = make_program(config, experiment, layout_of(config, jax.devices()[:1]))
     closed = analytic_step_flops(experiment, BATCH, data_free=kind == "imitation_data_free")
     return closed, count_flops(program.trace().jaxpr)
 

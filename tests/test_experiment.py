@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from pflow_jax.experiment import build, make_optimizer
+from pflow_jax.experiment import build, layout_of, make_optimizer
 from pflow_jax.step import make_program
 from pflow_jax.train import train
 from tests.programs import quick
@@ -86,7 +86,7 @@ def test_segments_without_data_do_not_add_up_in_memory():
     config.objective.update(kind="imitation_data_free", nfe=nfe)
     config.model.update(depth=12, width=64, num_heads=2, remat="full")
     experiment = build(config, abstract=True)
-    program = make_program(config, experiment, experiment.layout(config, jax.devices()[:1]))
+    program = make_program(config, experiment, layout_of(config, jax.devices()[:1]))
     return program.trace(None).lower().compile().memory_analysis().temp_size_in_bytes
 
   assert temporary_bytes(6) < 1.4 * temporary_bytes(2)
@@ -95,7 +95,6 @@ def test_segments_without_data_do_not_add_up_in_memory():
 def test_kernels_are_refused_where_they_are_not():
   config = quick("flux", "gm_data_free")
   config.model.attention = "splash"
-  experiment = build(config, abstract=True)
   with pytest.raises(ValueError, match=r"config\.model\.attention: 'splash' is for TPUs, and this runs on cpu"):
-    experiment.layout(config)
-  assert experiment.layout(config, 4).platform is None, "to be planned"
+    layout_of(config)
+  assert layout_of(config, 4).platform is None, "to be planned"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pflow_jax import hlo
-from pflow_jax.experiment import build
+from pflow_jax.experiment import build, layout_of
 from pflow_jax.partition import path_of
 from pflow_jax.sample import SampleSettings, draw_noise, in_batches, make_sampler
 from pflow_jax.sharding import AXES
@@ -52,7 +52,7 @@ class Case:
       config.objective.warmup_steps = 0  # else the start, its teacher's velocity, has no gradient
     self.experiment = experiment = build(config)
     devices = jax.devices()[: math.prod(MESHES[mesh])]
-    self.program = make_program(config, experiment, experiment.layout(config, devices))
+    self.program = make_program(config, experiment, layout_of(config, devices))
     layout = self.program.layout
     self.frozen = experiment.load_frozen(layout)
     key = layout.everywhere(jax.random.key(3))

@@ -42,7 +42,8 @@ def test_a_run_with_buckets_is_trained_sampled_and_measured(config, tmp_path, ca
   rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
   assert all(np.isfinite(row["loss"]) for row in rows)
-  assert len({row["tflops_per_second"] * 4 / row["images_per_second"] for row in rows}) > 1, "two lengths of text"
+  costs = [row["tflops_per_second"] / row["images_per_second"] for row in rows]
+  assert max(costs) > 1.01 * min(costs), "two lengths of text"
   assert len(list((folder / "samples").glob("*.png"))) == 2
   own = workdir.load_config(folder)
   assert own.data.max_length == 16, "what prompts are to be cut to when they are sampled"
@@ -55,10 +56,11 @@ def test_a_run_with_buckets_is_trained_sampled_and_measured(config, tmp_path, ca
 
 
 def test_adapters_on_a_teacher_in_low_precision_are_not_merged(config, tmp_path):
-  config.teacher.dtype = "bfloat16"
-  workdir.claim(tmp_path / "run", config)
-  with pytest.raises(ValueError, match=r"its teacher is kept in bfloat16"):
-    merge(tmp_path / "run", tmp_path / "merged")
+  for dtype, message in {"float32": "no checkpoint yet", "bfloat16": "its teacher is kept in bfloat16"}.items():
+    config.teacher.dtype = dtype
+    workdir.claim(tmp_path / dtype, config)
+    with pytest.raises(ValueError, match=message):
+      merge(tmp_path / dtype, tmp_path / "merged")
   assert not (tmp_path / "merged").exists()
 
 

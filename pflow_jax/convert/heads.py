@@ -167,12 +167,15 @@ def sampling_of(metadata: Mapping[str, str]) -> dict[str, Any]:
   if SAMPLING in metadata:
     try:
       stated = json.loads(metadata[SAMPLING])
-      told = {"nfe": int(stated["nfe"])} | {name: float(stated[name]) for name in ("final_scale", "shift")}
-      temperature = stated.get("temperature", 1.0)
-      return told | {"temperature": temperature if temperature == "auto" else float(temperature)}
+      told: dict[str, Any] = {"nfe": int(stated["nfe"])}
+      told |= {name: float(stated[name]) for name in ("final_scale", "shift")}
+      if "temperature" in stated:
+        auto = stated["temperature"] == "auto"
+        told["temperature"] = "auto" if auto else float(stated["temperature"])
+      return told
     except (ValueError, TypeError, KeyError) as error:
       raise ValueError(
-        f"metadata {SAMPLING}: expected nfe, final_scale and shift, got {metadata[SAMPLING]!r}"
+        f"metadata {SAMPLING}: expected nfe, final_scale, shift and temperature, got {metadata[SAMPLING]!r}"
       ) from error
   stated = stated_policy(metadata)
   if "segment_size" not in stated:

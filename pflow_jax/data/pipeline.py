@@ -89,7 +89,8 @@ def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[Any, Any]:
 def _example_bytes(dataset: Dataset) -> int:
   """Bytes of an example in memory."""
   embedded = dataset.embedding.leaves().values() if dataset.embedding else ()
-  return 4 * math.prod(dataset.shape) + sum(math.prod(shape) * dtype.itemsize for shape, dtype in embedded)
+  x0 = 4 * math.prod(dataset.shape) if dataset.has_x0 else 0
+  return x0 + sum(math.prod(shape) * dtype.itemsize for shape, dtype in embedded)
 
 
 def _check_seed(seed: int) -> None:

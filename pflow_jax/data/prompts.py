@@ -43,7 +43,7 @@ def prompts(
     raise ValueError(f"{name}: shards are read from a file system; mount the bucket, and give where it is.")
   if model is not None and model not in MODELS:
     raise ValueError(f"{name}: model must be one of {sorted(MODELS)}, got {model!r}.")
-  folder = f"{path}_test" if split == "test" else path
+  folder = _folder(path, split)
   shape = None if shape is None else tuple(shape)
   index = read_index(folder)
   if index is None:
@@ -52,7 +52,7 @@ def prompts(
         f"prompts:{folder}: there is no {INDEX}; write the prompts with `pflow cache`, or give model= and shape= to "
         "plan a run."
       )
-    fields, longest = dataclasses.replace(MODELS[model], shape=shape), MAX_LENGTHS[model]
+    fields, longest = dataclasses.replace(MODELS[model], shape=shape), max_length or MAX_LENGTHS[model]
     null: Record | None = None
   else:
     fields, longest = index.fields, index.longest
@@ -81,10 +81,14 @@ def prompts(
   )
 
 
+def _folder(path: str, split: str) -> str:
+  return f"{path}_test" if split == "test" else path
+
+
 def pinned(options: Mapping[str, Any]) -> dict[str, Any]:
   """Options of a data set, see `load`, and what a prompt has to be embedded with where the set is not at hand."""
   kind, _, path = str(options.get("name")).partition(":")
-  index = read_index(path) if kind == "prompts" else None
+  index = read_index(_folder(path, options.get("split", "train"))) if kind == "prompts" else None
   return {**options} if index is None else {**options, "max_length": index.max_length}
 
 

@@ -280,7 +280,7 @@ def test_an_adapter_wants_its_own_teacher(tmp_path, teachers):
     ({"policy_config": '{"type": "DX", "segment_size": 1.0}'}, dict(nfe=1, final_scale=1.0, shift=1.0)),
     (
       {"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3}'},
-      dict(nfe=2, final_scale=1.0, shift=3.0, temperature=1.0),
+      dict(nfe=2, final_scale=1.0, shift=3.0),
     ),
     (
       {"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3, "temperature": "auto"}'},

@@ -82,6 +82,8 @@ def test_what_a_prompt_was_cut_to_is_pinned(tmp_path):
   assert data.load(**data.pinned(options)).lengths == (4, 16)
   with pytest.raises(ValueError, match="texts of up to 16 tokens, got max_length=77"):
     data.load(**options, max_length=77)
+  (tmp_path / "prompts").rename(tmp_path / "prompts_test")
+  assert data.pinned(options | dict(split="test"))["max_length"] == 16
   for elsewhere in (dict(name="prompts:/nowhere", model="flux"), dict(name="digits")):
     assert data.pinned(elsewhere) == elsewhere
 
@@ -138,6 +140,8 @@ def test_a_run_can_be_planned_without_the_data(tmp_path):
   assert (flux.shape, flux.has_x0, flux.null_cond["text"].shape) == ((128, 128, 16), True, (512, 4096))
   qwen = data.load(f"prompts:{tmp_path}/none", model="qwen_image", shape=SHAPE, buckets=(128, 512))
   assert qwen.lengths == (128, 512)
+  cut = data.load(f"prompts:{tmp_path}/none", model="flux", shape=SHAPE, buckets=(256,), max_length=256)
+  assert cut.lengths == (256,)
   shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in qwen.cond_shapes(2, 128).items()}
   assert shapes == {"text": ((2, 128, 3584), "bfloat16"), "mask": ((2, 128), "bool")}
   for use in (lambda: qwen.num_records, lambda: data.batches(qwen, 2, seed=0)):
