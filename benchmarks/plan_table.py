@@ -30,33 +30,35 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Attributes: title; methods: config by name; slices; most: examples a chip that are tried first."""
+  """Attributes: title; methods: config and slices by name; most: examples a chip that are tried first."""
 
   title: str
-  methods: dict[str, str]
-  slices: tuple[str, ...]
+  methods: dict[str, tuple[str, tuple[str, ...]]]
   most: int
+
+
+IMAGENET_SLICES = ("v5e-16", "v5e-256", "v5p-128", "v6e-64")
+SMALLEST = ("v5e:2x2", "v5e-16", "v5p:1x1x1", "v6e-4")
+SLICES = ("v5e:2x2", "v5e-16", "v5e-256", "v5p:1x1x1", "v5p:2x2x1", "v5p-128", "v6e-1", "v6e-4", "v6e-16", "v6e-64")
 
 
 TABLES = {
   "imagenet": Table(
     "DiT-XL/2 on ImageNet 256",
     {
-      "π-ID, GMFlow": "imagenet.py:gmflow",
-      "ArcFlow, adapters": "imagenet.py:arc_adapters",
-      "AYF-EMD": "imagenet.py:ayf_emd",
+      "π-ID, GMFlow": ("imagenet.py:gmflow", IMAGENET_SLICES),
+      "ArcFlow, adapters": ("imagenet.py:arc_adapters", IMAGENET_SLICES),
+      "AYF-EMD": ("imagenet.py:ayf_emd", IMAGENET_SLICES),
     },
-    ("v5e-16", "v5e-256", "v5p-128", "v6e-64"),
     most=4096,
   ),
   "text_to_image": Table(
     "Students of FLUX.1-dev and Qwen-Image at 1024 x 1024",
     {
-      "FLUX.1-dev, GMFlow": "flux.py:gm",
-      "the same, without data": "flux.py:gm_data_free",
-      "Qwen-Image, GMFlow": "qwen_image.py:gm",
+      "FLUX.1-dev, GMFlow": ("flux.py:gm", SLICES),
+      "the same, without data": ("flux.py:gm_data_free", SMALLEST),
+      "Qwen-Image, GMFlow": ("qwen_image.py:gm", SLICES),
     },
-    ("v5e:2x2", "v5e-16", "v5e-256", "v5p:1x1x1", "v5p:2x2x1", "v5p-128", "v6e-1", "v6e-4", "v6e-16", "v6e-64"),
     most=2,
   ),
 }
@@ -113,8 +115,8 @@ def main() -> None:
   table, kept = TABLES[args.table], pathlib.Path(args.json or f"runs/plan_{args.table}.json")
   kept.parent.mkdir(parents=True, exist_ok=True)
   reports = json.loads(kept.read_text()) if kept.exists() else {}
-  for title, config in table.methods.items():
-    for name in table.slices:
+  for title, (config, slices) in table.methods.items():
+    for name in slices:
       start = time.perf_counter()
       key = f"{config} on {name}{', in full' * args.full}"
       if key not in reports:

@@ -6,7 +6,7 @@
     pflow train  --config configs/emoji.py:gmflow --workdir runs/emoji_gmflow --config.teacher.workdir=runs/emoji
     pflow sample --workdir runs/emoji_gmflow --prompt "red heart" --prompt "grinning cat" --seed 1
 
-3,780 pictures (Noto, Apache-2.0) and MiniLM's embeddings of their names, in place of a class.
+3,786 pictures (Noto, Apache-2.0) and MiniLM's embeddings of their names, in place of a class.
 """
 
 from ml_collections import ConfigDict

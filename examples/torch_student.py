@@ -1,7 +1,7 @@
 r"""Samples of an exported student with PyTorch and diffusers alone: no JAX, and nothing of pflow_jax.
 
-    python examples/torch_student.py --student STUDENT --base FLUX.1-dev --noise noise.npy --cond cond.npz --nfe 4 \
-        --out x0.npy --vae FLUX.1-dev/vae
+    python examples/torch_student.py --student STUDENT --base FLUX.1-dev --noise samples.npz --nfe 4 --out x0.npy \
+        --vae FLUX.1-dev/vae
     python examples/torch_student.py --student STUDENT --noise noise.npy --labels 3,7 --nfe 1 --out x0.npy
 
 It is also the description of the format. A student is a folder of
@@ -14,8 +14,9 @@ It is also the description of the format. A student is a folder of
   that replace those of the base. A full model has every tensor and needs no base. A prefix "transformer." is dropped.
 
 Arrays on disk are channels last: noise.npy (B, H, W, C), x0.npy likewise; cond.npz has text (B, L, D), mask (B, L) and
-pooled (B, P), as far as the network reads them. In here they are (B, C, H, W). With x a state, t its noise level (1 is
-noise, 0 data) and v a velocity, x - t v is the data end of a straight path.
+pooled (B, P), as far as the network reads them; the samples.npz of `pflow sample` has them all. In here they are
+(B, C, H, W). With x a state, t its noise level (1 is noise, 0 data) and v a velocity, x - t v is the data end of a
+straight path.
 
 Rollouts are those of the PyTorch releases: 128 Euler steps in π-Flow (arXiv:2510.14974), a closed form in ArcFlow
 (arXiv:2602.09014). pflow_jax has better ones for GMFlow and DX; with `--config.sample.method=euler` `pflow sample`
@@ -422,11 +423,12 @@ def load_condition(student: Student, batch: int, labels: list[int], path: str | 
     if not labels or not all(0 <= label <= classes for label in labels):
       raise ValueError(f"--labels: expected classes in [0, {classes}], such as 3,7, got {labels}")
     return torch.tensor(labels)[torch.arange(batch) % len(labels)]
-  arrays = {}
+  arrays, needed = {}, ("text", "pooled") if student.backbone == FLUX else ("text", "mask")
   for name, array in np.load(path).items() if path else ():
+    if name not in needed:
+      continue
     raw = array.dtype.kind == "V"  # bfloat16, which NumPy does not know
     arrays[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if raw else torch.from_numpy(array)
-  needed = ("text", "pooled") if student.backbone == FLUX else ("text", "mask")
   if any(name not in arrays or len(arrays[name]) != batch for name in needed):
     got = {name: tuple(array.shape) for name, array in arrays.items()}
     raise ValueError(f"--cond: expected {' and '.join(needed)} of {batch} samples, got {got or 'none'}")
@@ -453,8 +455,8 @@ def main(argv: list[str] | None = None) -> None:
   add = parser.add_argument
   add("--student", required=True, help="folder of the student")
   add("--base", help="folder of the backbone that an adapter is for, or of the pipeline around it")
-  add("--noise", required=True, help="standard normal latents, .npy (B, H, W, C)")
-  add("--cond", help=".npz with text and pooled (FLUX), or text and mask (Qwen-Image)")
+  add("--noise", required=True, help="standard normal latents, .npy (B, H, W, C) or .npz with them and the condition")
+  add("--cond", help=".npz with text and pooled (FLUX), or text and mask (Qwen-Image); default: --noise")
   add("--labels", default="", help="classes for a DiT, repeated, such as 3,7")
   add("--nfe", type=int, help="network evaluations; by default, as the next three, those in the student's metadata")
   add("--final_scale", type=float, help="length of the last segment; without metadata 1 for ArcFlow and DiT, else 0.5")
@@ -462,17 +464,26 @@ def main(argv: list[str] | None = None) -> None:
   add("--temperature", help='a number, or "auto"; without metadata that for GMFlow, but 1 for DiT')
   add("--substeps", type=int, default=128, help="Euler steps for a unit of schedule time")
   add("--num_timesteps", type=float, help="factor on t in a DiT without it: 1 for π-Flow's gmrepa students, else 1000")
-  add("--dtype", default="float32", help="of the backbone; policies are float32")
+  add(
+    "--dtype",
+    default="float32",
+    choices=("float32", "bfloat16", "float16"),
+    help="of the backbone; policies are float32",
+  )
   add("--device", default="cpu")
   add("--out", required=True, help="samples, .npy (B, H, W, C)")
   add("--vae", type=pathlib.Path, help="folder of the decoder, for a .png beside the samples")
   args = parser.parse_args(argv)
   try:
     fields = {} if args.num_timesteps is None else {"num_timesteps": args.num_timesteps}
-    student = load_student(args.student, args.base, getattr(torch, args.dtype), **fields).to(args.device)
-    noise = torch.from_numpy(np.load(args.noise)).float().movedim(-1, 1).to(args.device)
-    cond = load_condition(student, len(noise), [int(c) for c in args.labels.split(",") if c], args.cond)
-    cond = {k: v.to(args.device) for k, v in cond.items()} if isinstance(cond, dict) else cond.to(args.device)
+    device, noise = torch.device(args.device), np.load(args.noise)
+    kept = args.noise if isinstance(noise, np.lib.npyio.NpzFile) else None
+    noise = torch.from_numpy(noise["noise"] if kept else noise).float().movedim(-1, 1).to(device)
+    if args.vae:
+      read_config(args.vae)  # before it is needed
+    student = load_student(args.student, args.base, getattr(torch, args.dtype), **fields).to(device)
+    cond = load_condition(student, len(noise), [int(c) for c in args.labels.split(",") if c], args.cond or kept)
+    cond = {k: v.to(device) for k, v in cond.items()} if isinstance(cond, dict) else cond.to(device)
     is_dit = student.backbone == DIT
     grid = dict(final_scale=1.0 if is_dit or student.kind == "ArcFlow" else 0.5, shift=1.0 if is_dit else 3.2)
     grid["temperature"] = "auto" if student.kind == "GMFlow" and not is_dit else 1.0
@@ -482,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     if "nfe" not in grid:
       raise ValueError("--nfe: expected a number of network evaluations, which this student's metadata do not tell")
     x0 = sample(student, noise, cond, **grid, substeps=args.substeps)
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, KeyError, RuntimeError) as error:
     raise SystemExit(f"error: {error}") from None
   np.save(args.out, x0.movedim(1, -1).cpu().numpy())
   if args.vae:

@@ -50,6 +50,7 @@ def _define_run_flags(argv: list[str], values) -> None:
   from absl import flags
   from ml_collections import config_flags
 
+  from pflow_jax.teachers import PRETRAINED
   from pflow_jax.workdir import load_config
 
   flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
@@ -61,6 +62,8 @@ def _define_run_flags(argv: list[str], values) -> None:
   ]
   if given and given[-1]:
     config = load_config(given[-1])
+    if config.objective.kind == PRETRAINED:
+      raise ValueError(f"--workdir: {given[-1]} holds a converted model, which was not trained here; train its student")
     config_flags.DEFINE_config_dict("config", config, "config of the run", flag_values=values)
 
 
@@ -69,7 +72,7 @@ def _sample(argv: list[str]) -> None:
 
   def define(values):
     _define_run_flags(argv, values)
-    flags.DEFINE_integer("num", 16, "number of samples", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("num", None, "number of samples; default: 16", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
       "nfe",
       None,
@@ -100,13 +103,16 @@ def _sample(argv: list[str]) -> None:
     if values.prompt or values.prompts:
       _sample_prompts(values)
       return
+    of_prompts = [f"--{name}" for name in ("pipeline", "height", "width") if values[name].value is not None]
+    if of_prompts:
+      raise ValueError(f"{', '.join(of_prompts)}: of pictures of prompts; give --prompt or --prompts too")
     if values.labels and not all(label.isdigit() for label in values.labels):
       raise ValueError(f"--labels: expected class numbers separated by commas, got {','.join(values.labels)!r}")
     labels = [int(label) for label in values.labels] if values.labels else None
     picture = run(
       values.config,
       values.workdir,
-      num=values.num,
+      num=values.num or 16,
       nfe=values.nfe,
       seed=values.seed,
       labels=labels,
@@ -124,8 +130,9 @@ def _sample_prompts(values) -> None:
   from pflow_jax.distributed import is_first
   from pflow_jax.text_to_image import sample_prompts
 
-  if values.labels:
-    raise ValueError("--labels and --prompt: expected one of them")
+  for name in ("labels", "num"):
+    if values[name].value is not None:
+      raise ValueError(f"--{name} and --prompt: expected one of them")
   out = sample_prompts(
     values.config,
     values.workdir,

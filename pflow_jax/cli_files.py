@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 
-from pflow_jax.command import define_join_flags, fail, mesh_sizes, run_command
+from pflow_jax.command import USAGE, define_join_flags, fail, mesh_sizes, run_command
 
 
 def data_command(argv: list[str]) -> None:
+  if argv in (["-h"], ["--help"]):
+    print(USAGE)
+    return
   if argv != ["emoji"]:
     fail(2, "usage: pflow data emoji")
   from pflow_jax.data import fetch_emoji

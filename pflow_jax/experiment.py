@@ -245,6 +245,11 @@ def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | No
       raise ValueError("config.adapters: a teacher trains in full, expected no rows")
     return Experiment(dataset, network, objective, None, start, _flow_matching(network, dataset, objective))
   if isinstance(objective, Imitation):
+    if kind == "imitation" and not dataset.has_x0:
+      raise ValueError(
+        f"config.objective.kind: {kind!r} starts from data, and {dataset.name} has none; train without (a config's "
+        "variant gm_data_free, or objective.kind='imitation_data_free'), or write prompts with `pflow cache --images`"
+      )
     teacher = load_teacher(config, dataset, abstract=abstract)
     loss = imitation_loss_data_free if kind == "imitation_data_free" else imitation_loss
     return Experiment(

@@ -81,7 +81,12 @@ class Slice:
     name, options = compiler_topology(self.topology)
     if self.slices > 1:
       options["num_slices"] = self.slices
-    return topologies.get_topology_desc(name, platform="tpu", **options).devices
+    try:
+      return topologies.get_topology_desc(name, platform="tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+      if "INVALID_ARGUMENT" not in str(error):
+        raise
+      raise ValueError(f"topology: the compiler knows no {self.topology}: {error}") from error
 
 
 def find_compiler() -> str:

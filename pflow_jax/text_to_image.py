@@ -58,14 +58,14 @@ def sample_prompts(
   model = encoders_of(config)
   if pipeline is None and model != "minilm":
     raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
+  if model == "minilm" and (height or width):
+    raise ValueError("--height, --width: this run samples pictures of the size that it was trained on")
   layout = layout_of(config)  # what these devices cannot run is better said before the encoders are read
   # In the dtype that the network computes in, or better.
   dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
   cond = text.encode_prompts(model, pipeline, prompts, config.data.get("max_length"), dtype=dtype)
   codec = load_autoencoder(pipeline) if model != "minilm" and pipeline is not None else None
   dataset = _shapes(config, cond, codec, height, width) if codec else data.load(**config.data)
-  if model == "minilm" and (height or width):
-    raise ValueError(f"--height, --width: this run samples pictures of {dataset.shape[0]} x {dataset.shape[1]}")
   experiment = build(config, dataset=dataset)
   nfe = nfe or evaluations(experiment, settings)[0]
   params = experiment.load(folder, which, layout)

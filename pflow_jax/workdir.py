@@ -73,11 +73,16 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   """
   path = epath.Path(workdir) / CONFIG
   if not path.exists():
-    raise ValueError(f"no run in {workdir}: expected the file {CONFIG} that `pflow train --workdir {workdir}` writes")
+    raise ValueError(
+      f"no run in {workdir}: expected the file {CONFIG} that `pflow train --workdir {workdir}` writes, or, once it has "
+      f"ended, `pflow convert --out {workdir}`"
+    )
   try:
     config = ConfigDict(_with_tuples(json.loads(path.read_text())))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path} is not a config in JSON ({error}); restore it, or start a new run") from error
+  if not {"model", "objective"} <= set(config):
+    raise ValueError(f"{path} is not of a run; of a model for PyTorch `pflow convert --source {workdir}` makes one")
   for section in config.values():
     if isinstance(section, ConfigDict):
       # JSON's null has lost the type that a flag is read with.

@@ -55,6 +55,13 @@ def test_a_run_with_buckets_is_trained_sampled_and_measured(config, tmp_path, ca
   assert "alignment" in (folder / "evaluation" / "evaluation.md").read_text()
 
 
+def test_prompts_alone_are_no_data_to_start_from(config, tmp_path):
+  folder = write(tmp_path / "alone", prompts=PROMPTS, shape=None)
+  config.data = dict(name=f"prompts:{folder}", model="qwen_image", shape=SHAPE)
+  with pytest.raises(ValueError, match="'imitation' starts from data, and .*alone has none; train without"):
+    build(config)
+
+
 def test_adapters_on_a_teacher_in_low_precision_are_not_merged(config, tmp_path):
   for dtype, message in {"float32": "no checkpoint yet", "bfloat16": "its teacher is kept in bfloat16"}.items():
     config.teacher.dtype = dtype

@@ -121,10 +121,8 @@ def test_pytorch_draws_the_same_picture(journey):
   reader = torch_student()
   with np.load(out / "samples.npz") as file:
     arrays = dict(file)
-  np.save(root / "noise.npy", arrays["noise"])
-  np.savez(root / "cond.npz", **{name: arrays[name] for name in ("text", "mask", "pooled") if name in arrays})
-  args = ["--student", root / "export", "--base", root / "pipeline", "--noise", root / "noise.npy"]
-  args += ["--cond", root / "cond.npz", "--out", root / "x0.npy", "--vae", root / "pipeline" / "vae"]
+  args = ["--student", root / "export", "--base", root / "pipeline", "--noise", out / "samples.npz"]
+  args += ["--out", root / "x0.npy", "--vae", root / "pipeline" / "vae"]
   reader.main(list(map(str, args)))
   x0 = np.load(root / "x0.npy")
   assert x0.shape == arrays["x0"].shape
@@ -184,6 +182,22 @@ def test_what_does_not_fit_is_refused(options, message, journey, tmp_path):
   with pytest.raises(ValueError, match=message):
     sample_prompts(config, root / "student", ["a"], **given)
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("folder", "flags", "message"),
+  [
+    ("teacher", ["--prompt=a"], "holds a converted model, which was not trained here"),
+    ("pipeline/transformer", ["--prompt=a"], "is not of a run; of a model for PyTorch `pflow convert --source"),
+    ("student", ["--width=20"], "--width: of pictures of prompts; give --prompt"),
+    ("student", ["--prompt=a", "--num=4"], "--num and --prompt: expected one of them"),
+  ],
+)
+def test_mistakes_of_the_command_line(folder, flags, message, journey, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    main(["sample", f"--workdir={journey[1] / folder}", *flags])
+  assert stopped.value.code == 2
+  assert message in capsys.readouterr().err
 
 
 def test_classes_are_no_texts(student_run):
