@@ -81,8 +81,8 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
     config = ConfigDict(_with_tuples(json.loads(path.read_text())))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path} is not a config in JSON ({error}); restore it, or start a new run") from error
-  if not {"model", "objective"} <= set(config):
-    raise ValueError(f"{path} is not of a run; of a model for PyTorch `pflow convert --source {workdir}` makes one")
+  if "_class_name" in config:  # as diffusers writes it
+    raise ValueError(f"{path} is of a model for PyTorch, not of a run; `pflow convert --source {workdir}` makes one")
   for section in config.values():
     if isinstance(section, ConfigDict):
       # JSON's null has lost the type that a flag is read with.
