@@ -139,7 +139,7 @@ def captioned_images(
   pad, line = 24, 32
   columns = min(columns, len(pixels))
   letters = max(1, int(width / (_text_width("n" * 20) / 20)))
-  wrapped = [textwrap.fill(text, letters, max_lines=2, placeholder=" …") for text in captions]
+  wrapped = [textwrap.fill(text, letters, max_lines=2, placeholder=" …", break_long_words=False) for text in captions]
   cell_w, cell_h = width + pad, height + pad + line * (1 + max(text.count("\n") for text in wrapped))
   total_w, total_h = pad + columns * cell_w, pad + -(-len(pixels) // columns) * cell_h
   canvas = np.full((total_h, total_w, 3), 255, np.uint8)
