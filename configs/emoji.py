@@ -6,7 +6,8 @@
     pflow train  --config configs/emoji.py:gmflow --workdir runs/emoji_gmflow --config.teacher.workdir=runs/emoji
     pflow sample --workdir runs/emoji_gmflow --prompt "red heart" --prompt "grinning cat" --seed 1
 
-3,786 pictures (Noto, Apache-2.0) and MiniLM's embeddings of their names, in place of a class.
+3,786 pictures (Noto, Apache-2.0) and MiniLM's embeddings of their names, in place of a class. On one core of a CPU a
+step of the teacher takes 1 s, one of the student 2 s; see the README for what comes of 2,500 and 640 of them.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +34,7 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.train.steps = 12_000
   else:
     config.policy = dict(kind="gmflow", num_components=8)
-    config.teacher.update(guidance=2.0)
+    config.teacher.update(guidance=3.0)
     config.objective.update(nfe=4, num_states=2, dropout=0.05, substeps=64)
     config.train.steps = 3000
   if name == "gmflow_1nfe":
