@@ -40,6 +40,11 @@ _STYLE: Any = {
 }
 
 
+def to_bytes(x: Array) -> Array:
+  """Images of any shape in [-1, 1] (clipped; not finite becomes mid-grey) as uint8."""
+  return np.rint((np.nan_to_num(np.clip(x, -1, 1), nan=0.0) + 1) * 127.5).astype(np.uint8)
+
+
 def image_grid(
   path: str | os.PathLike,
   rows: Mapping[str, ArrayLike],
@@ -78,7 +83,7 @@ def image_grid(
   cell_h, cell_w = height * scale + gap, width * scale + gap
   canvas = np.full((len(images) * cell_h - gap, count * cell_w - gap, 3), 255, np.uint8)
   for i, x in enumerate(images.values()):
-    x = _pixels(x).repeat(scale, axis=1).repeat(scale, axis=2)
+    x = to_bytes(x).repeat(scale, axis=1).repeat(scale, axis=2)
     for j in range(count):
       top, left = i * cell_h, j * cell_w
       canvas[top : top + height * scale, left : left + width * scale] = x[j]
@@ -127,7 +132,7 @@ def captioned_images(
     raise ValueError(f"images: expected (n, H, W, 1 or 3), got {x.shape}")
   if len(captions) != len(x):
     raise ValueError(f"captions: expected {len(x)}, one per image, got {len(captions)}")
-  pixels = _pixels(x).repeat(3 // x.shape[-1], axis=-1)
+  pixels = to_bytes(x).repeat(3 // x.shape[-1], axis=-1)
   longest = max(x.shape[1:3])
   if longest > side:
     size = tuple(max(1, round(n * side / longest)) for n in (x.shape[2], x.shape[1]))
@@ -378,11 +383,6 @@ def _pale() -> Any:
   from matplotlib.colors import LinearSegmentedColormap
 
   return LinearSegmentedColormap.from_list("pale", ["#ffffff", "#b9d3ea"])
-
-
-def _pixels(x: Array) -> Array:
-  """Images in [-1, 1] as bytes."""
-  return np.rint((np.nan_to_num(np.clip(x, -1, 1), nan=0.0) + 1) * 127.5).astype(np.uint8)
 
 
 def _text_width(text: str, size: float = 9) -> int:

@@ -178,7 +178,7 @@ def _find(
 
 def _computed_as(student: ConfigDict, own: ConfigDict) -> ConfigDict:
   """The section `model` of a teacher, its blocks computed as the student's: it need not run where it was trained."""
-  keys = ("attention", "remat", "scan_unroll") if own.kind == student.kind else ()
+  keys = workdir.COMPUTED if own.kind == student.kind else ()
   return ConfigDict({**own, **{key: student[key] for key in keys if key in student}})
 
 
@@ -219,7 +219,7 @@ def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
 
 
 def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tuple[str, ...]) -> None:
-  free = ("model.dtype", "model.remat", "model.attention", "model.scan_unroll", "data.max_length")
+  free = ("model.dtype", *(f"model.{key}" for key in workdir.COMPUTED), "data.max_length")
   starts = tuple(f"{section}." for section in sections)
   mine, teachers = (
     {k: v for k, v in workdir.flatten(_complete(workdir.as_plain(c))).items() if k.startswith(starts)}

@@ -131,6 +131,6 @@ def _write(out: pathlib.Path, pictures: np.ndarray, prompts: Sequence[str], told
     info = PngImagePlugin.PngInfo()
     about = {"prompt": prompt, "index": i, "height": picture.shape[0], "width": picture.shape[1], **told}
     info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
-    pixels = np.clip(np.nan_to_num(picture) * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
+    pixels = figures.to_bytes(picture)
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(out / f"{i:04d}.png", pnginfo=info)
   figures.captioned_images(out / "overview.png", pictures[:SHOWN], prompts[:SHOWN])

@@ -33,10 +33,13 @@ UNSET_TYPES = {
   "guidance": float,
 }
 
+# Keys of the section `model` that say how a network is computed, not which it is.
+COMPUTED = ("remat", "attention", "scan_unroll")
+
 # What may differ when a run is resumed: how long it goes on, and what it reports.
 CHANGEABLE = (
   *("teacher.workdir", "teacher.weak_workdir", "start.workdir"),  # they may have moved; their steps are checked
-  *("model.remat", "model.attention", "model.scan_unroll"),  # how it is computed, as the mesh
+  *(f"model.{key}" for key in COMPUTED),
   "evaluate.",
   "sample.",
   "mesh.",

@@ -55,8 +55,8 @@ def environment():
 
 def write_pretrained(values, folder, seed=0):
   """A workdir as `pflow convert` writes one, of a random network that `values`, a student's config, starts from."""
-  how = ("attention", "remat", "scan_unroll")  # a student's own, which no file of PyTorch tells
-  model = {key: value for key, value in values.model.to_dict().items() if key not in how}
+  # How it is computed is a student's own: no file of PyTorch tells it.
+  model = {key: value for key, value in values.model.to_dict().items() if key not in workdir.COMPUTED}
   config = ConfigDict(
     {"seed": 0, "model": model, "policy": {"kind": "velocity"}, "objective": {"kind": "pretrained"}, "source": {}}
   )

@@ -102,7 +102,7 @@ def base_of(folder: str, model: Model) -> Model:
   shapes = params_shapes(f"{folder}/{workdir.CHECKPOINTS}", which=which_of(config))  # type: ignore[arg-type]
   teacher = model_of_run(workdir.as_plain(config), flat_shapes(shapes))
   # How it is computed may differ, and the scale of time is not in PyTorch's files.
-  free = ("remat", "attention", "scan_unroll", "dtype", "out_channels", "sample_size", "time_scale")
+  free = (*workdir.COMPUTED, "dtype", "out_channels", "sample_size", "time_scale")
   theirs, ours = ({k: _plain(v) for k, v in one.attributes.items() if k not in free} for one in (teacher, model))
   ours = {k: _plain(v) for k, v in module_defaults(model.section).items() if k not in free} | ours
   differing = [
