@@ -123,9 +123,14 @@ supervise() {
 
 state() {
   local state=idle detail=- stopped=-
-  if [[ -e pid ]]; then state=died; fi
-  if [[ -e exit ]]; then state=ended detail=$(cat exit); fi
-  if running; then state=running detail=$(cat pid 2>/dev/null || echo -); fi
+  # Asked first: a program that ends meanwhile has written what it ended with before it does not run any more.
+  if running; then
+    state=running detail=$(cat pid 2>/dev/null || echo -)
+  elif [[ -e exit ]]; then
+    state=ended detail=$(cat exit)
+  elif [[ -e pid ]]; then
+    state=died
+  fi
   if [[ -e stopped ]]; then stopped=stopped; fi
   echo "pflow-worker $(hostname) $state $detail $stopped $(cat revision 2>/dev/null || echo -)"
 }

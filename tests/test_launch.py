@@ -980,14 +980,18 @@ def test_tpu_run_outlives_a_connection(pod):
   assert len(pod.read("pflow/pod-w-0")) == 1
 
 
-def test_tpu_worker_knows_what_runs(pod):
+def on_worker(pod, *args):
+  """What tpu_worker.sh prints on the first worker."""
   home = pod.home("pod-w-0")
   env = pod.env | {"HOME": str(home.parent), "STANDIN_HOST": "pod-w-0"}
   env["PATH"] = f"{STAND_INS / 'worker'}:{env['PATH']}"
+  script = home / "src" / "launch" / "tpu_worker.sh"
+  return subprocess.run(["bash", script, *args], env=env, capture_output=True, text=True).stdout
 
+
+def test_tpu_worker_knows_what_runs(pod):
   def call(*args):
-    run = subprocess.run(["bash", home / "src" / "launch" / "tpu_worker.sh", *args], env=env, capture_output=True)
-    return run.stdout.decode()
+    return on_worker(pod, *args)
 
   def state():
     return call("state").split()[2:5]
@@ -1017,6 +1021,16 @@ def test_tpu_worker_knows_what_runs(pod):
   pod.preempt("READY", "pod")
   until(lambda: state() == ["died", "-", "-"])
   assert pod.read("pflow/pod-w-0") == ["train", "train --x=1 2", "train"]
+
+
+def test_tpu_worker_does_not_take_for_dead_what_ends_while_it_looks(pod):
+  pod.plan("run 0")
+  on_worker(pod, "start")
+  until(lambda: pod.read("pids"))
+  flock = shutil.which("flock")
+  end = f"kill -TERM {pod.read('pids')[0]}; {flock} --shared -w 20 lock true"
+  pod.put("flock", f'if [[ "$*" == *--nonblock* ]]; then {end}; fi; exec {flock} "$@"')
+  assert on_worker(pod, "state").split()[2:5] == ["ended", "0", "-"]
 
 
 def test_tpu_status_of_what_is_not_there_or_not_set_up(cloud):
