@@ -66,7 +66,7 @@ def write_pipeline(model, folder):
 
 def student_config(model, teacher, prompts, **changes):
   """The quicktest of the model's published recipe, on real prompts of the tiny encoders."""
-  config = quick(model, "gm_data_free", teacher, steps=20, batch_size=8, log_every=1, **changes)
+  config = quick(model, "gm_data_free", teacher, steps=20, checkpoint_every=20, batch_size=8, log_every=1, **changes)
   config.data = dict(name=f"prompts:{prompts}", model=model, shape=(8, 8, 16))
   own = load_config(teacher).model
   for key in ("depth", "single_depth", "num_heads", "head_dim", "text_width", "pooled_width", "rope_axes"):
