@@ -49,7 +49,7 @@ def command(*args):
 
 def environment():
   # One device, programs that compile fast, and those of the other runs of these tests.
-  flags = "--xla_backend_optimization_level=0"
+  flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
