@@ -50,6 +50,8 @@ def get_config(variant: str = "teacher") -> ConfigDict:
   if name == "dx":
     config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
     config.objective.window = 10.0
+  if name == "mean_flow":
+    config.objective.update(kappa=0.0, cond_dropout=0.0)  # there are no classes
   if name == "consistency":
     config.sample.gamma = 1.0  # it only knows jumps to the data
   if name == "arc":

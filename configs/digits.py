@@ -65,6 +65,8 @@ def get_config(variant: str = "teacher") -> ConfigDict:
     config.objective.anchor = 0.5
   if objective == "ayf_emd":
     config.objective.to_data = 0.3  # what a single step does, and long intervals, the rarest, with it
+  if name == "mean_flow":
+    config.objective.update(kappa=0.0, cond_dropout=0.0)  # it is compared with a teacher without guidance
   if name == "consistency":
     config.sample.gamma = 1.0  # it only knows jumps to the data: between them noise is renewed
   if name.startswith("gmflow"):

@@ -45,22 +45,27 @@ def sample_time(key: Array, shape: tuple[int, ...], *, mean: float | None, std: 
   return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
 
 
-def drop_condition(key: Array, cond: Any, null_cond: Any, rate: float) -> Any:
-  """Replaces the condition by the empty one, example by example, with probability `rate`.
+def replace_condition(chosen: Array, cond: Any, null_cond: Any) -> Any:
+  """Replaces the condition of the chosen examples by the empty one.
 
   Args:
+    chosen: (B,) bool.
     cond: pytree of arrays with a leading batch axis.
     null_cond: pytree of the same structure, broadcast against each leaf.
   """
+
+  def pick(c, n):
+    return jnp.where(over_space(chosen, c), broadcast_condition(c, n), c)
+
+  return jax.tree.map(pick, cond, null_cond)
+
+
+def drop_condition(key: Array, cond: Any, null_cond: Any, rate: float) -> Any:
+  """Replaces the condition by the empty one, example by example, with probability `rate`; see `replace_condition`."""
   if rate == 0:
     return cond
   batch = jax.tree.leaves(cond)[0].shape[0]
-  drop = jax.random.bernoulli(key, rate, (batch,))
-
-  def pick(c, n):
-    return jnp.where(over_space(drop, c), broadcast_condition(c, n), c)
-
-  return jax.tree.map(pick, cond, null_cond)
+  return replace_condition(jax.random.bernoulli(key, rate, (batch,)), cond, null_cond)
 
 
 def flow_matching_loss(

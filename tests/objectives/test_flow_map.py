@@ -1,14 +1,20 @@
 """Flow maps where the answer is known: Gaussian data, in float64."""
 
 import dataclasses
+import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.integrate import solve_ivp
 
 from pflow_jax.objectives import flow_map
 from pflow_jax.objectives.flow_map import FlowMap, flow_map_loss, residual, sample_interval
+from pflow_jax.schedule import unshift_time
 
 C = 0.4  # standard deviation of the data
 
@@ -143,7 +149,7 @@ def test_mean_flow_has_its_published_gradient():
 
 
 def test_mean_flow_guides_its_own_target():
-  settings = flow_map.mean_flow(omega=2.0, kappa=0.5, normalisation="none", anchor=1.0)
+  settings = flow_map.mean_flow(omega=2.0, normalisation="none", anchor=1.0, cond_dropout=0.0)
   labels = jnp.arange(16) % 3
   params = jnp.linspace(-0.5, 0.5, 30).reshape(10, 3)
 
@@ -173,7 +179,27 @@ def test_mean_flow_guides_its_own_target():
 def test_normalised_residuals_have_bounded_size(name):
   g = jnp.array([[3.0, 4.0], [0.03, 0.04]])
   norm = jnp.sqrt(jnp.sum(g**2, axis=1) / (2 if name == "rms" else 1))[:, None]
-  np.testing.assert_allclose(flow_map.NORMALISATIONS[name](g), g / (norm + 0.1), rtol=1e-12)
+  np.testing.assert_allclose(flow_map.normalise(g, FlowMap(normalisation=name)), g / (norm + 0.1), rtol=1e-12)
+  settings = FlowMap(normalisation=name, norm_power=0.5, norm_offset=1e-3)
+  np.testing.assert_allclose(flow_map.normalise(g, settings), g / (norm + 1e-3) ** 0.5, rtol=1e-12)
+
+
+def test_full_warm_up_leaves_the_bias_that_its_docstring_tells():
+  """The minimum of the loss on N(0, c^2) is F = a x with F - v + w (t - s) dF/dt = 0, an equation for a along t."""
+  c = 0.5
+  rate = lambda t: (t - (1 - t) * c**2) / (t**2 + (1 - t) ** 2 * c**2)
+
+  def average(t, s, w):
+    change = lambda u, a: (rate(s + u) - a) / (w * u) - a * rate(s + u)
+    return solve_ivp(change, (1e-6, t - s), [rate(s)], method="LSODA", rtol=1e-9, atol=1e-11).y[0, -1]
+
+  def bias(steps, w):
+    grid = np.linspace(1, 0, steps + 1)
+    return abs(math.prod(1 + (s - t) * average(t, s, w) for t, s in itertools.pairwise(grid)) - c)
+
+  told = re.search(r"([\d.]+),\s+([\d.]+) and ([\d.]+) off with 1, 2 and 4 steps", FlowMap.__doc__)
+  assert [float(number) for number in told.groups()] == pytest.approx([bias(n, 0.99) for n in (1, 2, 4)], abs=6e-5)
+  assert max(bias(n, 1.0) for n in (1, 2, 4)) < 1e-5
 
 
 def test_examples_that_are_not_finite_are_left_out():
@@ -224,8 +250,100 @@ def test_intervals_are_drawn_as_described():
   t, s = draw(to_data=0.3, anchor=0.5)
   assert np.mean(s == t) == pytest.approx(0.5, abs=0.015)
   assert np.mean(s == 0) == pytest.approx(0.15, abs=0.015)
-  _, s = draw(to_data=1.0)
-  assert not s.any()
+
+
+def logit_normal(mean, std):
+  return stats.norm(mean, std), lambda t: np.log(t) - np.log1p(-t)
+
+
+LENGTH, SCM, PAIR = logit_normal(-0.8, 1.0), logit_normal(-1.0, 1.4), logit_normal(-0.4, 1.0)
+
+
+@pytest.mark.parametrize(
+  ("preset", "lengths", "to_data", "anchor"),
+  [
+    (flow_map.ayf_emd(), LENGTH, 0.0, 0.0),
+    (flow_map.ayf_lmd(), LENGTH, 0.0, 0.0),
+    (flow_map.consistency(), SCM, 1.0, 0.0),
+    (flow_map.consistency(time_mean=-0.8, time_std=1.0), LENGTH, 1.0, 0.0),
+    (flow_map.ayf_emd(to_data=0.3, anchor=0.5), LENGTH, 0.3, 0.5),  # of configs/digits.py
+    (flow_map.consistency(shift=2.0), SCM, 1.0, 0.0),
+    (flow_map.mean_flow(), None, 0.0, 0.75),
+    (flow_map.mean_flow(to_data=0.5), None, 0.5, 0.75),
+  ],
+)
+def test_every_preset_draws_the_distribution_it_names(preset, lengths, to_data, anchor):
+  """Kolmogorov-Smirnov tests of both times and of the length, against closed forms or draws of NumPy's."""
+  count = 20_000
+  t, s = (np.asarray(a, np.float64) for a in sample_interval(jax.random.key(5), count, preset))
+  assert ((s >= 0) & (s <= t) & (t <= 1)).all()
+  anchored, moved = (s == t), (s == 0) & (t > 0)
+  assert anchored.mean() == pytest.approx(anchor, abs=0.015)
+  assert moved.mean() == pytest.approx((1 - anchor) * to_data, abs=0.015)
+  t, s = unshift_time(t, preset.shift), unshift_time(s, preset.shift)
+  rng = np.random.default_rng(0)
+  if lengths is None:  # a sorted pair
+    normal, _ = PAIR
+    pair = np.sort(1 / (1 + np.exp(-normal.rvs((count, 2), rng))), axis=1)
+    late, early = pair[:, 1], pair[:, 0]
+    assert stats.kstest((t - s)[~anchored], late - early).pvalue > 1e-3
+  else:
+    normal, logit = lengths
+    assert stats.kstest(logit((t - s)[~anchored]), normal.cdf).pvalue > 1e-3
+    length = 1 / (1 + np.exp(-normal.rvs(count, random_state=rng)))
+    early = rng.uniform(size=count) * (1 - length)
+    late = early + length
+  if moved.any():  # such an interval keeps its length, and ends at the data
+    assert stats.kstest(t[moved], late - early).pvalue > 1e-3
+  free = ~anchored & ~moved
+  if free.any():
+    assert stats.kstest(s[free], early).pvalue > 1e-3
+    assert stats.kstest(t[free], late).pvalue > 1e-3
+
+
+def test_mean_flow_drops_labels_of_flow_matching_alone_and_does_not_guide_them():
+  seen = {}
+
+  def network(x, t, s, cond, guidance):
+    if s is not t and "cond" not in seen:
+      seen.update(cond=cond, apart=s != t)
+    return x * 0.5 + cond[:, None] * 0.01
+
+  count = 4_000
+  x0 = jax.random.normal(jax.random.key(0), (count, 2))
+  flow_map_loss(network, None, x0, jnp.ones(count, int), jax.random.key(1), 0, flow_map.mean_flow(), null_cond=7)
+  dropped = np.asarray(seen["cond"]) == 7
+  assert dropped.mean() == pytest.approx(0.1, abs=0.015)
+  assert not (dropped & np.asarray(seen["apart"])).any()
+
+
+def test_mean_flow_guides_in_its_interval_alone():
+  network = lambda x, t, s, cond, guidance: jnp.where((cond == 7)[:, None], 3.0, 5.0) * jnp.ones_like(x)
+  t = jnp.array([0.1, 0.2, 0.5, 0.8, 0.9])
+  v, cond = jnp.ones((5, 2)), jnp.zeros(5, int)
+  settings = flow_map.mean_flow(omega=2.0, kappa=0.25, interval=(0.2, 0.8))
+  target = flow_map._self_guided(network, v, v, t, cond, 7, settings)
+  inside = 2.0 * 1 + (1 - 2.0 - 0.25) * 3.0 + 0.25 * 5.0
+  np.testing.assert_allclose(target[:, 0], [1, inside, inside, inside, 1])
+
+
+def test_mean_flow_has_the_settings_of_its_release():
+  """Read from configs/default.py of the official JAX release, commit d70cb55, 2026-03-13."""
+  preset = flow_map.mean_flow()
+  assert (preset.time_mean, preset.time_std, preset.anchor) == (-0.4, 1.0, 0.75)
+  assert (preset.omega, preset.kappa, preset.cond_dropout, preset.interval) == (1.0, 0.5, 0.1, (0.0, 1.0))
+  assert (preset.normalisation, preset.norm_power, preset.norm_offset) == ("adaptive", 1.0, 0.01)
+  assert (preset.warmup(0), preset.target) == (1.0, "data")
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_adaptive_weight_is_the_releases(power):
+  """Their loss is sum(e^2) / sg((sum(e^2) + c)^p); c = 0.01."""
+  settings = flow_map.mean_flow(norm_power=power)
+  g = jnp.array([[3.0, 4.0], [0.03, 0.04]])
+  squares = jnp.sum(g**2, axis=1)
+  ours, _ = flow_map._regression(jnp.zeros_like(g), g, g, settings)
+  np.testing.assert_allclose(ours, squares / (squares + 0.01) ** power, rtol=1e-12)
 
 
 def test_strengths_of_guidance_reach_teacher_and_student():
