@@ -34,6 +34,8 @@ setup(
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12",
     "pillow>=10.1",
+    "psutil>=5.9",
+    "pydantic>=2.7",
     "rich>=13.0",
     "scikit-learn>=1.5",
     "scipy>=1.13",

@@ -151,9 +151,9 @@ def mean_flow(**changes: Any) -> FlowMap:
   """MeanFlow: the Eulerian objective on the velocity of the data; no teacher is asked for one.
 
   The defaults are those of the official JAX release: its times, p = 1 and c = 0.01, omega = 1 and kappa = 0.5 (a
-  guidance of strength 2) at all times, labels dropped for 0.1 of a batch. One thing differs: every example draws by itself
-  whether s = t, and then whether its label is dropped; the release takes the first 75 % of a batch, and of these the
-  first rows. Without classes set kappa and cond_dropout to 0, which saves two evaluations of the network a step.
+  guidance of strength 2) at all times, labels dropped for 0.1 of a batch. One thing differs: every example draws by
+  itself whether s = t, and then whether its label is dropped; the release takes the first 75 % of a batch, and of these
+  the first rows. Without classes set kappa and cond_dropout to 0, which saves two evaluations of the network a step.
 
   References: MeanFlow, arXiv:2505.13447.
   """

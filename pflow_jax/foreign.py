@@ -1,0 +1,213 @@
+"""The entrance for bytes that others wrote: what is opened, how much of it is read, and which shape it must have.
+
+Every reader of a user's file goes through here before it trusts one: a file is a regular one, JSON is bounded and has
+the types that its reader names, an image is of a format that is decoded in this process. What a file makes the program
+allocate is bounded by the size of the file, and what a user asks for by the memory of the machine. Errors are
+ValueErrors of one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import reprlib
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pydantic
+from etils import epath
+from PIL import Image
+
+MAX_JSON = 32 * 2**20  # bytes; the index of the largest models has 10 MB
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_PROBLEMS_SHOWN = 8
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+  """Whether `path` is an address in an object store, such as gs://bucket/run."""
+  return "://" in os.fspath(path)
+
+
+def regular_file(path: str | os.PathLike) -> pathlib.Path:
+  """Returns `path`, a regular file or a link to one; opening anything else can wait for ever or change a device.
+
+  Raises: ValueError for a file that is missing, cannot be looked at, or is a folder, pipe, socket or device.
+  """
+  path = pathlib.Path(path)
+  try:
+    mode = path.stat().st_mode
+  except FileNotFoundError as error:
+    raise ValueError(f"{path}: there is no such file") from error
+  except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a NUL in it
+    raise ValueError(f"{shown(str(path))}: cannot be looked at ({_reason(error)})") from error
+  if not stat.S_ISREG(mode):
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    raise ValueError(f"{path}: expected a file, this is a {kinds.get(stat.S_IFMT(mode), 'device')}")
+  return path
+
+
+def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
+  """Reads a file, or an object of a store, of at most `limit` bytes.
+
+  Raises: ValueError for what is no regular file, cannot be read, or is larger.
+  """
+  file = epath.Path(path) if is_remote(path) else regular_file(path)
+  try:
+    size = file.stat().length if is_remote(path) else file.stat().st_size  # type: ignore[union-attr]
+    if size <= limit:
+      return file.read_bytes()
+  except FileNotFoundError as error:
+    raise ValueError(f"{path}: there is no such file") from error
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read ({_reason(error)})") from error
+  raise ValueError(f"{path}: expected at most {in_bytes(limit)}, got {in_bytes(size)}")
+
+
+def read_text(path: str | os.PathLike, limit: int) -> str:
+  """Reads a file of UTF-8 text; errors as of `read_bytes`, and for other bytes."""
+  try:
+    return read_bytes(path, limit).decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: expected text in UTF-8, byte {error.start} is none") from error
+
+
+def read_json(path: str | os.PathLike, schema: Any = dict[str, Any], *, limit: int = MAX_JSON) -> Any:
+  """Reads a JSON file whose content must be of type `schema`.
+
+  Args:
+    path: of the file; gs:// works too.
+    schema: a type that pydantic knows, such as a frozen dataclass or list[str]; JSON's own types are not converted.
+    limit: largest size in bytes.
+  Raises: ValueError with all that does not fit.
+  """
+  return parse_json(read_bytes(path, limit), schema, where=str(path))
+
+
+def parse_json(data: bytes | str, schema: Any = dict[str, Any], *, where: str) -> Any:
+  """Parses JSON whose content must be of type `schema`; `where` names it in errors, see `read_json`."""
+  try:
+    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+    json.loads(text, parse_float=_finite, parse_constant=_finite)
+    return _adapter(schema).validate_json(text, strict=True)
+  except pydantic.ValidationError as error:
+    raise ValueError(f"{where}: {_problems(error)}") from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{where}: cannot be read as JSON ({_reason(error)})") from error
+
+
+def check_type(value: Any, schema: Any, *, where: str) -> Any:
+  """Returns a value that was read otherwise, of type `schema`; ValueError with all that does not fit."""
+  try:
+    return _adapter(schema).validate_python(value, strict=True)
+  except pydantic.ValidationError as error:
+    raise ValueError(f"{where}: {_problems(error)}") from error
+  except RecursionError as error:
+    raise ValueError(f"{where}: is nested too deeply") from error
+
+
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+  """Opens an image file of one of IMAGE_FORMATS, whatever its name ends in: other formats start other programs.
+
+  Raises: ValueError for a file that is none of them, also while it is decoded in the body.
+  """
+  file = regular_file(path)
+  try:
+    with Image.open(file, formats=available_formats()) as image:
+      yield image
+  except ValueError:
+    raise
+  except Exception as error:  # decoders raise many types on broken files; all of them mean unreadable
+    raise ValueError(f"cannot read the image {path}: {_reason(error)}") from error
+
+
+@functools.cache
+def available_formats() -> tuple[str, ...]:
+  """The formats of IMAGE_FORMATS that this Pillow decodes."""
+  Image.init()
+  return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+def check_within_file(what: str, count: int, path: str | os.PathLike) -> None:
+  """Refuses a count that a file states and cannot hold: each of the things counted takes a byte of it at least.
+
+  Raises: ValueError for a count below 0 or above the file's size.
+  """
+  size = os.stat(path).st_size
+  if not 0 <= count <= size:
+    raise ValueError(f"{path}: {what}: {shown(count)} cannot be in a file of {in_bytes(size)}")
+
+
+def check_memory(what: str, nbytes: int, advice: str = "") -> None:
+  """Refuses what needs more bytes than the machine has memory.
+
+  Args:
+    what: that asks for them, the start of the sentence.
+    advice: what to ask for instead, its end.
+  """
+  have = machine_memory()
+  if nbytes > have:
+    takes = f"{what}: takes {in_bytes(nbytes)} of memory, this machine has {in_bytes(have)}"
+    raise ValueError(f"{takes}; {advice}" if advice else takes)
+
+
+@functools.cache
+def machine_memory() -> int:
+  """Bytes of memory that this process may have: the machine's, or the limit of its container."""
+  limits = [psutil.virtual_memory().total]
+  for name in _CGROUP_LIMITS:
+    with contextlib.suppress(OSError, ValueError):
+      limits.append(int(pathlib.Path(name).read_text()))
+  return min(limits)
+
+
+def in_bytes(count: int) -> str:
+  """A number of bytes in words: "1.5 GiB"."""
+  if count < 1024:
+    return f"{count} bytes"
+  power = min((int(count).bit_length() - 1) // 10, 6)
+  return f"{count / 1024**power:.4g} {('KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power - 1]}"
+
+
+def shown(value: Any, width: int = 60) -> str:
+  """Writes a foreign value as it can be put into a message: escaped, on one line, cut to `width`."""
+  if isinstance(value, int) and abs(value) > 10**width:
+    return f"a number of more than {width} digits"
+  short = reprlib.Repr()
+  short.maxstring = short.maxother = short.maxlong = width
+  text = short.repr(value).encode("ascii", "backslashreplace").decode()
+  return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+@functools.cache
+def _adapter(schema: Any) -> pydantic.TypeAdapter:
+  return pydantic.TypeAdapter(schema)
+
+
+def _finite(number: str) -> float:
+  if not math.isfinite(value := float(number)):
+    raise ValueError(f"expected a finite number, got {shown(number)}")
+  return value
+
+
+def _problems(error: pydantic.ValidationError) -> str:
+  """All that pydantic found, each as "place: message, got value"."""
+  found = []
+  for problem in error.errors(include_url=False, include_context=False):
+    place = ".".join(shown(part).strip("'") for part in problem["loc"])
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    found.append(f"{place}{': ' if place else ''}{message}, got {shown(problem['input'])}")
+  more = f" and {len(found) - _PROBLEMS_SHOWN} more" if len(found) > _PROBLEMS_SHOWN else ""
+  return "; ".join(found[:_PROBLEMS_SHOWN]) + more
+
+
+def _reason(error: BaseException) -> str:
+  text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+  return " ".join(text.split())[:300]
