@@ -8,8 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pflow_jax.checks import check_range, checked
 from pflow_jax.policies.base import Array
 from pflow_jax.schedule import over_space
+
+MAX_SCALE = 1e6  # beyond it float32 has no digit left of the velocity
 
 Velocity = Callable[[Array, Array, Any], Array]
 
@@ -62,11 +65,13 @@ def guided(
   References: classifier-free guidance, arXiv:2207.12598; limited interval, arXiv:2404.07724.
   """
 
+  field = checked("guided: velocity(x, t, cond)", velocity)
+
   def branches(x, t, cond):
     null = jax.tree.map(broadcast_condition, cond, null_cond)
     # The two branches lie on a new axis: concatenated along the batch they would not stay in place on a sharded one.
     pair = jax.tree.map(lambda c, n: jnp.stack([c, n]), cond, null)
-    return jax.vmap(velocity, in_axes=(None, None, 0))(x, t, pair)
+    return jax.vmap(field, in_axes=(None, None, 0))(x, t, pair)
 
   return _guided(velocity, branches, scale, interval, orthogonal)
 
@@ -83,7 +88,9 @@ def autoguided(
 
   References: autoguidance, arXiv:2406.02507.
   """
-  return _guided(velocity, lambda x, t, cond: (velocity(x, t, cond), weak(x, t, cond)), scale, interval, orthogonal)
+  strong = checked("autoguided: velocity(x, t, cond)", velocity)
+  weak = checked("autoguided: weak(x, t, cond)", weak)
+  return _guided(velocity, lambda x, t, cond: (strong(x, t, cond), weak(x, t, cond)), scale, interval, orthogonal)
 
 
 def _guided(
@@ -96,6 +103,7 @@ def _guided(
   low, high = interval
   if not 0 <= low <= high <= 1:
     raise ValueError(f"guidance interval: expected 0 <= low <= high <= 1, got {interval}")
+  check_range("guidance scale", scale, -MAX_SCALE, MAX_SCALE)
   if isinstance(scale, (int, float)) and scale == 1:
     return velocity
 

@@ -277,8 +277,13 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 5) -> PrecisionR
 
 def _ball_radii(x: Array, k: int) -> Array:
   """Distance of every row to its k-th nearest other row; (N,)."""
-  # Index k, not k - 1: every row is its own neighbour 0 at distance 0.
-  return np.concatenate([np.partition(d, k, axis=1)[:, k] for _, d in _distances(x, x)])
+  radii = np.empty(len(x))
+  for start, distance in _distances(x, x):
+    # Index k, not k - 1: every row is its own neighbour 0 at distance 0. Copied out of the block, which would else live
+    # on behind its column, and with it in the end the whole matrix.
+    distance.partition(k, axis=1)
+    radii[start : start + _BLOCK] = distance[:, k]
+  return radii
 
 
 def diversity(samples: ArrayLike, labels: ArrayLike) -> float:

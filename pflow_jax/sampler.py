@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pflow_jax.checks import checked, checked_student
 from pflow_jax.integrate import rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies import temperature as with_temperature
@@ -38,7 +39,7 @@ def kept_noise(t: Array, t_next: Array, h: float) -> Array:
   if np.isinf(h):
     return jnp.zeros_like(t)
   ratio = t_next * (1 - t) / jnp.maximum(t * (1 - t_next), MIN_PRODUCT)
-  return ratio ** (h**2)
+  return ratio ** (float(h) * float(h))  # h**2 raises where it overflows
 
 
 def flow_map_sde_target(t: Array, t_next: Array, h: float) -> tuple[Array, Array]:
@@ -96,6 +97,7 @@ def sample_student(
   if h > 0 and keys is None and nfe > 1:
     raise ValueError("sample_student: h > 0 renews noise between segments and needs `keys`, one a sample")
   _check_level(h)
+  student = checked_student("sample_student: student(x, t, cond)", student)
   (x,) = as_float(noise)
   grid = segment_grid(nfe, final_scale)
   batch = noise.shape[:1]
@@ -143,6 +145,7 @@ def sample_teacher(
   _check_level(h)
   if h > 0 and keys is None:
     raise ValueError("sample_teacher: h > 0 needs `keys`, one a sample")
+  teacher = checked("sample_teacher: teacher(x, t, cond)", teacher)
   (noise,) = as_float(noise)
   times = shift_time(jnp.linspace(1.0, 0.0, steps + 1, dtype=noise.dtype), shift)
   batch = noise.shape[:1]
@@ -192,6 +195,7 @@ def sample_flow_map(
     raise ValueError(f"gamma: expected a number in [0, 1], got {gamma}")
   if gamma > 0 and steps > 1 and keys is None:
     raise ValueError("sample_flow_map: gamma > 0 adds noise between steps and needs `keys`, one a sample")
+  flow_map = checked("sample_flow_map: flow_map(x, t, s, cond)", flow_map)
   (x,) = as_float(noise)
   # Of every step: its start, where it lands, its length, and what is then kept and added; nothing after the last.
   table = []
@@ -219,7 +223,7 @@ def gamma_landing(s: float, gamma: float) -> float:
 
 
 def _check_level(h: float) -> None:
-  if h < 0:
+  if not h >= 0:
     raise ValueError(f"noise level h: expected a number of at least 0, got {h}")
 
 

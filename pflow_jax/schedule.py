@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pflow_jax.checks import check_range
+
 Array = jax.Array
 
+MIN_SHIFT, MAX_SHIFT = 1e-6, 1e6  # beyond, float32 has no digits left of the times between
 MIN_TIME = 1e-4  # training never starts a segment closer to the data than this
 
 
@@ -20,14 +23,17 @@ def shift_time(r, m):
 
   Args:
     r: schedule time in [0, 1], any shape.
-    m: shift, positive scalar. 1 is the identity; 3.2 is used for FLUX and Qwen-Image.
+    m: shift, a scalar in [1e-6, 1e6]. 1 is the identity; 3.2 is used for FLUX and Qwen-Image.
   Returns: flow time in [0, 1], the shape of `r`.
+  Raises: ValueError for another shift, where it is known.
   """
+  check_range("shift", m, MIN_SHIFT, MAX_SHIFT)
   return m * r / (1 + (m - 1) * r)
 
 
 def unshift_time(t, m):
-  """Schedule time of a flow time: the inverse of `shift_time`. Shapes as there."""
+  """Schedule time of a flow time: the inverse of `shift_time`. Shapes and errors as there."""
+  check_range("shift", m, MIN_SHIFT, MAX_SHIFT)
   return t / (m + (1 - m) * t)
 
 

@@ -1,5 +1,7 @@
 """Metrics against closed forms, analytic errors and each other."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -228,6 +230,18 @@ def test_precision_recall_uses_the_kth_neighbour_apart_from_itself():
   # k = 1: real balls have radii 1, 1, 2 (none holds -1.5); k = 2: 3, 2, 3, so 0's holds -1.5.
   assert precision_recall(real, fake, k=1).precision == 0
   np.testing.assert_allclose(precision_recall(real, fake, k=2).precision, 1 / 3)
+
+
+def test_precision_recall_holds_a_block_of_distances_at_a_time(rng):
+  real, fake = rng.normal(size=(4_000, 2)), rng.normal(size=(3_000, 2))
+  tracemalloc.start()
+  try:
+    precision_recall(real, fake)
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  block = 512 * 4_000 * 8
+  assert peak < 3 * block < 4_000 * 4_000 * 8 / 2
 
 
 def test_precision_recall_refuses_bad_sizes(rng):

@@ -7,11 +7,14 @@ References: EDM, arXiv:2206.00364; flow maps, arXiv:2506.14603.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pflow_jax.checks import checked
 
 Array = jax.Array
 Denoiser = Callable[[Array, Array, Any], Array]  # y (B, *space, C), sigma (B,), cond -> E[x0 | y]
@@ -32,8 +35,10 @@ def edm_denoiser(network: Callable[[Array, Array, Any], Array], sigma_data: floa
   Returns: (y, sigma, cond) -> D, y (B, *space, C), sigma (B,) > 0.
   References: EDM, arXiv:2206.00364, Table 1.
   """
-  if sigma_data <= 0:
+  if not 0 < sigma_data < math.inf:
     raise ValueError(f"sigma_data: expected the data's standard deviation, > 0, got {sigma_data}")
+
+  network = checked("edm_denoiser: network(x, c_noise, cond)", network)
 
   def denoiser(y: Array, sigma: Array, cond: Any) -> Array:
     noise = _like(sigma, y)
@@ -54,8 +59,10 @@ def denoiser_velocity(denoiser: Denoiser, max_sigma: float = 80.0, min_sigma: fl
   Returns: (x, t, cond) -> v, x (B, *space, C), t (B,) in [0, 1].
   Raises: ValueError unless 0 < min_sigma < max_sigma.
   """
-  if not 0 < min_sigma < max_sigma:
+  if not 0 < min_sigma < max_sigma < math.inf:
     raise ValueError(f"noise levels: expected 0 < min_sigma < max_sigma, got {min_sigma}, {max_sigma}")
+
+  denoiser = checked("denoiser_velocity: denoiser(y, sigma, cond)", denoiser)
 
   def velocity(x: Array, t: Array, cond: Any) -> Array:
     t = jnp.clip(t, min_sigma / (1 + min_sigma), max_sigma / (1 + max_sigma))

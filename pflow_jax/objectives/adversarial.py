@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pflow_jax.checks import check_finite, described
 from pflow_jax.policies.base import as_float
 
 Array = jax.Array
@@ -41,6 +42,7 @@ class Adversarial:
   max_width: int = 512
 
   def __post_init__(self):
+    check_finite(self)
     if min(self.weight, self.r1, self.r2) < 0:
       raise ValueError(f"weight, r1 and r2: expected at least 0, got {self.weight}, {self.r1} and {self.r2}")
     if self.learning_rate <= 0:
@@ -102,6 +104,11 @@ def _logits_and_slope(discriminator: Discriminator, x: Array, cond: Any) -> tupl
 
   def total(x: Array) -> tuple[Array, Array]:
     logits = discriminator(x, cond)
+    if getattr(logits, "shape", None) != x.shape[:1]:
+      raise ValueError(
+        f"discriminator_loss: discriminator(x, cond): expected logits of shape {x.shape[:1]}, one an example, got "
+        f"{described(logits)}"
+      )
     return jnp.sum(logits), logits
 
   gradient, logits = jax.grad(total, has_aux=True)(x)

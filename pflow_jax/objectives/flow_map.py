@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pflow_jax.checks import check_finite, checked
 from pflow_jax.guidance import broadcast_condition
 from pflow_jax.objectives.flow_matching import replace_condition, sample_time
 from pflow_jax.policies.base import as_float
@@ -85,6 +86,7 @@ class FlowMap:
   cond_dropout: float = 0.0
 
   def __post_init__(self):
+    check_finite(self)
     for name, allowed in (
       ("side", SIDES),
       ("target", TARGETS),
@@ -269,8 +271,12 @@ def flow_map_loss(
     step: optimizer step, for the warm-up.   precise: see `residual`.
   Returns: loss per example (B,), and metrics per example: rms of the residual and of the derivative, the share of
     examples left out because they are not finite, and the warm-up.
+  Raises: ValueError for a network or teacher that returns anything but an array like x.
   References: Align Your Flow, arXiv:2506.14603, Sec. 3 and 4.
   """
+  where = "flow_map_loss: {}(x, t, {}cond, guidance)"
+  network = checked(where.format("network", "s, "), network)
+  precise = precise and checked(where.format("precise", "s, "), precise)
   (x0,) = as_float(x0)
   key_time, key_noise, key_drop, key_guidance = jax.random.split(key, 4)
   batch = x0.shape[0]
@@ -283,8 +289,10 @@ def flow_map_loss(
     if teacher is None:
       raise ValueError("flow_map_loss: target='teacher' needs a teacher, got None")
 
+    field = checked(where.format("teacher", ""), teacher)
+
     def velocity(x, t):
-      return teacher(x, t, cond, guidance)
+      return field(x, t, cond, guidance)
   else:
     v = _self_guided(network, eps - x0, x, t, cond, null_cond, settings)
     if settings.cond_dropout:

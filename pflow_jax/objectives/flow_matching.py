@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pflow_jax.checks import check_finite, checked
 from pflow_jax.guidance import broadcast_condition
 from pflow_jax.policies.base import as_float
 from pflow_jax.schedule import add_noise, over_space, shift_time
@@ -32,6 +33,7 @@ class FlowMatching:
   time_std: float = 1.0
 
   def __post_init__(self):
+    check_finite(self)
     if not 0 <= self.cond_dropout <= 1:
       raise ValueError(f"cond_dropout: expected a rate in [0, 1], got {self.cond_dropout}")
     if self.shift <= 0 or self.time_std <= 0:
@@ -84,9 +86,11 @@ def flow_matching_loss(
     x0: data, (B, *space, C).
     cond, null_cond: condition of the examples, and the empty one, see `drop_condition`.
   Returns: loss per example (B,), the mean squared error over a sample, and no metrics.
+  Raises: ValueError for a network that returns anything but an array like x.
   References: flow matching, arXiv:2210.02747; logit-normal times, arXiv:2403.03206.
   """
   s = settings
+  network = checked("flow_matching_loss: network(x, t, cond)", network)
   (x0,) = as_float(x0)
   key_time, key_noise, key_drop = jax.random.split(key, 3)
   t = shift_time(sample_time(key_time, x0.shape[:1], mean=s.time_mean, std=s.time_std), s.shift)

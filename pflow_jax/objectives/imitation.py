@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pflow_jax.checks import check_finite, checked, checked_student
 from pflow_jax.integrate import METHODS, average_velocity, rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies.base import as_float
@@ -54,6 +55,7 @@ class Imitation:
   method: str = "auto"
 
   def __post_init__(self):
+    check_finite(self)
     segment_length(self.nfe, self.final_scale)  # raises on bad values
     if self.num_states < 1:
       raise ValueError(f"num_states: expected at least 1, got {self.num_states}")
@@ -137,7 +139,7 @@ def segment_loss(
   Returns: loss per example (B,), and the destination (B, *space, C) or None.
   """
   s = settings
-  teacher = _detached(teacher)
+  teacher = _detached(checked("π-ID: teacher(x, t, cond)", teacher))
   window = _window(length, s.window)
   detached = jax.lax.stop_gradient(policy)
   if s.dropout and policy.num_components:
@@ -203,7 +205,9 @@ def imitation_loss(
     x0: data, (B, *space, C); matters only where a source has t < 1, that is for nfe > 1.
     step: optimizer step, for the teacher ratio.
   Returns: loss per example (B,), and metrics.
+  Raises: ValueError for a student that returns no batch of policies, or a teacher that returns no array like x.
   """
+  student = checked_student("imitation_loss: student(x, t, cond)", student)
   (x0,) = as_float(x0)
   key_source, key_draw = jax.random.split(key)
   uniform, noise = draw_source(key_source, x0)
@@ -231,6 +235,7 @@ def imitation_loss_data_free(
   Arguments and result as for `imitation_loss`, but for `noise`, the states at t = 1. Segments are weighted by their
   length.
   """
+  student = checked_student("imitation_loss_data_free: student(x, t, cond)", student)
   (noise,) = as_float(noise)
   batch = noise.shape[0]
   ratio = settings.teacher_ratio(step)

@@ -6,7 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from pflow_jax.checks import check_range as check_range
+from pflow_jax.checks import check_shape as check_shape
 
 Array = jax.Array
 
@@ -67,23 +69,6 @@ def as_float(*arrays) -> list[Array]:
   """Arrays in one floating type, float32 at least: bfloat16 has no room for the 1/t^2 of the formulas."""
   dtype = jnp.result_type(jnp.float32, *[jnp.asarray(a) for a in arrays])
   return [jnp.asarray(a, dtype) for a in arrays]
-
-
-def check_shape(name: str, array: Array, expected: tuple[int, ...], why: str) -> None:
-  """Raises ValueError unless `array` has the shape `expected`."""
-  if tuple(array.shape) != tuple(expected):
-    raise ValueError(f"{name}: expected shape {tuple(expected)} ({why}), got {tuple(array.shape)}")
-
-
-def check_range(name: str, value, low: float, high: float, *, open_low: bool = False) -> None:
-  """Raises ValueError when a *known* `value` lies outside [low, high]; traced values pass."""
-  if isinstance(value, jax.core.Tracer):
-    return
-  value = np.asarray(value)  # NumPy: under jit, jnp would trace the comparison
-  below = value <= low if open_low else value < low
-  if np.any(below | (value > high) | np.isnan(value)):
-    bracket = "(" if open_low else "["
-    raise ValueError(f"{name}: expected a value in {bracket}{low}, {high}], got {value}")
 
 
 def check_state(x: Array, shape: tuple[int, ...]) -> None:
