@@ -11,12 +11,12 @@ import sys
 
 from pflow_jax.cli_files import cache_command, convert_command, data_command, merge_command
 from pflow_jax.command import USAGE, define_join_flags, fail, mesh_sizes, run_command, stop
-from pflow_jax.output import tolerant_output
+from pflow_jax.output import logged_tracebacks, tolerant_output
 
 
 def main(argv: list[str] | None = None) -> None:
   """Runs one command; the entry point of the console script."""
-  with tolerant_output():
+  with tolerant_output(), logged_tracebacks():
     _run(list(sys.argv[1:] if argv is None else argv))
 
 

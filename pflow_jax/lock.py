@@ -119,11 +119,18 @@ class Lock:
       print(f"{self._folder}: taking over the lock of {_named(holder)}", flush=True)
       self._path.unlink(missing_ok=True)
       self._make()
+      self._let_stop(holder)
     # Of several that have come so far the last one has it, and all see that.
     time.sleep(SETTLE)
     holder, _ = _read(self._path) or ({}, None)
     if holder.get("token") != self._token:
       raise ValueError(self._refusal(holder))
+
+  def _let_stop(self, holder: dict[str, Any]) -> None:
+    """Waits for one from whom the lock was taken by force: it sees that before it writes again, and still saves."""
+    end = time.monotonic() + (PATIENCE if self._force and holder.get("pid") != os.getpid() else 0)
+    while time.monotonic() < end and _is_of_here(holder) and _runs(holder):
+      time.sleep(SETTLE)
 
   def _make(self) -> bool:
     """Writes the lock if there is none; whether it did."""

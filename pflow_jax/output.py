@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +60,22 @@ def tolerant_output() -> Iterator[None]:
     finally:
       for stream in streams:
         stream.flush(last=True)
+
+
+@contextlib.contextmanager
+def logged_tracebacks() -> Iterator[None]:
+  """Logs errors that nobody can catch, of threads and callbacks of libraries, in place of printing them."""
+  before = sys.unraisablehook, threading.excepthook
+  sys.unraisablehook = lambda args: _log(args.exc_value)
+  threading.excepthook = lambda args: _log(args.exc_value)
+  try:
+    yield
+  finally:
+    sys.unraisablehook, threading.excepthook = before
+
+
+def _log(error: BaseException | None) -> None:
+  logging.getLogger(__name__).warning("an error that was not caught: %r", error, exc_info=error)
 
 
 def without_tracebacks(record: logging.LogRecord) -> bool:

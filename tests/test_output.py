@@ -5,10 +5,11 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from pflow_jax.output import LOG, logged, tolerant_output, without_tracebacks
+from pflow_jax.output import LOG, logged, logged_tracebacks, tolerant_output, without_tracebacks
 from tests.programs import ROOT
 
 # By its path: the package would bring JAX, which takes seconds.
@@ -74,6 +75,23 @@ def test_tracebacks_of_libraries_are_for_the_log(tmp_path, caplog, monkeypatch):
   assert [without_tracebacks(record) for record in caplog.records if record.levelno >= logging.WARNING] == [1, 0, 1]
   monkeypatch.setenv("PFLOW_TRACEBACK", "1")
   assert all(map(without_tracebacks, caplog.records))
+
+
+def test_errors_that_nobody_can_catch_are_logged(caplog, capsys):
+  class Ends:
+    def __del__(self):
+      raise KeyError("at its end")
+
+  hooks = sys.unraisablehook, threading.excepthook
+  with logged_tracebacks():
+    ends = Ends()
+    del ends
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+  assert [type(record.exc_info[1]) for record in caplog.records] == [KeyError, ZeroDivisionError]
+  assert capsys.readouterr().err == ""
+  assert (sys.unraisablehook, threading.excepthook) == hooks
 
 
 @pytest.mark.parametrize("place", ["missing", "file/below", "full"])
