@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from pflow_jax.folders import is_remote
+from pflow_jax.folders import absolute, is_remote
 
 LOCK = "lock.json"
 BEAT = 15.0  # seconds between two signs of life
@@ -55,7 +55,7 @@ class Lock:
     self, folder: str | os.PathLike, program: str, *, force: bool = False, hint: str = "", active: bool = True
   ):
     self._folder, self._program, self._force, self._hint, self._active = str(folder), program, force, hint, active
-    self._path = epath.Path(folder) / LOCK
+    self._path = absolute(folder) / LOCK
     self._remote = is_remote(folder)
     self._token, self._beats = uuid.uuid4().hex, 0
     self._since = time.strftime("%Y-%m-%d %H:%M:%S %z")

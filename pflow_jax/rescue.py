@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -9,18 +10,20 @@ import shutil
 import tempfile
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from pflow_jax import workdir
 from pflow_jax.checkpoint import Checkpointer
 from pflow_jax.state import TrainState
+from pflow_jax.writer import METRICS
 
 RESCUE_DIR = "PFLOW_RESCUE_DIR"  # folder for such states; the system's temporary one by default
 _ROOM = 1.1  # times the size of the arrays, for what goes with them
 
 
 def rescue(folder: str | os.PathLike, config: ConfigDict, state: TrainState) -> str:
-  """Saves a run's state and config as a new workdir in another place, if there is room.
+  """Saves a run's state, config and, if it can be read, log as a new workdir in another place, if there is room.
 
   Of a run of several processes, each of which has a part of the state and a disk of its own, nothing is saved.
 
@@ -38,6 +41,8 @@ def rescue(folder: str | os.PathLike, config: ConfigDict, state: TrainState) -> 
     name = re.sub(r"\W+", "-", pathlib.Path(folder).name)[:40]
     target = tempfile.mkdtemp(prefix=f"pflow-rescue-{name}-", dir=base)
     workdir.claim(target, config)
+    with contextlib.suppress(OSError):
+      pathlib.Path(target, METRICS).write_bytes((epath.Path(folder) / METRICS).read_bytes())
     with Checkpointer(f"{target}/{workdir.CHECKPOINTS}") as checkpointer:
       checkpointer.save(step, state)
   except OSError as error:

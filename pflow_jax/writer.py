@@ -24,6 +24,7 @@ PyTree = Any
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
 STORE_INTERVAL = 30.0  # seconds between two writes of a whole file to an object store, whose objects do not grow
 
 
@@ -56,7 +57,7 @@ class MetricsWriter:
     folder = absolute(workdir)
     with writing():
       folder.mkdir(parents=True, exist_ok=True)
-      path = folder / "metrics.jsonl"
+      path = folder / METRICS
       kept = _kept_lines(path, resume_step)
       self._log = _Objects(path, kept) if is_remote(path) else _Lines(path, kept)
       if tensorboard:

@@ -288,6 +288,7 @@ def test_a_state_that_its_workdir_takes_no_more_is_saved_elsewhere_and_goes_on_e
   assert not (tmp_path / "run [1]" / LOCK).exists()
   monkeypatch.setattr(ocp.CheckpointManager, "save", save)
   assert newest_step(rescued / "checkpoints") == 4
+  assert (rescued / "metrics.jsonl").read_bytes() == (tmp_path / "run [1]" / "metrics.jsonl").read_bytes() != b""
   assert same(whole, train(config, rescued))
 
 
