@@ -20,6 +20,8 @@ import numpy as np
 from pflow_jax import data
 from pflow_jax.data.prompt_files import Prompts
 from pflow_jax.data.prompt_records import INDEX, NULL, SHARDS, TABLE, Index, prompt_hashes, read_index, without_x0
+from pflow_jax.folders import checked_folder
+from pflow_jax.lock import Lock
 from pflow_jax.text import Encoder, load_encoder
 from pflow_jax.writer import progress
 
@@ -58,7 +60,7 @@ def cache(
   Raises: ValueError for input or a folder that does not fit, or a disk without the room; RuntimeError if a shard that
     was written cannot be read back.
   """
-  folder = pathlib.Path(out)
+  folder = pathlib.Path(checked_folder(out, "--out"))
   if "://" in str(out):
     raise ValueError(f"{out}: shards are written to a file system; give a folder, and copy or mount it.")
   if batch_size < 1 or (shard_records is not None and shard_records < 1):
@@ -91,13 +93,14 @@ def cache(
   if not _claim(folder, index):
     print(f"{folder} is complete: {_described(folder, index, record_bytes)}")
     return index
-  _check_room(folder, index, record_bytes)
-  np.savez(folder / TABLE, length=lengths[:-1], hash=prompt_hashes(found.texts))
-  if not (folder / NULL).exists():
-    record = _rows(encoder.encode([""]), lengths[-1:])[0]
-    _replace(folder / NULL, without_x0(fields).pack("", record))
-  _write_shards(folder, index, encoder, found, lengths, read_x0, batch_size)
-  os.replace(folder / (INDEX + PARTIAL), folder / INDEX)
+  with Lock(folder, "pflow cache"):
+    _check_room(folder, index, record_bytes)
+    np.savez(folder / TABLE, length=lengths[:-1], hash=prompt_hashes(found.texts))
+    if not (folder / NULL).exists():
+      record = _rows(encoder.encode([""]), lengths[-1:])[0]
+      _replace(folder / NULL, without_x0(fields).pack("", record))
+    _write_shards(folder, index, encoder, found, lengths, read_x0, batch_size)
+    os.replace(folder / (INDEX + PARTIAL), folder / INDEX)
   print(f"wrote {folder}")
   return index
 

@@ -2,9 +2,10 @@
 
 Layout: <directory>/<step>/{state, checksums.json}; where a run was in its data follows from the
 step. Orbax writes a step into a temporary folder in the background and renames it when it is
-complete, so a killed process leaves the old or the new checkpoint. Orbax does not check array data
-(every flipped bit that we tried came back as a wrong number), so the rename carries a checksum of
-each file with it, and restoring verifies them.
+complete, so a killed process leaves the old or the new checkpoint. Before the rename what was
+written is opened as a restore would. Orbax does not check array data (every flipped bit that we
+tried came back as a wrong number), so the rename carries a checksum of each file with it, and
+restoring verifies them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import json
 import logging
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from pflow_jax.checksums import CHECKSUMS, checksums, damage
 from pflow_jax.distributed import from_first, is_first
+from pflow_jax.folders import absolute, is_remote
 from pflow_jax.sharding import Layout
 
 PyTree = Any
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "state"
 _MESSAGE = 2**16  # bytes of what one process tells the others
+_CENTURY = 100 * 365 * 86400  # seconds: Orbax takes them by a clock that may be set while it saves
 
 
 class Checkpointer:
@@ -66,6 +70,7 @@ class Checkpointer:
     self._keep_period = keep_period
     self._manager: ocp.CheckpointManager | None = None
     self._writing: int | None = None
+    self._shapes: PyTree = None  # of what is written
     self._damaged: dict[int, str] = {}
 
   def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
@@ -91,7 +96,7 @@ class Checkpointer:
         f"step {step} is older than the newest checkpoint, {newest}, in {self._directory}: remove "
         "the newer ones to go back, train in another folder, or pass force=True"
       )
-    self._writing = step
+    self._writing, self._shapes = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     items = {STATE: self._save_args(state)}
     with _storage(self._directory):
       return manager.save(step, args=ocp.args.Composite(**items), force=force)
@@ -154,30 +159,51 @@ class Checkpointer:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    self.close()
+    try:
+      self.close()
+    except Exception as later:
+      if error is None:
+        raise
+      logger.warning("the last save has failed as well: %s", in_short(later))  # the error on its way came first
 
   def _open(self) -> ocp.CheckpointManager:
     """The manager; made at the first save, because it makes and tidies the folder."""
     if self._damaged:
       self._set_aside()
     if self._manager is None:
-      finish = None if is_remote(self._directory) else self._write_checksums
       options = ocp.CheckpointManagerOptions(
         max_to_keep=self._max_to_keep,
         keep_period=self._keep_period,
         cleanup_tmp_directories=True,
         lightweight_initialize=True,  # reading every step's metadata fails on a damaged one
-        async_options=ocp.AsyncOptions(post_finalization_callback=finish),
+        async_options=ocp.AsyncOptions(
+          timeout_secs=_CENTURY,
+          create_directories_asynchronously=False,  # else it waits for them, by that clock, for minutes at most
+          post_finalization_callback=self._finish,
+        ),
       )
       self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._item_handlers)
     return self._manager
 
-  def _write_checksums(self) -> None:
+  def _finish(self) -> None:
     """Called by Orbax in the background, when all is written and before the rename."""
+    path = self._written()
+    try:
+      _check_leaves(self._shapes, _metadata(path), path)
+    except ValueError as error:
+      raise OSError(f"what was saved cannot be read back: {error}") from error
+    if not is_remote(path):
+      self._write_checksums()
+
+  def _write_checksums(self) -> None:
+    path = pathlib.Path(self._written())
+    (path / CHECKSUMS).write_text(json.dumps(checksums(path), indent=1))
+
+  def _written(self) -> epath.Path:
+    """The folder of the save that is going on."""
     final = self._directory / str(self._writing)
     temporary = self._directory / (final.name + ocp.utils.TMP_DIR_SUFFIX)
-    path = pathlib.Path(temporary if temporary.exists() else final)
-    (path / CHECKSUMS).write_text(json.dumps(checksums(path), indent=1))
+    return temporary if temporary.exists() else final
 
   def _set_aside(self) -> None:
     if is_first():
@@ -271,17 +297,16 @@ def _storage(path: epath.Path) -> Iterator[None]:
   """What storage refuses as an OSError: Orbax and tensorstore raise a ValueError for it, as for a mistake."""
   try:
     yield
-  except ValueError as error:
-    raise OSError(f"{path} cannot be written or read: {error}") from error
+  except (OSError, RuntimeError, MemoryError):
+    raise
+  except Exception as error:  # of a file that was changed by hand, any
+    raise OSError(f"{path} cannot be written or read: {in_short(error)}") from error
 
 
-def absolute(directory: str | epath.PathLike) -> epath.Path:
-  path = epath.Path(directory)
-  return path if is_remote(path) else path.expanduser().absolute()
-
-
-def is_remote(path: epath.Path) -> bool:
-  return "://" in str(path)
+def in_short(error: BaseException) -> str:
+  """What tensorstore says of an error, without the specification of the array and the lines of its source."""
+  text = re.split(r" \[(?:tensorstore_spec|source locations)=|\n", str(error), maxsplit=1)[0]
+  return text or type(error).__name__
 
 
 def _steps(directory: epath.Path) -> list[int]:
@@ -328,8 +353,17 @@ def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[i
 
 
 def _metadata(path: epath.Path) -> dict[str, Any]:
-  """Shape and dtype of every saved leaf, as nested dicts and lists."""
-  return ocp.PyTreeCheckpointHandler().metadata(path / STATE).tree
+  """Shape and dtype of every saved leaf, as nested dicts and lists; opens every leaf, and reads none.
+
+  Raises: ValueError for what cannot be opened; OSError where storage may be at fault.
+  """
+  try:
+    return ocp.PyTreeCheckpointHandler().metadata(path / STATE).tree
+  except OSError:
+    raise
+  except Exception as error:
+    kind = OSError if is_remote(path) else ValueError
+    raise kind(f"the checkpoint {path} cannot be opened: {in_short(error)}") from error
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -42,16 +42,18 @@ def _checksum(file: pathlib.Path, *_: int) -> tuple[int, int]:
 def damage(path: pathlib.Path) -> str | None:
   """What is wrong with the files of the checkpoint in `path`; None if nothing is."""
   try:
+    if not (path / CHECKSUMS).is_file():
+      return f"{CHECKSUMS} cannot be read: there is none"
     expected = dict(json.loads((path / CHECKSUMS).read_text()))
     for name, (size, crc) in expected.items():
-      file = pathlib.Path(path / name)
-      if not file.exists():
+      file = path / name
+      # A pipe would be waited for, and a device be read without end.
+      if ".." in file.parts or not file.is_relative_to(path) or not file.is_file():
         return f"{name} is missing"
-      got_size, got_crc = checksum(file)
-      if got_size != size:
-        return f"{name} has {got_size} bytes instead of {size}"
-      if got_crc != crc:
+      if file.stat().st_size != size:
+        return f"{name} has {file.stat().st_size} bytes instead of {size}"
+      if checksum(file) != [size, crc]:
         return f"{name} does not match its checksum"
-  except (OSError, ValueError, TypeError) as error:
+  except (OSError, ValueError, TypeError, RecursionError) as error:
     return f"cannot be read: {error}"
   return None

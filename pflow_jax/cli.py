@@ -11,11 +11,16 @@ import sys
 
 from pflow_jax.cli_files import cache_command, convert_command, data_command, merge_command
 from pflow_jax.command import USAGE, define_join_flags, fail, mesh_sizes, run_command, stop
+from pflow_jax.output import logged_tracebacks, tolerant_output
 
 
 def main(argv: list[str] | None = None) -> None:
   """Runs one command; the entry point of the console script."""
-  argv = list(sys.argv[1:] if argv is None else argv)
+  with tolerant_output(), logged_tracebacks():
+    _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> None:
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(USAGE)
     return
@@ -32,13 +37,16 @@ def _train(argv: list[str]) -> None:
   def define(values):
     config_flags.DEFINE_config_file("config", None, "config file, with its variant after a colon", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_bool(
+      "force", False, "take the workdir over from another process that trains in it", flag_values=values
+    )
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
     define_join_flags(values)
 
   def train(values):
     from pflow_jax.train import train as run
 
-    state = run(values.config, values.workdir)
+    state = run(values.config, values.workdir, force=values.force)
     if int(state.step) < values.config.train.steps:
       stop(f"stopped at step {int(state.step)}, which is saved; the same command resumes")
 
@@ -60,7 +68,7 @@ def _define_run_flags(argv: list[str], values) -> None:
     for a, b in zip(argv, [*argv, ""][1:], strict=True)
     if a.lstrip("-").split("=")[0] == "workdir"
   ]
-  if given and given[-1]:
+  if given:
     config = load_config(given[-1])
     if config.objective.kind == PRETRAINED:
       raise ValueError(f"--workdir: {given[-1]} holds a converted model, which was not trained here; train its student")
@@ -220,6 +228,7 @@ def _plan(argv: list[str]) -> None:
   def plan(values):
     from pflow_jax import plan as planner
     from pflow_jax import plan_report
+    from pflow_jax.folders import checked_file
 
     config, where = values.config, planner.Slice(values.topology, values.slices)
     if values.slices > 1:
@@ -227,7 +236,7 @@ def _plan(argv: list[str]) -> None:
     config.mesh.update(mesh_sizes(values.mesh))
     if values.batch:
       config.train.batch_size = values.batch
-    if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():
+    if values.json is not None and not pathlib.Path(checked_file(values.json, "--json")).absolute().parent.is_dir():
       raise ValueError(f"--json: there is no folder for {values.json}")
     result: object
     if values.sweep:

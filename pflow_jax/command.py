@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from pflow_jax.output import without_tracebacks
+
 USAGE = """usage: pflow COMMAND [flags]
 
   pflow train    --config configs/digits.py:teacher --workdir runs/teacher   train, or resume the run in the workdir
@@ -49,6 +51,7 @@ def run_command(define: Callable, body: Callable, argv: list[str]) -> None:
     fail(2, f"unexpected argument {rest[1]!r}; flags are given as --name value")
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
+  logging.get_absl_handler().addFilter(without_tracebacks)
   _cache_compilations()
   try:
     if "coordinator" in values:

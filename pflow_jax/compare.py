@@ -31,6 +31,8 @@ from ml_collections import ConfigDict
 from pflow_jax.compare_report import TEACHER, write_report
 from pflow_jax.evaluate import evaluate
 from pflow_jax.experiment import SECTIONS
+from pflow_jax.folders import checked_folder
+from pflow_jax.lock import Lock
 from pflow_jax.sections import call, refuse_unknown
 from pflow_jax.step import step_flops
 from pflow_jax.train import train
@@ -115,6 +117,7 @@ def compare(
   Returns: what compare.json holds.
   Raises: ValueError for a comparison that does not fit, before any work; KeyboardInterrupt when told to stop.
   """
+  folder = checked_folder(folder)
   methods = read_methods(config)
   refuse_unknown(dict.fromkeys(only), list(methods), "--only")
   plans = {seed: plan(config, seed) for seed in dict.fromkeys(seeds)}
@@ -138,7 +141,7 @@ def compare(
     for seed, runs in plans.items()
     for run in _in_order(run for run in runs if run.method in (only or methods))
   ]
-  with _stopped_by_sigterm():
+  with _stopped_by_signals(), Lock(folder, "pflow compare"):
     for i, (seed, run) in enumerate(todo, 1):
       done = run.name in results[seed]
       print(f"run {i} of {len(todo)}: seed {seed}, {run.name}{', finished before' if done else ''}", flush=True)
@@ -151,12 +154,12 @@ def compare(
             f"stopped in run {i} of {len(todo)}: seed {seed}, {run.name}{where}; the same command goes on"
           ) from stopped
         write()
-  return write()
+    return write()
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-  """SIGTERM as a KeyboardInterrupt, between trainings; a training has its own way, which saves first."""
+def _stopped_by_signals() -> Iterator[None]:
+  """SIGTERM, and SIGHUP if it counts, as a KeyboardInterrupt between trainings; a training has a way that saves."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -164,11 +167,13 @@ def _stopped_by_sigterm() -> Iterator[None]:
   def stop(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
-  previous = signal.signal(signal.SIGTERM, stop)
+  numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+  previous = {number: signal.signal(number, stop) for number in numbers}
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+      signal.signal(number, handler)
 
 
 def read_methods(config: ConfigDict) -> dict[str, Method]:

@@ -23,6 +23,7 @@ from pflow_jax.distributed import from_first, is_first
 from pflow_jax.evaluate_samplers import Sampler, student_samplers, teacher_name, teacher_samplers
 from pflow_jax.experiment import Experiment, build, layout_of
 from pflow_jax.features import Classifier, pixel_features, train_classifier
+from pflow_jax.folders import checked_folder, expanded
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.sample import (
   SampleSettings,
@@ -104,7 +105,9 @@ def evaluate(
   Raises: ValueError for students of different teachers, or fewer samples than a Fréchet distance needs.
   """
   settings = call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
+  folder = expanded(folder)
   check_local(out, folder)
+  out = pathlib.Path(checked_folder(f"{folder}/evaluation" if out is None else out, "--out"))
   configs = {str(folder): config} | {str(other): workdir.load_config(other) for other in others}
   experiments = {name: build(one) for name, one in configs.items()}
   experiment = experiments[str(folder)]
@@ -176,7 +179,6 @@ def evaluate(
     "rows": rows,
   }
   table = metrics.markdown_table(rows, {k: v for k, v in COLUMNS.items() if any(k in row for row in rows)})
-  out = pathlib.Path(out or pathlib.Path(folder) / "evaluation")
   paths = {}
   if dataset.shape == (2,):
     paths = {s.name: s.path(noise[:64], cond[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}

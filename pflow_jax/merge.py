@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from pflow_jax import workdir
 from pflow_jax.checkpoint import Checkpointer, newest_step
 from pflow_jax.experiment import build
+from pflow_jax.folders import checked_folder, expanded
+from pflow_jax.lock import Lock
 from pflow_jax.step import make_step
 
 
@@ -24,6 +26,7 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike) -> int:
   Returns: the step of the checkpoint.
   Raises: ValueError for a run without adapters, or with a teacher in low precision, or an `out` that holds a run.
   """
+  folder, out = expanded(folder), checked_folder(out, "--out")
   config = workdir.load_config(folder)
   if not config.get("adapters", {}).get("table"):
     raise ValueError(f"{folder}: expected a run with adapters (config.adapters.table), this one trains in full already")
@@ -46,7 +49,7 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike) -> int:
   plain = build(config)
   state = make_step(config, plain).init(jax.random.key(0), params)
   state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
-  workdir.claim(out, config)
-  with Checkpointer(f"{out}/{workdir.CHECKPOINTS}") as checkpointer:
+  with Lock(out, "pflow merge"), Checkpointer(f"{out}/{workdir.CHECKPOINTS}") as checkpointer:
+    workdir.claim(out, config)
     checkpointer.save(step, state)
   return step

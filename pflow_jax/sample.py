@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from pflow_jax import data, figures
 from pflow_jax.distributed import is_first
 from pflow_jax.experiment import Experiment, build, layout_of
+from pflow_jax.folders import checked_file, expanded
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import Imitation
 from pflow_jax.policies import auto_temperature
@@ -188,8 +189,9 @@ def save_picture(
 
 def check_local(out: str | os.PathLike | None, folder: str | os.PathLike) -> None:
   """Raises ValueError for results that would be written to an object store."""
-  if "://" in str(out or folder):
-    raise ValueError(f"--out: expected a folder of this machine for the results, got {out or folder}")
+  place = folder if out is None else out
+  if "://" in str(place):
+    raise ValueError(f"--out: expected a folder of this machine for the results, got {place}")
 
 
 def preview(experiment: Experiment, config: ConfigDict, layout: Layout, columns: int = 10) -> Callable[[Any, str], str]:
@@ -234,7 +236,9 @@ def sample(
   settings = call(SampleSettings, "sample", config.get("sample", {}))
   if num < 1:
     raise ValueError(f"num: expected at least 1 sample, got {num}")
+  folder = expanded(folder)
   check_local(out, folder)
+  out = checked_file(f"{folder}/samples/seed{seed}" if out is None else out, ending=".png")
   experiment = build(config)
   layout = layout_of(config)
   params = experiment.load(folder, which, layout)
@@ -245,11 +249,10 @@ def sample(
   for n in evaluations(experiment, dataclasses.replace(settings, nfe=(nfe,) if nfe else settings.nfe)):
     run = functools.partial(make_sampler(experiment, settings, n), params)
     rows[f"{n} NFE"] = in_batches(run, layout, settings.batch_size, noise, cond, keys)
-  out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"seed{seed}")
   picture = pathlib.Path(f"{out}.png")
   if not is_first():
     return picture
-  out.parent.mkdir(parents=True, exist_ok=True)
+  picture.parent.mkdir(parents=True, exist_ok=True)
   arrays = {f"x0_nfe{name.split()[0]}": x for name, x in rows.items()} | {"label": classes}
   np.savez(f"{out}.npz", **arrays)  # type: ignore[arg-type]
   shown = num if experiment.dataset.shape == (2,) else min(num, 16)

@@ -20,6 +20,7 @@ from pflow_jax.autoencoder import Codec, load_autoencoder
 from pflow_jax.checkpoint import newest_step
 from pflow_jax.distributed import is_first
 from pflow_jax.experiment import build, layout_of
+from pflow_jax.folders import checked_folder, expanded
 from pflow_jax.sample import SampleSettings, check_local, evaluations, in_batches, make_sampler
 from pflow_jax.sections import call
 from pflow_jax.workdir import CHECKPOINTS
@@ -53,7 +54,9 @@ def sample_prompts(
   Returns: `out`.
   Raises: ValueError for a run, a folder or a size that does not fit.
   """
+  folder = expanded(folder)
   check_local(out, folder)
+  out = pathlib.Path(checked_folder(f"{folder}/samples/prompts_seed{seed}" if out is None else out, "--out"))
   settings = call(SampleSettings, "sample", config.get("sample", {}))
   model = encoders_of(config)
   if pipeline is None and model != "minilm":
@@ -75,7 +78,6 @@ def sample_prompts(
   keys = jax.random.split(jax.random.key(seed + 1), len(prompts))
   run = functools.partial(make_sampler(experiment, settings, nfe), params)
   x0 = in_batches(run, layout, settings.batch_size, noise, cond, keys)
-  out = pathlib.Path(out or pathlib.Path(folder) / "samples" / f"prompts_seed{seed}")
   if is_first():
     pictures = x0 if codec is None else codec.decode(x0)
     told = {"model": config.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}

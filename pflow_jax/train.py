@@ -22,6 +22,10 @@ from pflow_jax.distributed import is_first
 from pflow_jax.evaluate import EvaluateSettings
 from pflow_jax.experiment import build
 from pflow_jax.flops import count_flops
+from pflow_jax.folders import checked_folder
+from pflow_jax.lock import Lock, Unwritable
+from pflow_jax.output import logged
+from pflow_jax.rescue import rescue
 from pflow_jax.sections import call
 from pflow_jax.state import TrainState
 from pflow_jax.step import make_program
@@ -70,13 +74,19 @@ class TrainSettings:
       raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")
 
 
-def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
+def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False) -> TrainState:
   """Trains what `config` describes in the workdir `folder`; resumes a run that is already there.
 
-  Returns: the final state, or the one saved when SIGTERM or Ctrl-C came.
-  Raises: ValueError for a config that does not fit; FloatingPointError when updates stay non-finite.
+  Args:
+    force: take a workdir over in which another process trains.
+  Returns: the final state, or the one saved when SIGTERM, SIGHUP or Ctrl-C came.
+  Raises: ValueError for a config or a folder that does not fit; FloatingPointError when updates stay non-finite;
+    OSError when the folder takes nothing more, its message tells what was saved elsewhere (see `rescue`).
   """
+  folder = checked_folder(folder)
   settings = call(TrainSettings, "train", config.get("train", {}))
+  lock = Lock(folder, "pflow train", force=force, hint="--force takes it over", active=is_first())
+  lock.refuse_early()
   workdir.pin(folder, config)
   experiment = build(config)
   _ = experiment.dataset.num_records  # opens the data: what cannot be read is better said before any work
@@ -98,8 +108,6 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   traced = {length: program.trace(length) for length in experiment.dataset.lengths or (None,)}
   compiled = {length: one.lower().compile() for length, one in traced.items()}
   flops = {length: count_flops(one.jaxpr) for length, one in traced.items()}
-  # Only now: a config that does not compile leaves no trace.
-  workdir.claim(folder, config, write=is_first())
   with (
     Checkpointer(
       f"{folder}/{workdir.CHECKPOINTS}",
@@ -107,7 +115,10 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
       keep_period=settings.keep_every or None,
     ) as checkpointer,
     Interruption(checkpointer) as interruption,
+    lock,  # only now: a config that does not compile leaves no trace
+    logged(folder),
   ):
+    workdir.claim(folder, config, write=is_first())
     restored = checkpointer.restore(program.state)
     state, start = restored or (program.init(key_init, frozen, layout.place(start_params)), 0)
     if is_first():
@@ -124,36 +135,49 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
       rows=layout.local_rows(settings.batch_size),
       num_workers=settings.num_workers,
     )
-    with (
-      MetricsWriter(folder, tensorboard=settings.tensorboard, active=is_first(), resume_step=start) as writer,
-      progress(settings.steps, start, str(config.objective.kind), not is_first()) as report,
-      Profiler(settings.profile, f"{folder}/profile") as profiler,
-    ):
-      meter = Meter(settings, writer, report)
-      for step in range(start + 1, settings.steps + 1):
-        # Nothing comes back from the devices but what `meter` fetches, which is an interval old. (On a CPU, which has
-        # nothing to fetch from, the guard is silent.)
-        with jax.transfer_guard_device_to_host("disallow"):
-          profiler.before(step)
-          batch = layout.shard_batch(next(iterator), settings.batch_size)
-          length = data.text_length(batch["cond"])
-          with jax.transfer_guard("disallow"):
-            state, metrics = compiled[length](state, frozen, batch, key_steps)
-          profiler.after(step, metrics)
-          meter.flush()  # the numbers of the steps before, while this one runs
-          meter.add(step, metrics, flops[length])
-          stop = interruption.requested(step)
-        if stop or step == settings.steps or _due(step, settings.checkpoint_every):
-          with meter.paused():
-            checkpointer.save(step, state)
-        if sampler and _due(step, settings.sample_every):
-          with meter.paused():
-            full = experiment.complete(state.ema, frozen)
-            writer.image(step, "samples", sampler(full, f"{folder}/samples/{step:07d}.png"))
-        if stop:
-          logger.warning("told to stop: saved step %d; the same command resumes", step)
-          break
-      meter.flush(final=True)
+    try:
+      with (
+        MetricsWriter(
+          folder,
+          tensorboard=settings.tensorboard,
+          active=is_first(),
+          resume_step=start,
+          writing=lock.writing,
+        ) as writer,
+        progress(settings.steps, start, str(config.objective.kind), not is_first()) as report,
+        Profiler(settings.profile, f"{folder}/profile") as profiler,
+      ):
+        meter = Meter(settings, writer, report)
+        for step in range(start + 1, settings.steps + 1):
+          # Nothing comes back from the devices but what `meter` fetches, which is an interval old. (On a CPU, which has
+          # nothing to fetch from, the guard is silent.)
+          with jax.transfer_guard_device_to_host("disallow"):
+            profiler.before(step)
+            batch = layout.shard_batch(next(iterator), settings.batch_size)
+            length = data.text_length(batch["cond"])
+            with jax.transfer_guard("disallow"):
+              state, metrics = compiled[length](state, frozen, batch, key_steps)
+            profiler.after(step, metrics)
+            meter.flush()  # the numbers of the steps before, while this one runs
+            meter.add(step, metrics, flops[length])
+            stop = interruption.requested(step)
+          if stop or step == settings.steps or _due(step, settings.checkpoint_every):
+            with meter.paused(), lock.writing():
+              checkpointer.save(step, state)
+          if sampler and _due(step, settings.sample_every):
+            with meter.paused(), lock.writing():
+              full = experiment.complete(state.ema, frozen)
+              writer.image(step, "samples", sampler(full, f"{folder}/samples/{step:07d}.png"))
+          if stop:
+            logger.warning("told to stop: saved step %d; the same command resumes", step)
+            break
+        meter.flush(final=True)
+        with lock.writing():
+          checkpointer.wait()
+          if is_first() and checkpointer.latest_step() is None:
+            raise OSError("the checkpoint that was saved last is gone")
+    except Unwritable as error:
+      raise OSError(f"{error}; {rescue(folder, config, state)}") from error
   return state
 
 
@@ -162,14 +186,19 @@ def _due(step: int, every: int) -> bool:
 
 
 class Meter:
-  """Collects the metrics of every step on the device and reports their means, one interval late."""
+  """Collects the metrics of every step on the device and reports their means, one interval late.
+
+  A row's rates, `images_per_second` and `tflops_per_second`, are of the time in which steps ran: all that passed since
+  the row before but the pauses, `pause_seconds`, in which was saved or sampled. So the images of a row divided by their
+  rate, plus its pause, are seconds on the clock, and those of all rows the time since the first step.
+  """
 
   def __init__(self, settings: TrainSettings, writer: MetricsWriter, report: Progress):
     self._settings, self._writer, self._report = settings, writer, report
     self._flops = 0
     self._pending: list[dict[str, Array]] = []
     self._step, self._due = 0, False
-    self._clock = time.perf_counter()
+    self._clock, self._pause = time.perf_counter(), 0.0
 
   def add(self, step: int, metrics: dict[str, Array], flops: int) -> None:
     """Takes a step's metrics without waiting for them, and its operations."""
@@ -180,10 +209,11 @@ class Meter:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves what is done meanwhile out of the rates."""
+    """Leaves what is done meanwhile out of the rates; the steps on their way are waited for before."""
+    jax.block_until_ready(self._pending)
     start = time.perf_counter()
     yield
-    self._clock += time.perf_counter() - start
+    self._pause += time.perf_counter() - start
 
   def flush(self, final: bool = False) -> None:
     """Writes the interval that is complete, if one is; `final` writes what there is.
@@ -193,7 +223,9 @@ class Meter:
     if not self._pending or not (self._due or final):
       return
     count, values = len(self._pending), jax.device_get(self._pending)
-    elapsed, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+    now = time.perf_counter()
+    elapsed, self._clock = now - self._clock - self._pause, now
+    pause, self._pause = self._pause, 0.0
     flops, self._flops = self._flops, 0
     self._pending, self._due = [], False
     # A skipped step has no loss to speak of; its absence shows in `skipped`.
@@ -204,6 +236,7 @@ class Meter:
     row["learning_rate"] = float(values[-1]["learning_rate"])
     row["images_per_second"] = count * self._settings.batch_size / elapsed
     row["tflops_per_second"] = flops / elapsed / 1e12
+    row["pause_seconds"] = pause
     self._writer.write(self._step, row)
     self._report.update(self._step, row["loss"])
     if row["skipped_in_a_row"] >= self._settings.max_skipped:
@@ -238,12 +271,19 @@ class Profiler:
   def __enter__(self) -> Profiler:
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self._stop()
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    try:
+      self._stop()
+    except Exception:
+      if kind is None:  # else what is on its way came first
+        raise
 
 
 class Interruption:
-  """Turns SIGTERM and Ctrl-C into a request to stop at a step boundary, the same one in every process."""
+  """Turns SIGTERM, SIGHUP and Ctrl-C into a request to stop at a step boundary, the same one in every process.
+
+  A SIGHUP that is ignored, as by nohup, stays ignored.
+  """
 
   def __init__(self, checkpointer: Checkpointer):
     self._checkpointer = checkpointer
@@ -252,7 +292,9 @@ class Interruption:
 
   def __enter__(self) -> Interruption:
     # A program that has joined, be it of one process, leaves SIGTERM to JAX's own service, which agrees on the step.
-    numbers = (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+      numbers.append(signal.SIGHUP)
     if threading.current_thread() is threading.main_thread():
       for number in numbers:
         self._previous[number] = signal.signal(number, self._note)

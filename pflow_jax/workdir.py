@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from pflow_jax import data
 from pflow_jax.checkpoint import newest_step
 from pflow_jax.distributed import from_first
+from pflow_jax.folders import expanded
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -74,7 +75,7 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
 
   Raises: ValueError when there is none.
   """
-  path = epath.Path(workdir) / CONFIG
+  path = epath.Path(expanded(workdir)) / CONFIG
   if not path.exists():
     raise ValueError(
       f"no run in {workdir}: expected the file {CONFIG} that `pflow train --workdir {workdir}` writes, or, once it has "
@@ -117,7 +118,7 @@ def pin(workdir: str | os.PathLike, config: ConfigDict) -> None:
     if not values.get(folder):
       continue
     if "://" not in values[folder]:
-      values[folder] = os.path.abspath(values[folder])
+      values[folder] = os.path.abspath(expanded(values[folder], f"config.{section}.{folder}"))
     if values.get(step) is None:
       values[step] = load_config(workdir)[section][step] if resumed else newest_step(f"{values[folder]}/{CHECKPOINTS}")
 

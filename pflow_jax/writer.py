@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from pflow_jax.folders import absolute, is_remote
+
 PyTree = Any
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+STORE_INTERVAL = 30.0  # seconds between two writes of a whole file to an object store, whose objects do not grow
 
 
 class MetricsWriter:
@@ -28,6 +37,7 @@ class MetricsWriter:
   Args:
     active: False makes every method do nothing, for all processes but the first.
     resume_step: drop what an earlier run logged after this step; None drops nothing.
+    writing: a context for all that is written, such as `Lock.writing`.
   """
 
   def __init__(
@@ -37,21 +47,21 @@ class MetricsWriter:
     tensorboard: bool = True,
     active: bool = True,
     resume_step: int | None = None,
+    writing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
   ):
+    self._writing = writing
     self._log: _Lines | None = None
-    self._events = None
+    self._events: _Events | None = None
     if not active:
       return
-    folder = epath.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    kept = _kept_lines(path, resume_step)
-    self._log = _Objects(path, kept) if "://" in str(path) else _Lines(path, kept)
-    if tensorboard:
-      from tensorboardX import SummaryWriter
-
-      purge = None if resume_step is None else resume_step + 1
-      self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+    folder = absolute(workdir)
+    with writing():
+      folder.mkdir(parents=True, exist_ok=True)
+      path = folder / METRICS
+      kept = _kept_lines(path, resume_step)
+      self._log = _Objects(path, kept) if is_remote(path) else _Lines(path, kept)
+      if tensorboard:
+        self._events = _Events(folder / "tensorboard", None if resume_step is None else resume_step + 1)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Logs scalars: Python, NumPy or JAX numbers of shape ().
@@ -63,10 +73,10 @@ class MetricsWriter:
     values = {name: _number(name, value) for name, value in metrics.items()}
     line: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
     line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-    self._log.write(json.dumps(line, allow_nan=False) + "\n")
-    if self._events is not None:
-      for name, value in values.items():
-        self._events.add_scalar(name, value, step)
+    with self._writing():
+      self._log.write(json.dumps(line, allow_nan=False) + "\n")
+      if self._events is not None:
+        self._events.scalars(step, values)
 
   def image(self, step: int, name: str, image: np.ndarray | str | os.PathLike) -> None:
     """Shows an image in TensorBoard: uint8 (H, W, C), C = 1, 3 or 4, or the path of a picture."""
@@ -75,25 +85,27 @@ class MetricsWriter:
     if isinstance(image, (str, os.PathLike)):
       from PIL import Image
 
-      image = np.asarray(Image.open(io.BytesIO(epath.Path(image).read_bytes())).convert("RGB"))
+      image = np.asarray(Image.open(io.BytesIO(epath.Path(image).read_bytes()), formats=("PNG",)).convert("RGB"))
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
       raise ValueError(f"image {name!r}: expected uint8 (H, W, 1, 3 or 4), got {image.dtype} {image.shape}")
     if self._events is not None:
-      self._events.add_image(name, image, step, dataformats="HWC")
+      with self._writing():
+        self._events.image(step, name, image)
 
   def flush(self) -> None:
     """Puts everything on disk; the JSON lines are there already."""
     if self._events is not None:
-      self._events.flush()
+      with self._writing():
+        self._events.flush()
 
   def close(self) -> None:
     """Flushes and closes; writing afterwards does nothing."""
-    if self._events is not None:
-      self._events.close()
-    if self._log is not None:
-      self._log.close()
-    self._log = self._events = None
+    files, self._log, self._events = (self._events, self._log), None, None
+    with self._writing():
+      for file in files:
+        if file is not None:
+          file.close()
 
   def __enter__(self) -> MetricsWriter:
     return self
@@ -104,7 +116,11 @@ class MetricsWriter:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    self.close()
+    if error is None:
+      self.close()
+      return
+    with contextlib.suppress(Exception):  # what could not be written before cannot be now, and that came first
+      self.close()
 
 
 class Progress:
@@ -226,16 +242,14 @@ class _Lines:
 
 
 class _Objects(_Lines):
-  """The same in an object store (gs://...), whose objects do not grow: the whole is stored again, at most so often."""
-
-  INTERVAL = 30.0  # seconds
+  """The same in an object store (gs://...): the whole is stored again, at most every STORE_INTERVAL."""
 
   def __init__(self, path: epath.Path, kept: list[str]):
     self._path, self._lines, self._stored = path, kept, -math.inf
 
   def write(self, line: str) -> None:
     self._lines.append(line)
-    if time.monotonic() - self._stored >= self.INTERVAL:
+    if time.monotonic() - self._stored >= STORE_INTERVAL:
       self.close()
 
   def close(self) -> None:
@@ -243,16 +257,68 @@ class _Objects(_Lines):
     self._stored = time.monotonic()
 
 
+class _Events:
+  """TensorBoard's events, written by who has them: tensorboardX's own thread dies when a disk is full, and then waits.
+
+  Args:
+    purge_step: TensorBoard forgets what it knows from this step on.
+  """
+
+  def __init__(self, folder: epath.Path, purge_step: int | None):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import directory_check
+
+    self._remote, self._flushed = is_remote(folder), -math.inf
+    self._event = event_pb2.Event
+    directory_check(str(folder))
+    self._file = EventsWriter(f"{folder}/events")
+    if purge_step is not None:
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+    self.flush()
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    from tensorboardX import summary
+
+    self._add(step, *(summary.scalar(name, value) for name, value in values.items()))
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    from tensorboardX import summary
+
+    self._add(step, summary.image(name, image, dataformats="HWC"))
+
+  def _add(self, step: int, *summaries: Any) -> None:
+    for one in summaries:
+      self._file.write_event(self._event(wall_time=time.time(), step=step, summary=one))
+    if not self._remote or time.monotonic() - self._flushed >= STORE_INTERVAL:
+      self.flush()
+
+  def flush(self) -> None:
+    self._file.flush()
+    self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    self._file.close()
+
+
 def _kept_lines(path: epath.Path, last: int | None) -> list[str]:
-  """The log without steps after `last` and without the torn line of a killed process."""
+  """The log without steps after `last` and without lines that are none of ours, such as that of a killed process."""
   if not path.exists():
     return []
-  kept = []
-  for line in path.read_bytes().decode(errors="replace").splitlines():
+  if not is_remote(path) and not pathlib.Path(path).is_file():
+    raise ValueError(f"{path} is no file, expected the metrics of an earlier run; move it away")
+  kept, strange = [], 0
+  for line in path.read_bytes().decode(errors="replace").split("\n"):
     try:
       step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-      continue
-    if last is None or step <= last:
-      kept.append(line + "\n")
+      if type(step) is not int:
+        raise TypeError
+    except (ValueError, TypeError, KeyError, RecursionError):
+      strange += bool(line)
+    else:
+      if last is None or step <= last:
+        kept.append(line + "\n")
+  if strange > 1:
+    logger.warning("%s: %d lines are no metrics, and are left out", path, strange)
   return kept

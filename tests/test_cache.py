@@ -13,6 +13,7 @@ from pflow_jax import cache as program
 from pflow_jax import data
 from pflow_jax.cache import cache
 from pflow_jax.data.prompt_records import PromptSource, prompt_hashes, read_index
+from pflow_jax.lock import LOCK
 from tests import encoders
 from tests.encoders import StubEncoder
 from tests.programs import ROOT, environment
@@ -44,6 +45,21 @@ def prompts(tmp_path):
 def contents(folder):
   """Every file of a folder by name, its bytes."""
   return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(stub, prompts, tmp_path, monkeypatch):
+  def other(*args):
+    with pytest.raises(ValueError, match="is being written by 'pflow cache'"):
+      cache(prompts, "minilm", tmp_path / "out")
+    raise KeyboardInterrupt
+
+  write = program._write_shards
+  monkeypatch.setattr(program, "_write_shards", other)
+  with pytest.raises(KeyboardInterrupt):
+    cache(prompts, "minilm", tmp_path / "out")
+  monkeypatch.setattr(program, "_write_shards", write)
+  cache(prompts, "minilm", tmp_path / "out")
+  assert not (tmp_path / "out" / LOCK).exists()
 
 
 @pytest.mark.parametrize("model", ["flux", "qwen_image", "minilm"])

@@ -1,13 +1,16 @@
 """Exact round trips, every kind of damage, refusals, kills in the middle of a save."""
 
 import dataclasses
+import json
 import logging
+import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pflow_jax.checkpoint import Checkpointer, load_params
+from pflow_jax.checkpoint import Checkpointer, load_params, newest_step
+from pflow_jax.checkpoint_stream import open_leaves, save_leaves
+from pflow_jax.checksums import CHECKSUMS, checksums
 from pflow_jax.optim import make_optimizer
 from pflow_jax.sharding import MeshSettings, make_mesh
 from pflow_jax.state import create_state
@@ -73,6 +78,65 @@ def test_round_trip_is_exact(tmp_path):
     assert_same(restored, state)
 
 
+ODD = "lr=[1e-3], a*b? {c} %41#&;'\"$HOME` ü-日本 \n!"
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "a*b", ODD])
+def test_a_folder_of_any_name_is_read_back(tmp_path, name):
+  for sibling in ("lr=1", "a-other-b"):  # which the names would match if they were patterns
+    saved(tmp_path / sibling, [300])
+  saved(tmp_path / name)
+  assert_same(Checkpointer(tmp_path / name).restore(ABSTRACT)[0], make_state(200))
+  assert_same(load_params(tmp_path / name), make_state(200).ema)
+  assert newest_step(tmp_path / name) == 200
+  assert len(list((tmp_path / name / "200" / "state").glob("ocdbt.process_*"))) == 1
+
+
+@pytest.mark.parametrize("fault", ["parts not found", "another shape", "another leaf", "backslash"])
+def test_what_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch, fault):
+  """Every save is opened as a restore would before it gets its checksums and its name."""
+  folder = tmp_path / ("a\\b" if fault == "backslash" else "run")
+  if fault == "parts not found":
+    monkeypatch.setattr("pflow_jax.folders._Folder.glob", lambda self, pattern: iter(()))
+  checkpointer = Checkpointer(folder)
+  checkpointer.save(1, make_state())
+  if fault == "another shape":
+    checkpointer._shapes = dataclasses.replace(checkpointer._shapes, step=jax.ShapeDtypeStruct((2,), jnp.int32))
+  if fault == "another leaf":
+    checkpointer._shapes = dataclasses.replace(checkpointer._shapes, params={})
+  with pytest.raises(OSError, match="what was saved cannot be read back|cannot be opened") as error:
+    checkpointer.wait()
+  assert "tensorstore_spec" not in str(error.value)
+  assert Checkpointer(folder).all_steps() == []
+  assert not list(folder.rglob("checksums.json"))
+
+
+@pytest.mark.parametrize("jump", [86400.0, 56 * 365 * 86400.0, -86400.0])
+def test_a_save_is_not_cut_by_a_clock_that_is_set(tmp_path, monkeypatch, jump):
+  clock, offset = time.time, [0.0]
+  monkeypatch.setattr(time, "time", lambda: clock() + offset[0])
+
+  class Slow:
+    shape, dtype, stacked = (3,), np.dtype("f4"), False
+
+    def layer(self, index):
+      offset[0] = jump
+      time.sleep(0.5)
+      return np.arange(3, dtype="f4")
+
+  save_leaves(tmp_path, {"params": {"w": Slow()}})
+  np.testing.assert_array_equal(load_params(tmp_path, which="params")["w"], [0, 1, 2])
+
+
+def test_an_error_on_its_way_is_not_hidden_by_that_of_the_save(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(Checkpointer, "_write_checksums", lambda self: 1 / 0)
+  checkpointer = Checkpointer(tmp_path)
+  checkpointer.save(1, make_state())
+  with pytest.raises(KeyError, match="first"), checkpointer:
+    raise KeyError("first")
+  assert "the last save has failed as well" in caplog.text
+
+
 def test_state_may_be_donated_right_after_save(tmp_path):
   state = {"w": jnp.arange(500_000, dtype=jnp.float32)}
   expected = np.array(state["w"])
@@ -112,6 +176,11 @@ def truncate(folder):
   file.write_bytes(file.read_bytes()[:-10])
 
 
+def replace(file, make):
+  file.unlink()
+  make(file)
+
+
 def empty(folder):
   shutil.rmtree(folder)
   folder.mkdir()
@@ -127,6 +196,11 @@ DAMAGES = {
   "torn checksums": (lambda f: (f / "checksums.json").write_text('{"state'), "cannot be read"),
   "odd checksums": (lambda f: (f / "checksums.json").write_text("[1]"), "cannot be read"),
   "empty": (empty, "cannot be read"),
+  "deep checksums": (lambda f: (f / "checksums.json").write_text("[" * 100_000), "cannot be read"),
+  "a pipe": (lambda f: replace(f / "state/_METADATA", os.mkfifo), "state/_METADATA is missing"),
+  "a device": (lambda f: replace(f / "state/_METADATA", lambda p: p.symlink_to("/dev/zero")), "is missing"),
+  "a pipe of checksums": (lambda f: replace(f / "checksums.json", os.mkfifo), "cannot be read"),
+  "elsewhere": (lambda f: (f / "checksums.json").write_text('{"../../../etc/passwd": [1, 2]}'), "is missing"),
 }
 
 
@@ -212,6 +286,26 @@ def test_mismatch_names_every_leaf_and_is_not_damage(tmp_path):
   wide = jax.eval_shape(lambda: make_state(width=5))
   with pytest.raises(ValueError, match=r"opt_state/1/inner_state/1/0/mu/dense/bias"):
     Checkpointer(tmp_path).restore(wide)
+
+
+METADATA = ["", "{", "[]", "{}", "3", '{"tree_metadata": 3}', '{"tree_metadata": {"x": {}}}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("content", METADATA)
+def test_a_checkpoint_of_somebody_else_is_refused_in_one_sentence(tmp_path, content):
+  """Its checksums are right, and what they are of is not a checkpoint."""
+  step = saved(tmp_path, [100]) / "100"
+  (step / "state/_METADATA").write_text(content)
+  (step / CHECKSUMS).write_text(json.dumps(checksums(step)))
+  for read in (
+    Checkpointer(tmp_path).restore,
+    lambda _: load_params(tmp_path),
+    lambda _: open_leaves(tmp_path),
+  ):
+    with pytest.raises((ValueError, OSError)) as error:
+      read(ABSTRACT)
+    assert str(tmp_path) in str(error.value)
+    assert len(str(error.value).splitlines()[0]) < 600
 
 
 def test_saving_an_existing_or_older_step(tmp_path):

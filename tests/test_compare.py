@@ -1,8 +1,10 @@
 """Comparisons: budgets, what is repeated, failures, the table. Training is a stand-in but in one test."""
 
+import contextlib
 import copy
 import json
 import math
+import signal
 import types
 
 import pytest
@@ -12,6 +14,7 @@ from pflow_jax import compare as module
 from pflow_jax import figures
 from pflow_jax.compare import affordable_steps, compare, plan, read_methods
 from pflow_jax.compare_report import markdown, summarise
+from pflow_jax.lock import Lock
 from tests.programs import ROOT, load_module
 
 COMPARISONS = sorted((ROOT / "configs" / "compare").glob("*.py"))
@@ -215,6 +218,25 @@ def test_a_run_that_is_told_to_stop_ends_the_call_and_is_not_taken_for_finished(
   programs.trained.clear()
   compare(comparison(), tmp_path)
   assert list(programs.trained) == ["gmflow/nfe2", "emd/nfe1-2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_between_trainings_ends_it_unless_it_is_ignored(number):
+  before = signal.getsignal(number)
+  for ignored in (False, True):
+    signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+      with contextlib.nullcontext() if ignored else pytest.raises(KeyboardInterrupt), module._stopped_by_signals():
+        signal.raise_signal(number)
+      assert signal.getsignal(number) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+      signal.signal(number, before)
+
+
+def test_two_comparisons_in_one_folder_are_one_too_many(programs, tmp_path):
+  with Lock(tmp_path, "pflow compare"), pytest.raises(ValueError, match="is being written by 'pflow compare'"):
+    compare(comparison(), tmp_path)
+  assert programs.trained == {}
 
 
 def test_only_works_on_some_methods_and_shows_all_that_are_finished(programs, tmp_path, capsys):

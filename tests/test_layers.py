@@ -26,7 +26,7 @@ LAYERS = [
     "cache",
   }
   | {"convert", "autoencoder", "text_to_image"},
-  {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"},
+  {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir", "rescue"},
   {"objectives"},
   {"sampler"},
   {"guidance", "integrate"},
@@ -49,6 +49,9 @@ LAYERS = [
     "flops",
     "partition",
     "distributed",
+    "folders",
+    "lock",
+    "output",
     "hlo",
     "hlo_module",
     "chips",

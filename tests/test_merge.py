@@ -6,6 +6,7 @@ import pytest
 
 from pflow_jax.checkpoint import load_params
 from pflow_jax.experiment import build
+from pflow_jax.lock import Lock
 from pflow_jax.merge import merge
 from pflow_jax.sample import sample
 from pflow_jax.train import train
@@ -53,5 +54,7 @@ def test_what_cannot_be_merged_is_refused(student_run, adapted_run, tmp_path):
     merge(student_run, tmp_path / "out")
   with pytest.raises(ValueError, match="holds a run already"):
     merge(adapted_run, student_run)
+  with Lock(tmp_path / "out", "pflow merge"), pytest.raises(ValueError, match="is being written by 'pflow merge'"):
+    merge(adapted_run, tmp_path / "out")
   with pytest.raises(ValueError, match="no run in"):
     merge(tmp_path, tmp_path / "out")

@@ -1,20 +1,25 @@
 """The trainer: what a step does, and that a run survives what happens to it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from pflow_jax import optim
-from pflow_jax.checkpoint import load_params
+from pflow_jax.checkpoint import load_params, newest_step
+from pflow_jax.lock import LOCK
+from pflow_jax.rescue import rescue
 from pflow_jax.state import create_state
 from pflow_jax.step import Step
-from pflow_jax.train import Meter, TrainSettings, train
+from pflow_jax.train import Interruption, Meter, TrainSettings, train
 from pflow_jax.writer import MetricsWriter, progress
 from tests.programs import command, environment, pflow, quick
 
@@ -111,6 +116,78 @@ def test_meter_sees_a_streak_inside_an_interval(tmp_path):
   assert row["loss"] == 1.0, "skipped steps do not blur the mean"
 
 
+class Device:
+  """A clock, and a device that takes a tenth of a second for a step and one step after the other."""
+
+  def __init__(self):
+    self.now, self.ready, self.waits = 0.0, 0.0, 0
+
+  def perf_counter(self):
+    return self.now
+
+  def dispatch(self, value):
+    self.now += 0.001
+    self.ready = max(self.now, self.ready) + 0.1
+    return Pending(self, self.ready, value)
+
+
+class Pending:
+  def __init__(self, device, ready, value):
+    self._device, self._ready, self._value = device, ready, value
+
+  def block_until_ready(self):
+    if self._device.now < self._ready:
+      self._device.now, self._device.waits = self._ready, self._device.waits + 1
+    return self
+
+  def __array__(self, *args, **kwargs):
+    return np.asarray(self.block_until_ready()._value)
+
+
+@pytest.mark.parametrize(("save_every", "sample_every"), [(0, 0), (10, 0), (0, 3), (7, 6), (1, 0)])
+def test_rates_and_pauses_add_up_to_the_clock(tmp_path, monkeypatch, save_every, sample_every):
+  """Steps are on their way when a pause begins, and theirs is training time."""
+  device = Device()
+  monkeypatch.setattr("pflow_jax.train.time", device)
+  settings = TrainSettings(steps=42, batch_size=8, log_every=5)
+  paused, waited = 0.0, []
+  with MetricsWriter(tmp_path, tensorboard=False) as writer, progress(42, disable=True) as report:
+    meter = Meter(settings, writer, report)
+    for step in range(1, 43):
+      metrics = {"loss": device.dispatch(0.5), "skipped_in_a_row": 0, "skipped": 0, "learning_rate": 1.0}
+      waits = device.waits
+      meter.flush()
+      meter.add(step, metrics, flops=10**12)
+      waited += [step] if device.waits > waits else []
+      for every, seconds in ((save_every, 0.3), (sample_every, 2.0)):
+        if every and step % every == 0:
+          with meter.paused():
+            device.now += seconds
+          paused += seconds
+    meter.flush(final=True)
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  steps = np.diff([0, *(row["step"] for row in rows)])
+  seconds = [8 * count / row["images_per_second"] for count, row in zip(steps, rows, strict=True)]
+  np.testing.assert_allclose(sum(row["pause_seconds"] for row in rows), paused, atol=1e-9)
+  np.testing.assert_allclose(sum(seconds) + paused, device.now)
+  np.testing.assert_allclose([row["tflops_per_second"] for row in rows], steps / seconds)
+  np.testing.assert_allclose([row["images_per_second"] for row in rows], 80, rtol=0.03)  # the device's own rate
+  if not save_every and not sample_every:
+    assert waited == list(range(6, 43, 5)), "without pauses nothing is waited for but a row, while the next step runs"
+
+
+@pytest.mark.usefixtures("float32")
+def test_logged_rates_are_those_of_the_clock(tmp_path):
+  train(quick("checkerboard", "teacher", steps=40, log_every=4, checkpoint_every=6, sample_every=9), tmp_path)
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == list(range(4, 41, 4))
+  batch_size = quick("checkerboard", "teacher").train.batch_size
+  told = [4 * batch_size / row["images_per_second"] + row["pause_seconds"] for row in rows[1:]]
+  clock = np.diff([row["time"] for row in rows])
+  np.testing.assert_allclose(sum(told), sum(clock), rtol=0.03, atol=0.02)
+  assert all((row["pause_seconds"] > 0) == (row["step"] in (8, 12, 20, 24, 28, 32, 36, 40)) for row in rows)
+
+
 @pytest.mark.usefixtures("float32")
 def test_run_stops_when_updates_stay_non_finite(tmp_path):
   config = quick("digits", "teacher", steps=10, max_skipped=3)
@@ -174,6 +251,60 @@ def test_killed_run_ends_in_the_same_bits(tmp_path, teacher_run, name):
     assert same(whole, killed)
   steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
   assert steps == sorted(set(steps))
+
+
+def test_a_hang_up_asks_to_stop_unless_it_is_ignored():
+  before = signal.getsignal(signal.SIGHUP)
+  for ignored in (False, True):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+      with Interruption(None) as interruption:
+        signal.raise_signal(signal.SIGHUP)
+        assert interruption.requested(1) == (not ignored)
+      assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+      signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_state_that_its_workdir_takes_no_more_is_saved_elsewhere_and_goes_on_exactly(tmp_path, monkeypatch):
+  config = quick("digits", "teacher", steps=6, log_every=1, checkpoint_every=2)
+  config.optimizer.schedule = "constant"
+  whole = train(config, tmp_path / "whole")
+  monkeypatch.setenv("PFLOW_RESCUE_DIR", str(tmp_path / "rescue"))
+  save = ocp.CheckpointManager.save
+
+  def full(self, step, *args, **kwargs):
+    if step == 4 and "rescue" not in str(self.directory):
+      raise ValueError("OUT_OF_RANGE: Failed writing: No space left on device [tensorstore_spec='...']")
+    return save(self, step, *args, **kwargs)
+
+  monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+  with pytest.raises(OSError, match="No space left on device; step 4 is saved in ") as error:
+    train(config, tmp_path / "run [1]")
+  (rescued,) = (tmp_path / "rescue").iterdir()
+  assert f"go on with --workdir={rescued}, or copy that back to {tmp_path}/run [1]" in str(error.value)
+  assert newest_step(tmp_path / "run [1]" / "checkpoints") == 2
+  assert not (tmp_path / "run [1]" / LOCK).exists()
+  monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+  assert newest_step(rescued / "checkpoints") == 4
+  assert (rescued / "metrics.jsonl").read_bytes() == (tmp_path / "run [1]" / "metrics.jsonl").read_bytes() != b""
+  assert same(whole, train(config, rescued))
+
+
+@pytest.mark.parametrize("why", ["no room", "no folder", "several processes"])
+def test_what_cannot_be_saved_elsewhere_either_is_said(tmp_path, monkeypatch, why):
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  (tmp_path / "file").touch()
+  monkeypatch.setenv("PFLOW_RESCUE_DIR", str(tmp_path / "file" / "x" if why == "no folder" else tmp_path / "rescue"))
+  if why == "no room":
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1))
+  if why == "several processes":
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+  sentence = rescue(tmp_path / "run", quick("checkerboard", "teacher"), state)
+  expected = {"no room": "0 MB free", "no folder": "Not a directory", "several processes": "step 0 is lost"}
+  assert expected[why] in sentence
+  assert not list(tmp_path.rglob("config.json"))
 
 
 @pytest.mark.usefixtures("float32")

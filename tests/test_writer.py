@@ -1,7 +1,9 @@
 """Logs that stay valid and clean over kills and resumes, and the two progress reports."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import types
 
@@ -80,6 +82,58 @@ def test_resume_drops_later_lines_and_a_torn_one(tmp_path, resume_step, expected
   assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+STRANGE = [
+  *('{"step": "2"}', '{"step": null}', '{"step": [1]}', '{"step": 1.5}', '{"step": true}', '{"step": 1e999}', "{}"),
+  *("[]", "3", "null", '"step"', "\\0", "[" * 100_000, '{"step": ' + "9" * 5000 + "}", "\udcff", "x" * 100_000),
+]
+
+
+def test_lines_that_are_no_metrics_are_left_out_and_counted(tmp_path, caplog):
+  good = '{"step": 1, "loss": 0.5, "note": "a\\u2028b"}'
+  text = "\n".join([STRANGE[0], good, *STRANGE[1:]])
+  (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+  with MetricsWriter(tmp_path, tensorboard=False, resume_step=5):
+    pass
+  assert (tmp_path / "metrics.jsonl").read_text() == good + "\n"
+  assert f"{len(STRANGE)} lines are no metrics" in caplog.text
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_metrics_that_are_no_file_are_refused(tmp_path, make):
+  make(tmp_path / "metrics.jsonl")
+  with pytest.raises(ValueError, match="is no file, expected the metrics of an earlier run"):
+    MetricsWriter(tmp_path, tensorboard=False, resume_step=5)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_an_error_where_it_is_written_and_nothing_waits(tmp_path, name):
+  """tensorboardX's own thread died of it, and the eleventh row after that waited for ever."""
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 1.0})
+  file = writer._log._file if name == "metrics.jsonl" else writer._events._file._py_recordio_writer._writer
+  with open("/dev/full", "wb", buffering=0) as full:
+    os.dup2(full.fileno(), file.fileno())
+  with pytest.raises(OSError, match="No space left"), writer:
+    writer.write(2, {"loss": 1.0})
+
+
+def test_all_that_is_written_is_written_in_the_context_that_was_given(tmp_path):
+  seen = []
+
+  @contextlib.contextmanager
+  def writing():
+    seen.append(sorted(path.name for path in tmp_path.iterdir()))
+    yield
+
+  with MetricsWriter(tmp_path, writing=writing) as writer:
+    assert seen.pop() == []
+    for write in (lambda: writer.write(1, {"x": 1}), lambda: writer.image(1, "x", np.zeros((1, 1, 3), np.uint8))):
+      write()
+      assert len(seen) == 1
+      seen.clear()
+  assert len(seen) == 1
+
+
 def test_resume_purges_tensorboard(tmp_path):
   for resume_step in (None, 2):
     with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
@@ -146,23 +200,6 @@ def test_parameter_table():
   table = parameter_table({"dense": {"kernel": jnp.ones((20, 3)), "bias": jnp.ones(3)}})
   assert "dense/kernel" in table
   assert "Total: 63" in table
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-  """gs://bucket in memory: what the package does there, though not Google's own ways."""
-  from etils.epath import backend
-  from fsspec.implementations.memory import MemoryFileSystem
-
-  class Store(MemoryFileSystem):
-    store, pseudo_dirs = {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-      return super()._strip_protocol(str(path).removeprefix("gs:/"))
-
-  monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: Store())
-  return "gs://bucket/run"
 
 
 def test_a_log_in_an_object_store_is_stored_whole_and_resumed(bucket):

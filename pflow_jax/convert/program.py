@@ -33,6 +33,8 @@ from pflow_jax.convert.shards import ModelFolder
 from pflow_jax.convert.table import is_lora, rows_for, strip_prefix
 from pflow_jax.convert.tensors import open_tensors
 from pflow_jax.distributed import is_first
+from pflow_jax.folders import checked_folder, expanded
+from pflow_jax.lock import Lock
 from pflow_jax.models.lora import Adapter
 from pflow_jax.networks import SHARDING, AdapterSettings
 from pflow_jax.objectives.imitation import Imitation
@@ -81,6 +83,8 @@ def convert(
     raise ValueError(f"--which: expected 'ema' or 'params', got {which!r}")
   if not max_shard_gb > 0:
     raise ValueError(f"--max_shard_gb: expected more than 0, got {max_shard_gb}")
+  source, out = expanded(source, "--source"), checked_folder(out, "--out")
+  base = None if base is None else expanded(base, "--base")
   _return_freed_memory()
   options = {"which": which, "dtype": dtype, "key": key}
   wanted = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
@@ -155,15 +159,15 @@ def _to_jax(
     print(f"{plan.title}: {len(tensors.places)} tensors, {_in_words(tensors.nbytes)} -> {out}, {_in_words(total)}")
     for note in plan.notes:
       print(note)
-    epath.Path(out).mkdir(parents=True, exist_ok=True)
-    (epath.Path(out) / SOURCE).write_text(json.dumps({"source": source}) + "\n")
   state = {
     part: unflatten_dict({tuple(p.split("/")): leaf for p, leaf in tree.items()}) for part, tree in plan.state.items()
   }
-  with _progress(total, "convert") as report:
+  with Lock(out, "pflow convert", active=is_first()), _progress(total, "convert") as report:
+    if is_first():
+      (epath.Path(out) / SOURCE).write_text(json.dumps({"source": source}) + "\n")
     save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
-  if is_first():
-    workdir.claim(out, plan.config)
+    if is_first():
+      workdir.claim(out, plan.config)
   return True
 
 
@@ -298,7 +302,7 @@ def _to_torch(
     f"{torch_config['_class_name']}, {which} of step {step}: {len(dtypes)} tensors, {_in_words(total)} -> {out}, "
     f"{files} file{'s' * (files > 1)}"
   )
-  with _progress(total, "convert") as report:
+  with Lock(out, "pflow convert"), _progress(total, "convert") as report:
     target.write(lambda name: exporter.tensor(name, dtypes[name]), report)
   return True
 

@@ -18,6 +18,7 @@ from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.program import convert
 from pflow_jax.convert.table import same_bits
 from pflow_jax.convert.tensors import WEIGHTS, open_tensors
+from pflow_jax.lock import Lock
 from pflow_jax.networks import SHARDING, make_network
 from pflow_jax.sharding import MeshSettings, make_layout
 from tests.convert.folders import CLASSES, assert_same_tensors, edit, make_torch, write_torch
@@ -61,6 +62,15 @@ def test_there_and_back_is_exact(tmp_path, kind, dtype, capsys):
   assert not convert(tmp_path / "torch", tmp_path / "run")
   assert not convert(tmp_path / "run", tmp_path / "back", max_shard_gb=5e-5)
   assert capsys.readouterr().out.count("holds this model already") == 2
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
+  write_torch(tmp_path / "torch", "dit")
+  for source, out in (("torch", "run"), ("run", "back")):
+    with Lock(tmp_path / out, "pflow convert"), pytest.raises(ValueError, match="is being written by 'pflow convert'"):
+      convert(tmp_path / source, tmp_path / out)
+    assert list((tmp_path / out).iterdir()) == []
+    assert convert(tmp_path / source, tmp_path / out)
 
 
 def network_of(folder):

@@ -1,0 +1,144 @@
+"""Where programs may write: the folders and files that a user names are looked at before any work is done."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator
+
+from etils import epath
+
+STORES = ("gs", "s3")  # object stores that checkpoints can lie in
+MAX_BYTES = 3500  # of a path: files of a checkpoint add some 200, and systems take 4096
+MAX_NAME = 255  # bytes
+
+_PACKAGE = os.path.dirname(os.path.realpath(__file__))
+# Nothing is written below these, and nothing into those.
+_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", _PACKAGE)
+_CROWDED = (
+  *("/dev/shm", "/home", "/media", "/opt", "/root", "/run", "/srv", "/tmp", "/usr", "/usr/local", "/var", "/var/tmp"),
+  *("/Applications", "/Library", "/System", "/Users", "/Volumes", "/private"),
+)
+
+
+def expanded(path: str | os.PathLike, flag: str = "--workdir") -> str:
+  """The path of a folder that is read, with the home folder for "~" and without slashes at its end.
+
+  Raises: ValueError for one that is empty or no path.
+  """
+  if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+    raise ValueError(f"{flag}: expected a path, got {path!r}")
+  text = os.fspath(path)
+  if not text.strip():
+    raise ValueError(f"{flag}: expected a path such as runs/mine, got {text!r}")
+  return os.path.expanduser(text).rstrip("/") or "/"
+
+
+class _Folder(type(epath.Path())):  # type: ignore[misc]
+  """A folder whose own name is no pattern; in one with a "[" Orbax would not find the parts of a checkpoint."""
+
+  def glob(self, pattern: str) -> Iterator[_Folder]:
+    return map(type(self), epath.Path(glob.escape(str(self))).glob(pattern))
+
+
+def absolute(path: str | epath.PathLike) -> epath.Path:
+  """The absolute path, which the libraries that it is given to take by its letters."""
+  folder = epath.Path(path)
+  return _Folder(folder if is_remote(folder) else folder.expanduser().absolute())
+
+
+def is_remote(path: str | epath.PathLike) -> bool:
+  """Whether a path is of an object store."""
+  return "://" in str(path)
+
+
+def checked_folder(path: str | os.PathLike, flag: str = "--workdir") -> str:
+  """A folder that results may be written to; it need not exist, and nothing is made.
+
+  Args:
+    path: of this machine, or gs://BUCKET/FOLDER.   flag: what a refusal calls it.
+  Returns: the path as of `expanded`.
+  Raises: ValueError for a path that is empty, no folder, not writable or one that a checkpoint cannot be read back
+    from, and for a folder of others: the root, a home, the system's, this package's.
+  """
+  text = _checked_text(path, flag)
+  if is_remote(text):
+    return text
+  real = os.path.realpath(text)
+  home = os.path.realpath(os.path.expanduser("~"))
+  crowded = {home, os.path.realpath(tempfile.gettempdir()), os.path.dirname(_PACKAGE), *map(os.path.realpath, _CROWDED)}
+  if real in crowded or home.startswith(f"{real.rstrip('/')}/") or _is_of_system(real):
+    raise ValueError(f"{flag}: {text!r} holds other things than a run; give a folder of its own, such as runs/mine")
+  _check_parent(os.path.abspath(text), text, flag)
+  return text
+
+
+def checked_file(path: str | os.PathLike, flag: str = "--out", *, ending: str = "") -> str:
+  """A file that may be written, as `checked_folder` for folders.
+
+  Args:
+    ending: of the file's name, which is added to `path`.
+  Returns: the path, without the ending.
+  """
+  text = _checked_text(path, flag)
+  if os.fspath(path).rstrip(" ").rsplit("/", 1)[-1] in ("", ".", "..", "~"):
+    raise ValueError(f"{flag}: expected the path of a file, got {os.fspath(path)!r}; add its name")
+  if is_remote(text):
+    return text
+  file = os.path.abspath(text + ending)
+  real = os.path.realpath(os.path.dirname(file))
+  if real == "/" or _is_of_system(real):
+    raise ValueError(f"{flag}: {text!r} lies among the files of the system; give a path of yours")
+  if os.path.lexists(file) and not os.path.isfile(file):
+    raise ValueError(f"{flag}: expected the path of a file, {text + ending!r} is none; give another")
+  _check_parent(os.path.dirname(file), text, flag)
+  return text
+
+
+def _checked_text(path: str | os.PathLike, flag: str) -> str:
+  """The path as `expanded`, of characters that all who are given it take for themselves."""
+  text = expanded(path, flag)
+  given = os.fspath(path)
+  bad = next((name for sign, name in {"\0": "NUL", "\\": "backslash"}.items() if sign in text), None)
+  if bad or not _is_unicode(text):
+    raise ValueError(f"{flag}: {given!r} has a {bad or 'byte that is not UTF-8'}, and could not be read; rename it")
+  scheme, separator, rest = text.partition("://")
+  if separator and scheme in STORES and rest.strip("/.") and ".." not in rest.split("/"):
+    return text
+  if separator or any(part.endswith(":") for part in text.split("/")):
+    known = ", ".join(f"{name}://BUCKET/FOLDER" for name in STORES)
+    raise ValueError(f"{flag}: {given!r} reads like an address; expected {known} or a path of this machine")
+  if text.startswith("~"):
+    raise ValueError(f"{flag}: {given!r} is nobody's home here; for a folder of that name give ./{given}")
+  if len(os.path.abspath(text).encode()) > MAX_BYTES or any(len(p.encode()) > MAX_NAME for p in text.split("/")):
+    raise ValueError(
+      f"{flag}: expected a path of at most {MAX_BYTES} bytes in names of at most {MAX_NAME}, got {given[:40]!r}..."
+    )
+  return text
+
+
+def _is_unicode(text: str) -> bool:
+  return not re.search("[\ud800-\udfff]", text)
+
+
+def _is_of_system(real: str) -> bool:
+  within = lambda folder: f"{real}/".startswith(f"{os.path.realpath(folder)}/")
+  return any(map(within, _SYSTEM)) and not f"{real}/".startswith("/dev/shm/")
+
+
+def _check_parent(folder: str, text: str, flag: str) -> None:
+  """Refuses a path whose nearest part that is there is no folder, or cannot be written."""
+  nearest = folder
+  while not os.path.lexists(nearest):
+    nearest = os.path.dirname(nearest)
+  try:
+    kind = os.stat(nearest).st_mode
+  except OSError as error:
+    raise ValueError(f"{flag}: {text!r} leads nowhere ({nearest}: {error.strerror}); give another path") from error
+  if not stat.S_ISDIR(kind):
+    raise ValueError(f"{flag}: expected a folder, {nearest!r} is none; give another path")
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    raise ValueError(f"{flag}: {nearest!r} cannot be written; give another path, or the right to write there")

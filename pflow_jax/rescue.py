@@ -1,0 +1,50 @@
+"""A state that its workdir takes no more, saved elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from pflow_jax import workdir
+from pflow_jax.checkpoint import Checkpointer
+from pflow_jax.state import TrainState
+from pflow_jax.writer import METRICS
+
+RESCUE_DIR = "PFLOW_RESCUE_DIR"  # folder for such states; the system's temporary one by default
+_ROOM = 1.1  # times the size of the arrays, for what goes with them
+
+
+def rescue(folder: str | os.PathLike, config: ConfigDict, state: TrainState) -> str:
+  """Saves a run's state, config and, if it can be read, log as a new workdir in another place, if there is room.
+
+  Of a run of several processes, each of which has a part of the state and a disk of its own, nothing is saved.
+
+  Returns: one sentence for people: where it is and how to go on, or why it is not.
+  """
+  step = int(state.step)
+  if jax.process_count() > 1:
+    return f"the run goes on from the last checkpoint that is left, by the same command; step {step} is lost"
+  base = pathlib.Path(os.environ.get(RESCUE_DIR) or tempfile.gettempdir())
+  needed = int(_ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+  try:
+    base.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(base).free) < needed:
+      raise OSError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free")
+    name = re.sub(r"\W+", "-", pathlib.Path(folder).name)[:40]
+    target = tempfile.mkdtemp(prefix=f"pflow-rescue-{name}-", dir=base)
+    workdir.claim(target, config)
+    with contextlib.suppress(OSError):
+      pathlib.Path(target, METRICS).write_bytes((epath.Path(folder) / METRICS).read_bytes())
+    with Checkpointer(f"{target}/{workdir.CHECKPOINTS}") as checkpointer:
+      checkpointer.save(step, state)
+  except OSError as error:
+    return f"step {step} could not be saved in {base} either ({error}); {RESCUE_DIR} names another folder for that"
+  return f"step {step} is saved in {target}: go on with --workdir={target}, or copy that back to {folder}"
