@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from pflow_jax.convert import qwen_vae, vae
 from pflow_jax.convert.check import check_tensors
 from pflow_jax.convert.models import flat_shapes
 from pflow_jax.convert.table import to_flax, torch_shapes_of
 from pflow_jax.convert.tensors import open_tensors
+from pflow_jax.data.pixels import read_pixels, to_unit
+from pflow_jax.foreign import check_memory, is_there, read_json, real_folder, shown
 from pflow_jax.models.qwen_vae import QwenVAE
 from pflow_jax.models.vae import AutoencoderKL
 
@@ -57,9 +56,10 @@ class Codec:
   def read(self, paths: Sequence[str | os.PathLike], size: tuple[int, int]) -> np.ndarray:
     """Latents of picture files, cut to the shape of `size` (H, W) around their middle and scaled to it.
 
-    Raises: ValueError for a file that is no picture.
+    Raises: ValueError for a file that is no picture, or a size that the machine cannot hold.
     """
-    return np.concatenate([self.encode(_read_picture(path, size)[None]) for path in paths])
+    check_memory(f"pictures of {shown(size)} pixels", 20 * size[0] * size[1], "ask for fewer")
+    return np.concatenate([self.encode(to_unit(read_pixels(path, size, 3))[None]) for path in paths])
 
 
 def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Codec:
@@ -69,18 +69,15 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
     dtype: to compute in. Parameters are float32.
   Raises: ValueError for a folder without one, of a class that is not known, or whose tensors do not fit its config.
   """
-  path = pathlib.Path(folder)
-  path = path / "vae" if (path / "vae").is_dir() else path
+  path = real_folder(folder)
+  path = path / "vae" if is_there(path / "vae") else path
   file = path / "config.json"
-  if not file.is_file():
+  if not is_there(file):
     raise ValueError(f"{folder}: expected an autoencoder of diffusers, config.json here or in the folder vae")
-  try:
-    config = json.loads(file.read_text(encoding="utf-8"))
-    name = config.get("_class_name")
-  except (ValueError, AttributeError) as error:
-    raise ValueError(f"{file}: expected JSON, got {error}") from error
-  if name not in CLASSES:
-    raise ValueError(f"{file}: expected an autoencoder of {sorted(CLASSES)}, got {name!r}")
+  config = read_json(file)
+  name = config.get("_class_name")
+  if not isinstance(name, str) or name not in CLASSES:
+    raise ValueError(f"{file}: expected an autoencoder of {sorted(CLASSES)}, got {shown(name)}")
   kind, table = CLASSES[name]
   attributes = table.model_from_config(config)
   module = kind(**attributes, dtype=jnp.dtype(dtype))
@@ -95,17 +92,3 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   check_tensors(expected, tensors.shapes, str(path))
   params = to_flax(rows, {name: tensors.read(name).astype(np.float32) for name in expected})
   return Codec(module, jax.device_put(params))
-
-
-def _read_picture(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
-  height, width = size
-  try:
-    with Image.open(path) as image:
-      picture = image.convert("RGB")
-  except OSError as error:
-    raise ValueError(f"{path}: expected a picture, got {error}") from error
-  scale = max(width / picture.width, height / picture.height)
-  scaled = picture.resize((max(round(picture.width * scale), width), max(round(picture.height * scale), height)), 3)
-  left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
-  pixels = np.asarray(scaled.crop((left, top, left + width, top + height)), np.float32)
-  return pixels / 127.5 - 1

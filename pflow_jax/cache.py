@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 
 from pflow_jax import data
+from pflow_jax.array_files import read_npy
 from pflow_jax.data.prompt_files import Prompts
 from pflow_jax.data.prompt_records import INDEX, NULL, SHARDS, TABLE, Index, prompt_hashes, read_index, without_x0
+from pflow_jax.data.shards import num_records
 from pflow_jax.folders import checked_folder
+from pflow_jax.foreign import decoding, is_there, real_folder, regular_file, shown
 from pflow_jax.lock import Lock
 from pflow_jax.text import Encoder, load_encoder
 from pflow_jax.writer import progress
@@ -106,15 +109,10 @@ def cache(
 
 
 def read_arrays(paths: Sequence[pathlib.Path]) -> np.ndarray:
-  """The arrays of .npy files, (n, ...)."""
-  arrays = []
-  for path in paths:
-    try:
-      arrays.append(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-      raise ValueError(f"{path} cannot be read as a NumPy array ({error}).") from error
+  """The arrays of .npy files, (n, ...); ValueError for files that are none, or differ in shape."""
+  arrays = [read_npy(path) for path in paths]
   if len({array.shape for array in arrays}) > 1:
-    raise ValueError(f"expected arrays of one shape, got {', '.join(f'{a.shape}' for a in arrays[:4])} ...")
+    raise ValueError(f"expected arrays of one shape, got {shown([array.shape for array in arrays])}")
   return np.stack(arrays)
 
 
@@ -150,7 +148,7 @@ def _shard_records(record_bytes: int, batch_size: int) -> int:
 
 def _digest(found: Prompts) -> str:
   state = hashlib.blake2b(prompt_hashes(found.texts).tobytes(), digest_size=16)
-  state.update("\n".join(map(str, found.paths)).encode())
+  state.update("\n".join(map(str, found.paths)).encode(errors="surrogatepass"))
   return state.hexdigest()
 
 
@@ -173,8 +171,8 @@ def _claim(folder: pathlib.Path, index: Index) -> bool:
       raise ValueError(f"{folder} holds other prompts; give another folder, or remove it:{''.join(differing)}")
     if name == INDEX:
       return False
-  if not (folder / (INDEX + PARTIAL)).exists():
-    if folder.exists() and any(not path.name.endswith(NEW) for path in folder.iterdir()):
+  if not is_there(folder / (INDEX + PARTIAL)):
+    if is_there(folder) and any(not path.name.endswith(NEW) for path in real_folder(folder).iterdir()):
       raise ValueError(f"{folder} is not empty; give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / (INDEX + PARTIAL), index.as_json().encode())
@@ -270,13 +268,13 @@ def _x0(found: Prompts, read_x0: ReadX0, rows: slice, shape: tuple[int, ...] | N
   """x0 (n, *space, C) of prompts, checked: of `shape`, which float16 can hold."""
   paths, where = found.paths[rows], found.where[rows]
   for path, place in zip(paths, where, strict=True):
-    if not path.is_file():
-      raise ValueError(f"{place}: there is no file {path}.")
+    with decoding(place):
+      regular_file(path)
   try:
     x0 = read_x0(paths)
   except ValueError as error:
     raise ValueError(f"{where[0]} to {where[-1].rpartition(' ')[2]}: {error}") from error
-  if len(x0) != len(paths) or x0.ndim < 3 or not np.issubdtype(x0.dtype, np.floating):
+  if len(x0) != len(paths) or x0.ndim < 3 or not x0.size or x0.dtype.kind != "f":
     raise ValueError(f"{where[0]}: expected floating x0 of (*space, C), got {x0.dtype} {x0.shape[1:]} in {paths[0]}.")
   if shape is not None and x0.shape[1:] != shape:
     raise ValueError(f"{where[0]}: expected x0 of shape {shape} as in the first, got {x0.shape[1:]} in {paths[0]}.")
@@ -306,17 +304,10 @@ def _writing(path: pathlib.Path, count: int) -> Iterator[Callable[[bytes], None]
 
 
 def _is_complete(path: pathlib.Path, count: int) -> bool:
-  from array_record.python.array_record_module import ArrayRecordReader
-
-  if not path.exists():
-    return False
   try:
-    reader = ArrayRecordReader(str(path))
-    found = reader.num_records()
-    reader.close()
-  except (RuntimeError, ValueError):
+    return num_records(path) == count
+  except ValueError:
     return False
-  return found == count
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:

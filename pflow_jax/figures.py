@@ -9,24 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-Array = np.ndarray
-Limits = tuple[tuple[float, float], tuple[float, float]]
-Density = ArrayLike | Callable[[Array], Array]
+from pflow_jax.densities import Density, Limits, ceiling, density_image, points_of, show_density, square_limits
+from pflow_jax.lettering import DPI, FONT, fitted, text_width
 
-_DPI = 200
+Array = np.ndarray
+
 _INK, _MUTED, _GRID = "#1f2328", "#6e7781", "#e3e6e9"
 # Okabe and Ito's colours: told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
 _STYLE: Any = {
   "font.family": "sans-serif",
-  "font.size": 9,
+  "font.size": FONT,
   "text.color": _INK,
   "axes.labelcolor": _INK,
   "axes.edgecolor": _MUTED,
@@ -58,7 +58,8 @@ def image_grid(
   Args:
     rows: label -> images (n, H, W, C) in [-1, 1] (clipped; not finite becomes mid-grey), C 1 or 3,
       one shape for all rows.
-    column_labels: n short texts above the columns, such as the class.
+    column_labels: n texts above the columns, such as the class; long ones get smaller letters and two lines, and
+      are cut where that does not help.
     scale: pixels of the picture for each pixel of an image, nearest neighbour; by default images
       become about 96 wide.
   Raises: ValueError on other shapes.
@@ -90,13 +91,16 @@ def image_grid(
 
   # The figure is laid out in whole pixels, so that every pixel of an image is a sharp square.
   pad, line = 24, 40
-  texts = [_text_width(label) for label in images]
+  texts = [text_width(label) for label in images]
   margin = max(texts) + pad if any(images) else 0
-  top = (line + pad // 2 if title else 0) + (line if column_labels is not None else 0)
+  columns, size = fitted(column_labels or (), width * scale)
+  lines = 1 + max((text.count("\n") for text in columns), default=0)
+  head = line + (lines - 1) * line // 2
+  top = (line + pad // 2 if title else 0) + (head if column_labels is not None else 0)
   total_w = pad + margin + canvas.shape[1] + pad
-  total_w = max(total_w, _text_width(title, 11) + 2 * pad if title else 0)
+  total_w = max(total_w, text_width(title, 11) + 2 * pad if title else 0)
   total_h = pad + top + canvas.shape[0] + pad
-  with _figure(path, total_w / _DPI, total_h / _DPI) as figure:
+  with _figure(path, total_w / DPI, total_h / DPI) as figure:
     left, bottom = pad + margin, pad
     box = (left / total_w, bottom / total_h, canvas.shape[1] / total_w, canvas.shape[0] / total_h)
     axes = figure.add_axes(box)
@@ -104,12 +108,12 @@ def image_grid(
     axes.set_axis_off()
     for i, label in enumerate(images):
       y = bottom + canvas.shape[0] - i * cell_h - height * scale / 2
-      figure.text((left - pad * 0.75) / total_w, y / total_h, label, ha="right", va="center")
-    for j, text in enumerate(column_labels or ()):
-      x, y = left + j * cell_w + width * scale / 2, bottom + canvas.shape[0] + line * 0.45
-      figure.text(x / total_w, y / total_h, str(text), ha="center", va="center", color=_MUTED, parse_math=False)
+      figure.text((left - pad * 0.75) / total_w, y / total_h, label, ha="right", va="center", parse_math=False)
+    for j, text in enumerate(columns):
+      x, y = left + j * cell_w + width * scale / 2, bottom + canvas.shape[0] + head * 0.45
+      figure.text(x / total_w, y / total_h, text, size=size, ha="center", va="center", color=_MUTED, parse_math=False)
     if title:
-      figure.text(pad / total_w, 1 - (pad + line / 2) / total_h, title, va="center", fontsize=11)
+      figure.text(pad / total_w, 1 - (pad + line / 2) / total_h, title, va="center", fontsize=11, parse_math=False)
 
 
 def captioned_images(
@@ -143,7 +147,7 @@ def captioned_images(
   height, width = pixels.shape[1:3]
   pad, line = 24, 32
   columns = min(columns, len(pixels))
-  letters = max(1, int(width / (_text_width("n" * 20) / 20)))
+  letters = max(1, int(width / (text_width("n" * 20) / 20)))
   wrapped = [textwrap.fill(text, letters, max_lines=2, placeholder=" …", break_long_words=False) for text in captions]
   cell_w, cell_h = width + pad, height + pad + line * (1 + max(text.count("\n") for text in wrapped))
   total_w, total_h = pad + columns * cell_w, pad + -(-len(pixels) // columns) * cell_h
@@ -151,7 +155,7 @@ def captioned_images(
   corners = [(pad + i // columns * cell_h, pad + i % columns * cell_w) for i in range(len(pixels))]
   for (top, left), one in zip(corners, pixels, strict=True):
     canvas[top : top + height, left : left + width] = one
-  with _figure(path, total_w / _DPI, total_h / _DPI) as figure:
+  with _figure(path, total_w / DPI, total_h / DPI) as figure:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
@@ -184,12 +188,12 @@ def trajectory_plot(
       raise ValueError(f"panels[{label!r}]: expected (steps >= 2, n, 2), got {x.shape}")
   known = [x.reshape(-1, 2) for x in paths.values()]
   if not callable(density):
-    known.append(_points(density, "density"))
-  limits = limits or _square_limits(known)
-  image = _density_image(density, limits, bins=100)
+    known.append(points_of(density, "density"))
+  limits = limits or square_limits(known)
+  image = density_image(density, limits, bins=100)
   with _square_panels(path, list(paths), limits, title) as all_axes:
     for axes, x in zip(all_axes, paths.values(), strict=True):
-      _show_density(axes, image, limits, _pale())
+      show_density(axes, image, limits)
       axes.plot(x[..., 0], x[..., 1], color=_INK, linewidth=0.55, alpha=0.55, solid_capstyle="round")
       axes.scatter(*x[0].T, s=9, facecolors="white", edgecolors=_MUTED, linewidths=0.6, zorder=3)
       axes.scatter(*x[-1].T, s=10, color=_COLOURS[1], linewidths=0, zorder=4)
@@ -210,13 +214,13 @@ def scatter_panels(
     that strays of another do
   not shrink it.   Raises: ValueError on other shapes.
   """
-  points = {label: _points(x, f"panels[{label!r}]") for label, x in _some(panels).items()}
-  limits = limits or _square_limits([next(iter(points.values()))])
-  images = [_density_image(x, limits, bins) for x in points.values()]
-  top = _ceiling(images[0])
+  points = {label: points_of(x, f"panels[{label!r}]") for label, x in _some(panels).items()}
+  limits = limits or square_limits([next(iter(points.values()))])
+  images = [density_image(x, limits, bins) for x in points.values()]
+  top = ceiling(images[0])
   with _square_panels(path, list(points), limits, title) as all_axes:
     for axes, image in zip(all_axes, images, strict=True):
-      _show_density(axes, image, limits, "magma", top)
+      show_density(axes, image, limits, "magma", top)
 
 
 def curves(
@@ -333,69 +337,6 @@ def _some(panels: Mapping[str, Any], name: str = "panels") -> Mapping[str, Any]:
   return panels
 
 
-def _points(x: ArrayLike, name: str) -> Array:
-  x = np.asarray(x, np.float64)
-  if x.ndim != 2 or x.shape[1] != 2 or not len(x):
-    raise ValueError(f"{name}: expected points (n, 2), n >= 1, got {x.shape}")
-  return x
-
-
-def _square_limits(points: Sequence[Array]) -> Limits:
-  """The smallest square around all finite points, with a margin of 4 %."""
-  x = np.concatenate(points)
-  x = x[np.isfinite(x).all(axis=1)]
-  if not len(x):
-    raise ValueError("panels: expected finite points, got none; give limits to draw an empty panel")
-  centre, half = (x.max(axis=0) + x.min(axis=0)) / 2, np.ptp(x, axis=0).max() / 2 * 1.04 or 1.0
-  (a, b), (c, d) = ((float(c - half), float(c + half)) for c in centre)
-  return (a, b), (c, d)
-
-
-def _density_image(density: Density, limits: Limits, bins: int) -> Array:
-  """Density on a (bins, bins) grid over the limits, rows upwards in y."""
-  (x_low, x_high), (y_low, y_high) = limits
-  if not callable(density):
-    points = _points(density, "density")
-    counts = np.histogram2d(points[:, 1], points[:, 0], bins, range=((y_low, y_high), (x_low, x_high)))[0]
-    return counts / len(points)
-  middle = (np.arange(bins) + 0.5) / bins
-  grid = np.meshgrid(x_low + middle * (x_high - x_low), y_low + middle * (y_high - y_low))
-  values = np.asarray(density(np.stack(grid, axis=-1).reshape(-1, 2)), np.float64)
-  if values.shape != (bins * bins,):
-    raise ValueError(f"density: expected a function (M, 2) -> (M,), got {values.shape} for M = {bins * bins}")
-  return values.reshape(bins, bins)
-
-
-def _ceiling(image: Array) -> float:
-  """Brightest colour: a high percentile of the occupied bins, so that one full bin does not dim the
-  rest."""
-  occupied = image[image > 0]
-  return float(np.percentile(occupied, 99)) if len(occupied) else 1.0
-
-
-def _show_density(axes: Any, image: Array, limits: Limits, cmap: Any, top: float | None = None) -> None:
-  extent = (*limits[0], *limits[1])
-  top = _ceiling(image) if top is None else top
-  axes.imshow(image, origin="lower", extent=extent, cmap=cmap, vmin=0, vmax=top, interpolation="nearest")
-
-
-def _pale() -> Any:
-  from matplotlib.colors import LinearSegmentedColormap
-
-  return LinearSegmentedColormap.from_list("pale", ["#ffffff", "#b9d3ea"])
-
-
-def _text_width(text: str, size: float = 9) -> int:
-  """Width in pixels of a line of text in the default font."""
-  from matplotlib.font_manager import FontProperties
-  from matplotlib.textpath import TextPath
-
-  if not text.strip():
-    return 0
-  outline = TextPath((0, 0), text, size=size, prop=FontProperties(family=["sans-serif"]))
-  return round(outline.get_extents().width * _DPI / 72)
-
-
 @contextlib.contextmanager
 def _figure(path: str | os.PathLike, width: float, height: float) -> Iterator[Any]:
   """A matplotlib Figure in this module's style, saved to `path` when the block ends well."""
@@ -403,10 +344,10 @@ def _figure(path: str | os.PathLike, width: float, height: float) -> Iterator[An
   from matplotlib.figure import Figure
 
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     yield figure
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=_DPI)
+    figure.savefig(path, format="png", dpi=DPI)
 
 
 @contextlib.contextmanager
@@ -423,8 +364,8 @@ def _square_panels(
       axes = figure.add_axes(box)
       axes.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
       axes.spines[:].set_color(_GRID)
-      axes.set_title(name)
+      axes.set_title(name, parse_math=False)
       all_axes.append(axes)
     if title:
-      figure.text(gap / width, 1 - 0.18 / height, title, va="center", fontsize=11)
+      figure.text(gap / width, 1 - 0.18 / height, title, va="center", fontsize=11, parse_math=False)
     yield all_axes

@@ -9,30 +9,37 @@ ValueErrors of one sentence.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import io
 import json
 import math
 import os
 import pathlib
 import reprlib
 import stat
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pydantic
 from etils import epath
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from pflow_jax.folders import is_remote
 
 MAX_JSON = 32 * 2**20  # bytes; the index of the largest models has 10 MB
+MAX_IMAGE_FILE = 2**30  # bytes
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _PROBLEMS_SHOWN = 8
+# Errors of a disk, a network or a machine that is too busy: another try may mend them.
+_PASSING = frozenset(
+  getattr(errno, name)
+  for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EREMOTEIO", "EMFILE", "ENFILE")
+  if hasattr(errno, name)
+)
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-  """Whether `path` is an address in an object store, such as gs://bucket/run."""
-  return "://" in os.fspath(path)
 
 
 def regular_file(path: str | os.PathLike) -> pathlib.Path:
@@ -40,17 +47,19 @@ def regular_file(path: str | os.PathLike) -> pathlib.Path:
 
   Raises: ValueError for a file that is missing, cannot be looked at, or is a folder, pipe, socket or device.
   """
-  path = pathlib.Path(path)
-  try:
-    mode = path.stat().st_mode
-  except FileNotFoundError as error:
-    raise ValueError(f"{path}: there is no such file") from error
-  except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a NUL in it
-    raise ValueError(f"{shown(str(path))}: cannot be looked at ({_reason(error)})") from error
-  if not stat.S_ISREG(mode):
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    raise ValueError(f"{path}: expected a file, this is a {kinds.get(stat.S_IFMT(mode), 'device')}")
-  return path
+  _expect(path, stat.S_IFREG)
+  return pathlib.Path(path)
+
+
+def real_folder(path: str | os.PathLike) -> pathlib.Path:
+  """Returns `path`, a folder or a link to one; ValueError for what is missing, cannot be looked at, or is a file."""
+  _expect(path, stat.S_IFDIR)
+  return pathlib.Path(path)
+
+
+def is_there(path: str | os.PathLike) -> bool:
+  """Whether there is anything at `path`; ValueError where that cannot be looked at."""
+  return _kind(path) is not None
 
 
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
@@ -113,19 +122,40 @@ def check_type(value: Any, schema: Any, *, where: str) -> Any:
 
 
 @contextlib.contextmanager
-def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
-  """Opens an image file of one of IMAGE_FORMATS, whatever its name ends in: other formats start other programs.
+def decoding(what: str | os.PathLike) -> Iterator[None]:
+  """Turns whatever a decoder raises on broken bytes into a ValueError of one sentence that begins with `what`.
 
-  Raises: ValueError for a file that is none of them, also while it is decoded in the body.
+  What a disk or a network raises passes as it is.
   """
-  file = regular_file(path)
   try:
-    with Image.open(file, formats=available_formats()) as image:
+    yield
+  except Exception as error:  # decoders raise many types; all of them mean unreadable
+    if isinstance(error, OSError) and error.errno in _PASSING:
+      raise
+    raise ValueError(f"{what}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def open_image(source: str | os.PathLike | bytes, name: str = "") -> Iterator[Image.Image]:
+  """Opens an image of one of IMAGE_FORMATS, whatever its name ends in: other formats start other programs.
+
+  Args:
+    source: a file, or its bytes.   name: for errors, of bytes, by default that of the file.
+  Raises: ValueError for what is none of them or has more pixels than Pillow thinks harmless, and for what is raised
+    while it is decoded in the body.
+  """
+  file = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source)
+  # Not undone: other threads open images meanwhile.
+  warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+  with decoding(f"cannot read the image {name or os.fsdecode(source)}"):
+    if isinstance(file, pathlib.Path) and file.stat().st_size > MAX_IMAGE_FILE:
+      raise ValueError(f"expected at most {in_bytes(MAX_IMAGE_FILE)}, got {in_bytes(file.stat().st_size)}")
+    try:
+      image = Image.open(file, formats=available_formats())
+    except UnidentifiedImageError as error:
+      raise ValueError(f"expected one of {', '.join(available_formats())}, its bytes are of none") from error
+    with image:
       yield image
-  except ValueError:
-    raise
-  except Exception as error:  # decoders raise many types on broken files; all of them mean unreadable
-    raise ValueError(f"cannot read the image {path}: {_reason(error)}") from error
 
 
 @functools.cache
@@ -184,6 +214,27 @@ def shown(value: Any, width: int = 60) -> str:
   short.maxstring = short.maxother = short.maxlong = width
   text = short.repr(value).encode("ascii", "backslashreplace").decode()
   return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _kind(path: str | os.PathLike) -> int | None:
+  """The type of what is at `path`, one of the constants of `stat`, or None if nothing is."""
+  try:
+    return stat.S_IFMT(os.stat(path).st_mode)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a NUL in it
+    if isinstance(error, OSError) and error.errno in _PASSING:
+      raise
+    raise ValueError(f"{shown(str(path))}: cannot be looked at ({_reason(error)})") from error
+
+
+def _expect(path: str | os.PathLike, expected: int) -> None:
+  names = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+  kind = _kind(path)
+  if kind is None:
+    raise ValueError(f"{path}: there is no such {names[expected]}")
+  if kind != expected:
+    raise ValueError(f"{path}: expected a {names[expected]}, this is a {names.get(kind, 'device')}")
 
 
 @functools.cache

@@ -183,7 +183,7 @@ def save_picture(
     # Latents: without their decoder the first channels show at least where something is.
     rows = {name: x[..., :3] if x.shape[-1] > 3 else x[..., :1] for name, x in rows.items()}
   names = experiment.dataset.class_names
-  titles = [names[i] for i in labels] if names and max(map(len, names)) <= 8 else None
+  titles = [names[i] for i in labels] if names else None
   figures.image_grid(path, rows, column_labels=titles)
 
 

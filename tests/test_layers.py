@@ -46,6 +46,8 @@ LAYERS = [
     "metrics",
     "features",
     "figures",
+    "densities",
+    "lettering",
     "flops",
     "partition",
     "distributed",
@@ -56,7 +58,9 @@ LAYERS = [
     "hlo_module",
     "chips",
     "text",
+    "array_files",
   },
+  {"foreign"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

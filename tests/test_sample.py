@@ -47,6 +47,15 @@ def test_latents_have_a_picture_of_their_first_channels(tmp_path, channels):
   assert (tmp_path / "x.png").stat().st_size > 500
 
 
+def test_long_names_of_classes_are_in_the_picture(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(program.figures, "image_grid", lambda path, rows, column_labels: drawn.append(column_labels))
+  dataset = types.SimpleNamespace(shape=(8, 8, 3), class_names=("cat", "automobile", "People & Body"))
+  rows = {"1 NFE": np.zeros((3, 8, 8, 3), np.float32)}
+  program.save_picture(types.SimpleNamespace(dataset=dataset), rows, np.array([1, 2, 1]), tmp_path / "x.png")
+  assert drawn == [["automobile", "People & Body", "automobile"]]
+
+
 def test_stochastic_and_tempered_sampling_change_the_samples(student_run):
   config = load_config(student_run)
   experiment = build(config)

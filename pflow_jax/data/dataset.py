@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pflow_jax.data.records import ArrayRecords, Records
+from pflow_jax.foreign import check_memory, shown
 
+MAX_CLASSES = 2**20  # each has a name, and a row of the network's table
 TEXT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -44,6 +49,11 @@ class Embedding:
       leaves["pooled"] = (self.pooled_width,), np.dtype(np.float32)
     return leaves
 
+  @property
+  def nbytes(self) -> int:
+    """Bytes of an example's arrays, its text of the longest length."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.leaves().values())
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -58,6 +68,7 @@ class Dataset:
     texts: one description a record, in record order, or empty.
     embedding: of the prompts that are the condition in place of a label, or None.
     has_x0: False for prompts alone, from which one can only train without data.
+  Raises: ValueError for sizes below 1, more classes than MAX_CLASSES, or an example that the machine cannot hold.
   """
 
   name: str
@@ -68,6 +79,17 @@ class Dataset:
   texts: tuple[str, ...] = ()
   embedding: Embedding | None = None
   has_x0: bool = True
+
+  def __post_init__(self):
+    if not self.shape or min(self.shape) < 1:
+      raise ValueError(f"{self.name}: shape must be (*space, C) of sizes >= 1, got {shown(self.shape)}.")
+    check_classes(self.name, self.num_classes)
+    check_memory(f"{self.name}: an example of shape {shown(self.shape)}", self.example_bytes)
+
+  @property
+  def example_bytes(self) -> int:
+    """Bytes of an example in memory, its text of the longest length."""
+    return 4 * math.prod(self.shape) + (self.embedding.nbytes if self.embedding else 0)
 
   @property
   def lengths(self) -> tuple[int, ...]:
@@ -121,21 +143,18 @@ def from_arrays(
   Raises: ValueError where lengths, types or labels do not fit together.
   """
   x0 = np.asarray(x0)
-  if x0.ndim < 2 or len(x0) == 0:
-    raise ValueError(f"{name}: x0 must be (n, *space, C) with n >= 1, got shape {x0.shape}.")
+  if x0.ndim < 2 or x0.size == 0:
+    raise ValueError(f"{name}: x0 must be (n, *space, C) with n >= 1 and sizes >= 1, got shape {x0.shape}.")
   if x0.dtype != np.uint8:
-    if not np.issubdtype(x0.dtype, np.floating):
-      raise ValueError(f"{name}: x0 must be uint8 or floating, got {x0.dtype}.")
-    x0 = x0.astype(np.float32, copy=False)
-    if not np.isfinite(x0).all():
-      raise ValueError(f"{name}: x0 holds values that are not finite; remove those records.")
+    x0 = _floating(name, x0)
   if label is None:
     if class_names:
       raise ValueError(f"{name}: {len(class_names)} class_names without labels; give label=.")
     label = np.zeros(len(x0), np.int32)
   else:
     label = np.asarray(label)
-    _check_labels(name, label, len(x0), len(class_names))
+    check_labels(name, label, len(x0))
+    _check_names(name, class_names, label)
   if texts and len(texts) != len(x0):
     raise ValueError(f"{name}: {len(x0)} records need as many texts, got {len(texts)}.")
   return Dataset(
@@ -148,14 +167,44 @@ def from_arrays(
   )
 
 
-def _check_labels(name: str, label: np.ndarray, count: int, num_classes: int) -> None:
-  if label.shape != (count,) or not np.issubdtype(label.dtype, np.integer):
+def check_classes(name: str, count: int) -> None:
+  """Raises ValueError for a number of classes below 0 or above MAX_CLASSES."""
+  if not 0 <= count <= MAX_CLASSES:
+    raise ValueError(f"{name}: expected 0 to {MAX_CLASSES:,} classes, got {shown(count)}.")
+
+
+def check_labels(name: str, label: np.ndarray, count: int) -> None:
+  """Raises ValueError unless `label` is `count` integers, of which none is below 0 or is of a class too many."""
+  if label.shape != (count,) or label.dtype.kind not in "iu":
     raise ValueError(f"{name}: label must be {count} integers, got {label.dtype} of shape {label.shape}.")
-  if label.min() < 0 or label.max() >= num_classes:
+  if label.min() < 0:
+    raise ValueError(f"{name}: labels must be at least 0, got {label.min()}.")
+  check_classes(f"{name}: labels to {label.max()}", int(label.max()) + 1)
+
+
+def _check_names(name: str, class_names: Sequence[str], label: np.ndarray) -> None:
+  if label.max() >= len(class_names):
     raise ValueError(
-      f"{name}: labels must lie in [0, {num_classes}), one class name each,"
+      f"{name}: labels must lie in [0, {len(class_names)}), one class name each,"
       f" got {label.min()} to {label.max()}; name every class in class_names=."
     )
+  wrong = [one for one in class_names if not isinstance(one, str) or not one.strip()]
+  if wrong:
+    raise ValueError(f"{name}: class_names must be words, got {shown(wrong[0])}.")
+  ((word, count),) = collections.Counter(class_names).most_common(1)
+  if count > 1:
+    raise ValueError(f"{name}: class_names must differ, got {count} times {shown(word)}; tell them apart.")
+
+
+def _floating(name: str, x0: np.ndarray) -> np.ndarray:
+  """x0 as float32, which has to be finite."""
+  if x0.dtype.kind != "f":
+    raise ValueError(f"{name}: x0 must be uint8 or floating, got {x0.dtype}.")
+  with np.errstate(over="ignore"):
+    x0 = x0.astype(np.float32, copy=False)
+  if not np.isfinite(x0).all():
+    raise ValueError(f"{name}: x0 holds values that are not finite; remove those records.")
+  return x0
 
 
 def split_rows(name: str, count: int, split: str, held_out: int) -> np.ndarray:

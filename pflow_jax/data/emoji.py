@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import gzip
+import io
 import os
 import pathlib
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from typing import Any
+import zlib
 
 import numpy as np
-from PIL import Image
+import pydantic
 
 from pflow_jax.data.dataset import Dataset, from_arrays, split_rows
 from pflow_jax.data.pixels import over_white
 from pflow_jax.data.prompts import with_embeddings
+from pflow_jax.foreign import in_bytes, open_image, read_json
 
 _PACKAGE = "emoji-datasource-google"
 _VERSION = "16.0.0"
 _SIZES = (32, 64)
 _TABLE = "emoji.json"
 _FILES = ("LICENSE", "package.json", _TABLE, *(f"img/google/sheets-clean/{s}.png" for s in _SIZES))
+_MAX_UNPACKED = 2**29  # bytes
 _SKIN_TONES = {
   "1F3FB": "light skin tone",
   "1F3FC": "medium-light skin tone",
@@ -30,6 +34,22 @@ _SKIN_TONES = {
   "1F3FE": "medium-dark skin tone",
   "1F3FF": "dark skin tone",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+  """Where an image is on the sheet."""
+
+  sheet_x: pydantic.NonNegativeInt
+  sheet_y: pydantic.NonNegativeInt
+  has_img_google: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry(_Cell):
+  name: str
+  category: str
+  skin_variations: dict[str, _Cell] = dataclasses.field(default_factory=dict)
 
 
 def emoji(
@@ -49,7 +69,7 @@ def emoji(
     size: 32 or 64 pixels.   cache_dir: where `fetch_emoji` was told to put them.
     embeddings: folder of the names' embeddings, which are then the condition in place of the class:
       `pflow cache --prompts=data:emoji --model=minilm --out=<folder>`.
-  Raises: ValueError if they were never fetched, for another size, or embeddings that are not there.
+  Raises: ValueError if they were never fetched or are damaged, for another size, or embeddings that are not there.
   Source: npm package emoji-datasource-google (code MIT, images Apache-2.0).
   """
   if size not in _SIZES:
@@ -60,10 +80,13 @@ def emoji(
       f"emoji: no images in {package}; fetch them once with `pflow data emoji` (needs npm, 74 MB),"
       " or name the folder they were fetched to in cache_dir=."
     )
-  entries = _entries(json.loads((package / _TABLE).read_text(encoding="utf-8")))
-  with Image.open(_sheet_path(package, size)) as image:
+  entries = _entries(read_json(package / _TABLE, list[_Entry]))
+  with open_image(_sheet_path(package, size)) as image:
     sheet = np.asarray(over_white(image).convert("RGB"))
   # Cells have a transparent border of one pixel.
+  down, across = (length // (size + 2) for length in sheet.shape[:2])
+  if not entries or any(x >= across or y >= down for x, y, _, _ in entries):
+    raise ValueError(f"emoji: {_TABLE} in {package} is not of the images beside it; remove them and fetch them again.")
   corners = [(1 + y * (size + 2), 1 + x * (size + 2)) for x, y, _, _ in entries]
   x0 = np.stack([sheet[top : top + size, left : left + size] for top, left in corners])
   class_names = tuple(sorted({category for _, _, category, _ in entries}))
@@ -107,30 +130,39 @@ def fetch_emoji(cache_dir: str | None = None) -> pathlib.Path:
 
 
 def _unpack(archive: pathlib.Path, target: pathlib.Path) -> None:
-  with tarfile.open(archive) as tar:
-    for name in _FILES:
-      try:
-        content = tar.extractfile(f"package/{name}")
-      except KeyError:
-        content = None
-      if content is None:
-        raise RuntimeError(f"emoji: the package {_PACKAGE}@{_VERSION} has no {name}.")
-      path = target / name
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_bytes(content.read())
+  """Writes the files that are used; what the archive has besides is not looked at.
+
+  Raises: RuntimeError for an archive that is cut short, damaged, or has something else in their place.
+  """
+  what = f"emoji: the package {_PACKAGE}@{_VERSION}"
+  try:
+    with gzip.open(archive) as stream:
+      content = stream.read(_MAX_UNPACKED + 1)
+    if len(content) > _MAX_UNPACKED:
+      raise RuntimeError(f"{what} has more than {in_bytes(_MAX_UNPACKED)}.")
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+      members = {member.name: member for member in tar}
+      for name in _FILES:
+        member = members.get(f"package/{name}")
+        if member is None or not member.isreg():
+          raise RuntimeError(f"{what} has no {name}.")
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
+  except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+    raise RuntimeError(f"{what} cannot be unpacked: {error}") from error
 
 
-def _entries(table: list[dict[str, Any]]) -> list[tuple[int, int, str, str]]:
+def _entries(table: list[_Entry]) -> list[tuple[int, int, str, str]]:
   """(sheet column, sheet row, category, text) of every image, skin tones included."""
   entries = []
   for emoji_entry in table:
-    category, name = emoji_entry["category"], emoji_entry["name"].lower()
-    variants = emoji_entry.get("skin_variations", {})
-    for tones, entry in [("", emoji_entry), *variants.items()]:
-      if entry["has_img_google"]:
-        words = ", ".join(_SKIN_TONES[tone] for tone in tones.split("-") if tone)
+    name = emoji_entry.name.lower()
+    for tones, cell in [("", emoji_entry), *emoji_entry.skin_variations.items()]:
+      if cell.has_img_google:
+        words = ", ".join(_SKIN_TONES.get(tone, tone) for tone in tones.split("-") if tone)
         text = f"{name}: {words}" if words else name
-        entries.append((entry["sheet_x"], entry["sheet_y"], category, text))
+        entries.append((cell.sheet_x, cell.sheet_y, emoji_entry.category, text))
   return entries
 
 
@@ -138,7 +170,7 @@ def _package_dir(cache_dir: str | None) -> pathlib.Path:
   if cache_dir is None:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache_dir = f"{cache}/pflow_jax"
-  return pathlib.Path(cache_dir).expanduser() / f"{_PACKAGE}-{_VERSION}"
+  return pathlib.Path(os.path.expanduser(cache_dir)) / f"{_PACKAGE}-{_VERSION}"
 
 
 def _sheet_path(package: pathlib.Path, size: int) -> pathlib.Path:

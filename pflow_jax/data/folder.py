@@ -1,29 +1,31 @@
-"""A folder of images with one subfolder a class."""
+"""A folder of images, with one subfolder a class, or without classes."""
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import SupportsIndex
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pflow_jax.data.dataset import Dataset, split_rows
-from pflow_jax.data.pixels import check_image_options, to_pixels, to_unit
+from pflow_jax.data.dataset import Dataset, check_classes, split_rows
+from pflow_jax.data.pixels import check_image_options, read_pixels, to_unit
 from pflow_jax.data.records import Record, SourceRecords
+from pflow_jax.foreign import available_formats, decoding, real_folder, shown
 
-_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _NAMES_SHOWN = 10
+_File = tuple[pathlib.Path, int]  # and its label
 
 
 class FolderSource:
   """Random access to image files: {"x0": (size, size, channels) float32, "label": () int32}."""
 
-  def __init__(self, files: Sequence[tuple[pathlib.Path, int]], size: int, channels: int):
+  def __init__(self, files: Sequence[_File], size: int, channels: int):
     self.files = files
     self.size = size
     self.channels = channels
@@ -33,11 +35,8 @@ class FolderSource:
 
   def __getitem__(self, row: SupportsIndex) -> Record:
     path, label = self.files[int(row)]
-    try:
-      x0 = to_unit(_read(path, self.size, self.channels))
-    except Exception as error:
-      raise ValueError(f"cannot read the image {path}: {error}") from error
-    return {"x0": x0, "label": np.asarray(label, np.int32)}
+    pixels = read_pixels(path, self.size, self.channels)
+    return {"x0": to_unit(pixels), "label": np.asarray(label, np.int32)}
 
 
 def folder(
@@ -50,24 +49,29 @@ def folder(
   allow_unreadable: bool = False,
   check: bool = True,
 ) -> Dataset:
-  """Images in <path>/<class>/**: (image_size, image_size, channels), classes in sorted order.
+  """Images in <path>/<class>/**, classes in sorted order, or in <path> itself, without classes.
 
-  Images are cropped to the centred square and resized; transparency is composited over white.
+  They become (image_size, image_size, channels): cropped to the centred square and resized, transparency over white,
+  of several frames the first. What is no image by its ending is left out, with one warning that counts it; what
+  begins with a dot without one. Links to folders are followed to a class, and not within it.
 
   Args:
-    path: the folder of class folders.
+    path: the folder of class folders, or of images.
     split: "train" or "test".   held_out: records kept out of "train" for "test".
     image_size: side in pixels, required.   channels: 3 (RGB) or 1 (grey).
     allow_unreadable: skip files that cannot be decoded, with a warning, instead of refusing.
     check: decode every file once now, so that a broken one does not stop a run in the night; with
       False that cost is saved, and the error comes when the file is read.
-  Raises: ValueError for a folder without classes or images, and for unreadable files: all of them
-    in one message, with their count and the first names.
+  Raises: ValueError for a folder without images, or with some beside class folders or class folders without; and for
+    unreadable files: all of them in one message, with their count and the first names.
   """
   name = f"folder:{path}"
   check_image_options(name, image_size, channels)
   size = int(image_size or 0)
-  root = pathlib.Path(path).expanduser()
+  try:
+    root = real_folder(os.path.expanduser(path))
+  except ValueError as error:
+    raise ValueError(f"folder:{error}; give a folder with one subfolder a class, or of images.") from error
   files, class_names = _scan(name, root)
   if check:
     files = _readable(name, root, files, size, channels, allow_unreadable)
@@ -76,41 +80,89 @@ def folder(
   return Dataset(name, (size, size, channels), len(class_names), class_names, SourceRecords(source))
 
 
-def _scan(name: str, root: pathlib.Path) -> tuple[list[tuple[pathlib.Path, int]], tuple[str, ...]]:
-  if not root.is_dir():
-    raise ValueError(f"{name}: expected a folder with one subfolder a class; {root} is no folder.")
-  folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-  if not folders:
-    raise ValueError(f"{name}: no class folders; put the images in {root}/<class>/, one or more.")
-  files = []
-  empty = []
-  for label, class_folder in enumerate(folders):
-    found = sorted(p for p in class_folder.rglob("[!.]*") if p.suffix.lower() in _SUFFIXES)
-    files += [(path, label) for path in found]
-    if not found:
-      empty.append(class_folder.name)
+def _scan(name: str, root: pathlib.Path) -> tuple[list[_File], tuple[str, ...]]:
+  """The image files, sorted, with their labels, and the names of the classes; warns of what is left out."""
+  endings = _endings()
+  with decoding(name):
+    entries = _entries(root)
+    folders = [entry for entry in entries if os.path.isdir(entry)]
+    # An ancestor, or itself: its images would be of two classes.
+    loops = [entry.name for entry in folders if root.resolve().is_relative_to(pathlib.Path(entry).resolve())]
+    found = [[pathlib.Path(entry) for entry in entries if entry not in folders], *map(_walk, folders)]
+  if loops:
+    raise ValueError(f"{name}: {shown(loops[0])} is a link to the folder that it is in; remove it.")
+  check_classes(name, len(folders))
+  images = [[path for path in paths if path.suffix.lower() in endings] for paths in found]
+  left_out = _counted(path for paths in found for path in paths if path.suffix.lower() not in endings)
+  left_out = left_out and f"{left_out} are no images that are read; "
+  advice = f"images end with {', '.join(sorted(endings))}; convert others."
+  top, *of_classes = images
+  if top and folders:
+    beside = _shorten([entry.name for entry in folders])
+    raise ValueError(
+      f"{name}: expected images in class folders or without any, got {len(top)}, such as {shown(top[0].name)}, beside "
+      f"the folders {beside}; move them."
+    )
+  if not any(images):
+    raise ValueError(f"{name}: there are no images, in class folders or without; {left_out}{advice}")
+  empty = [entry.name for entry, paths in zip(folders, of_classes, strict=True) if not paths]
   if empty:
     raise ValueError(
-      f"{name}: {len(empty)} class folder(s) without images: {_shorten(empty)}; remove them or add"
-      f" images ({', '.join(sorted(_SUFFIXES))})."
+      f"{name}: {len(empty)} class folder(s) without images: {_shorten(empty)}; remove them or add some; {left_out}"
+      f"{advice}"
     )
-  return files, tuple(p.name for p in folders)
+  if left_out:
+    warnings.warn(f"{name}: {left_out}they are left out; {advice}", stacklevel=4)
+  files = [(path, 0) for path in top]
+  files += [(path, label) for label, paths in enumerate(of_classes) for path in paths]
+  return files, tuple(entry.name for entry in folders)
+
+
+def _endings() -> frozenset[str]:
+  """Of the files that Pillow is asked to read."""
+  formats = available_formats()
+  return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
+
+
+def _entries(path: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+  """What is in a folder, sorted, but for what is hidden."""
+  with os.scandir(os.fspath(path)) as entries:
+    return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _walk(folder: os.DirEntry) -> list[pathlib.Path]:
+  """All files below a folder, sorted, and the links to folders among them, which may lead in circles."""
+  found: list[pathlib.Path] = []
+  waiting: list[os.DirEntry] = [folder]
+  while waiting:
+    for entry in _entries(waiting.pop()):
+      if entry.is_dir(follow_symlinks=False):
+        waiting.append(entry)
+      else:
+        found.append(pathlib.Path(entry))
+  return sorted(found)
+
+
+def _counted(paths: Iterable[pathlib.Path]) -> str:
+  """'2 .heic, 1 .txt and 1 without an ending'."""
+  counts = collections.Counter(path.suffix.lower() for path in paths)
+  words = [f"{count} {shown(ending)[1:-1] or 'without an ending'}" for ending, count in counts.most_common()]
+  return _shorten(words)
 
 
 def _readable(
   name: str,
   root: pathlib.Path,
-  files: list[tuple[pathlib.Path, int]],
+  files: list[_File],
   size: int,
   channels: int,
   allow_unreadable: bool,
-) -> list[tuple[pathlib.Path, int]]:
-  def problem(file: tuple[pathlib.Path, int]) -> str | None:
-    # Decoders raise many types on broken files; all of them mean unreadable.
+) -> list[_File]:
+  def problem(file: _File) -> str | None:
     try:
-      _read(file[0], size, channels)
-    except Exception as error:
-      return f"{file[0].relative_to(root)} ({error})"
+      read_pixels(file[0], size, channels)
+    except ValueError as error:
+      return str(error).replace(f"{root}{os.sep}", "")
     return None
 
   # Pillow decodes outside Python's lock, so threads help.
@@ -126,11 +178,6 @@ def _readable(
     raise ValueError(f"{message} Repair or remove them, or skip them with allow_unreadable=True.")
   warnings.warn(f"{message} They are skipped.", stacklevel=4)
   return [file for file, text in zip(files, problems, strict=True) if text is None]
-
-
-def _read(path: pathlib.Path, size: int, channels: int) -> np.ndarray:
-  with Image.open(path) as image:
-    return to_pixels(ImageOps.exif_transpose(image), size, channels)
 
 
 def _shorten(names: list[str]) -> str:

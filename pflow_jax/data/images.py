@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from pflow_jax.data.dataset import Dataset, from_arrays, split_rows
+from pflow_jax.data.dataset import Dataset, check_classes, from_arrays, split_rows
+from pflow_jax.foreign import check_memory, shown
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -49,7 +52,7 @@ def synthetic(
   Args:
     split: "train" or "test", which differ.   shape: (*space, C).
     num_classes: 0 for no classes.   num_records: how many to keep in memory (one byte a value).
-  Raises: ValueError for another split or sizes below 1.
+  Raises: ValueError for another split, sizes below 1, or more than the machine's memory holds.
   """
   shape = tuple(shape)
   if split not in ("train", "test"):
@@ -57,8 +60,10 @@ def synthetic(
   if not shape or min(shape) < 1 or num_classes < 0 or num_records < 1:
     raise ValueError(
       "synthetic: expected shape (*space, C) of sizes >= 1, num_classes >= 0 and num_records >= 1,"
-      f" got {shape}, {num_classes} and {num_records}."
+      f" got {shown(shape)}, {shown(num_classes)} and {shown(num_records)}."
     )
+  check_classes("synthetic", num_classes)
+  check_memory(f"synthetic: num_records={shown(num_records)}", num_records * math.prod(shape), "ask for fewer")
   rng = np.random.default_rng(("train", "test").index(split))
   x0 = rng.integers(0, 256, (num_records, *shape), dtype=np.uint8)
   label = rng.integers(0, num_classes, num_records) if num_classes else None

@@ -1,24 +1,39 @@
 """Arrays too many for memory, such as the latents of an autoencoder, in array_record shards.
 
-A folder holds info.json ({"shape": [*space, C], "num_classes": n}) and shards named *.array_record, read in the order
-of their names. A record is its label, int32, and its x0, float16, both little-endian, in row-major order.
+A folder holds info.json ({"shape": [*space, C], "num_classes": n, "num_records": m}) and shards named *.array_record,
+read in the order of their names. A record is its label, int32, and its x0, float16, both little-endian, in row-major
+order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from typing import Annotated, Any, SupportsIndex
 
 import numpy as np
+import pydantic
 
-from pflow_jax.data.dataset import Dataset
+from pflow_jax.data.dataset import Dataset, check_classes
 from pflow_jax.data.records import Record, SourceRecords
+from pflow_jax.data.shards import Shards
+from pflow_jax.foreign import is_there, read_json, shown
 
 INFO = "info.json"
 LABEL, VALUES = np.dtype("<i4"), np.dtype("<f2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+  """What a folder says of its records; their number is not in older ones."""
+
+  shape: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)]
+  num_classes: pydantic.NonNegativeInt
+  num_records: pydantic.PositiveInt | None = None
 
 
 class LatentSource:
@@ -31,28 +46,38 @@ class LatentSource:
     return len(self._records)
 
   def __getitem__(self, row: SupportsIndex) -> Record:
-    record = self._records[int(row)]
-    x0 = np.frombuffer(record, VALUES, offset=LABEL.itemsize).astype(np.float32)
-    return {"x0": x0.reshape(self.shape), "label": np.frombuffer(record, LABEL, 1)[0].astype(np.int32)}
+    record, place = self._records[row], f"latents:{self.folder}: record {int(row)}"
+    expected = LABEL.itemsize + math.prod(self.shape) * VALUES.itemsize
+    if len(record) != expected:
+      raise ValueError(f"{place} has {len(record)} bytes, shape {shown(self.shape)} has {expected}; write them again.")
+    label = np.frombuffer(record, LABEL, 1)[0].astype(np.int32)
+    x0 = np.frombuffer(record, VALUES, offset=LABEL.itemsize).astype(np.float32).reshape(self.shape)
+    if not 0 <= label < max(self.num_classes, 1):
+      raise ValueError(f"{place} has the label {label}, which is not in [0, {max(self.num_classes, 1)}).")
+    if not np.isfinite(x0).all():
+      raise ValueError(f"{place} has values that are not finite; write it again without.")
+    return {"x0": x0, "label": label}
 
   def __getstate__(self) -> dict[str, Any]:
     # Worker processes open the files themselves.
     return {name: value for name, value in self.__dict__.items() if name != "_records"}
 
   @functools.cached_property
-  def _records(self) -> Any:
-    import grain
-
-    shards = sorted(map(str, pathlib.Path(self.folder).glob("*.array_record")))
+  def _records(self) -> Shards:
+    name = f"latents:{self.folder}"
     info = _read_info(self.folder)
+    shards = sorted(pathlib.Path(self.folder).glob("*.array_record")) if info else []
     if info is None or not shards:
-      raise ValueError(f"latents:{self.folder}: there are no latents; expected {INFO} and shards *.array_record there.")
-    if info != (self.shape, self.num_classes):
+      raise ValueError(f"{name}: there are no latents; expected {INFO} and shards *.array_record there.")
+    if (info.shape, info.num_classes) != (self.shape, self.num_classes):
       raise ValueError(
-        f"latents:{self.folder}: expected shape and num_classes of its {INFO}, {info[0]} and {info[1]}, got "
-        f"{self.shape} and {self.num_classes}."
+        f"{name}: expected shape and num_classes of its {INFO}, {info.shape} and {info.num_classes}, got {self.shape} "
+        f"and {self.num_classes}."
       )
-    return grain.sources.ArrayRecordDataSource(shards)
+    records = Shards(name, shards)
+    if not len(records) or info.num_records not in (None, len(records)):
+      raise ValueError(f"{name}: expected {info.num_records or 'some'} records, got {len(records)}; copy them again.")
+    return records
 
 
 def latents(
@@ -71,20 +96,17 @@ def latents(
   if "://" in path:
     raise ValueError(f"latents:{path}: shards are read from a file system; mount the bucket, and give where it is.")
   folder = f"{path}_test" if split == "test" else path
-  info = _read_info(folder)
-  given = (None if shape is None else tuple(shape), num_classes)
+  given, info = (None if shape is None else tuple(shape), num_classes), _read_info(folder)
   if info is None:
-    if None in given:
+    if given[0] is None or given[1] is None:
       raise ValueError(f"latents:{folder}: there is no {INFO}; write the latents, or give shape= and num_classes=.")
-    info = given  # type: ignore[assignment]
-  expected = tuple(b if a is None else a for a, b in zip(given, info, strict=True))  # type: ignore[arg-type]
-  if expected != info:
-    raise ValueError(f"latents:{folder}: its {INFO} has shape and num_classes {info}, got {given}.")
-  assert info is not None
-  names = tuple(f"class {index}" for index in range(info[1]))
-  return Dataset(
-    f"latents:{path}", info[0], info[1], names, SourceRecords(LatentSource(folder, *info), read_threads=16)
-  )
+    info = Info(given[0], given[1])
+  its = info.shape, info.num_classes
+  if any(wanted not in (None, has) for wanted, has in zip(given, its, strict=True)):
+    raise ValueError(f"latents:{folder}: its {INFO} has shape and num_classes {its}, got {given}.")
+  check_classes(f"latents:{folder}", info.num_classes)
+  names = tuple(f"class {index}" for index in range(info.num_classes))
+  return Dataset(f"latents:{path}", *its, names, SourceRecords(LatentSource(folder, *its), read_threads=16))
 
 
 def write_latents(
@@ -96,7 +118,8 @@ def write_latents(
     path: of the folder, new or empty.
     batches: pairs of x0 (n, *space, C) and label (n,), integers in [0, num_classes).
     num_classes: 0 for none, with labels of 0.   shard_size: records a file.
-  Raises: ValueError for a folder with shards, labels out of range, or shapes that differ.
+  Raises: ValueError for a folder with shards, labels out of range, values that float16 cannot hold, or shapes that
+    differ.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -110,9 +133,14 @@ def write_latents(
       shape = shape or x0.shape[1:]
       if x0.shape[1:] != shape or label.shape != x0.shape[:1]:
         raise ValueError(f"expected x0 (n, {shape}) and label (n,), got {x0.shape} and {label.shape}.")
-      if np.any((label < 0) | (label >= max(num_classes, 1))):
-        raise ValueError(f"labels must lie in [0, {max(num_classes, 1)}), got {label.min()} to {label.max()}.")
-      for values, number in zip(np.asarray(x0, VALUES), np.asarray(label, LABEL), strict=True):
+      if label.dtype.kind not in "iu" or np.any((label < 0) | (label >= max(num_classes, 1))):
+        got = f"{label.dtype}, {label.min()} to {label.max()}"
+        raise ValueError(f"labels must lie in [0, {max(num_classes, 1)}), integers, got {got}.")
+      with np.errstate(over="ignore"):
+        x0 = np.asarray(x0, VALUES)
+      if not np.isfinite(x0).all():
+        raise ValueError(f"{path}: x0 holds values that are not finite, or not in float16; scale or remove them.")
+      for values, number in zip(x0, np.asarray(label, LABEL), strict=True):
         if count % shard_size == 0:
           if writer is not None:
             writer.close()
@@ -123,20 +151,18 @@ def write_latents(
   finally:
     if writer is not None:
       writer.close()
-  if shape is None:
+  if not count:
     raise ValueError(f"{path}: no records to write.")
   # Last, so that a folder that was cut short is none.
-  (folder / INFO).write_text(json.dumps({"shape": shape, "num_classes": num_classes}) + "\n")
+  info = {"shape": shape, "num_classes": num_classes, "num_records": count}
+  (folder / INFO).write_text(json.dumps(info) + "\n")
   return count
 
 
-def _read_info(folder: str) -> tuple[tuple[int, ...], int] | None:
-  """Shape and number of classes that a folder says it has; None where there is none."""
+def _read_info(folder: str) -> Info | None:
+  """What a folder says of its records; None where there is nothing."""
   path = pathlib.Path(folder) / INFO
-  if not path.exists():
-    return None
   try:
-    info = json.loads(path.read_text())
-    return tuple(info["shape"]), int(info["num_classes"])
-  except (ValueError, KeyError, TypeError) as error:
+    return read_json(path, Info) if is_there(path) else None
+  except ValueError as error:
     raise ValueError(f"latents:{folder}: {INFO} cannot be read ({error}); write the latents again.") from error

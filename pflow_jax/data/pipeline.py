@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import os
 from typing import Any
 
 import grain
 import numpy as np
 
 from pflow_jax.data.dataset import Dataset
+from pflow_jax.data.records import ENDLESS
+from pflow_jax.foreign import check_memory, shown
+
+MAX_READERS = 128  # threads, or processes
 
 
 def batches(
@@ -42,16 +44,20 @@ def batches(
     num_workers: processes that read, each with its threads; 0 reads in this process.
   Raises: ValueError for values out of range.
   """
+  if batch_size < 1 or not 0 <= start < ENDLESS:
+    raise ValueError(f"expected batch_size >= 1 and start >= 0, got {shown(batch_size)} and {shown(start)}.")
+  check_examples(dataset, batch_size if rows is None else len(rows))
   rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-  if batch_size < 1 or start < 0:
-    raise ValueError(f"expected batch_size >= 1 and start >= 0, got {batch_size} and {start}.")
   if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size or np.any(np.diff(rows) < 1):
     raise ValueError(f"rows: expected ascending positions in [0, {batch_size}), got {rows}.")
   _check_seed(seed)
   records = dataset.records
   threads = records.read_threads if num_threads is None else num_threads
-  if threads < 0 or num_workers < 0:
-    raise ValueError(f"num_threads and num_workers must be >= 0, got {num_threads} and {num_workers}.")
+  if not (0 <= threads <= MAX_READERS and 0 <= num_workers <= MAX_READERS):
+    raise ValueError(
+      f"num_threads and num_workers must be >= 0 and at most {MAX_READERS}, got {shown(threads)} and "
+      f"{shown(num_workers)}."
+    )
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   stream = records.batches(batch_size, seed, rows)[start:].to_iter_dataset(options)
   if num_workers > 0:
@@ -71,12 +77,7 @@ def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[Any, Any]:
   _check_seed(seed)
   if n < 1:
     raise ValueError(f"expected n >= 1 examples, got {n}.")
-  needed, memory = n * _example_bytes(dataset), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  if needed > memory:
-    raise ValueError(
-      f"{n} examples of {dataset.name} take {needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB of "
-      "memory; ask for fewer."
-    )
+  check_examples(dataset, n)
   count = dataset.num_records
   if count is not None and n > count:
     raise ValueError(
@@ -86,11 +87,9 @@ def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[Any, Any]:
   return sample.get("x0"), sample["cond"]
 
 
-def _example_bytes(dataset: Dataset) -> int:
-  """Bytes of an example in memory."""
-  embedded = dataset.embedding.leaves().values() if dataset.embedding else ()
-  x0 = 4 * math.prod(dataset.shape) if dataset.has_x0 else 0
-  return x0 + sum(math.prod(shape) * dtype.itemsize for shape, dtype in embedded)
+def check_examples(dataset: Dataset, count: int) -> None:
+  """Raises ValueError for more examples at a time than the machine's memory holds."""
+  check_memory(f"{shown(count)} examples of {dataset.name}", count * dataset.example_bytes, "ask for fewer")
 
 
 def _check_seed(seed: int) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 from PIL import Image, ImageOps
+
+from pflow_jax.foreign import check_memory, open_image, shown
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -21,13 +25,13 @@ def over_white(image: Image.Image) -> Image.Image:
   return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
-  """Centre crop to a square, resize, and convert.
+def to_pixels(image: Image.Image, size: int | tuple[int, int], channels: int) -> np.ndarray:
+  """Cuts around the middle to the shape of `size`, resizes, and converts.
 
   Args:
-    image: any Pillow image; transparency is composited over white.
-    size: side of the result in pixels.   channels: 1 (grey) or 3 (RGB).
-  Returns: (size, size, channels), uint8.
+    image: any Pillow image, of several frames the first; transparency is composited over white.
+    size: height and width of the result in pixels, or the side of a square.   channels: 1 (grey) or 3 (RGB).
+  Returns: (height, width, channels), uint8.
   Raises: ValueError for 32-bit pixels, whose range is unknown.
   """
   if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
@@ -35,14 +39,22 @@ def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
   if image.mode in ("I", "F"):
     raise ValueError(f"expected 8 or 16 bits a channel, got Pillow mode {image.mode!r}; convert it")
   image = over_white(image).convert(MODES[channels])
-  if image.size != (size, size):
-    image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
-  return np.asarray(image).reshape(size, size, channels)
+  height, width = (size, size) if isinstance(size, int) else size
+  if image.size != (width, height):
+    image = ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
+  return np.asarray(image).reshape(height, width, channels)
+
+
+def read_pixels(path: str | os.PathLike, size: int | tuple[int, int], channels: int) -> np.ndarray:
+  """The pixels of an image file, turned upright, see `to_pixels`; ValueError with its name for one that is broken."""
+  with open_image(path) as image:
+    return to_pixels(ImageOps.exif_transpose(image), size, channels)
 
 
 def check_image_options(name: str, image_size: int | None, channels: int) -> None:
-  """Raises ValueError unless image_size >= 1 and channels is 1 or 3."""
+  """Raises ValueError unless image_size >= 1, such images fit the machine's memory, and channels is 1 or 3."""
   if image_size is None or image_size < 1:
     raise ValueError(f"{name}: its images have no one size; give image_size=<pixels>, e.g. 64 (got {image_size}).")
   if channels not in MODES:
-    raise ValueError(f"{name}: channels must be 1 (grey) or 3 (RGB), got {channels}.")
+    raise ValueError(f"{name}: channels must be 1 (grey) or 3 (RGB), got {shown(channels)}.")
+  check_memory(f"{name}: image_size={shown(image_size)}", 5 * channels * image_size**2, "give fewer pixels")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 
+from pflow_jax.foreign import check_memory, regular_file, shown
+
 FIELDS = ("prompt", "text", "caption")
+MAX_LINE = 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +41,16 @@ def read_prompts(path: str, field: str | None = None, file_field: str | None = N
       where its file is.
   Raises: ValueError for a file that cannot be read, naming the line, or without prompts.
   """
-  file = pathlib.Path(path).expanduser()
-  readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table}
-  if file.suffix not in readers:
+  file = pathlib.Path(os.path.expanduser(path))
+  readers, suffix = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table}, file.suffix.lower()
+  if suffix not in readers:
     raise ValueError(f"{path}: expected a file of prompts that ends with {', '.join(readers)}.")
-  if not file.is_file():
-    raise ValueError(f"{path}: there is no such file of prompts.")
-  if file.suffix == ".txt" and (field or file_field):
+  size = regular_file(file).stat().st_size
+  check_memory(f"{path}: its prompts", 2 * size, "give them in several files")
+  if suffix == ".txt" and (field or file_field):
     raise ValueError(f"{path}: a line of a .txt is a prompt and has no field {field or file_field!r}; give a .jsonl.")
   texts, paths, where, seen, blank, repeated = [], [], [], set(), 0, 0
-  for line, text, beside in readers[file.suffix](file, field, file_field):
+  for line, text, beside in readers[suffix](file, field, file_field):
     text, place = text.strip(), f"{path}, line {line}"
     if not text:
       blank += 1
@@ -72,12 +76,20 @@ _Line = tuple[int, str, str | None]  # its number, the prompt and the file besid
 
 
 def _text_lines(file: pathlib.Path) -> Iterator[str]:
+  number = 0
   with file.open("rb") as lines:
-    for number, line in enumerate(lines, 1):
+    while line := lines.readline(MAX_LINE + 1):
+      number += 1
+      place = f"{file}, line {number}"
+      if len(line) > MAX_LINE:
+        raise ValueError(f"{place}: expected at most {MAX_LINE:,} bytes; is this a file of prompts?")
       try:
-        yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
       except UnicodeDecodeError as error:
-        raise ValueError(f"{file}, line {number}: expected UTF-8, got {error.reason} at byte {error.start}.") from error
+        raise ValueError(f"{place}: expected UTF-8, got {error.reason} at byte {error.start}; save it so.") from error
+      if "\0" in text:
+        raise ValueError(f"{place}: expected text, got a byte of 0; is it UTF-16? Save it as UTF-8.")
+      yield text
 
 
 def _lines(file: pathlib.Path, field: str | None, file_field: str | None) -> Iterator[_Line]:
@@ -94,9 +106,9 @@ def _json_lines(file: pathlib.Path, field: str | None, file_field: str | None) -
     try:
       values = json.loads(line)
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{file}, line {number}: expected JSON, got {line.strip()[:60]!r} ({error}).") from error
+      raise ValueError(f"{file}, line {number}: expected JSON, got {shown(line.strip())} ({error}).") from error
     if not isinstance(values, dict):
-      raise ValueError(f'{file}, line {number}: expected an object such as {{"prompt": ...}}, got {line.strip()[:60]}.')
+      raise ValueError(f'{file}, line {number}: expected an object such as {{"prompt": ...}}, got {shown(values)}.')
     yield _row(f"{file}, line {number}", number, values, field, file_field)
 
 
@@ -116,12 +128,13 @@ def _row(place: str, number: int, values: dict, field: str | None, file_field: s
   found = [name for name in ((field,) if field else FIELDS) if name in values]
   if not found:
     expected = repr(field) if field else "one of " + ", ".join(map(repr, FIELDS))
-    raise ValueError(f"{place}: expected the field {expected}, got {sorted(map(str, values))}; choose with --field.")
+    got = shown(sorted(map(str, values)), 200)
+    raise ValueError(f"{place}: expected the field {expected}, got {got}; choose with --field.")
   text, beside = values[found[0]], None
   if not isinstance(text, str):
-    raise ValueError(f"{place}: expected text in {found[0]!r}, got {text!r}.")
+    raise ValueError(f"{place}: expected text in {found[0]!r}, got {shown(text)}.")
   if file_field:
     beside = values.get(file_field)
     if not isinstance(beside, str) or not beside:
-      raise ValueError(f"{place}: expected the name of a file in {file_field!r}, got {beside!r}.")
+      raise ValueError(f"{place}: expected the name of a file in {file_field!r}, got {shown(beside)}.")
   return number, text, beside

@@ -16,17 +16,23 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
 
+from pflow_jax.array_files import read_npz
 from pflow_jax.data.dataset import TEXT_DTYPE
 from pflow_jax.data.records import Record
+from pflow_jax.data.shards import Shards
+from pflow_jax.foreign import MAX_JSON, decoding, is_there, parse_json, read_bytes, read_text, shown
 
 INDEX, TABLE, NULL, SHARDS = "index.json", "index.npz", "null.record", "*.array_record"
-LENGTH, POOLED, VALUES = np.dtype("<i4"), np.dtype("<f4"), np.dtype("<f2")
+LENGTH, HASH, POOLED, VALUES = (np.dtype(name) for name in ("<i4", "<u8", "<f4", "<f2"))
+MAX_NULL = 2**28  # bytes; FLUX.1's has 4 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +44,15 @@ class Fields:
     masked: whether a network needs to be told which tokens are padding; else all texts have one length.
   """
 
-  text_width: int = 0
+  text_width: NonNegativeInt = 0
   masked: bool = False
-  pooled_width: int = 0
-  shape: tuple[int, ...] = ()
+  pooled_width: NonNegativeInt = 0
+  shape: tuple[PositiveInt, ...] = ()
 
   def sizes(self, length: Any) -> Any:
     """Bytes of a record with a text of `length`, a number or an array of them, without those of the prompt."""
     text = np.int64(length) * self.text_width * TEXT_DTYPE.itemsize
-    rest = self.pooled_width * POOLED.itemsize + (int(np.prod(self.shape)) * VALUES.itemsize if self.shape else 0)
+    rest = self.pooled_width * POOLED.itemsize + (math.prod(self.shape) * VALUES.itemsize if self.shape else 0)
     return LENGTH.itemsize + text + rest
 
   def pack(self, prompt: str, record: Record) -> bytes:
@@ -58,13 +64,15 @@ class Fields:
     return b"".join(part.tobytes() for part in parts) + prompt.encode()
 
   def unpack(self, data: bytes) -> tuple[str, Record]:
-    """The prompt and the arrays of a record."""
-    length = int(np.frombuffer(data, LENGTH, 1)[0])
+    """The prompt and the arrays of a record; ValueError for other bytes."""
+    length = int(np.frombuffer(data, LENGTH, 1)[0]) if len(data) >= LENGTH.itemsize else -1
+    if length < 0 or len(data) < self.sizes(length):
+      raise ValueError(f"{len(data)} bytes cannot hold a record of {self} with {length} tokens; write it again")
     offset, record = LENGTH.itemsize, {}
 
     def take(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
       nonlocal offset
-      count = int(np.prod(shape))
+      count = math.prod(shape)
       values = np.frombuffer(data, dtype, count, offset).reshape(shape)
       offset += count * dtype.itemsize
       return values
@@ -101,20 +109,19 @@ class Index:
 
   model: str
   fields: Fields
-  max_length: int
-  longest: int
-  num_records: int
-  shard_records: int
+  max_length: NonNegativeInt
+  longest: NonNegativeInt
+  num_records: PositiveInt
+  shard_records: PositiveInt
   made: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def as_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
   @classmethod
-  def from_json(cls, text: str) -> Index:
-    values = json.loads(text)
-    fields = values.pop("fields")
-    return cls(fields=Fields(**{**fields, "shape": tuple(fields["shape"])}), **values)
+  def from_json(cls, text: str, where: str = INDEX) -> Index:
+    """Reads what `as_json` wrote; ValueError for anything else."""
+    return parse_json(text, cls, where=where)
 
   @property
   def num_shards(self) -> int:
@@ -134,8 +141,13 @@ class PromptSource:
     return self.read(int(row))[1]
 
   def read(self, row: int) -> tuple[str, Record]:
-    """Prompt and arrays of a record."""
-    return self._known().fields.unpack(self._records[row])
+    """Prompt and arrays of a record; ValueError for one that is damaged."""
+    data, fields = self._records[row], self._known().fields
+    with decoding(f"prompts:{self.folder}: record {row}"):
+      prompt, record = fields.unpack(data)
+      if not all(np.isfinite(record[name]).all() for name in ("pooled", "x0") if name in record):
+        raise ValueError("there are values that are not finite; write it again")
+    return prompt, record
 
   @functools.cached_property
   def text_lengths(self) -> np.ndarray:
@@ -156,51 +168,58 @@ class PromptSource:
   def _table(self, name: str) -> np.ndarray:
     index, path = self._known(), pathlib.Path(self.folder) / TABLE
     try:
-      with np.load(path) as table:
-        values = table[name]
-    except (OSError, ValueError, KeyError) as error:
-      raise ValueError(f"{path} cannot be read ({error}); write the prompts again.") from error
-    if len(values) != index.num_records:
-      raise ValueError(f"{path}: expected {index.num_records} records as in {INDEX}, got {len(values)}.")
-    return values
+      table = read_npz(path, ["length", "hash"])
+    except ValueError as error:
+      raise ValueError(f"{error}; write the prompts again.") from error
+    expected = {"length": LENGTH, "hash": HASH}
+    got = {name: (values.dtype, values.shape) for name, values in table.items()}
+    if got != {name: (dtype, (index.num_records,)) for name, dtype in expected.items()}:
+      raise ValueError(f"{path}: expected {index.num_records} records as in {INDEX}, got {shown(got, 200)}.")
+    lengths = table["length"]
+    if lengths.min() < 0 or lengths.max() > index.longest:
+      raise ValueError(f"{path}: expected texts of 0 to {index.longest} tokens as in {INDEX}, got {shown(lengths)}.")
+    return table[name]
 
   @functools.cached_property
-  def _records(self) -> Any:
-    import grain
-
-    index = self._known()
-    shards = sorted(map(str, pathlib.Path(self.folder).glob(SHARDS)))
+  def _records(self) -> Shards:
+    index, name = self._known(), f"prompts:{self.folder}"
+    shards = sorted(pathlib.Path(self.folder).glob(SHARDS))
     if len(shards) != index.num_shards:
-      raise ValueError(f"prompts:{self.folder}: expected {index.num_shards} shards, got {len(shards)}.")
-    records = grain.sources.ArrayRecordDataSource(shards)
+      raise ValueError(f"{name}: expected {index.num_shards} shards, got {len(shards)}.")
+    records = Shards(name, shards)
     if len(records) != index.num_records:
-      raise ValueError(f"prompts:{self.folder}: expected {index.num_records} records, got {len(records)}.")
+      raise ValueError(f"{name}: expected {index.num_records} records, got {len(records)}.")
     return records
 
 
 def prompt_hashes(prompts: Iterable[str]) -> np.ndarray:
   """(n,) uint64 that tell prompts apart."""
   digest = b"".join(hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in prompts)
-  return np.frombuffer(digest, "<u8")
+  return np.frombuffer(digest, HASH)
 
 
 def read_index(folder: str, name: str = INDEX) -> Index | None:
   """What the records of a folder are; None where there is none."""
   path = pathlib.Path(folder) / name
-  if not path.exists():
+  if not is_there(path):
     return None
   try:
-    return Index.from_json(path.read_text(encoding="utf-8"))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    index = Index.from_json(read_text(path, MAX_JSON), where=name)
+    if index.model not in MODELS:
+      raise ValueError(f"model: expected one of {sorted(MODELS)}, got {shown(index.model)}")
+  except ValueError as error:
     raise ValueError(f"{path} cannot be read ({error}); write the prompts again.") from error
+  return index
 
 
 def read_null(folder: str, fields: Fields) -> Record | None:
-  """The empty prompt's arrays."""
+  """The empty prompt's arrays; None where they are not there."""
   path = pathlib.Path(folder) / NULL
-  if not path.exists():
+  if not is_there(path):
     return None
-  return without_x0(fields).unpack(path.read_bytes())[1]
+  data = read_bytes(path, MAX_NULL)
+  with decoding(path):
+    return without_x0(fields).unpack(data)[1]
 
 
 def without_x0(fields: Fields) -> Fields:

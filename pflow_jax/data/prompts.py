@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from pflow_jax.data.buckets import BucketRecords
 from pflow_jax.data.dataset import TEXT_DTYPE, Dataset, Embedding
 from pflow_jax.data.prompt_records import INDEX, MAX_LENGTHS, MODELS, Fields, PromptSource, read_index, read_null
 from pflow_jax.data.records import ArrayRecords, Record
+from pflow_jax.foreign import check_memory, shown
 
 
 def prompts(
@@ -67,6 +69,7 @@ def prompts(
     null = read_null(folder, fields)
   lengths = _lengths(folder, fields, longest, buckets)
   embedding = Embedding(lengths, fields.text_width, fields.masked, fields.pooled_width)
+  check_memory(f"{name}: an embedding with texts of {shown(lengths)} tokens", embedding.nbytes)
   # Zeros where there is no data: what is planned needs the shapes alone.
   zeros = {leaf: np.zeros(size, dtype) for leaf, (size, dtype) in embedding.leaves().items()}
   null = zeros if index is None else _padded(null, zeros)
@@ -155,6 +158,8 @@ def synthetic_prompts(
     raise ValueError(f"synthetic_prompts: expected sizes >= 1, got {num_records}, {shape} and {text}.")
   rng = np.random.default_rng(("train", "test").index(split))
   embedding = Embedding((length,) if width else (), width, fields.masked, pooled)
+  nbytes = num_records * (embedding.nbytes + 4 * math.prod(shape))
+  check_memory(f"synthetic_prompts: num_records={shown(num_records)}", nbytes, "ask for fewer")
   draw = lambda size, dtype: np.asarray(rng.standard_normal(size, np.float32), dtype)
   arrays = {leaf: draw((num_records, *size), dtype) for leaf, (size, dtype) in embedding.leaves().items()}
   null = {leaf: np.zeros(size, dtype) for leaf, (size, dtype) in embedding.leaves().items()}

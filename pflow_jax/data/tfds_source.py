@@ -3,45 +3,74 @@
 from __future__ import annotations
 
 import difflib
+import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 from PIL import Image
 
-from pflow_jax.data.dataset import Dataset
-from pflow_jax.data.pixels import check_image_options, to_pixels, to_unit
+from pflow_jax.data.dataset import Dataset, check_classes
+from pflow_jax.data.pixels import MODES, check_image_options, to_pixels, to_unit
 from pflow_jax.data.records import Record, SourceRecords
+from pflow_jax.foreign import MAX_JSON, decoding, in_bytes, open_image, read_json, regular_file, shown
+
+_FILE_MODES = MODES | {4: "RGBA"}  # of images that are taken as they are
 
 
 class TfdsSource:
-  """Random access to a tfds data source: {"x0": (H, W, C) float32, "label": () int32}."""
+  """Random access to the serialized examples of tfds: {"x0": (H, W, C) float32, "label": () int32}.
+
+  Only the two features that are wanted are decoded, images here: tfds lets Pillow start other programs for some.
+  """
 
   def __init__(
     self,
-    source: Sequence[dict[str, Any]],
+    name: str,
+    source: Sequence[bytes],
+    features: Any,
     image_key: str,
     label_key: str | None,
     shape: tuple[int, int, int],
+    num_classes: int,
   ):
-    self.source = source
-    self.image_key = image_key
-    self.label_key = label_key
-    self.shape = shape
+    """Takes the features, those two alone, beside their serialized examples; `name` begins errors."""
+    self.name, self.source, self.features = name, source, features
+    self.image_key, self.label_key = image_key, label_key
+    self.shape, self.num_classes = shape, num_classes
 
   def __len__(self) -> int:
     return len(self.source)
 
   def __getitem__(self, row: SupportsIndex) -> Record:
-    record = self.source[int(row)]
-    pixels = record[self.image_key]
-    if pixels.shape != self.shape:
-      size, _, channels = self.shape
-      image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-      pixels = to_pixels(image, size, channels)
-    label = 0 if self.label_key is None else record[self.label_key]
-    return {"x0": to_unit(pixels), "label": np.asarray(label, np.int32)}
+    import tensorflow_datasets as tfds
+
+    with decoding(f"{self.name}: record {int(row)} cannot be read"):
+      is_image = isinstance(self.features[self.image_key], tfds.features.Image)
+      decoders = {self.image_key: tfds.decode.SkipDecoding()} if is_image else None
+      record = self.features.deserialize_example_np(self.source[int(row)], decoders=decoders)
+      image = record[self.image_key]
+      label = 0 if self.label_key is None else int(record[self.label_key])
+      if not 0 <= label < max(self.num_classes, 1):
+        raise ValueError(f"its label is {shown(label)}, not in [0, {max(self.num_classes, 1)})")
+      if not isinstance(image, bytes):
+        return {"x0": to_unit(self._fitted(_image(np.asarray(image)))), "label": np.asarray(label, np.int32)}
+    with open_image(image, f"of {self.name}, record {int(row)}") as opened:
+      return {"x0": to_unit(self._fitted(opened)), "label": np.asarray(label, np.int32)}
+
+  def _fitted(self, image: Image.Image) -> np.ndarray:
+    height, width, channels = self.shape
+    if (image.mode, image.size) == (_FILE_MODES.get(channels), (width, height)):
+      return np.asarray(image).reshape(self.shape)
+    if channels not in MODES:
+      raise ValueError(f"expected {width} x {height} pixels of {channels} channels, got {image.size} of {image.mode}")
+    return to_pixels(image, (height, width), channels)
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+  return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def tfds_images(
@@ -66,21 +95,29 @@ def tfds_images(
   Raises: ValueError for an unknown set, split or feature, for images of varying size without
     image_size, and for data prepared as tfrecord.
   """
+  import tensorflow_datasets as tfds
+
   builder = _prepare(name, data_dir)
-  features = builder.info.features
+  with decoding(f"tfds:{name}: cannot be read"):
+    features = builder.info.features
+    if not isinstance(features, tfds.features.FeaturesDict):
+      raise ValueError(f"expected features by name, got {type(features).__name__}")
   shape = _image_shape(name, features, image_key, image_size)
   class_names: tuple[str, ...] = ()
   if label_key is not None:
     class_names = _class_names(name, features, label_key)
-  try:
-    source = builder.as_data_source(split=split)
-  except NotImplementedError as error:
-    raise ValueError(
-      f"tfds:{name}: {builder.data_path} holds {builder.info.file_format.value} files, which need"
-      " TensorFlow; give another data_dir, or prepare it with file_format='array_record'."
-    ) from error
-  records = SourceRecords(TfdsSource(source, image_key, label_key, shape))
-  return Dataset(f"tfds:{name}", shape, len(class_names), class_names, records)
+  with decoding(f"tfds:{name}: cannot be read"):
+    try:
+      raw = tfds.decode.DeserializeMethod.RAW_BYTES
+      source = builder.as_data_source(split=split, deserialize_method=raw)
+    except NotImplementedError as error:
+      raise ValueError(
+        f"{builder.data_path} holds {builder.info.file_format.value} files, which need TensorFlow; give another "
+        "data_dir, or prepare it with file_format='array_record'."
+      ) from error
+    wanted = tfds.features.FeaturesDict({key: features[key] for key in (image_key, label_key) if key is not None})
+  source = TfdsSource(f"tfds:{name}", source, wanted, image_key, label_key, shape, len(class_names))
+  return Dataset(f"tfds:{name}", shape, len(class_names), class_names, SourceRecords(source))
 
 
 def _prepare(name: str, data_dir: str | None) -> Any:
@@ -88,19 +125,49 @@ def _prepare(name: str, data_dir: str | None) -> Any:
   from tensorflow_datasets.core.registered import DatasetNotFoundError
 
   if data_dir is not None:
-    data_dir = str(pathlib.Path(data_dir).expanduser())
-  try:
-    builder = tfds.builder(name, data_dir=data_dir)
-  except DatasetNotFoundError as error:
-    # The message of tfds lists its thousand sets. Community sets would need the network to list.
-    known = tfds.list_builders(with_community_datasets=False)
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"; the nearest names are {', '.join(nearest)}." if nearest else "."
-    raise ValueError(f"tfds has no data set {name!r}{hint}") from error
-  if not builder.is_prepared():
+    data_dir = os.path.expanduser(data_dir)
+  _check_files(name, data_dir)
+  with decoding(f"tfds:{name}: cannot be read"):
+    try:
+      builder = tfds.builder(name, data_dir=data_dir)
+      prepared = builder.is_prepared()
+    except DatasetNotFoundError as error:
+      # The message of tfds lists its thousand sets. Community sets would need the network to list.
+      known = tfds.list_builders(with_community_datasets=False)
+      nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+      hint = f"; the nearest names are {', '.join(nearest)}." if nearest else "."
+      raise ValueError(f"tfds has no data set {name!r}{hint}") from error
+  if not prepared:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
   return builder
+
+
+def _check_files(name: str, data_dir: str | None) -> None:
+  """Looks at the files of a prepared set before tfds does, which opens pipes and imports what features.json names.
+
+  Raises: ValueError for what is no regular file, too large a table, or a feature of another package.
+  """
+  root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets"))
+  for folder, _, files in os.walk(root / name.partition("/")[0].partition(":")[0]):
+    for file in files:
+      path = regular_file(os.path.join(folder, file))
+      if path.suffix in (".json", ".txt") and path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path}: expected at most {in_bytes(MAX_JSON)}, got {in_bytes(path.stat().st_size)}")
+      if file == "features.json":
+        _check_features(path)
+
+
+def _check_features(path: pathlib.Path) -> None:
+  waiting: list[Any] = [read_json(path)]
+  while waiting:
+    value = waiting.pop()
+    if isinstance(value, dict):
+      for kind in (value.get("pythonClassName"), value.get("type")):
+        module = kind.rpartition(".")[0] if isinstance(kind, str) else ""
+        if module and module not in sys.modules and not module.startswith("tensorflow_datasets."):
+          raise ValueError(f"{path}: {shown(kind)} is not of tfds; import the module that you have it from first")
+    waiting += list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def _feature(name: str, features: Any, key: str, option: str) -> Any:
@@ -131,4 +198,5 @@ def _class_names(name: str, features: Any, label_key: str) -> tuple[str, ...]:
       f"tfds:{name}: {label_key!r} is not a class label; choose label_key= from {sorted(features)},"
       " or None for no classes."
     )
+  check_classes(f"tfds:{name}", feature.num_classes)
   return tuple(feature.names)

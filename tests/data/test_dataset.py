@@ -30,6 +30,13 @@ def test_a_set_without_labels_has_no_classes():
     ({"label": np.array([0, 1])}, "label must be 3 integers"),
     ({"label": np.array([0.0, 1.0, 1.0])}, "label must be 3 integers"),
     ({"label": np.array([0, 1, 2])}, "labels must lie in \\[0, 2\\).*got 0 to 2"),
+    ({"x0": np.zeros((3, 0, 2))}, "sizes >= 1"),
+    ({"x0": np.zeros((3, 2), complex)}, "uint8 or floating, got complex128"),
+    ({"x0": np.full((3, 2), 1e300)}, "not finite"),
+    ({"label": np.array([0, 1, 0], "m8[s]")}, "label must be 3 integers, got timedelta64"),
+    ({"label": np.array([0, 1, -1])}, "labels must be at least 0, got -1"),
+    ({"class_names": ("a", 3)}, "class_names must be words, got 3"),
+    ({"class_names": ("a", "a")}, "class_names must differ, got 2 times 'a'"),
     ({"label": None}, "2 class_names without labels"),
     ({"texts": ("one",)}, "3 records need as many texts, got 1"),
   ],
@@ -38,6 +45,21 @@ def test_arrays_that_do_not_fit_are_refused(arguments, message):
   defaults = {"x0": np.zeros((3, 2)), "label": np.array([0, 1, 0]), "class_names": ("a", "b")}
   with pytest.raises(ValueError, match=message):
     data.from_arrays("mine", **{**defaults, **arguments})
+
+
+@pytest.mark.parametrize(
+  ("shape", "num_classes", "message"),
+  [
+    ((), 0, "shape must be"),
+    ((4, 0), 0, "shape must be .* sizes >= 1, got \\(4, 0\\)"),
+    ((10**9,) * 9, 0, "an example of shape .*: takes .* of memory, this machine has"),
+    ((2,), 10**9, "expected 0 to 1,048,576 classes, got 1000000000"),
+    ((2,), -1, "expected 0 to 1,048,576 classes, got -1"),
+  ],
+)
+def test_a_set_that_no_machine_can_hold_is_refused(shape, num_classes, message):
+  with pytest.raises(ValueError, match=message):
+    data.Dataset("mine", shape, num_classes, (), data.GeneratedRecords(None))
 
 
 def test_train_and_test_are_disjoint_complete_and_fixed():

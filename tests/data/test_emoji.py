@@ -1,6 +1,8 @@
 """Emoji from a miniature of the npm package, and its fetching with a stand-in for npm."""
 
+import gzip
 import json
+import pathlib
 import tarfile
 
 import numpy as np
@@ -115,6 +117,32 @@ def test_other_sizes_are_refused(cache):
     data.load("emoji", size=48, cache_dir=cache)
 
 
+@pytest.mark.parametrize(
+  ("table", "message"),
+  [
+    ({}, "input should be a valid .*, got {}"),
+    ([], "is not of the images beside it"),
+    ([1], "0: .*got 1"),
+    ([TABLE[1] | {"name": 3, "category": None}], "0.name: .*got 3; 0.category: .*got None"),
+    ([TABLE[1] | {"sheet_x": 2}], "is not of the images beside it; remove them and fetch them again"),
+    ([TABLE[1] | {"sheet_y": -1}], "0.sheet_y: .*got -1"),
+    ([TABLE[1] | {"sheet_y": 10**9}], "is not of the images beside it"),
+    ([TABLE[1] | {"skin_variations": [1]}], "0.skin_variations: .*got \\[1\\]"),
+  ],
+)
+def test_a_table_that_is_damaged_is_refused(cache, table, message):
+  (pathlib.Path(cache) / "emoji-datasource-google-16.0.0" / "emoji.json").write_text(json.dumps(table))
+  with pytest.raises(ValueError, match=message):
+    data.load("emoji", cache_dir=cache)
+
+
+def test_a_sheet_that_is_no_image_is_refused(cache):
+  sheet = pathlib.Path(cache) / "emoji-datasource-google-16.0.0" / "img" / "google" / "sheets-clean" / "32.png"
+  sheet.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 68 68\n")
+  with pytest.raises(ValueError, match=r"cannot read the image .*32\.png"):
+    data.load("emoji", cache_dir=cache)
+
+
 @pytest.fixture
 def fake_npm(tmp_path, monkeypatch):
   """Puts an `npm` on the PATH that notes its arguments and copies `archive` to its folder."""
@@ -162,6 +190,48 @@ def test_a_failed_fetch_says_why_and_leaves_nothing(fake_npm, tmp_path):
   with pytest.raises(RuntimeError, match=r"has no emoji\.json"):
     data.fetch_emoji(str(cache))
   assert list(cache.iterdir()) == []
+
+
+def _link(tar, name, kind):
+  member = tarfile.TarInfo(name)
+  member.type, member.linkname = kind, name
+  tar.addfile(member)
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda archive: archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2]),
+    lambda archive: archive.write_bytes(b"\x1f\x8b" + b"\0" * 99),
+    lambda archive: archive.write_bytes(b"no archive"),
+    lambda archive: archive.write_bytes(gzip.compress(b"\xff" * 5000)),
+    lambda archive: archive.write_bytes(gzip.compress(b"")),
+  ],
+)
+def test_a_download_that_is_damaged_can_be_tried_again(fake_npm, tmp_path, damage):
+  archive, _ = fake_npm
+  write_archive(archive, tmp_path)
+  damage(archive)
+  with pytest.raises(RuntimeError, match="cannot be unpacked|has no LICENSE"):
+    data.fetch_emoji(str(tmp_path / "cache"))
+  assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_only_files_are_taken_from_an_archive_and_none_from_elsewhere(fake_npm, tmp_path, kind, monkeypatch):
+  archive, _ = fake_npm
+  write_package(tmp_path / "package")
+  (tmp_path / "package" / "LICENSE").unlink()
+  with tarfile.open(archive, "w:gz") as tar:
+    tar.add(tmp_path / "package", "package")
+    _link(tar, "package/LICENSE", kind)
+    tar.add(tmp_path / "package" / "emoji.json", "../../escaped")
+  with pytest.raises(RuntimeError, match="has no LICENSE"):
+    data.fetch_emoji(str(tmp_path / "cache"))
+  assert not list(tmp_path.rglob("escaped"))
+  monkeypatch.setattr("pflow_jax.data.emoji._MAX_UNPACKED", 9999)
+  with pytest.raises(RuntimeError, match="has more than 9.765 KiB"):
+    data.fetch_emoji(str(tmp_path / "cache"))
 
 
 def test_fetch_without_npm_says_what_to_install(tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """Class folders of images, good and broken."""
 
+import os
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from pflow_jax import data
 
+AVIF = bool(features.check("avif"))
 COLOURS = {"cat": (255, 0, 0), "dog": (0, 255, 0)}
 
 
@@ -17,7 +20,6 @@ def root(tmp_path):
     for index in range(6):
       folder = tmp_path / name / "more" if index == 5 else tmp_path / name
       Image.new("RGB", (20 + index, 24), colour).save(folder / f"{index}.png")
-  (tmp_path / "cat" / "notes.txt").write_text("not an image")
   (tmp_path / "cat" / "._0.png").write_bytes(b"left by another system")
   (tmp_path / ".hidden").mkdir()
   return tmp_path
@@ -89,19 +91,91 @@ def test_without_the_check_a_broken_file_is_named_when_read(root):
     next(data.batches(dataset, 12, seed=0, num_threads=0))
 
 
-def test_bad_folders_are_refused(root, tmp_path):
-  with pytest.raises(ValueError, match="is no folder"):
+def test_bad_folders_are_refused(root):
+  with pytest.raises(
+    ValueError, match="there is no such folder; give a folder with one subfolder a class, or of images"
+  ):
     data.load(f"folder:{root}/nowhere", image_size=8)
-  with pytest.raises(ValueError, match="no class folders"):
-    data.load(f"folder:{root}/cat/more", image_size=8)
+  with pytest.raises(ValueError, match="expected a folder, this is a file"):
+    data.load(f"folder:{root}/cat/0.png", image_size=8)
   (root / "empty").mkdir()
-  with pytest.raises(ValueError, match=r"1 class folder\(s\) without images: empty"):
+  with pytest.raises(ValueError, match=r"1 class folder\(s\) without images: empty; remove them or add some"):
     data.load(f"folder:{root}", image_size=8)
+  with pytest.raises(ValueError, match=r"there are no images, in class folders or without; images end with .*\.png"):
+    data.load(f"folder:{root}/empty", image_size=8)
+
+
+def test_images_without_class_folders_are_a_set_without_classes(root):
+  dataset = data.load(f"folder:{root}/cat/more", image_size=8)
+  assert (dataset.num_classes, dataset.class_names, dataset.num_records) == (0, (), 1)
+  batch = next(data.batches(dataset, 2, seed=0))
+  np.testing.assert_array_equal(batch["cond"], [0, 0])
+  np.testing.assert_allclose(batch["x0"][0, 0, 0], [1, -1, -1])
+  with pytest.raises(ValueError, match="got 5, such as '0.png', beside the folders more; move them"):
+    data.load(f"folder:{root}/cat", image_size=8)
+
+
+def test_what_is_left_out_is_said_once(root):
+  for name in ("cat/a.heic", "cat/b.HEIC", "dog/more/c.heic", "dog/README", "cat/notes.txt", "labels.csv"):
+    (root / name).write_bytes(b"x")
+  (root / "dog" / "loop").symlink_to("..")
+  Image.new("RGB", (9, 9), COLOURS["dog"]).save(root / "dog" / "x.webp")
+  told = r"3 \.heic, 2 without an ending, 1 \.csv, 1 \.txt are no images that are read; they are left out; .*convert"
+  with pytest.warns(UserWarning, match=told) as seen:
+    dataset = data.load(f"folder:{root}", image_size=8)
+  assert len(seen) == 1
+  assert seen[0].filename == __file__
+  assert dataset.num_records == 13
+  (root / "bird").mkdir()
+  (root / "bird" / "a.heic").touch()
+  with pytest.raises(ValueError, match=r"without images: bird; .* 4 \.heic.* are no images that are read; .*convert"):
+    data.load(f"folder:{root}", image_size=8)
+
+
+def test_every_format_that_pillow_decodes_here_is_read(tmp_path):
+  for ending in [ending for ending in ("avif", "bmp", "gif", "jpg", "png", "tif", "webp") if ending != "avif" or AVIF]:
+    Image.new("RGB", (9, 9), "red").save(tmp_path / f"a.{ending}")
+  dataset = data.load(f"folder:{tmp_path}", image_size=4)
+  assert dataset.num_records == 6 + AVIF
+  x0, _ = data.examples(dataset, dataset.num_records)
+  np.testing.assert_allclose(x0[:, 2, 2], np.broadcast_to([1.0, -1, -1], (len(x0), 3)), atol=0.05)
+
+
+def test_pipes_and_loops_are_not_opened(root):
+  os.mkfifo(root / "cat" / "pipe.png")
+  (root / "dog" / "loop.png").symlink_to("loop.png")
+  (root / "dog" / "zero.png").symlink_to("/dev/zero")
+  (root / "dog" / "folder.png").symlink_to(root / "cat")
+  with pytest.raises(ValueError, match="4 of 16 images are unreadable") as caught:
+    data.load(f"folder:{root}", image_size=8)
+  for told in ("pipe.png: expected a file, this is a pipe", "loop.png", "this is a device", "this is a folder"):
+    assert told in str(caught.value)
+  dataset = data.load(f"folder:{root}", image_size=8, check=False)
+  with pytest.raises(ValueError, match="pipe|loop|device|folder"):
+    data.examples(dataset, 16)
+  (root / "self").symlink_to(root)
+  with pytest.raises(ValueError, match="'self' is a link to the folder that it is in; remove it"):
+    data.load(f"folder:{root}", image_size=8)
+
+
+def test_a_class_may_be_a_link_and_folders_be_deep(root):
+  deep = root.joinpath(".elsewhere", *["deeper"] * 100)
+  deep.mkdir(parents=True)
+  Image.new("RGB", (9, 9)).save(deep / "a.png")
+  (root / "owl").symlink_to(root / ".elsewhere")
+  (root / "cat" / "linked").symlink_to(root / "cat")  # not followed
+  dataset = data.load(f"folder:{root}", image_size=8)
+  assert (dataset.class_names, dataset.num_records) == (("cat", "dog", "owl"), 13)
 
 
 @pytest.mark.parametrize(
   ("options", "message"),
-  [({}, "give image_size="), ({"image_size": 0}, "got 0"), ({"channels": 4}, "channels must be")],
+  [
+    ({}, "give image_size="),
+    ({"image_size": 0}, "got 0"),
+    ({"image_size": 10**9}, "image_size=1000000000: takes .* of memory, this machine has"),
+    ({"channels": 4}, "channels must be"),
+  ],
 )
 def test_bad_options_are_refused(root, options, message):
   if "channels" in options:

@@ -62,7 +62,16 @@ def test_synthetic_splits_differ_and_repeat():
 
 @pytest.mark.parametrize(
   "options",
-  [{"shape": ()}, {"shape": (0, 2)}, {"num_classes": -1}, {"num_records": 0}, {"split": "valid"}],
+  [
+    {"shape": ()},
+    {"shape": (0, 2)},
+    {"num_classes": -1},
+    {"num_records": 0},
+    {"split": "valid"},
+    {"num_records": 10**12},
+    {"shape": (10**9, 10**9)},
+    {"num_classes": 10**9},
+  ],
 )
 def test_synthetic_refuses_bad_sizes(options):
   with pytest.raises(ValueError, match="synthetic"):

@@ -1,6 +1,8 @@
 """Latents in array_record shards: round trip, shapes without the data, and refusals."""
 
 import json
+import os
+import pathlib
 import pickle
 
 import numpy as np
@@ -54,6 +56,61 @@ def test_refusals(folder, tmp_path):
     write_latents(str(tmp_path / "empty"), [], num_classes=5)
   with pytest.raises(ValueError, match="split"):
     data.load(f"latents:{folder}", split="all")
-  (tmp_path / "latents" / INFO).write_text(json.dumps({"shape": [4]}))
-  with pytest.raises(ValueError, match=r"info.json cannot be read"):
-    data.load(f"latents:{folder}")
+  with pytest.raises(ValueError, match="values that are not finite, or not in float16"):
+    write_latents(str(tmp_path / "large"), [(X0.astype(np.float32) * 1e6, LABEL)], num_classes=5)
+
+
+@pytest.mark.parametrize(
+  ("info", "message"),
+  [
+    ({"shape": [4]}, "num_classes: field required"),
+    ({"shape": [], "num_classes": 5}, "shape: .*at least 1 item"),
+    ({"shape": [4, 0, 2], "num_classes": 5}, "shape.1: .*greater than 0, got 0"),
+    ({"shape": ["4", 4.0, True], "num_classes": 5}, "shape.0: .*got '4'; shape.1: .*got 4.0; shape.2: .*got True"),
+    ({"shape": [10**9] * 3, "num_classes": 5}, r"an example of shape \(1000000000, .*: takes .* of memory"),
+    ({"shape": [4, 4, 2], "num_classes": 10**9}, "expected 0 to 1,048,576 classes, got 1000000000"),
+    ({"shape": [4, 4, 2], "num_classes": 5, "num_records": 12}, "expected 12 records, got 11; copy them again"),
+    ({"shape": [4, 4, 1], "num_classes": 5}, r"record [0-9]+ has 68 bytes, shape \(4, 4, 1\) has 36"),
+    ({"shape": [4, 4, 2], "num_classes": 1}, r"record [0-9]+ has the label [1-4], which is not in \[0, 1\)"),
+  ],
+)
+def test_a_folder_that_says_something_else_of_its_records_is_refused(folder, info, message):
+  (pathlib.Path(folder) / INFO).write_text(json.dumps(info))
+  with pytest.raises(ValueError, match=message):
+    data.examples(data.load(f"latents:{folder}"), 11)
+
+
+def test_shards_that_are_damaged_are_named_and_none_is_skipped(folder):
+  shards = sorted(pathlib.Path(folder).glob("*.array_record"))
+  whole = shards[1].read_bytes()
+
+  def refused(message):
+    with pytest.raises(ValueError, match=message) as caught:
+      data.examples(data.load(f"latents:{folder}"), 11)
+    assert "\n" not in str(caught.value)
+
+  shards[1].write_bytes(whole[:-100])  # for the library it has no records
+  refused(r"00001\.array_record cannot be read: ")
+  shards[1].write_bytes(b"")
+  refused(r"00001\.array_record cannot be read: .*at least 64KB")
+  shards[1].write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+  refused(r"record [0-9]+ cannot be read: Corrupted Riegeli/records file")
+  shards[1].unlink()
+  refused("expected 11 records, got 7; copy them again")
+  os.mkfifo(shards[1])
+  refused("expected a file, this is a pipe")
+  shards[1].unlink()
+  shards[1].symlink_to("/dev/zero")
+  refused("expected a file, this is a device")
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_damaged_file(folder, monkeypatch):
+  dataset = data.load(f"latents:{folder}")
+  assert dataset.num_records == 11
+
+  def fail(row):
+    raise RuntimeError("pread() failed: Input/output error; reading 00000.array_record")
+
+  monkeypatch.setattr(dataset.records.source._records._records.__class__, "__getitem__", lambda self, row: fail(row))
+  with pytest.raises(OSError, match=r"record [0-9]+ cannot be read: pread\(\) failed: Input/output error"):
+    data.examples(dataset, 2)

@@ -122,7 +122,11 @@ def test_worker_processes_give_the_same_batches():
     ({"seed": 2**32}, "seed must be in"),
     ({"num_threads": -1}, "must be >= 0"),
     ({"num_workers": -1}, "must be >= 0"),
+    ({"num_workers": 10**6}, "at most 128, got 0 and 1000000"),
+    ({"num_threads": 10**9}, "at most 128, got 1000000000 and 0"),
     ({"batch_size": 0}, "batch_size >= 1"),
+    ({"batch_size": 10**15}, "1000000000000000 examples of counting: takes .* of memory, this machine has .*ask for"),
+    ({"start": 2**40}, "got 8 and 1099511627776"),
   ],
 )
 def test_bad_arguments_are_refused(options, message):
@@ -161,5 +165,5 @@ def test_examples_refuse_more_than_there_are():
     data.examples(array_set(), 0)
   texts = data.load("synthetic_prompts", shape=(2, 2, 1), text=(512, 4096), pooled=8, num_records=1)
   many = dataclasses.replace(texts, records=data.GeneratedRecords(None))
-  with pytest.raises(ValueError, match="1000000 examples of synthetic_prompts take 4,194 GB"):
+  with pytest.raises(ValueError, match="1000000 examples of synthetic_prompts: takes 3.815 TiB of memory"):
     data.examples(many, 10**6)

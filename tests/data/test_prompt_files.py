@@ -1,6 +1,7 @@
 """Files of prompts: what is read, what is left out, and errors that name the line."""
 
 import json
+import os
 
 import pytest
 
@@ -80,6 +81,44 @@ def test_errors_name_the_line(tmp_path, name, content, options, message):
     data.read_prompts(path, **options)
 
 
-def test_an_absent_file(tmp_path):
-  with pytest.raises(ValueError, match="there is no such file"):
-    data.read_prompts(str(tmp_path / "p.txt"))
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv"])
+def test_bytes_that_are_no_lines_of_text_are_refused_soon(tmp_path, name):
+  for content, message in (
+    ("a cat".encode("utf-16"), "line 1: expected UTF-8"),
+    ("a cat".encode("utf-16-le"), "line 1: expected text, got a byte of 0; is it UTF-16"),
+    (b"x" * (2**20 + 1), "line 1: expected at most 1,048,576 bytes; is this a file of prompts"),
+    (b"\n" * 9 + b"x" * 2**21, "line 10: expected at most 1,048,576 bytes"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      data.read_prompts(write(tmp_path, name, content))
+  with (tmp_path / name).open("wb") as stream:
+    stream.truncate(2**40)
+  with pytest.raises(ValueError, match="its prompts: takes 2 TiB of memory"):
+    data.read_prompts(str(tmp_path / name))
+
+
+def test_messages_do_not_show_the_whole_of_what_they_got(tmp_path):
+  columns = write(tmp_path, "p.csv", ",".join(f"column {i}" for i in range(9999)) + "\n1\n")
+  nested = write(tmp_path, "p.jsonl", json.dumps({"prompt": [["x" * 9999] * 99]}))
+  for path in (columns, nested, write(tmp_path, "q.jsonl", "[" * 99_999), write(tmp_path, "r.jsonl", "1" * 9999)):
+    with pytest.raises(ValueError, match="line [12]: expected") as caught:
+      data.read_prompts(path)
+    assert len(str(caught.value)) < 600
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+  for suffix in (".txt", ".jsonl", ".csv"):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"loop{suffix}").symlink_to(f"loop{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name, message in {"pipe": "pipe", "loop": "links", "zero": "device", "folder": "folder"}.items():
+      with pytest.raises(ValueError, match=message):
+        data.read_prompts(f"{tmp_path}/{name}{suffix}")
+  for name in ("p.txt", "no\0.txt", "~nobody-of-this-name/p.txt"):
+    with pytest.raises(ValueError, match="there is no such file|null byte"):
+      data.read_prompts(str(tmp_path / name) if name[0] != "~" else name)
+
+
+def test_the_ending_may_be_in_capitals(tmp_path):
+  assert data.read_prompts(write(tmp_path, "P.TXT", "a cat")).texts == ["a cat"]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pickle
 
 import jax
@@ -163,6 +164,8 @@ def test_refusals(tmp_path):
     (flux, {"buckets": (8, 16)}, "attends to padding, so all texts have 16 tokens"),
     (minilm, {"buckets": (8,)}, "no texts to put in buckets"),
     ("gs://bucket/prompts", {}, "mount the bucket"),
+    (tmp_path / "none", {"model": "flux", "shape": SHAPE, "max_length": 10**12}, "tokens: takes .* of memory"),
+    (tmp_path / "none", {"model": "flux", "shape": (10**9,) * 3}, "an example of shape .*: takes .* of memory"),
   ):
     with pytest.raises(ValueError, match=message):
       data.load(f"prompts:{name}", **options)
@@ -180,6 +183,72 @@ def test_refusals(tmp_path):
   (tmp_path / "minilm" / INDEX).write_text("{}")
   with pytest.raises(ValueError, match="index.json cannot be read"):
     data.load(f"prompts:{minilm}")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"num_records": 0}, "num_records: .*greater than 0, got 0"),
+    ({"shard_records": 0}, "shard_records: .*greater than 0, got 0"),
+    ({"num_records": 6.0, "longest": "16"}, "longest: .*got '16'; num_records: .*got 6.0"),
+    ({"model": "sd3"}, r"model: expected one of \['flux', 'minilm', 'qwen_image'\], got 'sd3'"),
+    ({"fields": 3}, "fields: .*got 3"),
+    ({"fields": {"text_width": -1}}, "fields.text_width: .*got -1"),
+    ({"fields": {"shape": [0]}}, "fields.shape.0: .*greater than 0, got 0"),
+    ({"fields": {"text_width": 6, "masked": 1}}, "fields.masked: .*got 1"),
+    ({"longest": 10**12}, r"an embedding with texts of \(1000000000000,\) tokens: takes .* of memory"),
+    ({"longest": 3}, "expected texts of 0 to 3 tokens as in index.json, got"),
+    ({"fields": {"text_width": 7, "masked": True, "shape": [4, 4, 2]}}, "record [0-9]+: [0-9]+ bytes cannot hold"),
+    ({"extra": 1, "made": []}, "made: .*got \\[\\]"),
+  ],
+)
+def test_an_index_that_says_something_else_is_refused(tmp_path, change, message):
+  folder = write(tmp_path / "prompts", null=False)
+  path = tmp_path / "prompts" / INDEX
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(ValueError, match=message) as caught:
+    next(data.batches(data.load(f"prompts:{folder}"), 6, seed=0, num_threads=0))
+  assert "\n" not in str(caught.value)
+
+
+def test_files_of_prompts_that_are_damaged_are_named(tmp_path):
+  folder = write(tmp_path / "prompts")
+
+  def damaged(name, content, message):
+    path = tmp_path / "prompts" / name
+    kept = path.read_bytes()
+    path.unlink()
+    content(path) if callable(content) else path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+      next(data.batches(data.load(f"prompts:{folder}"), 6, seed=0))
+    path.unlink()
+    path.write_bytes(kept)
+
+  with np.load(tmp_path / "prompts" / TABLE) as table:
+    length, known = table["length"], table["hash"]
+  save = lambda **arrays: lambda path: np.savez(path, **arrays)
+  damaged(TABLE, save(length=length), "expected the arrays length and hash")
+  damaged(TABLE, save(length=length[:5], hash=known), "expected 6 records as in index.json")
+  damaged(TABLE, save(length=length * 1.0, hash=known), "expected 6 records as in index.json, got .*float64")
+  damaged(TABLE, save(length=-length, hash=known), "expected texts of 0 to 16 tokens")
+  damaged(TABLE, os.mkfifo, "this is a pipe")
+  damaged(INDEX, b"[]", "index.json cannot be read")
+  damaged(INDEX, os.mkfifo, "this is a pipe")
+  damaged("null.record", b"\xff" * 9, "null.record: 9 bytes cannot hold a record")
+  damaged("null.record", b"", "null.record: 0 bytes cannot hold a record")
+  damaged("00004.array_record", b"\0" * 70_000, "00004.array_record cannot be read")
+  damaged("00004.array_record", os.mkfifo, "this is a pipe")
+
+
+def test_records_that_are_damaged_are_refused():
+  fields = Fields(text_width=2, pooled_width=1, shape=(2,))
+  whole = fields.pack("a", {"text": np.ones((3, 2)), "pooled": np.ones(1), "x0": np.ones(2)})
+  assert fields.unpack(whole)[0] == "a"
+  for data_ in (b"", whole[:3], whole[:-2], b"\xff\xff\xff\x7f" + whole[4:], b"\xff\xff\xff\xff" + whole[4:]):
+    with pytest.raises(ValueError, match="bytes cannot hold a record of Fields"):
+      fields.unpack(data_)
+  with pytest.raises(ValueError, match="utf-8"):
+    fields.unpack(whole[:-1] + b"\xff")
 
 
 def test_names_are_the_condition_of_images_in_memory(tmp_path):
@@ -255,6 +324,8 @@ def test_random_prompts(options, shapes):
     ({"model": "qwen_image", "pooled": 3}, "of which qwen_image lacks one"),
     ({"text": (0, 3)}, "sizes >= 1"),
     ({"split": "all"}, "split must be"),
+    ({"num_records": 10**12}, "num_records=1000000000000: takes .* of memory"),
+    ({"text": (10**9, 10**9)}, "num_records=64: takes .* of memory"),
   ],
 )
 def test_random_prompts_that_are_refused(options, message):

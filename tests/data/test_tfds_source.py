@@ -1,6 +1,9 @@
 """A tiny tfds builder, prepared and read without TensorFlow."""
 
 import io
+import os
+import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -50,6 +53,9 @@ def _png(pixels):
   Image.fromarray(pixels).save(buffer, "PNG")
   buffer.seek(0)
   return buffer
+
+
+PNG = _png(np.zeros((4, 4), np.uint8)).getvalue()
 
 
 def prepare(data_dir, file_format):
@@ -127,8 +133,114 @@ def test_an_unknown_set_names_the_nearest():
     data.load("tfds:tiny_colors")
 
 
+@pytest.fixture
+def damaged(data_dir, tmp_path):
+  """A copy of the prepared set, to be damaged, under a name that no code knows: all of it is read from its files."""
+  folder = tmp_path / "copy" / "foreign" / "1.0.0"
+  shutil.copytree(f"{data_dir}/tiny_colours/1.0.0", folder)
+  for path in folder.iterdir():
+    path.rename(folder / path.name.replace("tiny_colours", "foreign"))
+  change(folder / "dataset_info.json", ('"tiny_colours"', '"foreign"'))
+  return folder
+
+
+def read(folder):
+  dataset = data.load("tfds:foreign", data_dir=str(folder.parents[1]), image_size=6)
+  return data.examples(dataset, 12)
+
+
+def change(path, *edits):
+  text = path.read_text()
+  for old, new in edits:
+    assert old in text
+    text = text.replace(old, new)
+  path.write_text(text)
+
+
+def test_metadata_of_other_types_are_refused(damaged):
+  for name, old, new in (
+    ("dataset_info.json", '"12"', '"x"'),
+    ("dataset_info.json", '"12"', '"1000000000000"'),
+    ("dataset_info.json", '"1.0.0"', "7"),
+    ("dataset_info.json", '"splits": [', '"splits": [3, '),
+    ("dataset_info.json", '"train"', '"other"'),
+    ("dataset_info.json", "{", "["),
+    ("features.json", '"uint8"', '"uint9"'),
+    ("features.json", '"-1"', '"x"'),
+    ("features.json", "featuresDict", "image"),
+    ("features.json", "features_dict.FeaturesDict", "nothing.Like"),
+  ):
+    path = damaged / name
+    kept = path.read_text()
+    change(path, (old, new))
+    with pytest.raises(ValueError, match="tfds:|json|copy") as caught:
+      read(damaged)
+    assert "\n" not in str(caught.value), (old, new)
+    path.write_text(kept)
+  assert len(read(damaged)[0]) == 12
+
+
+def test_classes_are_bounded(damaged):
+  (damaged / "label.labels.txt").unlink()
+  change(damaged / "features.json", ('"numClasses": "3"', '"numClasses": "1000000000"'))
+  with pytest.raises(ValueError, match="expected 0 to 1,048,576 classes, got 1000000000"):
+    read(damaged)
+
+
+def test_no_module_is_imported_that_the_data_names(damaged):
+  change(damaged / "features.json", ("tensorflow_datasets.core.features.image_feature.Image", "this.Image"))
+  with pytest.raises(ValueError, match=r"features.json: 'this.Image' is not of tfds"):
+    read(damaged)
+  assert "this" not in sys.modules
+
+
+def test_files_that_are_none_are_not_opened(damaged):
+  for name in ("dataset_info.json", "features.json", "label.labels.txt", *(p.name for p in damaged.glob("*train*"))):
+    (damaged / name).rename(damaged.parents[2] / "kept")
+    os.mkfifo(damaged / name)
+    with pytest.raises(ValueError, match="expected a file, this is a pipe"):
+      read(damaged)
+    (damaged.parents[2] / "kept").replace(damaged / name)
+
+
+def test_damaged_shards_are_refused(damaged):
+  (shard,) = damaged.glob("*train*")
+  whole = shard.read_bytes()
+  shard.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+  with pytest.raises(ValueError, match=r"tfds:foreign: record [0-9]+ cannot be read: Corrupted"):
+    read(damaged)
+  shard.write_bytes(whole[:100])
+  with pytest.raises(ValueError, match="tfds:foreign: .*cannot be read"):
+    read(damaged)
+
+
+@pytest.mark.parametrize("key", ["image", "thumbnail"])
+def test_images_of_formats_that_start_programs_are_not_decoded(tmp_path, monkeypatch, key):
+  """Neither as the image that is wanted nor as another."""
+  postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 18\n%%EndComments\n"
+  monkeypatch.setattr(
+    sys.modules[__name__],
+    "_png",
+    lambda pixels: io.BytesIO(postscript if pixels.ndim == (3 if key == "image" else 2) else PNG),
+  )
+  opened = []
+  monkeypatch.setattr("PIL.EpsImagePlugin.EpsImageFile._open", lambda self: opened.append(self))
+  dataset = data.load("tfds:tiny_colours", data_dir=prepare(tmp_path, "parquet"), image_size=6)
+  if key == "image":
+    with pytest.raises(ValueError, match="cannot read the image of tfds:tiny_colours, record"):
+      data.examples(dataset, 12)
+  else:
+    assert data.examples(dataset, 12)[0].shape == (12, 6, 6, 3)
+  assert not opened
+
+
+def test_worker_processes_can_read(data_dir):
+  source = data.load("tfds:tiny_colours", data_dir=data_dir, image_size=6).records.source
+  np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[3]["x0"], source[3]["x0"])
+
+
 def test_tfrecord_is_refused(data_dir, monkeypatch):
-  def refuse(self, split):
+  def refuse(self, split, **options):
     raise NotImplementedError("tfrecord")
 
   monkeypatch.setattr(TinyColours, "as_data_source", refuse)
