@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -52,6 +53,14 @@ def environment():
   # One device, programs that compile fast, and those of the other runs of these tests.
   flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+def let_processes_hear():
+  """Signals that are ignored here (SIGINT in the background of a script, SIGHUP under nohup) are not where a process is
+  started from now on: it would inherit that, but not a handler that does nothing."""
+  for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+      signal.signal(number, lambda *_: None)
 
 
 def listening(*processes):
