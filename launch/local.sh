@@ -5,7 +5,9 @@
 #   launch/local.sh train FLAGS...         `pflow train` with these flags, started again when it dies, up to RESTARTS times
 #
 # A run resumes from its workdir, so starting it again loses nothing but the steps since its last checkpoint.
-# Told to end (SIGTERM, Ctrl-C), it has the run save first; a second Ctrl-C ends it at once.
+# Told to end (SIGTERM, SIGHUP, Ctrl-C), it has the run save first; a second Ctrl-C ends it at once.
+#
+# Codes: 0 done, 2 a mistake, 130 told to stop, 141 nobody reads what it prints; after any other it is started again.
 #
 # Settings of `train`, from the environment:
 #   PROCESSES=1   processes that train together; lines of all but process 0 begin with the process's number
@@ -13,13 +15,21 @@
 #   RESTARTS=3    how often a run that died is started again
 #   GRACE=60      seconds that the other processes have to end by themselves when one has died
 set -euo pipefail
-cd "$(dirname "$0")/.."
+unset CDPATH
+cd -- "$(dirname -- "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
+# Nobody may read what is said any more: that ends neither this script nor the run.
+trap : PIPE
+say() { echo "launch/local.sh: $1" >&2 || true; }
+
 mistake() {
-  echo "launch/local.sh: $1" >&2
+  say "$1"
   exit 2
 }
+
+# shellcheck source=/dev/null
+source launch/settings.sh
 
 demo() {
   local folder=${1:-runs/demo} seed=${2:-0} start=$SECONDS variant
@@ -39,13 +49,13 @@ signal_all() {
   for pid in $(jobs -rp); do kill "-$1" "$pid" 2>/dev/null || true; done
 }
 
-# Both signals are passed on as SIGTERM, for which a run with several processes listens.
+# All signals are passed on as SIGTERM, for which a run with several processes listens.
 stop() {
   stopped=$((stopped + 1))
   if [[ $1 == INT ]] && ((stopped > 1)); then
     signal_all KILL
   else
-    echo "launch/local.sh: told to stop; waiting for the run to save" >&2
+    say "told to stop; waiting for the run to save"
     signal_all TERM
   fi
 }
@@ -89,7 +99,7 @@ attempt() {
       if ((code == 2 || result == 0 || (code == 130 && result != 2))); then result=$code; fi
     done
     if ((${#pids[@]} && !killed)) && [[ $deadline ]] && ((SECONDS > deadline)); then
-      echo "launch/local.sh: ${#pids[@]} of $processes processes still run $grace s after one ended; killed" >&2
+      say "${#pids[@]} of $processes processes still run $grace s after one ended; killed"
       killed=1
       signal_all KILL
     fi
@@ -99,36 +109,38 @@ attempt() {
 }
 
 train() {
-  local tries=0 code=0 stopped=0 setting
+  local tries=0 code=0 stopped=0
   local processes=${PROCESSES:-1} restarts=${RESTARTS:-3} grace=${GRACE:-60}
-  for setting in PROCESSES DEVICES; do
-    [[ ${!setting:-1} =~ ^[1-9][0-9]*$ ]] || mistake "$setting: expected a whole number above 0, got '${!setting}'"
-  done
-  for setting in RESTARTS GRACE; do
-    [[ ${!setting:-0} =~ ^[0-9]+$ ]] || mistake "$setting: expected a whole number, got '${!setting}'"
-  done
+  whole_number PROCESSES "$processes" 1 1000
+  whole_number DEVICES "${DEVICES:-1}" 1 1000
+  whole_number RESTARTS "$restarts" 0 1000000
+  whole_number GRACE "$grace" 0 1000000
   if [[ ${DEVICES:-} ]]; then
     export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES"
     export JAX_PLATFORMS=cpu
   fi
   trap 'stop TERM' TERM
   trap 'stop INT' INT
+  trap 'stop HUP' HUP
   while true; do
     code=0
     attempt "$@" || code=$?
     # Told to stop before it could listen, a process dies of the signal.
     if ((stopped && code != 0 && code != 2)); then code=130; fi
-    # 2 is a mistake that another try would only repeat, 130 a run that was told to stop.
-    if ((code == 0 || code == 2 || code == 130 || tries >= restarts)); then exit "$code"; fi
+    # 2 is a mistake that another try would only repeat, 130 a run that was told to stop, 141 one whose reader went away.
+    if ((code == 0 || code == 2 || code == 130 || code == 141 || tries >= restarts)); then exit "$code"; fi
     tries=$((tries + 1))
-    echo "launch/local.sh: training ended with code $code; restart $tries of $restarts" >&2
+    say "training ended with code $code; restart $tries of $restarts"
   done
 }
 
 case "${1:-}" in
-  demo | train) "$@" ;;
+  demo | train)
+    command -v pflow >/dev/null || mistake "pflow is not installed here: make demo does it, or pip install -e ."
+    "$@"
+    ;;
   *)
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' launch/local.sh
     exit 2
     ;;
 esac

@@ -23,16 +23,19 @@
 #   RESTARTS=3   how often a run that died is started again in one job
 #   REQUEUE=1    0: at its time limit and when preempted the job ends instead of going back into the queue
 set -euo pipefail
+unset CDPATH
+
+# Nobody may read what is said any more: that ends neither this script nor the run.
+trap : PIPE
+say() { echo "launch/slurm.sh: $1" >&2 || true; }
 
 mistake() {
-  echo "launch/slurm.sh: $1" >&2
+  say "$1"
   exit 2
 }
 
-say() { echo "launch/slurm.sh: $1" >&2; }
-
 usage() {
-  sed -n '/^# Runs/,/^[^#]/s/^# \{0,1\}//p' "$0"
+  sed -n '/^# Runs/,/^[^#]/s/^# \{0,1\}//p' -- "$0"
   exit 2
 }
 
@@ -46,23 +49,32 @@ shift
 if [[ -z ${SLURM_JOB_ID:-} ]] && ((!dry)); then
   mistake "not inside a SLURM allocation (SLURM_JOB_ID is not set); submit it: sbatch launch/slurm.sh train FLAGS..."
 fi
-restarts=${RESTARTS:-3}
-[[ $restarts =~ ^[0-9]+$ ]] || mistake "RESTARTS: expected a whole number, got '$restarts'"
 
 # sbatch runs a copy of this file from a folder of its own.
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(dirname -- "$0")/..
 if [[ ! -e $root/launch/slurm.sh ]]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi
-[[ -e $root/launch/slurm.sh ]] || mistake "$root is not the project's folder; submit from there"
-cd "$root"
+[[ -e $root/launch/slurm.sh ]] || mistake "${root@Q} is not the project's folder; submit from there"
+cd -- "$root"
 export PATH="$PWD/.venv/bin:$PATH"
+# shellcheck source=/dev/null
+source launch/settings.sh
 
-step=(srun --kill-on-bad-exit=1 "--nodes=${SLURM_JOB_NUM_NODES:-1}" "--ntasks=${SLURM_JOB_NUM_NODES:-1}")
-step+=(--ntasks-per-node=1)
+restarts=${RESTARTS:-3}
+whole_number RESTARTS "$restarts" 0 1000000
+requeue=$(switch REQUEUE "${REQUEUE:-1}")
+nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-0}
+whole_number SLURM_JOB_NUM_NODES "$nodes" 1 100000
+whole_number SLURM_GPUS_ON_NODE "$gpus" 0 1000
+whole_number SLURM_CPUS_PER_TASK "${SLURM_CPUS_PER_TASK:-1}" 1 100000
+matches "${SLURM_JOB_ID:-1}" '[1-9][0-9]{0,11}' || refuse SLURM_JOB_ID "a job's number" "$SLURM_JOB_ID"
+whole_number SLURM_RESTART_COUNT "${SLURM_RESTART_COUNT:-0}" 0 1000000
+
+step=(srun --kill-on-bad-exit=1 "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1)
 # Since SLURM 22.05 srun does not take this over from sbatch by itself.
 if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
-if [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9][0-9]*$ ]]; then
+if ((gpus)); then
   # Under SLURM, JAX gives each process one GPU unless told otherwise.
-  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
   export JAX_LOCAL_DEVICE_IDS
 fi
 
@@ -87,11 +99,15 @@ tries=0
 step+=(bash -c "$(declare -f task); task \"\$@\"" task)
 
 if ((dry)); then
-  if [[ ${JAX_LOCAL_DEVICE_IDS:-} ]]; then echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"; fi
+  if ((gpus)); then echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"; fi
   printf '%q ' "${step[@]}" "$(left)" pflow train "$@"
   printf '\n# at the time limit and when preempted: scontrol requeue %s\n' "${SLURM_JOB_ID:-JOB}"
   exit 0
 fi
+
+for tool in srun pflow; do
+  command -v "$tool" >/dev/null || mistake "there is no $tool here; pflow is installed by pip install -e . in the project"
+done
 
 told=''
 tell() {
@@ -128,14 +144,14 @@ while true; do
   state=$(job)
   # A job that is cancelled is not running any more. One that is preempted may be told through its steps alone.
   if [[ $state == *preempted || ($told && $state == RUNNING) ]]; then
-    if [[ ${REQUEUE:-1} != 0 ]]; then
+    if ((requeue)); then
       say "ended with code $code at the time limit or preempted; back into the queue"
       scontrol requeue "$SLURM_JOB_ID" || say "SLURM did not take it back; submit it again: the run resumes"
     fi
     exit 130
   fi
   if [[ $told || $state != RUNNING ]]; then exit 130; fi
-  if ((code == 130 || tries >= restarts)); then exit "$code"; fi
+  if ((code == 130 || code == 141 || tries >= restarts)); then exit "$code"; fi
   tries=$((tries + 1))
   say "training ended with code $code; restart $tries of $restarts"
 done

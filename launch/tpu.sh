@@ -12,7 +12,7 @@
 #
 # Settings, as flags or as environment variables in upper case (NAME, ZONE, ..., SPOT=1):
 #   --name NAME --zone ZONE    always needed
-#   --type TYPE                v5litepod-256, v5p-128, v6e-64, ...: needed by create and run
+#   --type TYPE                v5e-256 (for gcloud: v5litepod-256), v5p-128, v6e-64, ...: needed by create and run
 #   --project PROJECT          default: gcloud's
 #   --version VERSION          runtime; default: the one for the type
 #   --slices N                 N slices, NAME-0 to NAME-(N-1), as one queued resource; default 1
@@ -35,10 +35,16 @@
 # than one worker. Ctrl-C leaves a run going. gcloud reaches several workers only after
 #   ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
+unset CDPATH
+cd -- "$(dirname -- "$0")/.."
+# shellcheck source=/dev/null
+source launch/settings.sh
 
-# Messages go where errors went at the start, also from a trap in the middle of a command that is redirected.
+# Messages go where errors went at the start, also from a trap in the middle of a command that is redirected. That
+# nobody reads them any more does not end what watches a run.
 exec 3>&1 4>&2
-say() { echo "launch/tpu.sh: $*" >&4; }
+trap : PIPE
+say() { printable <<<"launch/tpu.sh: $*" 2>/dev/null >&4 || true; }
 
 mistake() {
   say "$@"
@@ -51,7 +57,7 @@ fail() {
 }
 
 usage() {
-  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' launch/tpu.sh
   exit 2
 }
 
@@ -59,12 +65,12 @@ usage() {
 
 # ---- Settings.
 
-yes() { if [[ $1 && $1 != 0 && $1 != false ]]; then echo 1; else echo 0; fi; }
-
 name=${NAME:-} zone=${ZONE:-} project=${PROJECT:-} type=${TYPE:-} version=${VERSION:-} slices=${SLICES:-1}
-prepare=${PREPARE:-}
-network=${NETWORK:-} subnetwork=${SUBNETWORK:-} internal=$(yes "${INTERNAL_IPS:-}")
-spot=$(yes "${SPOT:-}") reserved=$(yes "${RESERVED:-}") queued=$(yes "${QUEUED:-}")
+prepare=${PREPARE:-} network=${NETWORK:-} subnetwork=${SUBNETWORK:-}
+internal=$(switch INTERNAL_IPS "${INTERNAL_IPS:-}")
+spot=$(switch SPOT "${SPOT:-}")
+reserved=$(switch RESERVED "${RESERVED:-}")
+queued=$(switch QUEUED "${QUEUED:-}")
 restarts=${RESTARTS:-10} poll=${POLL:-30} grace=${GRACE:-120}
 command='' worker='' slice=0 dry=0 sure=0 flags=()
 
@@ -96,7 +102,7 @@ while (($#)); do
     *)
       if [[ ! $1 =~ ^($valued)$ ]]; then
         if [[ $1 == help || $1 == --help || $1 == -h ]]; then usage; fi
-        mistake "there is no command or setting '$1'; launch/tpu.sh help lists them"
+        mistake "there is no command or setting ${1@Q}; launch/tpu.sh help lists them"
       fi
       (($# > 1)) || mistake "$1 needs a value"
       printf -v "${1#--}" '%s' "$2"
@@ -107,7 +113,7 @@ while (($#)); do
 done
 
 if [[ -z $command ]]; then usage; fi
-if [[ $command != run ]] && ((${#flags[@]})); then mistake "'${flags[0]}': only run takes flags of pflow"; fi
+if [[ $command != run ]] && ((${#flags[@]})); then mistake "${flags[0]@Q}: only run takes flags of pflow"; fi
 for flag in "${flags[@]}"; do
   if [[ $flag =~ ^--worker(=|$) ]]; then
     worker=$flag
@@ -116,8 +122,8 @@ for flag in "${flags[@]}"; do
   fi
 done
 case "$command:$worker" in
-  logs:*[!0-9]*) mistake "--worker: expected a number, got '$worker'" ;;
-  logs:* | *: | run:all) ;;
+  logs:?*) whole "$worker" 0 1000000 || refuse --worker 'a number, as status shows it' "$worker" ;;
+  *: | run:all) ;;
   run:*) mistake "run takes no --worker: a program has to run on all workers of a TPU, else those that have it wait" ;;
   *) mistake "--worker is a setting of logs" ;;
 esac
@@ -127,13 +133,24 @@ done
 if [[ $command == create || $command == run ]] && [[ -z $type ]]; then
   mistake "--type is missing (or TYPE in the environment), for example --type v5litepod-16"
 fi
-[[ $slices =~ ^[1-9][0-9]*$ ]] || mistake "--slices: expected a whole number above 0, got '$slices'"
-if [[ ! $slice =~ ^[0-9]+$ ]] || ((slice >= slices)); then
-  mistake "--slice: expected a number below $slices, got '$slice'"
-fi
+# Names that gcloud takes; a flag or a path would be read as something else.
+known() { # NAME VALUE PATTERN EXPECTED
+  [[ -z $2 ]] || matches "$2" "$3" || refuse "$1" "$4" "$2"
+}
+known --name "$name" '[a-z]([-a-z0-9]{0,60}[a-z0-9])?' 'up to 62 lower-case letters, digits and dashes, a letter first'
+known --zone "$zone" '[a-z][-a-z0-9]{0,60}' 'a zone, such as us-west4-a'
+known --project "$project" '[a-z0-9][-a-z0-9.:]{0,100}' "a project's id"
+known --version "$version" '[a-z][-a-z0-9._]{0,100}' 'a runtime version, such as v2-alpha-tpuv6e'
+known --network "$network" '[a-z][-a-z0-9._:/]{0,300}' 'the name of a network'
+known --subnetwork "$subnetwork" '[a-z][-a-z0-9._:/]{0,300}' 'the name of a subnetwork'
+if [[ $type ]]; then type=$(accelerator --type "$type"); fi
+whole_number --slices "$slices" 1 256
+whole_number --slice "$slice" 0 $((slices - 1))
+whole_number RESTARTS "$restarts" 0 1000000
+whole_number GRACE "$grace" 0 1000000
+matches "$poll" '(0|[1-9][0-9]{0,5})(\.[0-9]{1,3})?' || refuse POLL 'seconds, such as 30 or 0.5' "$poll"
 # Found here, it costs no TPU.
-bash -nc "$prepare" 2>/dev/null || mistake "--prepare: bash cannot read it: $prepare"
-[[ $restarts =~ ^[0-9]+$ ]] || mistake "RESTARTS: expected a whole number, got '$restarts'"
+bash -n -c -- "$prepare" 2>/dev/null || mistake "--prepare: bash cannot read it: $prepare"
 if ((spot && reserved)); then mistake "--spot and --reserved exclude each other"; fi
 if ((slices > 1)); then queued=1; fi
 
@@ -152,8 +169,15 @@ fi
 
 where=("--zone=$zone")
 if [[ $project ]]; then where+=("--project=$project"); fi
-reach=()
-if ((internal)); then reach=(--internal-ip); fi
+placement=() reach=()
+if ((spot)); then placement+=(--spot); fi
+if ((reserved)); then placement+=(--reserved); fi
+if [[ $network ]]; then placement+=("--network=$network"); fi
+if [[ $subnetwork ]]; then placement+=("--subnetwork=$subnetwork"); fi
+if ((internal)); then
+  placement+=(--internal-ips)
+  reach=(--internal-ip)
+fi
 # Without these, a connection to a machine that is gone would never end.
 ssh_flags=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4)
 
@@ -161,32 +185,38 @@ if ((!dry)) && ! command -v gcloud >/dev/null; then
   mistake "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
 fi
 
-cd "$(dirname "$0")/.."
+[[ -d ${TMPDIR:=/tmp} && -w $TMPDIR ]] || refuse TMPDIR 'a folder that can be written to' "$TMPDIR"
 temporary=$(mktemp -d)
-trap 'rm -rf "$temporary"' EXIT
+trap 'rm -rf -- "$temporary"' EXIT
 
-# The same settings, for a command to be pasted.
+# Prints words as a command that can be pasted.
+words() {
+  local word quoted line=''
+  for word in "$@"; do
+    printf -v quoted %q "$word"
+    if [[ $quoted == "$word" ]]; then line+="$word "; else line+="${word@Q} "; fi
+  done
+  echo "$line"
+}
+
+# A command with the same settings.
 call() {
-  local settings="--name=$name --zone=$zone"
-  if [[ $project ]]; then settings+=" --project=$project"; fi
-  if ((slices > 1)); then settings+=" --slices=$slices"; elif ((queued)); then settings+=" --queued"; fi
-  if [[ $prepare && $1 == setup ]]; then settings+=" --prepare=${prepare@Q}"; fi
-  echo "launch/tpu.sh $1 $settings"
+  local settings=("--name=$name" "--zone=$zone")
+  if [[ $project ]]; then settings+=("--project=$project"); fi
+  if ((slices > 1)); then settings+=("--slices=$slices"); elif ((queued)); then settings+=(--queued); fi
+  if [[ $1 == create ]]; then
+    settings+=("--type=$type" "--version=$version" "${placement[@]}")
+  elif ((internal)); then
+    settings+=(--internal-ips)
+  fi
+  if [[ $prepare && $1 == setup ]]; then settings+=("--prepare=$prepare"); fi
+  words launch/tpu.sh "$1" "${settings[@]}" | sed 's/ $//'
 }
 
 # ---- The TPU.
 
-# Prints a command so that it can be pasted.
-show() {
-  local word
-  for word in "$@"; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=,@+-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
-  done >&3
-  echo >&3
-}
-
 cloud() {
-  if ((dry)); then show gcloud compute tpus "$@"; else gcloud compute tpus "$@" </dev/null 3>&- 4>&-; fi
+  if ((dry)); then words gcloud compute tpus "$@" >&3; else gcloud compute tpus "$@" </dev/null 3>&- 4>&-; fi
 }
 
 # Prints one property of a tpu-vm or of queued-resources, NOT_FOUND where there is none, or, in a dry run, $4.
@@ -194,8 +224,8 @@ look() {
   if ((dry)); then
     cloud "$1" describe "$2" "${where[@]}" "--format=$3"
     echo "$4"
-  elif ! cloud "$1" describe "$2" "${where[@]}" "--format=$3" 2>"$temporary/look"; then
-    grep -qi 'not.found' "$temporary/look" || { cat "$temporary/look" >&2 && return 1; }
+  elif ! cloud "$1" describe "$2" "${where[@]}" "--format=$3" 2>"$temporary/look" | printable; then
+    grep -qi 'not.found' "$temporary/look" || { printable <"$temporary/look" >&2 && return 1; }
     echo NOT_FOUND
   fi
 }
@@ -259,12 +289,7 @@ make() {
   else
     what=(tpu-vm create "$name" "${where[@]}" "--accelerator-type=$type" "--version=$version")
   fi
-  if ((spot)); then what+=(--spot); fi
-  if ((reserved)); then what+=(--reserved); fi
-  if [[ $network ]]; then what+=("--network=$network"); fi
-  if [[ $subnetwork ]]; then what+=("--subnetwork=$subnetwork"); fi
-  if ((internal)); then what+=(--internal-ips); fi
-  cloud "${what[@]}" && await
+  cloud "${what[@]}" "${placement[@]}" && await
 }
 
 remove() {
@@ -282,8 +307,10 @@ remove() {
 
 worker_script='bash ~/pflow/src/launch/tpu_worker.sh'
 
+# What a worker writes goes through `printable`, both of its outputs.
 remote() { # NODE WORKER COMMAND
-  cloud tpu-vm ssh "$1" "${where[@]}" "--worker=$2" "${reach[@]}" "${ssh_flags[@]}" "--command=$3"
+  local what=(tpu-vm ssh "$1" "${where[@]}" "--worker=$2" "${reach[@]}" "${ssh_flags[@]}" "--command=$3")
+  { cloud "${what[@]}" 2>&1 >&5 5>&- | printable >&2; } 5>&1 | printable
 }
 
 # Runs a command on all workers, of all slices at once; fails if it fails on one.
@@ -311,7 +338,7 @@ survey() {
     : >"$temporary/survey"
     return
   fi
-  { everywhere "$ask" 2>"$temporary/errors" || true; } | { grep '^pflow-worker ' || true; } |
+  { everywhere "$ask" 2>"$temporary/errors" || true; } | { grep -a '^pflow-worker ' || true; } |
     sort -V >"$temporary/survey"
   (($(wc -l <"$temporary/survey") >= (workers ? workers : slices)))
 }
@@ -328,7 +355,7 @@ judge() {
     fi
     closed=$((closed + 1))
     # Without a code, it went with its machine.
-    if [[ $state != ended ]]; then detail=1; fi
+    if [[ $state != ended ]] || ! whole "$detail" 0 255; then detail=1; fi
     if ((detail == 2 || code == 0 || (detail == 130 && code != 2))); then code=$detail; fi
   done <"$temporary/survey"
 }
@@ -337,7 +364,7 @@ install() { # REVISION
   local node archive=$temporary/pflow.tar.gz
   if ((dry)); then
     archive=/tmp/pflow.tar.gz
-    show git archive --format=tar.gz --output="$archive" "$1"
+    words git archive --format=tar.gz --output="$archive" "$1" >&3
   else
     git archive --format=tar.gz --output="$archive" "$1" || return 1
   fi
@@ -438,7 +465,8 @@ run() {
     mistake "$name is ${now#* }, not ready: $(call create). A TPU of several slices needs its --slices here too"
   fi
   for node in "${nodes[@]}"; do
-    count=$(look tpu-vm "$node" 'value(networkEndpoints.len())' 0) || fail "gcloud cannot tell the workers of $node"
+    count=$(look tpu-vm "$node" 'value(networkEndpoints.len())' 1) || fail "gcloud cannot tell the workers of $node"
+    whole "$count" 1 100000 || fail "gcloud cannot tell the workers of $node: it answers ${count@Q} for their number"
     workers=$((workers + count))
   done
   if [[ $workdir != gs://* ]]; then
@@ -458,7 +486,7 @@ run() {
   judge
   if ((open)); then mistake "a program runs there already; follow it: $(call logs), or end it: $(call stop)"; fi
   revision=$(awk '{ print $6 }' "$temporary/survey" | sort -u)
-  if [[ ! $revision =~ ^[0-9a-f]+$ ]]; then mistake "not all workers are set up alike: $(call setup)"; fi
+  if ! matches "$revision" '[0-9a-f]{7,64}'; then mistake "not all workers are set up alike: $(call setup)"; fi
   git cat-file -e "$revision^{commit}" 2>/dev/null ||
     mistake "the workers have commit $revision, which is unknown here: $(call setup)"
 

@@ -9,6 +9,7 @@
 #   stop [SECONDS]    has the program save and end, and waits for it
 #   kill              ends the program at once
 set -euo pipefail
+export HOME=${HOME:-~}
 home=$HOME/pflow
 mkdir -p "$home"
 cd "$home"

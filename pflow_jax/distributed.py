@@ -2,15 +2,23 @@
 
 Everything after `join` is JAX's own distributed runtime. A process that dies takes the others with it: they notice a
 broken connection at once and silence after HEARTBEAT seconds, and end with what the runtime says of it.
+
+The runtime asks nobody who he is. So each process listens on one address alone, of the interface that faces process 0:
+JAX's own choice is all interfaces for the runtime, and whatever the host's name leads to for collectives of CPUs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
+import ipaddress
 import os
+import re
+import socket
 import sys
 import threading
+import time
 from typing import Any
 
 import jax
@@ -56,9 +64,7 @@ def join(
     assert coordinator is not None
     assert num_processes is not None
     assert process_id is not None
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-      raise ValueError(f"--coordinator: expected host:port of process 0, got {coordinator!r}")
+    _split(coordinator)
     if not 0 <= process_id < num_processes:
       raise ValueError(f"--process_id: expected 0 <= process_id < {num_processes}, got {process_id}")
     what = f"process {process_id} of {num_processes} at {coordinator}"
@@ -69,21 +75,23 @@ def join(
   gave_up.daemon = True
   gave_up.start()
   try:
+    if coordinator is None:
+      coordinator, num_processes, process_id = _detected(timeout)
+    host, port = _split(coordinator)
+    host = _as_others_see(host)
+    own = _facing(host)
     # Ours is the message to come first: at its own time-out the runtime aborts with a C++ stack trace.
     jax.distributed.initialize(
-      coordinator,
+      _joined(host, port),
       num_processes,
       process_id,
       initialization_timeout=timeout + 60,
       heartbeat_timeout_seconds=HEARTBEAT,
       shutdown_timeout_seconds=SHUTDOWN,
+      coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or _joined(own, port),
     )
+    _collect_on(own)
     jax.devices()  # the runtime's exchange of devices, which waits for all as well
-  except ValueError as error:
-    raise ValueError(
-      f"{error} JAX does not know how the processes find each other here: give --coordinator, --num_processes and "
-      "--process_id, or --num_processes=1 for a process alone"
-    ) from error
   finally:
     gave_up.cancel()
   print(
@@ -119,8 +127,95 @@ def _give_up(what: str, timeout: int) -> None:
   os._exit(1)  # the main thread is inside of the runtime
 
 
+def _detected(timeout: int) -> tuple[str, int, int]:
+  """Coordinator, number of processes and number of this one, as JAX finds them out on TPU VMs and under SLURM."""
+  # Asked here and not by `initialize`, which would not tell in time on which address to listen.
+  from jax._src.clusters import ClusterEnv
+
+  unset = (os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout)
+  problem = ""
+  try:
+    coordinator, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(*unset)
+    if coordinator is not None and num_processes is not None and process_id is not None:
+      return coordinator, num_processes, process_id
+  except ValueError as error:
+    problem = f"{error}: "
+  raise ValueError(
+    f"{problem}JAX does not know how the processes find each other here: give --coordinator, --num_processes and "
+    "--process_id, or --num_processes=1 for a process alone"
+  )
+
+
+def _split(coordinator: str) -> tuple[str, str]:
+  """Host and port of "host:port"; an IPv6 address is in brackets there, and is not here."""
+  parts = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+):([0-9]{1,5})", coordinator)
+  if not parts or not 0 < int(parts[2]) < 2**16:
+    raise ValueError(f"--coordinator: expected host:port of process 0, got {coordinator!r}")
+  host = parts[1].strip("[]")
+  if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
+    raise ValueError(f"--coordinator: expected an address at which the others reach process 0, got {coordinator!r}")
+  return host, parts[2]
+
+
+def _joined(host: str, port: str) -> str:
+  return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_address(host: str) -> bool:
+  try:
+    return bool(ipaddress.ip_address(host))
+  except ValueError:
+    return False
+
+
+def _addresses(host: str) -> list[str]:
+  """IPv4 before IPv6. Waits for a name that is not known yet, as those of containers are until they run."""
+  while True:
+    try:
+      found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+      return sorted(found, key=lambda address: (":" in address, address))
+    except socket.gaierror:
+      time.sleep(1)
+
+
+def _as_others_see(host: str) -> str:
+  """`host`, but an address for the name of this machine where that leads to loopback, as it does on many machines."""
+  if _is_address(host) or "localhost" in host:
+    return host
+  if all(ipaddress.ip_address(address).is_loopback for address in _addresses(host)):
+    for outside in ("198.51.100.1", "2001:db8::1"):  # in no network: the way there is the way out
+      with contextlib.suppress(OSError):
+        return _facing(outside)
+  return host
+
+
+def _facing(host: str) -> str:
+  """The address of this machine's interface on the way to `host`."""
+  address = _addresses(host)[0]
+  if ipaddress.ip_address(address).is_loopback:
+    return address
+  with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as way:
+    way.connect((address, 9))  # sends nothing
+    return str(way.getsockname()[0])
+
+
+def _collect_on(address: str) -> None:
+  """Has this process's collectives of CPUs listen on `address`."""
+  from jax._src import distributed, xla_bridge
+  from jax._src.lib import _jax
+  from jax.extend.backend import register_backend_factory
+
+  def cpu() -> Any:
+    client = distributed.global_state.client
+    return xla_bridge.make_cpu_client(_jax.make_gloo_tcp_collectives(distributed_client=client, hostname=address))
+
+  if jax.config.jax_cpu_collectives_implementation == "gloo":  # type: ignore[attr-defined]
+    register_backend_factory("cpu", cpu, priority=0, fail_quietly=False)
+
+
 def _in_slurm_step() -> bool:
-  return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+  tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+  return "SLURM_PROCID" in os.environ and tasks.isdecimal() and int(tasks) > 1
 
 
 def _on_tpu() -> bool:

@@ -43,6 +43,14 @@ def golden():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def signals():
+  """Processes that a test starts hear the signals that it sends, also where this one was told to ignore them."""
+  from tests.programs import let_processes_hear
+
+  let_processes_hear()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
   """The runs of all tests share their compiled programs, in this process and in those it starts."""
   folder = str(tmp_path_factory.getbasetemp().parent / "xla")

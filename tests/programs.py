@@ -3,11 +3,13 @@
 import importlib.util
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import psutil
 from ml_collections import ConfigDict
 
 from pflow_jax import data, workdir
@@ -51,6 +53,22 @@ def environment():
   # One device, programs that compile fast, and those of the other runs of these tests.
   flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+def let_processes_hear():
+  """Signals that are ignored here (SIGINT in the background of a script, SIGHUP under nohup) are not where a process is
+  started from now on: it would inherit that, but not a handler that does nothing."""
+  for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+      signal.signal(number, lambda *_: None)
+
+
+def listening(*processes):
+  """Where processes listen, given by their ids: {("127.0.0.1", 8000), ...}."""
+  sockets = [socket for process in processes for socket in psutil.Process(process).net_connections("inet")]
+  found = [socket.laddr for socket in sockets if socket.status == psutil.CONN_LISTEN]
+  # gRPC has sockets of IPv6 alone: ::ffff:127.0.0.1
+  return {(at.ip.removeprefix("::ffff:"), at.port) for at in found}
 
 
 def write_pretrained(values, folder, seed=0):

@@ -32,10 +32,10 @@ def project(tmp_path):
   )
   stand_in.chmod(0o755)
 
-  def run(*args, codes=(), **env):
+  def run(*args, codes=(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **env):
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
     script = tmp_path / "launch" / "local.sh"
-    run = subprocess.run(["bash", script, *args], capture_output=True, text=True, env=os.environ | env)
+    run = subprocess.run(["bash", script, *args], stdout=stdout, stderr=stderr, text=True, env=os.environ | env)
     calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
     return run, calls
 
@@ -54,10 +54,25 @@ def test_restarts_end(project):
   assert (run.returncode, len(calls)) == (137, 3)
 
 
-@pytest.mark.parametrize("code", [2, 130])
+@pytest.mark.parametrize("code", [2, 130, 141])
 def test_mistakes_and_requested_stops_are_not_repeated(project, code):
   run, calls = project("train", codes=[code, 0])
   assert (run.returncode, len(calls)) == (code, 1)
+
+
+def test_a_closed_output_does_not_end_what_watches_a_run(project):
+  reader, writer = os.pipe()
+  os.close(reader)
+  run, calls = project("train", codes=[1, 137, 0], stdout=writer, stderr=writer)
+  os.close(writer)
+  assert (run.returncode, len(calls)) == (0, 3)
+
+
+def test_a_machine_without_pflow(project, tmp_path):
+  (tmp_path / ".venv" / "bin" / "pflow").unlink()
+  run, _ = project("train", PATH="/usr/bin:/bin")
+  assert run.returncode == 2
+  assert "pflow is not installed here" in run.stderr
 
 
 def test_other_failures_are_tried_again(project):
@@ -267,7 +282,7 @@ def test_a_mistake_goes_before_a_stop_and_a_stop_before_a_failure(stage, ends, c
   assert len(stage.read("pflow/p0")) == tries
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_reaches_all_processes_which_save(stage, number, processes):
   for i in range(processes):
@@ -370,7 +385,7 @@ def test_slurm_finds_the_project_from_the_copy_that_sbatch_makes(stage, tmp_path
 
 @pytest.mark.parametrize(
   ("ends", "code", "tries"),
-  [(("1", "137", "0"), 0, 3), (("2",), 2, 1), (("130",), 130, 1), (("1",) * 9, 1, 4)],
+  [(("1", "137", "0"), 0, 3), (("2",), 2, 1), (("130",), 130, 1), (("141",), 141, 1), (("1",) * 9, 1, 4)],
 )
 def test_slurm_restarts_what_died(stage, ends, code, tries):
   stage.write("plan/p0", *(f"exit {end}" for end in ends))
@@ -516,6 +531,7 @@ def pod(set_up, tmp_path):
   ("settings", "command"),
   [
     ("--type=v5litepod-16", "tpu-vm create pod --zone=z --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite"),
+    ("--type=v5e-16", "tpu-vm create pod --zone=z --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite"),
     (
       "--type=v5p-8 --spot --project p",
       "tpu-vm create pod --zone=z --project=p --accelerator-type=v5p-8 --version=v2-alpha-tpuv5 --spot",
@@ -1069,6 +1085,8 @@ def test_tpu_delete_asks_first_and_takes_a_queued_resource_with_its_nodes(cloud)
     (("create", "--name=n", "--zone=z"), "--type is missing"),
     (("start", *POD), "no command or setting 'start'"),
     (("create", *POD, "--nam=x"), "no command or setting '--nam=x'"),
+    (("create", *POD, "--type=v99"), "--type: expected v5e-N (which is v5litepod-N) or v6e-N with N of 1 4 8 16"),
+    (("create", *POD, "--type=v5e-7"), "--type: expected v5litepod-N with N of 1 4 8 16"),
     (("create", *POD, "--spot", "--reserved"), "exclude each other"),
     (("create", *POD, "--slices=0"), "--slices"),
     (("logs", *POD, "--worker=all"), "expected a number"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pflow_jax.checkpoint import load_params, newest_step
-from tests.programs import ROOT, command, environment
+from tests.programs import ROOT, command, environment, listening
 
 FLAGS = (
   "--config=configs/checkerboard.py:teacher,quicktest",
@@ -110,6 +110,12 @@ def assert_same(a, b):
     np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
 
 
+def children_of(local):
+  """Ids of the pflow processes of a launch/local.sh."""
+  found = subprocess.run(["pgrep", "-f", "-P", str(local), "--", "--process_id="], capture_output=True, text=True)
+  return [int(pid) for pid in found.stdout.split()]
+
+
 def test_stopped_together_and_resumed_on_other_machines(tmp_path):
   """SIGTERM to one of two processes; then one process and four go on to what an undisturbed run comes to."""
   workdir = tmp_path / "run"
@@ -176,6 +182,26 @@ def test_a_mistake_ends_all_of_them(tmp_path):
     assert "config.train.batch_size: expected a multiple" in two.log(0) + two.log(1)
 
 
+def test_processes_of_one_machine_listen_on_loopback_alone(tmp_path):
+  flags = (*FLAGS, "--config.train.steps=1000000", f"--workdir={tmp_path}/run")
+  log = tmp_path / "log"
+  with log.open("w") as out:
+    args = ["bash", "launch/local.sh", "train", *flags]
+    local = subprocess.Popen(args, stdout=out, stderr=out, cwd=ROOT, env=environment() | {"PROCESSES": "2"})
+  try:
+    wait_for(lambda: log.read_text().count("a mesh of 2 devices") == 2)
+    found = listening(*children_of(local.pid))
+    port = int(re.search(r"2 at 127.0.0.1:(\d+)", log.read_text())[1])
+    assert ("127.0.0.1", port) in found
+    assert {host for host, _ in found} == {"127.0.0.1"}
+  finally:
+    left = children_of(local.pid)
+    local.kill()
+    for pid in left:
+      os.kill(pid, signal.SIGKILL)
+    local.wait()
+
+
 def test_no_run_is_lost_to_twenty_kills(tmp_path):
   """One of two processes is killed at a random moment, twenty times, half of them after it has begun to train."""
   workdir, draw = tmp_path / "run", random.Random(0)
@@ -186,18 +212,13 @@ def test_no_run_is_lost_to_twenty_kills(tmp_path):
     args = ["bash", "launch/local.sh", "train", *flags, f"--config.train.steps={steps}"]
     return subprocess.Popen(args, stdout=log, stderr=log, cwd=ROOT, env=env)
 
-  def processes(parent):
-    """Ids of the pflow processes of a launch/local.sh."""
-    found = subprocess.run(["pgrep", "-f", "-P", str(parent), "--", "--process_id="], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
-
   with (tmp_path / "log").open("w") as log:
     local = start(1_000_000, log)
     try:
       gone = set()
       for i in range(20):
-        wait_for(lambda: len(set(processes(local.pid)) - gone) == 2)
-        victims, before = processes(local.pid), steps_logged(workdir)
+        wait_for(lambda: len(set(children_of(local.pid)) - gone) == 2)
+        victims, before = children_of(local.pid), steps_logged(workdir)
         if i % 2 == 0:
           time.sleep(draw.uniform(0, 6))  # importing, joining, compiling, restoring
         else:
@@ -210,7 +231,7 @@ def test_no_run_is_lost_to_twenty_kills(tmp_path):
       assert local.wait(2 * MINUTE) == 130, (tmp_path / "log").read_text()[-3000:]
     finally:
       if local.poll() is None:
-        left = processes(local.pid)
+        left = children_of(local.pid)
         local.kill()
         for pid in left:
           os.kill(pid, signal.SIGKILL)
