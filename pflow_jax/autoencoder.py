@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -17,9 +16,11 @@ from PIL import Image
 
 from pflow_jax.convert import qwen_vae, vae
 from pflow_jax.convert.check import check_tensors
+from pflow_jax.convert.fields import check_sizes, read_fields
 from pflow_jax.convert.models import flat_shapes
 from pflow_jax.convert.table import to_flax, torch_shapes_of
 from pflow_jax.convert.tensors import open_tensors
+from pflow_jax.foreign import read_json, shown
 from pflow_jax.models.qwen_vae import QwenVAE
 from pflow_jax.models.vae import AutoencoderKL
 
@@ -72,15 +73,12 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   path = pathlib.Path(folder)
   path = path / "vae" if (path / "vae").is_dir() else path
   file = path / "config.json"
-  if not file.is_file():
+  if not file.exists():
     raise ValueError(f"{folder}: expected an autoencoder of diffusers, config.json here or in the folder vae")
-  try:
-    config = json.loads(file.read_text(encoding="utf-8"))
-    name = config.get("_class_name")
-  except (ValueError, AttributeError) as error:
-    raise ValueError(f"{file}: expected JSON, got {error}") from error
-  if name not in CLASSES:
-    raise ValueError(f"{file}: expected an autoencoder of {sorted(CLASSES)}, got {name!r}")
+  config = read_json(file)
+  name = config.get("_class_name")
+  if not isinstance(name, str) or name not in CLASSES:
+    raise ValueError(f"{file}: expected an autoencoder of {sorted(CLASSES)}, got {shown(name)}")
   kind, table = CLASSES[name]
   attributes = table.model_from_config(config)
   module = kind(**attributes, dtype=jnp.dtype(dtype))
@@ -88,6 +86,7 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   tensors = open_tensors(path)
   rename = getattr(table, "current_name", lambda name: name)
   tensors = tensors.renamed({rename(name): name for name in tensors.shapes})
+  check_sizes(read_fields(config, table.FIELDS[name]), table.FIELDS[name], tensors)
   factor = module.down_factor
   shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, factor, factor, 3), jnp.float32))
   by_path = flat_shapes(shapes["params"])

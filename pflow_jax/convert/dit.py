@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pflow_jax.convert.fields import Depth, Positive, Side, Size, check_outputs, read_fields
+from pflow_jax.convert.fields import Depth, Epsilon, Number, Positive, Side, Size, check_outputs, read_fields
 from pflow_jax.convert.heads import VELOCITY, config_from_policy, head_rows, student_of
 from pflow_jax.convert.table import Row, dense
 
@@ -39,7 +39,7 @@ class Fields:
   sample_size: Side = 32
   patch_size: Size = 2
   num_embeds_ada_norm: Size = 1000
-  norm_eps: Positive = 1e-5
+  norm_eps: Epsilon = 1e-5
   attention_bias: Literal[True] = True
   activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
   norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
@@ -77,7 +77,7 @@ class ArcFields(Fields):
 class GMFields(ArcFields):
   """Of a GMFlow student."""
 
-  constant_logstd: float | None = None
+  constant_logstd: Number | None = None
   logstd_inner_dim: Size = 1024
   gm_num_logstd_layers: Literal[2] = 2
 

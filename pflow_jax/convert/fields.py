@@ -23,7 +23,10 @@ Depth = Annotated[int, Ge(1), Le(1024)]  # layers of a transformer; those that a
 Blocks = Annotated[int, Ge(1), Le(64)]  # of one resolution of an autoencoder
 Sizes = Annotated[tuple[Size, ...], Len(1, 16)]
 Side = Annotated[int, Ge(1), Le(2**14)]  # of latents, which no tensor has
-Positive = Annotated[float, Gt(0)]
+# Numbers that float32 computes with.
+Number = Annotated[float, Ge(-1e6), Le(1e6)]
+Positive = Annotated[float, Gt(0), Le(1e6)]
+Epsilon = Annotated[float, Gt(0), Le(1)]
 
 _NO_SIZES = ("Any", "Side")
 _COUNTS = ("Depth", "Blocks")

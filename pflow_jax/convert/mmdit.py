@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pflow_jax.convert.fields import Depth, Size, check_outputs
+from pflow_jax.convert.fields import Depth, Number, Size, check_outputs
 from pflow_jax.convert.table import Row, dense
 
 PATCH = 2  # side of a patch, which PyTorch counts among the channels
@@ -67,7 +67,7 @@ class ArcFields:
 class GMFields(ArcFields):
   """What a GMFlow student has besides."""
 
-  constant_logstd: float | None = None
+  constant_logstd: Number | None = None
   logstd_inner_dim: Size = 1024
   gm_num_logstd_layers: Literal[2] = 2
 

@@ -134,9 +134,12 @@ def _state_dicts(loaded: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _place(file: pathlib.Path, size: int, name: str, tensor: Any) -> Place:
-  itemsize, start = tensor.element_size(), getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-  if start is None:
+  storage, itemsize = tensor.untyped_storage(), tensor.element_size()
+  if not hasattr(storage, "_checkpoint_offset"):
     raise ImportError("this version of torch does not tell where tensors lie in a file; `pip install 'torch>=2.7'`")
+  start = storage._checkpoint_offset
+  if start is None:
+    raise ValueError(f"{file}: {shown(name)} has no data; save it from a device that has them")
   offset = start + tensor.storage_offset() * itemsize
   shape, steps = tuple(tensor.shape), tuple(tensor.stride())
   span = 1 + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) if tensor.numel() else 0

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from annotated_types import Len
 
-from pflow_jax.convert.fields import Blocks, Positive, Size, Sizes, read_fields
+from pflow_jax.convert.fields import Blocks, Number, Positive, Size, Sizes, read_fields
 from pflow_jax.convert.table import Row, conv
 from pflow_jax.models.qwen_vae import QwenVAE
 
@@ -37,7 +37,7 @@ class Fields:
   num_res_blocks: Blocks = QwenVAE.depth
   temperal_downsample: Annotated[tuple[bool, ...], Len(0, 15)] = QwenVAE.temporal
   input_channels: Size = QwenVAE.channels
-  latents_mean: tuple[float, ...] = QwenVAE.latent_mean
+  latents_mean: tuple[Number, ...] = QwenVAE.latent_mean
   latents_std: tuple[Positive, ...] = QwenVAE.latent_std
   attn_scales: tuple[()] = ()
   dropout: Any = 0.0

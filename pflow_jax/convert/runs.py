@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any, Literal
 
-from annotated_types import Ge, Le
 from etils import epath
 from ml_collections import ConfigDict
 
 from pflow_jax import foreign, workdir
 from pflow_jax.convert.check import check_tensors
-from pflow_jax.convert.fields import Depth, Positive, Side, Size
+from pflow_jax.convert.fields import Depth, Epsilon, Number, Positive, Side, Size
 from pflow_jax.convert.models import Model
 from pflow_jax.convert.table import is_lora
 
 _Rank = tuple[str, Size]
-_Number = float | None
+_Number = Number | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +32,10 @@ class _ModelSection:
   text_width: Size | None = None
   pooled_width: Size | None = None
   rope_axes: tuple[Size, ...] | None = None
-  mlp_ratio: Annotated[float, Ge(0.01), Le(1000)] | None = None
-  norm_eps: Positive | None = None
+  mlp_ratio: Positive | None = None
+  norm_eps: Epsilon | None = None
   time_scale: Positive | None = None
-  frequency_shift: Annotated[int, Ge(0), Le(1)] | None = None
+  frequency_shift: Literal[0, 1] | None = None
   flip_time: bool | None = None
   guidance: _Number = None
   dtype: str | None = None
@@ -51,7 +50,7 @@ class _PolicySection:
   num_components: Size | None = None
   num_coefficients: Size | None = None
   logstd_inner_dim: Size | None = None
-  log_std: float | str | None = None
+  log_std: Number | str | None = None
   basis: str | None = None
   compat: bool | None = None
 
@@ -72,7 +71,7 @@ class _SampleSection:
 
 @dataclasses.dataclass(frozen=True)
 class _AdaptersSection:
-  table: tuple[_Rank | tuple[str, Size, _Number] | tuple[str, Size, _Number, float], ...] = ()
+  table: tuple[_Rank | tuple[str, Size, _Number] | tuple[str, Size, _Number, Number], ...] = ()
   train: tuple[str, ...] = ()
 
 

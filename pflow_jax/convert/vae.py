@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pflow_jax.convert.fields import Blocks, Positive, Size, Sizes, read_fields
+from pflow_jax.convert.fields import Blocks, Number, Positive, Size, Sizes, read_fields
 from pflow_jax.convert.table import Row, conv, dense
 from pflow_jax.models.vae import AutoencoderKL
 
@@ -45,7 +45,7 @@ class Fields:
   norm_num_groups: Size = 32
   mid_block_add_attention: bool = True
   scaling_factor: Positive = 0.18215
-  shift_factor: float | None = None
+  shift_factor: Number | None = None
   use_quant_conv: bool = True
   use_post_quant_conv: bool = True
   act_fn: Literal["silu"] = "silu"
