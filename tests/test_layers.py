@@ -52,8 +52,10 @@ LAYERS = [
     "hlo",
     "hlo_module",
     "chips",
+    "encoder_checks",
     "text",
   },
+  {"foreign"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
