@@ -14,6 +14,7 @@ import numpy as np
 
 from pflow_jax.convert import qwen_vae, vae
 from pflow_jax.convert.check import check_tensors
+from pflow_jax.convert.fields import check_sizes, read_fields
 from pflow_jax.convert.models import flat_shapes
 from pflow_jax.convert.table import to_flax, torch_shapes_of
 from pflow_jax.convert.tensors import open_tensors
@@ -85,6 +86,7 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   tensors = open_tensors(path)
   rename = getattr(table, "current_name", lambda name: name)
   tensors = tensors.renamed({rename(name): name for name in tensors.shapes})
+  check_sizes(read_fields(config, table.FIELDS[name]), table.FIELDS[name], tensors)
   factor = module.down_factor
   shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, factor, factor, 3), jnp.float32))
   by_path = flat_shapes(shapes["params"])

@@ -103,7 +103,7 @@ def parse_json(data: bytes | str, schema: Any = dict[str, Any], *, where: str) -
   """Parses JSON whose content must be of type `schema`; `where` names it in errors, see `read_json`."""
   try:
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-    json.loads(text, parse_float=_finite, parse_constant=_finite)
+    json.loads(text, parse_float=_finite, parse_constant=_finite, parse_int=_finite)  # a float may be written as an int
     return _adapter(schema).validate_json(text, strict=True)
   except pydantic.ValidationError as error:
     raise ValueError(f"{where}: {_problems(error)}") from error

@@ -21,6 +21,7 @@ import pydantic
 
 from pflow_jax.data.dataset import TEXT_DTYPE
 from pflow_jax.data.prompt_records import MAX_LENGTHS, Fields
+from pflow_jax.encoder_checks import check_network, using
 from pflow_jax.foreign import check_type, decoding, is_there, read_bytes, read_json, regular_file
 
 DTYPES = ("bfloat16", "float32")
@@ -69,7 +70,7 @@ class Encoder:
       (n, L) bool; "pooled" (n, P) float32.
     Raises: ValueError for weights that do not fit, or a prompt whose arrays are not finite.
     """
-    with _import("torch").inference_mode():
+    with using(self.folder), _import("torch").inference_mode():
       arrays = self._encode(list(prompts))
     for prompt, *rows in zip(prompts, *arrays.values(), strict=True):
       if not all(np.isfinite(row.astype(np.float32)).all() for row in rows):
@@ -105,6 +106,7 @@ class Encoder:
     options = {"dtype": getattr(torch, self.dtype), "output_loading_info": True}
     networks = []
     for name, kind in self.networks:
+      check_network(getattr(transformers, kind), self.folder / name)
       network, info = _from_folder(getattr(transformers, kind), self.folder / name, **options)
       if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -181,7 +183,8 @@ class QwenImageEncoder(Encoder):
   drop = 34  # tokens of the template before the prompt
 
   def text_lengths(self, prompts: Sequence[str]) -> np.ndarray:
-    counts = [len(ids) for ids in self._tokenize(prompts).input_ids]
+    with using(self.folder):
+      counts = [len(ids) for ids in self._tokenize(prompts).input_ids]
     return np.clip(np.array(counts, np.int32) - self.drop, 0, self.max_length)
 
   def _fields(self) -> Fields:

@@ -36,6 +36,7 @@ def test_json_of_the_right_types_is_read(tmp_path):
     (b"\xff\xfe{", "cannot be read as JSON"),
     (b"[" * 100_000, "cannot be read as JSON"),
     (b'{"shape": [1], "num_classes": 1' + b"0" * 5000 + b"}", "cannot be read as JSON"),
+    (b'{"shape": [1], "scale": 1' + b"0" * 400 + b"}", "expected a finite number, got '1000"),
     (b'{"shape": [1], "num_classes": NaN}', "expected a finite number, got 'NaN'"),
     (b'{"shape": [1], "num_classes": 1e400}', "expected a finite number, got '1e400'"),
     (b'{"shape": [1], "num_classes": "\\ud800"}', "invalid JSON"),

@@ -57,6 +57,7 @@ LAYERS = [
     "hlo",
     "hlo_module",
     "chips",
+    "encoder_checks",
     "text",
     "array_files",
   },

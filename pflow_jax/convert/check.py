@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 Shape = tuple[int, ...]
+_SHOWN = 8  # names of one kind of problem, those of all layers counted as one
+_NEAR = 200  # names that are compared with another, which takes time,
+_LENGTH = 120  # and their length; models have fewer and shorter ones
 
 
 def check_tensors(expected: Mapping[str, Shape], got: Mapping[str, Shape], where: str) -> None:
-  """Raises ValueError that lists all missing, unexpected and mis-shaped tensors, with the nearest names."""
+  """Raises ValueError that lists missing, unexpected and mis-shaped tensors, with the nearest names."""
   missing = [name for name in expected if name not in got]
   unexpected = [name for name in got if name not in expected]
   shapes = [name for name in expected if name in got and tuple(expected[name]) != tuple(got[name])]
   problems = []
   if missing:
-    problems.append(f"{len(missing)} missing:{listing(missing, unexpected or list(got))}")
+    problems.append(f"{len(missing)} missing: {listing(missing, unexpected or list(got))}")
   if unexpected:
-    problems.append(f"{len(unexpected)} unexpected:{listing(unexpected, missing or list(expected))}")
+    problems.append(f"{len(unexpected)} unexpected: {listing(unexpected, missing or list(expected))}")
   if shapes:
-    notes = {name: f": expected {tuple(expected[name])}, got {tuple(got[name])}" for name in shapes}
-    problems.append(f"{len(shapes)} of another shape:{listing(shapes, (), notes)}")
+    notes = {name: f" (expected {tuple(expected[name])}, got {tuple(got[name])})" for name in shapes}
+    problems.append(f"{len(shapes)} of another shape: {listing(shapes, (), notes)}")
   if problems:
-    raise ValueError(f"{where} does not hold the tensors that its config describes\n" + "\n".join(problems))
+    raise ValueError(f"{where} does not hold the tensors that its config describes: {'; '.join(problems)}")
 
 
 def listing(names: Iterable[str], near: Sequence[str], notes: Mapping[str, str] | None = None) -> str:
-  """A line for each of `names`, with its note, or with the nearest of `near`.
+  """Names, each with its note, or with the nearest of `near`; no more than _SHOWN of them.
 
-  Names that differ in one number alone, with the same note, are one line: "blocks.{0-18}.q.weight".
+  Names that differ in one number alone, with the same note, are one: "blocks.{0-18}.q.weight".
   """
   notes = notes or {}
   numbers: dict[tuple[str, str], list[int]] = {}
@@ -38,11 +42,16 @@ def listing(names: Iterable[str], near: Sequence[str], notes: Mapping[str, str] 
     folded = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
     numbers.setdefault((folded, notes.get(name, "")), []).append(-1 if number is None else int(number[0]))
   close = _Nearest(near)
-  lines = []
-  for (folded, note), found in numbers.items():
-    name = folded.replace("{}", str(found[0]) if len(found) == 1 else f"{{{_ranges(found)}}}")
-    lines.append(f"\n  {name}{note}" + ("" if note else close.to(folded.replace("{}", str(found[0])))))
-  return "".join(lines)
+  found = []
+  for (folded, note), layers in itertools.islice(numbers.items(), _SHOWN):
+    name = folded.replace("{}", str(layers[0]) if len(layers) == 1 else f"{{{_ranges(layers)}}}")
+    found.append(_cut(name) + (note or close.to(folded.replace("{}", str(layers[0])))))
+  more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+  return ", ".join(found) + more
+
+
+def _cut(name: str) -> str:
+  return name if len(name) <= _LENGTH else f"{name[:_LENGTH]}..."
 
 
 class _Nearest:
@@ -51,13 +60,15 @@ class _Nearest:
   def __init__(self, names: Sequence[str]):
     self._by_shape: dict[str, list[str]] = {}
     for name in names:
-      self._by_shape.setdefault(re.sub(r"\d+", "0", name), []).append(name)
+      if len(name) <= _LENGTH:
+        self._by_shape.setdefault(re.sub(r"\d+", "0", name), []).append(name)
 
   def to(self, name: str) -> str:
-    found = difflib.get_close_matches(re.sub(r"\d+", "0", name), list(self._by_shape), n=1, cutoff=0.6)
+    shapes = list(itertools.islice(self._by_shape, _NEAR)) if len(name) <= _LENGTH else []
+    found = difflib.get_close_matches(re.sub(r"\d+", "0", name), shapes, n=1, cutoff=0.6)
     if not found:
       return ""
-    return f" (near: {max(self._by_shape[found[0]], key=lambda other: _common(name, other))})"
+    return f" (near: {max(self._by_shape[found[0]][:_NEAR], key=lambda other: _common(name, other))})"
 
 
 def _common(a: str, b: str) -> float:

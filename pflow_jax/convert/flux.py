@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from pflow_jax.convert import mmdit
+from pflow_jax.convert.fields import Depth, Size, read_fields
 from pflow_jax.convert.heads import VELOCITY, config_from_policy, head_rows, student_of
 from pflow_jax.convert.table import Row, dense
 
@@ -17,16 +19,40 @@ CLASS_NAMES = {
   "ArcFluxTransformer2DModel": "arc",
 }
 GUIDANCE = 3.5  # that a guidance-distilled model is asked for
-_DEFAULTS = dict(
-  in_channels=64,
-  num_layers=19,
-  num_single_layers=38,
-  num_attention_heads=24,
-  attention_head_dim=128,
-  joint_attention_dim=4096,
-  pooled_projection_dim=768,
-  axes_dims_rope=(16, 56, 56),
-)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Fields(mmdit.Fields):
+  num_layers: Depth = 19
+  joint_attention_dim: Size = 4096
+  num_single_layers: Depth = 38
+  pooled_projection_dim: Size = 768
+  guidance_embeds: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields(_Fields):
+  """Of diffusers' class."""
+
+  patch_size: Size = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GMFields(_Fields, mmdit.GMFields):
+  """Of a GMFlow student."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DXFields(Fields, mmdit.DXFields):
+  """Of a DX student."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArcFields(_Fields, mmdit.ArcFields):
+  """Of an ArcFlow student."""
+
+
+FIELDS = dict(zip(CLASS_NAMES, (Fields, GMFields, DXFields, ArcFields), strict=True))
 _DOUBLE = (
   *(("norm1.linear", "img_mod"), ("norm1_context.linear", "txt_mod")),
   *(("ff.net.0.proj", "img_mlp_in"), ("ff.net.2", "img_mlp_out")),
@@ -56,13 +82,16 @@ def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tupl
   )
 
 
-def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Attributes of `models.flux.Flux` for a config.json."""
-  full = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
-  return mmdit.sizes_from_config(config, _DEFAULTS) | {
+def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
+  """Attributes of `models.flux.Flux` for a config.json.
+
+  Raises: ValueError naming the fields that this package's network does not have.
+  """
+  full = read_fields(config, FIELDS[config["_class_name"]])
+  return mmdit.sizes_from_config(full, policy) | {
     "single_depth": full["num_single_layers"],
     "pooled_width": full["pooled_projection_dim"],
-    "guidance": GUIDANCE if full.get("guidance_embeds") else None,
+    "guidance": GUIDANCE if full["guidance_embeds"] else None,
   }
 
 

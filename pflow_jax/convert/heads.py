@@ -5,18 +5,45 @@ References: the released code of π-Flow and ArcFlow, whose files have the polic
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le
+
+from pflow_jax.convert.fields import Depth, Positive
 from pflow_jax.convert.table import Row, dense
+from pflow_jax.foreign import parse_json
 
 POLICY_CONFIG = "policy_config"
 SAMPLING = "sampling"  # metadata of ours: how a student was trained to be sampled
 # Policies by their names in PyTorch.
 POLICY_TYPES = {"GMFlow": "gmflow", "DX": "dx", "ArcFlow": "arc"}
 VELOCITY = {"kind": "velocity"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Policy:
+  """What is read of a file's policy_config."""
+
+  type: Literal["GMFlow", "DX", "ArcFlow"]
+  mode: Literal["grid", "polynomial"] | None = None
+  compat: bool | None = None
+  segment_size: Annotated[float, Ge(0.001), Le(1)] | None = None
+  shift: Positive | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+  """What is read of the metadata SAMPLING."""
+
+  nfe: Depth
+  final_scale: Positive
+  shift: Positive
+  temperature: Annotated[float, Ge(0)] | Literal["auto"] | None = None
+
 
 _LOGSTD_LAYERS = 2  # of the log-std MLP, which `heads.GMFlowHead` has
 
@@ -95,15 +122,8 @@ def stated_policy(metadata: Mapping[str, str]) -> dict[str, Any]:
   """The policy_config of a file's metadata; {} if it has none."""
   if POLICY_CONFIG not in metadata:
     return {}
-  try:
-    stated = json.loads(metadata[POLICY_CONFIG])
-    known = stated["type"] in POLICY_TYPES
-  except (ValueError, TypeError, KeyError):
-    known = False
-  if not known:
-    got = metadata[POLICY_CONFIG]
-    raise ValueError(f'policy_config: expected JSON with a "type" among {sorted(POLICY_TYPES)}, got {got!r}')
-  return stated
+  stated = parse_json(metadata[POLICY_CONFIG], _Policy, where=f"metadata {POLICY_CONFIG}")
+  return {key: value for key, value in dataclasses.asdict(stated).items() if value is not None}
 
 
 def policy_metadata(policy: Mapping[str, Any], segment: float, shift: float) -> dict[str, str]:
@@ -165,18 +185,8 @@ def sampling_of(metadata: Mapping[str, str]) -> dict[str, Any]:
   And "temperature", a number or "auto", where this package wrote the file.
   """
   if SAMPLING in metadata:
-    try:
-      stated = json.loads(metadata[SAMPLING])
-      told: dict[str, Any] = {"nfe": int(stated["nfe"])}
-      told |= {name: float(stated[name]) for name in ("final_scale", "shift")}
-      if "temperature" in stated:
-        auto = stated["temperature"] == "auto"
-        told["temperature"] = "auto" if auto else float(stated["temperature"])
-      return told
-    except (ValueError, TypeError, KeyError) as error:
-      raise ValueError(
-        f"metadata {SAMPLING}: expected nfe, final_scale, shift and temperature, got {metadata[SAMPLING]!r}"
-      ) from error
+    told = dataclasses.asdict(parse_json(metadata[SAMPLING], _Sampling, where=f"metadata {SAMPLING}"))
+    return {key: value for key, value in told.items() if value is not None}
   stated = stated_policy(metadata)
   if "segment_size" not in stated:
     return {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+from pflow_jax.convert.fields import Depth, Number, Size, check_outputs
 from pflow_jax.convert.table import Row, dense
 
 PATCH = 2  # side of a patch, which PyTorch counts among the channels
@@ -39,15 +41,63 @@ def final_norm_rows() -> tuple[Row, ...]:
   return dense("norm_out.linear", "final_norm/adaln", layout="swap_linear")
 
 
-def sizes_from_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-  """Attributes that both networks have, of a config.json whose class has these defaults.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+  """Fields of a config.json that FLUX.1 and Qwen-Image share; a class of either has the defaults."""
 
-  Raises: ValueError for a latent that is no image's, which this package has no network for.
+  num_layers: Depth
+  joint_attention_dim: Size
+  in_channels: Size = 64
+  out_channels: Size | None = None
+  num_attention_heads: Size = 24
+  attention_head_dim: Size = 128
+  axes_dims_rope: tuple[Size, Size, Size] = (16, 56, 56)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArcFields:
+  """What an ArcFlow student has besides."""
+
+  num_gaussians: Size = 16
+  logweights_channels: Literal[4] = 4
+  patch_size: Literal[2] = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GMFields(ArcFields):
+  """What a GMFlow student has besides."""
+
+  constant_logstd: Number | None = None
+  logstd_inner_dim: Size = 1024
+  gm_num_logstd_layers: Literal[2] = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DXFields:
+  """What a DX student has besides; π-Flow's files tell its coefficients by their channels."""
+
+  n_grid: Size = 1
+  p_order: Size = 1
+
+
+def sizes_from_config(full: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
+  """Attributes that both networks have, of all fields of a config.json.
+
+  Raises: ValueError for sizes that do not fit, or a latent that is no image's, which this package has no network for.
   """
-  full = dict(defaults) | {key: value for key, value in config.items() if value is not None}
-  channels, rest = divmod(full["in_channels"], SUB_PIXELS)
+  inputs, axes = full["in_channels"], full["axes_dims_rope"]
+  channels, rest = divmod(inputs, SUB_PIXELS)
   if rest:
-    raise ValueError(f"config.json: expected in_channels a multiple of {SUB_PIXELS}, got {full['in_channels']}")
+    raise ValueError(f"config.json: expected in_channels a multiple of {SUB_PIXELS}, got {inputs}")
+  if sum(axes) != full["attention_head_dim"] or any(axis % 2 for axis in axes):
+    raise ValueError(
+      f"config.json: axes_dims_rope: expected even numbers that add up to attention_head_dim "
+      f"{full['attention_head_dim']}, got {list(axes)}"
+    )
+  outputs = full["out_channels"]
+  if policy["kind"] in ("velocity", "dx"):  # of which diffusers may count patches apart
+    outputs = full["patch_size"] ** 2 * (outputs or inputs * max(full.get("n_grid", 1), full.get("p_order", 1)))
+  check_outputs(outputs or inputs, inputs, policy)
   return {
     "channels": channels,
     "patch_size": PATCH,
@@ -55,7 +105,7 @@ def sizes_from_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     "num_heads": full["num_attention_heads"],
     "head_dim": full["attention_head_dim"],
     "text_width": full["joint_attention_dim"],
-    "rope_axes": tuple(full["axes_dims_rope"]),
+    "rope_axes": axes,
     "mlp_ratio": 4.0,
   }
 

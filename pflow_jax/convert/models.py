@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from types import ModuleType
@@ -12,16 +11,21 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from pflow_jax import foreign
 from pflow_jax.convert import dit, flux, qwen_image
+from pflow_jax.convert.fields import check_sizes, read_fields
 from pflow_jax.convert.heads import policy_from_config
-from pflow_jax.convert.table import Row, torch_shapes_of
+from pflow_jax.convert.places import Tensors
+from pflow_jax.convert.table import Row, is_lora, torch_shapes_of
 from pflow_jax.convert.tensors import CONFIG
 from pflow_jax.data import ArrayRecords, Dataset, Embedding
+from pflow_jax.networks import MODULES as NETWORKS
 from pflow_jax.networks import make_network, module_defaults
 
 MODULES: dict[str, ModuleType] = {"dit": dit, "flux": flux, "qwen_image": qwen_image}
 # Attributes of our modules that a config takes from its data, and what is no attribute at all.
 _FROM_DATA = ("channels", "num_classes", "sample_size", "out_channels")
+_OF_HEADS = ("num_gaussians", "logstd_inner_dim", "n_grid", "p_order")  # fields that the output layers have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,30 +90,36 @@ def read_config(source: pathlib.Path) -> dict[str, Any]:
   folder = source if source.is_dir() else source.parent
   known = [name for module in MODULES.values() for name in module.CLASS_NAMES]
   path = folder / CONFIG
-  if not path.is_file():
+  if not path.exists():
     raise ValueError(
       f"{folder}: expected {CONFIG} with the class and the sizes of the model, as diffusers writes it; for π-Flow's "
-      'teachers on ImageNet {"_class_name": "DiTTransformer2DModelMod"} is enough (with "num_timesteps": 1 for the one '
-      "with REPA)"
+      f'teachers on ImageNet {{"_class_name": "{dit.FLOW}"}} is enough, with "num_timesteps": 1 too for those of REPA '
+      f'and SiT, and "flip_model_timesteps": true for that of SiT'
     )
-  try:
-    config = json.loads(path.read_text())
-    name = config.get("_class_name")
-  except (ValueError, AttributeError) as error:
-    raise ValueError(f"{path}: expected a JSON object: {error}") from error
+  config = foreign.read_json(path)
+  name = config.get("_class_name")
   if name not in known:
-    raise ValueError(f"{path}: _class_name must be one of {known}, got {name!r}")
+    raise ValueError(f"{path}: _class_name must be one of {known}, got {foreign.shown(name)}")
   return config
 
 
-def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str]) -> Model:
-  """The model that a config.json and the metadata of its files describe."""
+def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tensors: Tensors | None = None) -> Model:
+  """The model that a config.json and the metadata of its files describe.
+
+  Args:
+    tensors: in those files, which bound its sizes; those of an adapter are its teacher's.
+  Raises: ValueError naming what in the config this package's network does not do, or its tensors cannot have.
+  """
   name = config["_class_name"]
   kind = next(kind for kind, module in MODULES.items() if name in module.CLASS_NAMES)
-  policy = policy_from_config(MODULES[kind].CLASS_NAMES[name], config, metadata)
-  attributes = MODULES[kind].model_from_config(config)
+  module, schema = MODULES[kind], MODULES[kind].FIELDS[name]
+  full = read_fields(config, schema)
+  policy = policy_from_config(module.CLASS_NAMES[name], full | {"_class_name": name}, metadata)
+  attributes = module.model_from_config(config, policy)
   if kind == "dit":
-    attributes["sample_size"] = dit.sample_size(config)
+    attributes["sample_size"] = full["sample_size"]
+  if tensors is not None:
+    check_sizes(full, schema, tensors, _OF_HEADS if any(map(is_lora, tensors.places)) else None)
   return Model(kind, attributes, policy)
 
 
@@ -130,17 +140,39 @@ def model_of_run(
       f"config.model.kind: PyTorch has no class for {section['kind']!r}, expected one of {list(MODULES)}"
     )
   attributes = module_defaults(section) | {key: value for key, value in section.items() if key != "kind"}
+  missing = [name for name in _required(section["kind"]) if attributes.get(name) is None]
+  if missing:
+    raise ValueError(f"config.model: {', '.join(missing)} must be set")
   maps = policy.get("num_components", 8) if policy["kind"] in ("gmflow", "arc") else 1
   maps = policy.get("num_coefficients", 10) if policy["kind"] == "dx" else maps
   layer = "proj_out_means" if policy["kind"] in ("gmflow", "arc") else "proj_out"
-  if f"head/{layer}/bias" not in shapes:
+  bias = shapes.get(f"head/{layer}/bias", ())
+  if len(bias) != 1:
     raise ValueError(f"the checkpoint has no output layer {layer!r}, expected that of the policy {policy['kind']!r}")
-  attributes["channels"] = shapes[f"head/{layer}/bias"][0] // (attributes["patch_size"] ** 2 * maps)
+  attributes["channels"] = bias[0] // (attributes["patch_size"] ** 2 * maps)
   if section["kind"] == "dit":
     attributes |= data or {}
-    if "class_embed/embedding" in shapes:
-      attributes["num_classes"] = shapes["class_embed/embedding"][0] - 1
+    classes = classes_of(shapes)
+    attributes |= {} if classes is None else {"num_classes": classes}
+    if attributes.get("num_classes") is None:
+      raise ValueError(
+        "config.data.num_classes: PyTorch's DiT is conditioned on classes, and neither the run's config nor its "
+        "checkpoint tells how many there are; set it, unless the run is conditioned on texts"
+      )
   return Model(section["kind"], attributes, policy)
+
+
+def _required(kind: str) -> list[str]:
+  """Attributes of a network that a config must have."""
+  given = ("channels", "num_classes", "head", "parent", "name")
+  fields = dataclasses.fields(NETWORKS[kind])  # type: ignore[arg-type]
+  return [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in given]
+
+
+def classes_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+  """Classes of a DiT by the shapes of its parameters, if those are told that the table of them is among."""
+  table = shapes.get("class_embed/embedding", ())
+  return table[0] - 1 if len(table) == 2 else None
 
 
 def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

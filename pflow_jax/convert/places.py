@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from pflow_jax.foreign import shown
+
 NEEDS_TORCH = "reading PyTorch's files needs `pip install 'pflow-jax[torch]'`"
+
+_NAME = re.compile(r"[\w.\-]{1,400}", re.ASCII)
 
 # Names of dtypes in safetensors. The 4- and 6-bit ones have no whole number of bytes, and are left out.
 DTYPES: dict[str, np.dtype] = {
@@ -43,6 +48,14 @@ class Place:
   @property
   def nbytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
+
+
+def checked_names(file: pathlib.Path, places: dict[str, Place]) -> dict[str, Place]:
+  """Returns `places`; ValueError for a name that is no module's, as it goes into messages and paths."""
+  for name in places:
+    if not _NAME.fullmatch(name):
+      raise ValueError(f"{file}: expected names of tensors such as proj_out.weight, got {shown(name)}; bring it anew")
+  return places
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,16 +19,17 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from pflow_jax import data, workdir
-from pflow_jax.checkpoint import newest_step
+from pflow_jax import data, foreign, workdir
+from pflow_jax.checkpoint import newest_step, params_shapes
 from pflow_jax.checkpoint_stream import Stored, open_leaves, save_leaves
 from pflow_jax.checksums import CHECKSUMS
-from pflow_jax.convert import students
+from pflow_jax.convert import dit, students
 from pflow_jax.convert.check import check_tensors
 from pflow_jax.convert.heads import policy_metadata, sampling_metadata
 from pflow_jax.convert.leaves import Exporter, TensorLeaf
-from pflow_jax.convert.models import Model, model_of_run, model_of_torch, read_config
+from pflow_jax.convert.models import Model, classes_of, flat_shapes, model_of_run, model_of_torch, read_config
 from pflow_jax.convert.places import Tensors
+from pflow_jax.convert.runs import check_leaves, is_run, read_run
 from pflow_jax.convert.shards import ModelFolder
 from pflow_jax.convert.table import is_lora, rows_for, strip_prefix
 from pflow_jax.convert.tensors import open_tensors
@@ -46,6 +47,7 @@ from pflow_jax.teachers import PRETRAINED, which_of
 from pflow_jax.writer import progress
 
 SOURCE = "source.json"  # of a workdir that was converted: of what
+_MARK_BYTES = 2**16
 _MB = 10**6
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
@@ -88,7 +90,7 @@ def convert(
   _return_freed_memory()
   options = {"which": which, "dtype": dtype, "key": key}
   wanted = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
-  if _is_run(source):
+  if is_run(source):
     if base is not None or mesh:
       raise ValueError("--base and --mesh are for models of PyTorch, the source is a run; leave them out")
     return _to_torch(str(source), pathlib.Path(out), which, wanted, int(max_shard_gb * 10**9), options)
@@ -98,16 +100,6 @@ def convert(
   if (path / "model_index.json").is_file() and (path / "transformer").is_dir():
     path = path / "transformer"  # of a pipeline
   return _to_jax(path, out, None if base is None else str(base), wanted, key, mesh, options)
-
-
-def _is_run(source: str | os.PathLike) -> bool:
-  path = epath.Path(source) / workdir.CONFIG
-  if not path.exists():
-    return False
-  try:
-    return "model" in json.loads(path.read_text())
-  except (ValueError, TypeError):
-    return False
 
 
 # ---- From PyTorch ----
@@ -135,7 +127,7 @@ def _to_jax(
   config = read_config(path)
   tensors = open_tensors(path, key)
   tensors = tensors.renamed(strip_prefix(tensors.places))
-  model = model_of_torch(config, tensors.metadata)
+  model = model_of_torch(config, tensors.metadata, tensors)
   name = (path if path.is_dir() else path.parent).resolve().name
   if model.policy["kind"] == "velocity":
     if base is not None:
@@ -164,7 +156,7 @@ def _to_jax(
   }
   with Lock(out, "pflow convert", active=is_first()), _progress(total, "convert") as report:
     if is_first():
-      (epath.Path(out) / SOURCE).write_text(json.dumps({"source": source}) + "\n")
+      (epath.Path(out) / SOURCE).write_text(_mark(source))
     save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
     if is_first():
       workdir.claim(out, plan.config)
@@ -189,10 +181,10 @@ def _import_teacher(
   own.source = {"class": config["_class_name"], "folder": name}
   if "sample_size" in model.attributes:
     own.source.sample_size = model.attributes["sample_size"]
-  notes: tuple[str, ...] = ()
+  notes = tuple(filter(None, [dit.time_note(config, path.name)]))
   if model.learns_variance:
     channels = model.attributes["channels"]
-    notes = (
+    notes += (
       f"its variance is learned: of every sub-pixel's {model.attributes['out_channels']} outputs the first {channels} "
       "are kept; a model trained so predicts noise (DDPM), not a velocity, and is no teacher as it is",
     )
@@ -214,7 +206,7 @@ def _import_student(
     leaves = adapters.leaves
   else:
     leaves = _all_leaves(path, model, tensors, dtype)
-  compute = workdir.load_config(base).model.get("dtype", "float32") if base else _compute_dtype(leaves)
+  compute = read_run(base).model.get("dtype", "float32") if base else _compute_dtype(leaves)
   config = students.student_config(model, base, adapters, tensors.metadata, name, compute)
   objective = config.objective
   notes = (
@@ -241,15 +233,19 @@ def _compute_dtype(leaves: Mapping[str, TensorLeaf]) -> str:
 
 def _is_finished(out: epath.Path, source: str) -> bool:
   """Whether `out` holds this model already; ValueError if it holds another run, or part of another."""
-  mark = out / SOURCE
-  same = mark.exists() and json.loads(mark.read_text()).get("source") == source
+  mark, content = out / SOURCE, _mark(source).encode()
+  found = foreign.read_bytes(mark, _MARK_BYTES) if mark.exists() else None
   if (out / workdir.CONFIG).exists() or workdir.has_checkpoint(out):
-    if not same:
+    if found != content:
       raise ValueError(f"{out} holds a run that was not made from this source with these options; give another --out")
     return (out / workdir.CONFIG).exists() and workdir.has_checkpoint(out)
-  if mark.exists() and not same:
+  if found is not None and not content.startswith(found):  # a conversion may be stopped while it writes the mark
     raise ValueError(f"{out} holds part of another model, not all of it; remove that, or give another --out")
   return False
+
+
+def _mark(source: str) -> str:
+  return json.dumps({"source": source}) + "\n"
 
 
 def _layout(mesh: Mapping[str, int] | None) -> Layout | None:
@@ -270,13 +266,15 @@ def _layout(mesh: Mapping[str, int] | None) -> Layout | None:
 def _to_torch(
   folder: str, out: pathlib.Path, which: str, dtype: np.dtype | None, max_bytes: int, options: Mapping[str, Any]
 ) -> bool:
-  config = workdir.load_config(folder)
+  config = read_run(folder)
   which = which_of(config, which)
   checkpoints = f"{folder}/{workdir.CHECKPOINTS}"
   step = newest_step(checkpoints)
   leaves = open_leaves(checkpoints, which=which, step=step)
   adapters = call(AdapterSettings, "adapters", config.get("adapters", {}))
-  model = model_of_run(workdir.as_plain(config), {path: leaf.shape for path, leaf in leaves.items()}, _data_of(config))
+  shapes = {path: leaf.shape for path, leaf in leaves.items()}
+  model = model_of_run(workdir.as_plain(config), shapes, _data_of(config))
+  check_leaves(model, shapes, folder)
   torch_config = model.torch_config
   rows = rows_for(model.rows, leaves)
   metadata: dict[str, str] = {}
@@ -337,15 +335,17 @@ def _data_of(config: ConfigDict) -> dict[str, Any]:
   if config.model.kind != "dit":
     return {}
   if config.objective.kind == PRETRAINED:
-    return {"sample_size": config.source.sample_size}
-  shape = config.data.get("shape") or data.load(**config.data).shape
-  if shape[0] != shape[1]:
+    side = config.get("source", {}).get("sample_size")
+    return {} if side is None else {"sample_size": side}
+  own = config.get("data", {})
+  shape = own.get("shape") or data.load(**own).shape
+  if len(shape) != 3 or shape[0] != shape[1]:
     raise ValueError(f"config.data: PyTorch's DiT is for square images, these are of shape {tuple(shape)}")
-  known, teacher = config.data.get("num_classes"), config.get("teacher", {}).get("workdir")
+  known, teacher = own.get("num_classes"), config.get("teacher", {}).get("workdir")
   if known is None and teacher:
-    own = workdir.load_config(teacher)
-    shapes = open_leaves(f"{teacher}/{workdir.CHECKPOINTS}", which=which_of(own, config.teacher.which))
-    known = shapes["class_embed/embedding"].shape[0] - 1
+    which = which_of(read_run(teacher), config.teacher.get("which", "ema"))
+    shapes = params_shapes(f"{teacher}/{workdir.CHECKPOINTS}", which=which)  # type: ignore[arg-type]
+    known = classes_of(flat_shapes(shapes))
   return {"sample_size": shape[0], "num_classes": known}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pflow_jax.convert import mmdit
+from pflow_jax.convert.fields import Depth, Size, read_fields
 from pflow_jax.convert.heads import VELOCITY, config_from_policy, head_rows, student_of
 from pflow_jax.convert.table import Row, dense
 
@@ -16,20 +18,51 @@ CLASS_NAMES = {
   "DXQwenImageTransformer2DModel": "dx",
   "ArcQwenImageTransformer2DModel": "arc",
 }
-_DEFAULTS = dict(
-  in_channels=64,
-  num_layers=60,
-  num_attention_heads=24,
-  attention_head_dim=128,
-  joint_attention_dim=3584,
-  axes_dims_rope=(16, 56, 56),
-)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Fields(mmdit.Fields):
+  num_layers: Depth = 60
+  joint_attention_dim: Size = 3584
+  pooled_projection_dim: Any = None  # published, and of nothing
+  # Of the models that edit images.
+  guidance_embeds: Literal[False] = False
+  zero_cond_t: Literal[False] = False
+  use_additional_t_cond: Literal[False] = False
+  use_layer3d_rope: Literal[False] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields(_Fields):
+  """Of diffusers' class."""
+
+  patch_size: Size = 2
+  out_channels: Size | None = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GMFields(_Fields, mmdit.GMFields):
+  """Of a GMFlow student."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DXFields(_Fields, mmdit.DXFields):
+  """Of a DX student, for which π-Flow's class counts the channels of whole patches."""
+
+  patch_size: Size = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArcFields(_Fields, mmdit.ArcFields):
+  """Of an ArcFlow student."""
+
+
+FIELDS = dict(zip(CLASS_NAMES, (Fields, GMFields, DXFields, ArcFields), strict=True))
 _DOUBLE = (
   *(("img_mod.1", "img_mod"), ("txt_mod.1", "txt_mod")),
   *(("img_mlp.net.0.proj", "img_mlp_in"), ("img_mlp.net.2", "img_mlp_out")),
   *(("txt_mlp.net.0.proj", "txt_mlp_in"), ("txt_mlp.net.2", "txt_mlp_out")),
 )
-_OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # of the editing models
 
 
 def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tuple[Row, ...]:
@@ -45,15 +78,12 @@ def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tupl
   )
 
 
-def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
   """Attributes of `models.qwen_image.QwenImage` for a config.json.
 
-  Raises: ValueError for a model that is not plain Qwen-Image.
+  Raises: ValueError naming the fields that plain Qwen-Image does not have.
   """
-  others = [field for field in _OTHERS if config.get(field)]
-  if others:
-    raise ValueError(f"config.json: expected a model that makes images from text alone, got one with {others}")
-  return mmdit.sizes_from_config(config, _DEFAULTS)
+  return mmdit.sizes_from_config(read_fields(config, FIELDS[config["_class_name"]]), policy)
 
 
 def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Len
+
+from pflow_jax.convert.fields import Blocks, Number, Positive, Size, Sizes, read_fields
 from pflow_jax.convert.table import Row, conv
-from pflow_jax.convert.vae import check_config
 from pflow_jax.models.qwen_vae import QwenVAE
 
 CLASS_NAMES = ("AutoencoderKLQwenImage",)
@@ -22,6 +25,25 @@ _CONFIG = (
   ("latents_mean", "latent_mean"),
   ("latents_std", "latent_std"),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+  """Fields of a config.json of an AutoencoderKLQwenImage."""
+
+  base_dim: Size = QwenVAE.width
+  z_dim: Size = QwenVAE.latent_channels
+  dim_mult: Sizes = QwenVAE.width_mult
+  num_res_blocks: Blocks = QwenVAE.depth
+  temperal_downsample: Annotated[tuple[bool, ...], Len(0, 15)] = QwenVAE.temporal
+  input_channels: Size = QwenVAE.channels
+  latents_mean: tuple[Number, ...] = QwenVAE.latent_mean
+  latents_std: tuple[Positive, ...] = QwenVAE.latent_std
+  attn_scales: tuple[()] = ()
+  dropout: Any = 0.0
+
+
+FIELDS = dict.fromkeys(CLASS_NAMES, Fields)
 
 
 def rows(model: Mapping[str, Any]) -> tuple[Row, ...]:
@@ -97,9 +119,20 @@ def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
   Raises: ValueError naming everything in it that the network does not have.
   """
-  check_config(config, {"attn_scales": [], "dropout": 0.0}, "AutoencoderKLQwenImage")
-  given = {ours: config[theirs] for theirs, ours in _CONFIG if theirs in config}
-  return {ours: tuple(value) if isinstance(value, list) else value for ours, value in given.items()}
+  full = read_fields(config, Fields, CLASS_NAMES[0])
+  lengths = {"temperal_downsample": len(full["dim_mult"]) - 1}
+  lengths |= dict.fromkeys(("latents_mean", "latents_std"), full["z_dim"])
+  problems = [
+    f"{name}: expected {count} of them, got {len(full[name])}"
+    for name, count in lengths.items()
+    if len(full[name]) != count
+  ]
+  if problems:
+    raise ValueError(
+      f"config.json of {CLASS_NAMES[0]}: {'; '.join(problems)} (there are z_dim {full['z_dim']} channels and "
+      f"{len(full['dim_mult'])} levels)"
+    )
+  return {ours: full[theirs] for theirs, ours in _CONFIG}
 
 
 def config_from_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pflow_jax.convert.heads import sampling_of
 from pflow_jax.convert.leaves import TensorLeaf, dtype_of
 from pflow_jax.convert.models import Model, flat_shapes, model_of_run
 from pflow_jax.convert.places import Tensors
+from pflow_jax.convert.runs import check_leaves, read_run
 from pflow_jax.convert.table import Row, is_lora, lora_rows, torch_shapes_of
 from pflow_jax.networks import module_defaults
 from pflow_jax.teachers import which_of
@@ -96,22 +97,23 @@ def base_of(folder: str, model: Model) -> Model:
 
   Raises: ValueError if that has another network.
   """
-  config = workdir.load_config(folder)
+  config = read_run(folder)
   if config.policy.kind != "velocity":
     raise ValueError(f"--base {folder} holds a {config.policy.kind}, expected a teacher, whose policy is 'velocity'")
-  shapes = params_shapes(f"{folder}/{workdir.CHECKPOINTS}", which=which_of(config))  # type: ignore[arg-type]
-  teacher = model_of_run(workdir.as_plain(config), flat_shapes(shapes))
-  # How it is computed may differ, and the scale of time is not in PyTorch's files.
-  free = (*workdir.COMPUTED, "dtype", "out_channels", "sample_size", "time_scale")
+  shapes = flat_shapes(params_shapes(f"{folder}/{workdir.CHECKPOINTS}", which=which_of(config)))  # type: ignore[arg-type]
+  teacher = model_of_run(workdir.as_plain(config), shapes)
+  check_leaves(teacher, shapes, f"--base {folder}")
+  # How it is computed may differ, and the scale and the direction of time are not in PyTorch's files.
+  free = (*workdir.COMPUTED, "dtype", "out_channels", "sample_size", "time_scale", "flip_time")
   theirs, ours = ({k: _plain(v) for k, v in one.attributes.items() if k not in free} for one in (teacher, model))
   ours = {k: _plain(v) for k, v in module_defaults(model.section).items() if k not in free} | ours
   differing = [
-    f"\n  {key}: the teacher has {theirs.get(key)!r}, the student {ours.get(key)!r}"
+    f"{key}: the teacher has {theirs.get(key)!r}, the student {ours.get(key)!r}"
     for key in sorted(theirs | ours)
     if theirs.get(key) != ours.get(key)
   ]
   if teacher.kind != model.kind or differing:
-    raise ValueError(f"--base {folder} is a {teacher.kind}, the student a {model.kind}:{''.join(differing)}")
+    raise ValueError(f"--base {folder} is a {teacher.kind}, the student a {model.kind}; {'; '.join(differing)}")
   size = {"sample_size": model.attributes["sample_size"]} if "sample_size" in model.attributes else {}
   return dataclasses.replace(model, attributes={**teacher.attributes, **size})
 

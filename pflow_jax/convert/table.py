@@ -275,7 +275,7 @@ def rows_for(table: Table, paths: Sequence[str] | Mapping[str, Any]) -> dict[str
       rows |= {row.flax: row for row in lora_rows(kernel)}
   unknown = [path for path in paths if path not in rows]
   if unknown:
-    raise ValueError(f"no PyTorch tensor is known for {len(unknown)} parameters:{listing(unknown, list(rows))}")
+    raise ValueError(f"no PyTorch tensor is known for {len(unknown)} parameters: {listing(unknown, list(rows))}")
   return {path: rows[path] for path in paths}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from pflow_jax.convert.fields import Blocks, Number, Positive, Size, Sizes, read_fields
 from pflow_jax.convert.table import Row, conv, dense
 from pflow_jax.models.vae import AutoencoderKL
 
@@ -14,19 +16,46 @@ CLASS_NAMES = ("AutoencoderKL",)
 # What diffusers called the layers of the attention when Stable Diffusion 1.x was released.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# diffusers' name, ours, and diffusers' default, for what a model may choose.
+# diffusers' name and ours, for what a model may choose.
 _CONFIG = (
-  ("in_channels", "channels", 3),
-  ("latent_channels", "latent_channels", 4),
-  ("block_out_channels", "widths", (64,)),
-  ("layers_per_block", "depth", 1),
-  ("norm_num_groups", "groups", 32),
-  ("mid_block_add_attention", "mid_attention", True),
-  ("scaling_factor", "scale", 0.18215),
-  ("shift_factor", "shift", None),
-  ("use_quant_conv", "use_quant_conv", True),
-  ("use_post_quant_conv", "use_post_quant_conv", True),
+  ("in_channels", "channels"),
+  ("latent_channels", "latent_channels"),
+  ("block_out_channels", "widths"),
+  ("layers_per_block", "depth"),
+  ("norm_num_groups", "groups"),
+  ("mid_block_add_attention", "mid_attention"),
+  ("scaling_factor", "scale"),
+  ("shift_factor", "shift"),
+  ("use_quant_conv", "use_quant_conv"),
+  ("use_post_quant_conv", "use_post_quant_conv"),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+  """Fields of a config.json of an AutoencoderKL."""
+
+  in_channels: Size = 3
+  out_channels: Size = 3
+  down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
+  up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+  block_out_channels: Sizes = (64,)
+  layers_per_block: Blocks = 1
+  latent_channels: Size = 4
+  norm_num_groups: Size = 32
+  mid_block_add_attention: bool = True
+  scaling_factor: Positive = 0.18215
+  shift_factor: Number | None = None
+  use_quant_conv: bool = True
+  use_post_quant_conv: bool = True
+  act_fn: Literal["silu"] = "silu"
+  latents_mean: None = None
+  latents_std: None = None
+  sample_size: Any = 32  # for tiles alone
+  force_upcast: Any = True
+
+
+FIELDS = dict.fromkeys(CLASS_NAMES, Fields)
 
 
 def current_name(name: str) -> str:
@@ -87,35 +116,27 @@ def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
   Raises: ValueError naming everything in it that the network does not have.
   """
-  levels = len(config.get("block_out_channels", (64,)))
-  expected = {
-    "down_block_types": ["DownEncoderBlock2D"] * levels,
-    "up_block_types": ["UpDecoderBlock2D"] * levels,
-    "act_fn": "silu",
-    "out_channels": config.get("in_channels", 3),
-    "latents_mean": None,
-    "latents_std": None,
-  }
-  check_config(config, expected, "AutoencoderKL")
-  model = {ours: config.get(theirs, default) for theirs, ours, default in _CONFIG}
-  return model | {"widths": tuple(model["widths"]), "shift": model["shift"] or 0.0}
-
-
-def check_config(config: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
-  """Raises ValueError naming all values of a config.json other than those `expected` that it holds."""
-  problems = []
-  for key, value in expected.items():
-    got = config.get(key, value)
-    if (list(got) if isinstance(got, (list, tuple)) else got) != value:
-      problems.append(f"\n  {key}: expected {value!r}, got {got!r}")
+  full = read_fields(config, Fields, CLASS_NAMES[0])
+  widths, groups = full["block_out_channels"], full["norm_num_groups"]
+  problems = [
+    f"{name}: expected one for each of block_out_channels {list(widths)}, got {list(full[name])}"
+    for name in ("down_block_types", "up_block_types")
+    if len(full[name]) != len(widths)
+  ]
+  if full["out_channels"] != full["in_channels"]:
+    problems.append(f"out_channels: expected in_channels {full['in_channels']}, got {full['out_channels']}")
+  if any(width % groups for width in widths):
+    problems.append(f"block_out_channels: expected multiples of norm_num_groups {groups}, got {list(widths)}")
   if problems:
-    raise ValueError(f"config.json of {name}: the network has no other than these values:{''.join(problems)}")
+    raise ValueError(f"config.json of {CLASS_NAMES[0]}: {'; '.join(problems)}")
+  model = {ours: full[theirs] for theirs, ours in _CONFIG}
+  return model | {"scale": float(model["scale"]), "shift": float(model["shift"] or 0.0)}
 
 
 def config_from_model(model: Mapping[str, Any]) -> dict[str, Any]:
   """config.json of attributes of `models.vae.AutoencoderKL`."""
   module = AutoencoderKL(**model)
-  config = {theirs: getattr(module, ours) for theirs, ours, _ in _CONFIG}
+  config = {theirs: getattr(module, ours) for theirs, ours in _CONFIG}
   levels = len(module.widths)
   return config | {
     "_class_name": CLASS_NAMES[0],

@@ -51,6 +51,7 @@ class Block(nn.Module):
   mlp_ratio: float
   dtype: Dtype
   attention: str
+  norm_eps: float
 
   @nn.compact
   def __call__(self, x: jax.Array, condition: jax.Array) -> tuple[jax.Array, None]:
@@ -65,8 +66,8 @@ class Block(nn.Module):
     adaln = nn.Dense(6 * width, dtype=x.dtype, kernel_init=_zeros, dot_general=split, name="adaln")(condition)
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaln, 6, axis=-1)
 
-    def norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-      tokens = layer_norm(x).reshape(batch, -1, width)
+    def norm(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+      tokens = layer_norm(x, epsilon).reshape(batch, -1, width)
       return modulate(tokens, shift, scale).reshape(-1, width)
 
     def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
@@ -79,7 +80,7 @@ class Block(nn.Module):
     h = attention(q, k, v, implementation=self.attention).reshape(-1, width)
     x = x + gated(dense(width, "proj", "tensor", "fsdp")(h), gate1)
 
-    h = dense(int(width * self.mlp_ratio), "mlp_in", "fsdp", "tensor")(norm(x, shift2, scale2))
+    h = dense(int(width * self.mlp_ratio), "mlp_in", "fsdp", "tensor")(norm(x, shift2, scale2, self.norm_eps))
     h = dense(width, "mlp_out", "tensor", "fsdp")(nn.gelu(h, approximate=True))
     return constrain(x + gated(h, gate2), BATCH, None), None
 
@@ -97,7 +98,9 @@ class DiT(nn.Module):
     remat: "none", "full" (keep only each block's input), "dots" (keep the matmul outputs) or "offload" (keep those in
       the host's memory, where the device has a way there: TPU and GPU).
     attention: implementation name, see `pflow_jax.models.attention`.
+    norm_eps: added to the variance by the norms before the MLPs, as diffusers has it; the other norms have 1e-6.
     time_scale: factor on t before its sinusoid.   frequency_shift: of that, see `layers.sinusoid`.
+    flip_time: the sinusoid is given 1 - t: 0 is noise and 1 data, as in SiT.
     scan_unroll: blocks unrolled in one iteration of the scan over depth.
   """
 
@@ -113,8 +116,10 @@ class DiT(nn.Module):
   dtype: Dtype = jnp.float32
   remat: str = "none"
   attention: str = "xla"
+  norm_eps: float = 1e-6
   time_scale: float = 1000.0
   frequency_shift: int = 0
+  flip_time: bool = False
   scan_unroll: int = 1
 
   def setup(self) -> None:
@@ -132,7 +137,7 @@ class DiT(nn.Module):
       normal = nn.initializers.normal(0.02)
       self.class_embed = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=normal)
     blocks = scanned(Block, self.depth, self.remat, self.scan_unroll)
-    self.blocks = blocks(self.num_heads, self.mlp_ratio, dtype, self.attention)
+    self.blocks = blocks(self.num_heads, self.mlp_ratio, dtype, self.attention, self.norm_eps)
     self.final_norm = FinalNorm(dtype)
 
   def _check(self) -> None:
@@ -145,7 +150,7 @@ class DiT(nn.Module):
     self, t: jax.Array, cond: Any, s: jax.Array | None = None, guidance: jax.Array | None = None
   ) -> jax.Array:
     """Returns the conditioning embedding (B, D) of t (B,), labels (B,) or a text, and what else is given."""
-    embedding = self.time_embed(t)
+    embedding = self.time_embed(1 - t if self.flip_time else t)
     embedding += self.class_embed(cond) if self.pooled_width is None else self.pooled_embed(cond["pooled"])
     if s is not None:
       embedding += self.length_embed(t - s)

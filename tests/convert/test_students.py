@@ -263,7 +263,7 @@ def test_an_adapter_wants_its_own_teacher(tmp_path, teachers):
     convert(tmp_path / "torch", tmp_path / "back", base=tmp_path / "run")
   config = json.loads((tmp_path / "torch" / "config.json").read_text())
   (tmp_path / "torch" / "config.json").write_text(json.dumps(config | {"num_layers": 3, "guidance_embeds": False}))
-  with pytest.raises(ValueError, match=r"depth: the teacher has 2, the student 3\n  guidance: the teacher has 3.5"):
+  with pytest.raises(ValueError, match=r"depth: the teacher has 2, the student 3; guidance: the teacher has 3.5"):
     convert(tmp_path / "torch", tmp_path / "back", base=teachers / "run" / "flux")
   assert not (tmp_path / "back").exists()
 
@@ -292,8 +292,26 @@ def test_what_files_tell_of_the_training(metadata, want):
   assert sampling_of(metadata) == want
 
 
-def test_metadata_that_say_nothing_are_refused():
-  with pytest.raises(ValueError, match="expected nfe"):
-    sampling_of({"sampling": "{}"})
-  with pytest.raises(ValueError, match='"type" among'):
-    sampling_of({"policy_config": '{"type": "Other"}'})
+@pytest.mark.parametrize(
+  ("metadata", "message"),
+  [
+    ({"sampling": "{}"}, "metadata sampling: nfe: field required"),
+    ({"sampling": "[1]"}, "metadata sampling: "),
+    ({"sampling": '{"nfe": 0, "final_scale": 1, "shift": 3}'}, "nfe: .* got 0"),
+    ({"sampling": '{"nfe": 1000000000, "final_scale": 1, "shift": 3}'}, "nfe: .* got 1000000000"),
+    ({"sampling": '{"nfe": 2, "final_scale": NaN, "shift": 3}'}, "expected a finite number, got 'NaN'"),
+    ({"sampling": '{"nfe": 2, "final_scale": 1, "shift": "3"}'}, "shift: .* got '3'"),
+    ({"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3, "temperature": "hot"}'}, "temperature.* got 'hot'"),
+    ({"policy_config": '{"type": "Other"}'}, "metadata policy_config: type: .* got 'Other'"),
+    ({"policy_config": '{"type": ["DX"]}'}, "policy_config: type"),
+    ({"policy_config": '{"type": "DX", "segment_size": 0}'}, "segment_size: .* got 0"),
+    ({"policy_config": '{"type": "DX", "segment_size": 1e-300}'}, "segment_size: .* got 1e-300"),
+    ({"policy_config": '{"type": "DX", "segment_size": "1"}'}, "segment_size: .* got '1'"),
+    ({"policy_config": '{"type": "DX", "mode": "cubic"}'}, "mode: .* got 'cubic'"),
+    ({"policy_config": "[" * 10**5}, "policy_config: cannot be read as JSON"),
+  ],
+)
+def test_metadata_of_other_types_are_refused(metadata, message):
+  with pytest.raises(ValueError, match=message) as error:
+    sampling_of(metadata)
+  assert "\n" not in str(error.value)
