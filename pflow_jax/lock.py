@@ -160,7 +160,7 @@ class Lock:
     print(f"{self._folder} is locked by {_named(holder)}; waiting {PATIENCE:.0f} s for a sign of life", flush=True)
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-      time.sleep(min(SETTLE, PATIENCE))
+      time.sleep(SETTLE)
       now = _read(self._path)
       if now is None:
         return False  # it has just ended

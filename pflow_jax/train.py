@@ -108,16 +108,13 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
   traced = {length: program.trace(length) for length in experiment.dataset.lengths or (None,)}
   compiled = {length: one.lower().compile() for length, one in traced.items()}
   flops = {length: count_flops(one.jaxpr) for length, one in traced.items()}
-  with (
-    Checkpointer(
-      f"{folder}/{workdir.CHECKPOINTS}",
-      max_to_keep=settings.keep_checkpoints,
-      keep_period=settings.keep_every or None,
-    ) as checkpointer,
-    Interruption(checkpointer) as interruption,
-    lock,  # only now: a config that does not compile leaves no trace
-    logged(folder),
-  ):
+  checkpointer = Checkpointer(
+    f"{folder}/{workdir.CHECKPOINTS}",
+    max_to_keep=settings.keep_checkpoints,
+    keep_period=settings.keep_every or None,
+  )
+  # Only now: a config that does not compile leaves no trace. The lock outlasts the last save.
+  with Interruption(checkpointer) as interruption, lock, logged(folder), checkpointer:
     workdir.claim(folder, config, write=is_first())
     restored = checkpointer.restore(program.state)
     state, start = restored or (program.init(key_init, frozen, layout.place(start_params)), 0)

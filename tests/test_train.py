@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from pflow_jax import optim
-from pflow_jax.checkpoint import load_params, newest_step
+from pflow_jax.checkpoint import Checkpointer, load_params, newest_step
 from pflow_jax.lock import LOCK
 from pflow_jax.rescue import rescue
 from pflow_jax.state import create_state
@@ -189,12 +189,16 @@ def test_logged_rates_are_those_of_the_clock(tmp_path):
 
 
 @pytest.mark.usefixtures("float32")
-def test_run_stops_when_updates_stay_non_finite(tmp_path):
+def test_run_stops_when_updates_stay_non_finite(tmp_path, monkeypatch):
+  locked, close = [], Checkpointer.close
+  monkeypatch.setattr(Checkpointer, "close", lambda self: locked.append((tmp_path / LOCK).exists()) or close(self))
   config = quick("digits", "teacher", steps=10, max_skipped=3)
   config.optimizer.learning_rate = 1e38  # parameters overflow at once
   config.optimizer.schedule = "constant"
   with pytest.raises(FloatingPointError, match="in a row"):
     train(config, tmp_path)
+  assert locked == [True], "the folder is held until the last save has ended"
+  assert not (tmp_path / LOCK).exists()
 
 
 def same(a, b):
