@@ -1,6 +1,7 @@
 """Text encoders against the pipelines of diffusers, on tiny random ones, and MiniLM against its own package."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -193,6 +194,32 @@ def test_what_is_not_there_is_told_at_once(flux, tmp_path):
   (folder / "text_encoder_2" / "model.safetensors").unlink()
   shutil.rmtree(folder / "tokenizer")
   with pytest.raises(ValueError, match=r"no .*text_encoder_2/\*.safetensors \(T5Enc.*\), no .*/tokenizer \(CLIP"):
+    text.load_encoder("flux", folder)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("[]", "config.json: input should be an object, got"),
+    ("{", "cannot be read as JSON"),
+    ('{"d_model": "24"}', "config.json: d_model: .*got '24'"),
+    ('{"d_model": -1}', "config.json: d_model: .*got -1"),
+    ('{"text_config": 3}', "config.json: text_config: .*got 3"),
+    ("{}", "config.json: d_model: .*got None"),
+  ],
+)
+def test_settings_of_other_types_are_refused(flux, tmp_path, content, message):
+  folder = shutil.copytree(flux, tmp_path / "copy")
+  (folder / "text_encoder_2" / "config.json").write_text(content)
+  with pytest.raises(ValueError, match=message) as caught:
+    text.load_encoder("flux", folder)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_a_pipe_is_refused(flux, tmp_path):
+  folder = shutil.copytree(flux, tmp_path / "copy")
+  os.mkfifo(folder / "tokenizer" / "added_tokens.json")
+  with pytest.raises(ValueError, match=r"added_tokens\.json: expected a file, this is a pipe"):
     text.load_encoder("flux", folder)
 
 

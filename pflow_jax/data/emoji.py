@@ -19,7 +19,7 @@ import pydantic
 from pflow_jax.data.dataset import Dataset, from_arrays, split_rows
 from pflow_jax.data.pixels import over_white
 from pflow_jax.data.prompts import with_embeddings
-from pflow_jax.foreign import in_bytes, open_image, read_json
+from pflow_jax.foreign import in_bytes, open_image, read_json, regular_file
 
 _PACKAGE = "emoji-datasource-google"
 _VERSION = "16.0.0"
@@ -136,10 +136,12 @@ def _unpack(archive: pathlib.Path, target: pathlib.Path) -> None:
   """
   what = f"emoji: the package {_PACKAGE}@{_VERSION}"
   try:
-    with gzip.open(archive) as stream:
-      content = stream.read(_MAX_UNPACKED + 1)
-    if len(content) > _MAX_UNPACKED:
-      raise RuntimeError(f"{what} has more than {in_bytes(_MAX_UNPACKED)}.")
+    content = bytearray()
+    with gzip.open(regular_file(archive)) as stream:
+      while part := stream.read(2**20):
+        content += part
+        if len(content) > _MAX_UNPACKED:
+          raise RuntimeError(f"{what} has more than {in_bytes(_MAX_UNPACKED)}.")
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
       members = {member.name: member for member in tar}
       for name in _FILES:

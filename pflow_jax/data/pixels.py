@@ -48,7 +48,11 @@ def to_pixels(image: Image.Image, size: int | tuple[int, int], channels: int) ->
 def read_pixels(path: str | os.PathLike, size: int | tuple[int, int], channels: int) -> np.ndarray:
   """The pixels of an image file, turned upright, see `to_pixels`; ValueError with its name for one that is broken."""
   with open_image(path) as image:
-    return to_pixels(ImageOps.exif_transpose(image), size, channels)
+    try:
+      upright = ImageOps.exif_transpose(image)
+    except Exception:  # of EXIF data that are none; what is wrong with the pixels is raised again below
+      upright = image
+    return to_pixels(upright, size, channels)
 
 
 def check_image_options(name: str, image_size: int | None, channels: int) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pflow_jax.data.pixels import to_pixels
+from pflow_jax.data.pixels import read_pixels, to_pixels
 
 
 def test_transparency_is_composited_over_white():
@@ -41,3 +41,54 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 def test_pixels_of_unknown_range_are_refused(mode):
   with pytest.raises(ValueError, match=f"got Pillow mode '{mode}'"):
     to_pixels(Image.new(mode, (2, 2)), 2, 1)
+
+
+def test_a_picture_is_cut_to_a_shape_before_it_is_scaled():
+  """A strip of one pixel would else become 1,024 times as long."""
+  strip = Image.new("RGB", (100_000, 1), "red")
+  np.testing.assert_array_equal(to_pixels(strip, (64, 96), 3), np.broadcast_to([255, 0, 0], (64, 96, 3)))
+  pixels = np.zeros((4, 12), np.uint8)
+  pixels[:, 3:9] = 255
+  np.testing.assert_array_equal(to_pixels(Image.fromarray(pixels), (4, 6), 1), np.full((4, 6, 1), 255))
+
+
+def test_a_file_is_turned_upright_and_its_first_frame_read(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  wide = Image.fromarray(np.array([[0, 0, 255, 255]] * 2, np.uint8))
+  wide.save(tmp_path / "a.png", exif=exif)
+  np.testing.assert_array_equal(read_pixels(tmp_path / "a.png", (4, 2), 1)[:, 0, 0], [0, 0, 255, 255])
+  wide.save(tmp_path / "b.png", exif=b"Exif\0\0garbage that is no table")
+  np.testing.assert_array_equal(read_pixels(tmp_path / "b.png", (2, 4), 1)[0, :, 0], [0, 0, 255, 255])
+  frames = [Image.new("L", (2, 2), shade) for shade in (200, 0, 100)]
+  frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:])
+  np.testing.assert_array_equal(read_pixels(tmp_path / "c.gif", 2, 1), np.full((2, 2, 1), 200))
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    b"",
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+    b"\x89PNG\r\n\x1a\n" + b"\xff" * 50,
+    b"II*\0" + b"\xff" * 50,
+    b"GIF89a" + b"\xff" * 50,
+    b"RIFF\xff\xff\xff\xffWEBPVP8X",
+  ],
+)
+def test_bytes_that_are_no_picture_end_in_a_sentence(tmp_path, content, monkeypatch):
+  monkeypatch.setattr("PIL.EpsImagePlugin.EpsImageFile._open", lambda self: pytest.fail("PostScript was opened"))
+  (tmp_path / "x.png").write_bytes(content)
+  with pytest.raises(ValueError, match=r"cannot read the image .*x\.png: ") as caught:
+    read_pixels(tmp_path / "x.png", 4, 3)
+  assert "\n" not in str(caught.value)
+
+
+def test_what_is_cut_short_is_refused(tmp_path):
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+  for ending in ("png", "jpg", "gif", "tif", "webp", "bmp"):
+    path = tmp_path / f"a.{ending}"
+    image.save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(ValueError, match="cannot read the image"):
+      read_pixels(path, 4, 3)

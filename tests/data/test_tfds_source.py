@@ -135,8 +135,12 @@ def test_an_unknown_set_names_the_nearest():
 
 @pytest.fixture
 def damaged(data_dir, tmp_path):
-  """A copy of the prepared set, to be damaged, under a name that no code knows: all of it is read from its files."""
-  folder = tmp_path / "copy" / "foreign" / "1.0.0"
+  return as_foreign(data_dir, tmp_path / "copy")
+
+
+def as_foreign(data_dir, target):
+  """A copy of the prepared set under a name that no code knows, so that all of it is read from its files."""
+  folder = target / "foreign" / "1.0.0"
   shutil.copytree(f"{data_dir}/tiny_colours/1.0.0", folder)
   for path in folder.iterdir():
     path.rename(folder / path.name.replace("tiny_colours", "foreign"))
