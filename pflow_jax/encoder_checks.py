@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pflow_jax.foreign import in_bytes, read_json, shown
+from pflow_jax.foreign import in_bytes, read_json, regular_file, shown
 
 MAX_LAYERS = 1024
 _WEIGHTS = (".safetensors", ".bin")
@@ -32,7 +32,7 @@ def check_network(kind: Any, folder: pathlib.Path) -> None:
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
       count = sum(parameter.numel() for parameter in kind(config).parameters())
-  held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS)
+  held = sum(regular_file(file).stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS)
   if count > held:
     raise ValueError(
       f"{path}: describes a {kind.__name__} of {shown(count)} parameters, which weights of {in_bytes(held)} cannot be"
@@ -53,10 +53,11 @@ def using(folder: pathlib.Path) -> Iterator[None]:
   """Turns what encoders raise that do not fit together, of a dozen types, into a ValueError; not a lack of memory."""
   try:
     yield
-  except (ValueError, OSError, ImportError, MemoryError):
+  except (ValueError, ImportError, MemoryError):
     raise
   except Exception as error:
-    if type(error).__name__ == "OutOfMemoryError":  # of PyTorch's devices
+    # What the system or a device of PyTorch lacks is no mistake; transformers raises OSErrors of its own.
+    if getattr(error, "errno", None) or type(error).__name__ == "OutOfMemoryError":
       raise
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise ValueError(f"{folder}: its encoders and tokenizers do not work together: {reason}") from error
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise ValueError(f"{folder}: its encoders and tokenizers do not work together: {shown(reason, 200)}") from error

@@ -261,4 +261,4 @@ def _problems(error: pydantic.ValidationError) -> str:
 
 def _reason(error: BaseException) -> str:
   text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-  return " ".join(text.split())[:300]
+  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split())[:300])

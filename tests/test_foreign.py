@@ -57,6 +57,10 @@ def test_json_that_does_not_fit_is_told_in_one_sentence(data, message):
   assert "\n" not in str(caught.value)
 
 
+def test_what_was_raised_is_told_in_printable_letters():
+  assert foreign._reason(ValueError("a\n b\x00\x1b[2J é")) == "a b\\x00\\x1b[2J é"
+
+
 def test_values_read_otherwise_are_checked_alike():
   assert foreign.check_type({"a": [1]}, dict[str, list[int]], where="x") == {"a": [1]}
   with pytest.raises(ValueError, match=r"x: a\.0: .* got '1'"):

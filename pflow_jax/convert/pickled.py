@@ -58,8 +58,8 @@ def _reading(file: pathlib.Path) -> Iterator[None]:
     asked = re.search(r"GLOBAL (\S+)", str(error))
     raise ValueError(_refusal(file, asked[1] if asked else "")) from error
   except Exception as error:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise ValueError(f"{file} cannot be read: {reason}; bring it anew") from error
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise ValueError(f"{file} cannot be read: {shown(reason, 200)}; bring it anew") from error
 
 
 def _refusal(file: pathlib.Path, asked: str) -> str:
