@@ -3,13 +3,15 @@
     python benchmarks/rollout_order.py [--plot docs/images/work_precision.png]
 
 Prints the error against evaluations of the policy with the measured order of convergence, then how "auto" compares to
-128 Euler substeps for several choices of the substeps that one of its steps stands for, and draws the first.
+128 Euler substeps for several choices of the substeps that one of its steps stands for, over segments and over the few
+substeps of a window, and draws the first.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import pathlib
 
 import jax
@@ -100,6 +102,28 @@ def compare_savings(count, savings=(2, 3, 4, 6)):
         print(f"{f'shift {shift}  nfe {nfe}  no. {i + 1}':>26s}" + "".join(f"{c:>22s}" for c in cells), flush=True)
 
 
+def compare_short(count, lengths=(2, 3, 4, 6, 8, 12, 18)):
+  """Error of "auto" relative to Euler's over a few substeps of 128, from anywhere on a policy's own trajectory."""
+  print(f"\nerror of auto relative to Euler's over a few substeps; {count} policies of each std {STDS}")
+  print(f"{'substeps':>26s}{'pooled RMS / median / share of policies with the smaller error':>70s}")
+  uniform = np.random.default_rng(0).uniform
+  for substeps in lengths:
+    length, euler, auto = substeps / 128, [], []
+    for shift, nfe, (seed, std) in itertools.product(SHIFTS, (1, 4), enumerate(STDS)):
+      grid = segment_grid(nfe)
+      for i in sorted({0, nfe - 1}):
+        x, policy = random_policies(20 + seed, count, float(shift_time(grid[i], shift)), std)
+        r = float(grid[i] - uniform() * (grid[i] - grid[i + 1] - length))
+        x = roll(policy, x, grid[i], r, shift, method="auto", substeps=1200, max_length=1.0)
+        error = errors(policy, x, r, max(r - length, 0.0), shift)
+        euler.append(error("euler", 128))
+        auto.append(error("auto", 128))
+    mine, theirs = np.concatenate(auto), np.concatenate(euler)
+    pooled = np.sqrt(np.mean(mine**2) / np.mean(theirs**2))
+    cell = f"{pooled:.2f} / {np.median(mine / theirs):.3f} / {np.mean(mine <= theirs):4.0%}"
+    print(f"{substeps:26d}{cell:>70s}", flush=True)
+
+
 def draw(curves, path):
   import matplotlib
 
@@ -146,6 +170,7 @@ def main():
   args = parser.parse_args()
   draw(work_precision(args.policies), args.plot)
   compare_savings(args.policies)
+  compare_short(args.policies)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a training step costs: flow maps against flow matching, and what π-ID spends outside its two networks.
 
-    python benchmarks/step_cost.py [--only emd|pid]
+    python benchmarks/step_cost.py [--only emd|pid|methods]
 
 emd: a step (loss, gradient, Adam) of AYF-EMD, AYF-LMD and MeanFlow relative to one of flow matching with the same DiT;
 the teacher of the first two is a DiT of the same size, unguided. Counted in forward passes these are 5, 5 and 4 to 3,
@@ -8,6 +8,8 @@ and guidance would add one.
 pid: the gradient of π-ID with a GMFlow student of DiT-B/2 size, against its networks' work alone (the student forward
 and backward, M teacher evaluations); the rest is overhead. A second estimate is the policy's work alone, from fixed
 outputs of the student and with a teacher that costs nothing.
+methods: the gradient of π-ID without data (4 segments, a window of 3 substeps, DiT 256 x 6) by the rollouts' default
+method against Euler, whole and the policy's work alone.
 
 Every round runs all programs in turn, in changing order, so that other load meets all alike. Printed are medians over
 rounds of the seconds that passed and that the processors worked, of the ratio within a round, with the smallest and the
@@ -22,6 +24,7 @@ difference to the networks is within its noise of 5 %.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 
@@ -183,9 +186,45 @@ def imitation_overhead(batch, rounds, components=32, space=(32, 32), channels=4)
     print(f"outside the networks, by {kind}: {spread(rest, '.1%')}; the policy alone: {spread(alone, '.1%')}")
 
 
+def compare_methods(batch, rounds, components=8, space=(32, 32), channels=4):
+  """The gradient of a data-free π-ID step by "euler" and by "auto", with networks and without."""
+  size = dict(width=256, depth=6, num_heads=4)
+  teacher_module = make_dit(pf.VelocityHead, channels, **size)
+  module = make_dit(lambda *args: pf.GMFlowHead(*args, num_components=components), channels, **size)
+  x, cond, key = make_batch(batch, space, channels)
+  ones = jnp.ones(batch)
+  frozen = teacher_module.init(jax.random.key(0), x, ones, cond)["params"]
+  params = pf.student_params_from_teacher(frozen, module, jax.random.key(1))
+  outputs = jax.jit(lambda p: module.apply({"params": p}, x, ones, cond))(params)
+
+  def loss(student, teacher, settings, x, cond, key):
+    return jnp.mean(pf.imitation_loss_data_free(student, teacher, x, cond, key, jnp.asarray(0), settings)[0])
+
+  def whole(settings, params, frozen, outputs, data):
+    teacher = lambda x, t, cond: teacher_module.apply({"params": frozen}, x, t, cond)
+    return loss(make_student(Network(module), settings, params), teacher, settings, *data)
+
+  def alone(settings, outputs, frozen, params, data):
+    create = jax.vmap(lambda x, t, out: pf.GMFlowPolicy.create(x, t, **out))
+    return loss(lambda x, t, cond: create(x, t, outputs), lambda x, t, cond: 0.5 * x, settings, *data)
+
+  for name, function, arguments in (
+    ("whole", whole, (params, frozen, outputs, (x, cond, key))),
+    ("the policy alone", alone, (outputs, frozen, params, (x, cond, key))),
+  ):
+    programs, flops = {}, {}
+    for method in ("euler", "auto"):
+      settings = pf.Imitation(nfe=4, final_scale=0.5, shift=3.2, window=3, dropout=0.1, method=method)
+      traced = jax.jit(jax.grad(functools.partial(function, settings))).trace(*arguments)
+      compiled, flops[method] = traced.lower().compile(), count_flops(traced.jaxpr)
+      programs[method] = lambda f=compiled, arguments=arguments: jax.block_until_ready(f(*arguments))
+    title = f"π-ID without data, {name}: GMFlow K = {components}, {space[0]}x{space[1]}x{channels}, batch {batch}"
+    report(title, measure(programs, rounds), flops, "euler")
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--only", choices=("emd", "pid"))
+  parser.add_argument("--only", choices=("emd", "pid", "methods"))
   parser.add_argument("--rounds", type=int, default=9)
   parser.add_argument("--batch", type=int, default=2, help="of π-ID")
   args = parser.parse_args()
@@ -193,12 +232,14 @@ def main():
   print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, load average of 1, 5, 15 minutes {load}")
   if load[0] > 1:
     print("WARNING: the machine is busy with other work; do not quote these numbers")
-  if args.only != "pid":
+  if args.only in (None, "emd"):
     size = dict(width=64, depth=4, num_heads=4, scan_unroll=4)
     compare_objectives("digits DiT, 8x8x1, batch 64", (8, 8), 1, 64, 10 * args.rounds, **size)
     compare_objectives("DiT-S/2, 32x32x4, batch 4", (32, 32), 4, 4, args.rounds, **pf.DIT_SIZES["S"])
-  if args.only != "emd":
+  if args.only in (None, "pid"):
     imitation_overhead(args.batch, args.rounds)
+  if args.only in (None, "methods"):
+    compare_methods(args.batch, args.rounds)
 
 
 if __name__ == "__main__":

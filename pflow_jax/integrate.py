@@ -11,13 +11,18 @@ import numpy as np
 from pflow_jax.policies.base import Array, Policy, check_range
 from pflow_jax.schedule import shift_time
 
-METHODS = ("auto", "euler", "ab2", "exact")
+RELEASES = {"piflow-0.1": jnp.round, "lakonlab-0.2": jnp.ceil}
+"""Versions of the PyTorch release of π-Flow, and how each makes a whole number of a stretch's substeps."""
+
+NEWEST = "lakonlab-0.2"
+
+METHODS = ("auto", "euler", "ab2", "exact", *RELEASES)
 
 SAVING = 3
 """Euler substeps that one third-order step stands for in method "auto": benchmarks/rollout_order.py measures it."""
 
 FEWEST = 10
-"""Steps below which "auto" saves nothing: the first two are of lower order."""
+"""Steps below which "auto" saves nothing but in windows: the first two are of lower order."""
 
 MIN_STEP = 1e-4  # shortest stretch of flow time that an average velocity is divided by
 
@@ -41,11 +46,13 @@ def rollout(
     r_start, r_end: schedule times (), 1 >= r_start >= r_end >= 0. May be traced.
     shift: time shift m between schedule and flow time.
     substeps: resolution: substeps a unit of schedule time.
-    method: "euler" takes max(round((r_start - r_end) substeps), 1) steps even in schedule time, as the PyTorch
-      release does; "ab2" spreads substeps * max_length steps of a second-order two-step scheme over the stretch;
-      "exact" is the policy's closed form; "auto" is exact where a closed form exists, else a third of ab2's steps at
-      third order (but 10, if there are so many): with 128 substeps its RMS error on random mixtures was 0.02 to 0.7
-      of Euler's with all of them.
+    method: "piflow-0.1" and "lakonlab-0.2" do as those versions of the PyTorch release: Euler steps even in schedule
+      time, (r_start - r_end) substeps of them, rounded to the nearest, half to even, until v0.1.2 and up since v0.2.0
+      (at least 1); of a policy that has a release with a closed form (ArcFlow), that. "euler" takes the steps of
+      "piflow-0.1" with every policy. "ab2" spreads substeps * max_length steps of a second-order two-step scheme over
+      the stretch; "exact" is the policy's closed form; "auto" is exact where a closed form exists, else a third of
+      ab2's steps at third order (but 10, if there are so many): with 128 substeps its RMS error on random mixtures was
+      0.02 to 0.7 of Euler's with all of them.
     max_length: static bound on r_start - r_end; sets the length of the compiled loop. A longer stretch is still
       covered, with longer steps.
   Returns: (*space, C).
@@ -53,20 +60,9 @@ def rollout(
   References: pi-Flow, arXiv:2510.14974, Sec. 3.1.
   """
   _check(r_start, r_end, shift, substeps, method, max_length)
-  if method == "auto" and policy.has_closed_form:
-    method = "exact"
   x, r_start, r_end, shift = _in_one_type(policy, x, r_start, r_end, shift)
   r_end = jnp.minimum(r_end, r_start)  # traced times out of order: a stretch without length
-  if method == "exact":
-    return policy.integrate(x, shift_time(r_start, shift), shift_time(r_end, shift))
-  if method == "auto":
-    steps = max(_bound(substeps / SAVING, max_length), min(_bound(substeps, max_length), FEWEST))
-    return _multistep(policy, x, r_start, r_end, shift, steps, 3)
-  bound = _bound(substeps, max_length)
-  if method == "ab2":
-    return _multistep(policy, x, r_start, r_end, shift, bound, 2)
-  count = jnp.clip(jnp.round((r_start - r_end) * substeps), 1, bound)
-  return _euler(policy, x, r_start, r_end, shift, count, bound)
+  return _end(policy, x, r_start, r_end, shift, substeps, method, max_length)
 
 
 def average_velocity(
@@ -82,8 +78,9 @@ def average_velocity(
 ) -> Array:
   """Average over flow time of the policy's velocity along its own trajectory from `x` at `r_start` to `r_end`.
 
-  Arguments as in `rollout`. A stretch that rounds to fewer than two substeps is represented by the velocity at its
-  start, as in the PyTorch releases; `max_length=0` says that it always is, and compiles no loop.
+  Arguments as in `rollout`, but that of few substeps "auto" takes a half, and one more. A stretch that rounds to fewer
+  than two substeps is represented by the velocity at its start, as in all PyTorch releases; `max_length=0` says that it
+  always is, and compiles no loop.
 
   Returns: (*space, C), the velocity v with x(r_end) = x + v (t_end - t_start).
   """
@@ -91,10 +88,10 @@ def average_velocity(
   x, r_start, r_end, shift = _in_one_type(policy, x, r_start, r_end, shift)
   r_end = jnp.minimum(r_end, r_start)  # traced times out of order: a stretch without length
   t_start, t_end = shift_time(r_start, shift), shift_time(r_end, shift)
-  start = policy.velocity(x, t_start)
+  start = _checkpointed(policy, x, t_start)
   if max_length == 0:
     return start
-  end = rollout(policy, x, r_start, r_end, shift=shift, substeps=substeps, method=method, max_length=max_length)
+  end = _end(policy, x, r_start, r_end, shift, substeps, method, max_length, start)
   chord = (x - end) / jnp.maximum(t_start - t_end, MIN_STEP)
   return jnp.where(jnp.round((r_start - r_end) * substeps) < 2, start, chord)
 
@@ -121,28 +118,55 @@ def _in_one_type(policy: Policy, *arrays) -> list[Array]:
   return [jnp.asarray(a, dtype) for a in arrays]
 
 
-def _bound(substeps: float, max_length: float) -> int:
-  """Length of the compiled loop."""
+def _end(policy, x, r_start, r_end, shift, substeps, method, max_length, start=None) -> Array:
+  """`rollout` of what has been checked; `start` is the velocity at the start, given for a window."""
+  if policy.has_closed_form and (method == "auto" or (method in RELEASES and policy.closed_form_in_release)):
+    method = "exact"
+  if method == "exact":
+    return policy.integrate(x, shift_time(r_start, shift), shift_time(r_end, shift))
+  window = start is not None
+  if not window:
+    start = _checkpointed(policy, x, shift_time(r_start, shift))
+  most = substeps * max_length
   # A hair less than the product, lest 128 * (1 / 3.5 * 3.5) becomes 129 steps.
-  return max(math.ceil(substeps * max_length - 1e-6), 1)
+  bound = max(math.ceil(most - 1e-6), 1)
+  if method == "ab2":
+    return _multistep(policy, x, r_start, r_end, shift, bound, 2, start)
+  if method == "auto":
+    # The first steps, of lower order, count where a stretch is all of a policy's way from its source to the data. A
+    # window is not, and half of them, and one more, are better there than all of Euler's.
+    few = int(most / 2) + 1 if window else bound
+    steps = max(math.ceil(most / SAVING - 1e-6), min(few, FEWEST))
+    return _multistep(policy, x, r_start, r_end, shift, steps, 3, start)
+  rounding = RELEASES.get(method, jnp.round)
+  if rounding is jnp.ceil:
+    # In float32 the difference of two times may exceed the length that it stands for, and be one step more.
+    bound = min(math.floor(most + 1e-6 * substeps) + 1, substeps)
+  count = jnp.clip(rounding((r_start - r_end) * substeps), 1, bound)
+  return _euler(policy, x, r_start, r_end, shift, count, bound, start)
 
 
-def _euler(policy, x, r_start, r_end, shift, count, bound):
+def _checkpointed(policy, x, t) -> Array:
+  """The velocity; the backward pass recomputes its (K, pixels) arrays instead of storing them."""
+  return jax.checkpoint(policy.velocity)(x, t)
+
+
+def _euler(policy, x, r_start, r_end, shift, count, bound, start):
   """`count` Euler steps, traced; the loop has the static length `bound` and idles when done."""
 
-  def step(x, i):
+  def times(i):
+    return (shift_time(r_start + (r_end - r_start) * (k / count), shift) for k in (i, i + 1))
+
+  def step(x, i):  # checkpointed as a whole, like the multistep schemes' below
     # Idle steps re-evaluate the last one, where everything is finite, and are masked out.
-    at = jnp.minimum(i, count - 1)
-    t, s = (shift_time(r_start + (r_end - r_start) * (k / count), shift) for k in (at, at + 1))
+    t, s = times(jnp.minimum(i, count - 1))
     return jnp.where(i < count, x + policy.velocity(x, t) * (s - t), x), None
 
-  # Checkpointed: the backward pass recomputes the policy's (K, pixels) arrays instead of storing them for every
-  # substep.
-  steps = jnp.arange(bound, dtype=x.dtype)
-  return jax.lax.scan(jax.checkpoint(step), x, steps)[0]
+  t, s = times(0)
+  return jax.lax.scan(jax.checkpoint(step), x + start * (s - t), jnp.arange(1, bound, dtype=x.dtype))[0]
 
 
-def _multistep(policy, x, r_start, r_end, shift, count, order):
+def _multistep(policy, x, r_start, r_end, shift, count, order, start):
   """`count` steps of a multistep scheme in (x / t, 1 / t), where only the posterior mean x0 = x - t v varies.
 
   dy / dlambda = x0 with y = x / t, lambda = 1 / t. x0 is extrapolated through the current and the last (order - 1)
@@ -162,38 +186,30 @@ def _multistep(policy, x, r_start, r_end, shift, count, order):
     u = k / count
     return (1 - u) ** 2 * t_start + 2 * u * (1 - u) * t_mixed + u**2 * t_end
 
-  def x0_at(x, t):
-    return x - t * policy.velocity(x, t)
-
-  def advance(x, t, s, x0, slope=0.0, curvature=0.0):
-    """x(s), given x(t) and x0(t') = x0 + slope (t' - t) + curvature (t' - t)^2."""
-    # s times the integrals of (t' - t)^n dlambda, over t^n.
+  def moments(t, s):
+    """s times the integral of (t' - t)^n dlambda from t to s, for n = 0, 1 and 2."""
     q = (t - s) / jnp.maximum(t, tiny)
     inside = q < 1
     log = jnp.where(inside, (1 - q) * jnp.log1p(-jnp.where(inside, q, 0.0)), 0.0)
-    first = -log - q
-    second = 2 * (log + q) - q**2
-    return (1 - q) * x + q * x0 + slope * t * first + curvature * t**2 * second
+    return q, -t * (log + q), t**2 * (2 * (log + q) - q**2)
 
-  def divided_difference(a, b, gap):
-    """(a - b) / gap, 0 in a stretch of no length."""
-    return jnp.where(gap == 0, 0.0, (a - b) / jnp.where(gap == 0, 1.0, gap))
+  def inverse(gap):
+    """1 / gap, 0 in a stretch of no length."""
+    return jnp.where(gap == 0, 0.0, 1 / jnp.where(gap == 0, 1.0, gap))
 
   def step(carry, i):
-    x, x0_last, slope_last = carry
-    t, s = time(i), time(i + 1)
-    t_last = jnp.where(i == 0, s, time(i - 1))
-    x0 = x0_at(x, t)
-    slope, curvature = divided_difference(x0, x0_last, t - t_last), jnp.zeros_like(x)
-    if order == 3:
-      # Newton's form; from the third step on, when there are three points.
-      bend = divided_difference(slope, slope_last, t - time(jnp.maximum(i - 2, 0)))
-      curvature = jnp.where(i < 2, 0.0, bend)
-    at_t = slope + curvature * (t - t_last)
-    return (advance(x, t, s, x0, at_t, curvature), x0, slope), None
+    x, x0_last, x0_before = carry
+    t, s, t_last, t_before = (time(k) for k in (i, i + 1, i - 1, jnp.maximum(i - 2, 0)))
+    x0 = x - t * policy.velocity(x, t)
+    q, first, second = moments(t, s)
+    # Newton's form of the polynomial, as one weighted sum of the points; its second difference from the third step on,
+    # when there are three.
+    bend = jnp.where(i < 2, 0.0, ((t - t_last) * first + second) * inverse(t - t_before)) if order == 3 else 0.0
+    a, b = (first + bend) * inverse(t - t_last), bend * inverse(t_last - t_before)
+    return ((1 - q) * x + (q + a) * x0 - (a + b) * x0_last + b * x0_before, x0, x0_last), None
 
-  t, s = time(0.0), time(1.0)
-  x0 = x0_at(x, t)
-  predicted = advance(x, t, s, x0)
-  carry = (x, x0_at(predicted, s), jnp.zeros_like(x))
-  return jax.lax.scan(jax.checkpoint(step), carry, jnp.arange(count, dtype=x.dtype))[0][0]
+  t, s = t_start, time(1.0)
+  x0, predicted = x - t * start, x + (s - t) * start
+  slope = (x0 - (predicted - s * _checkpointed(policy, predicted, s))) * inverse(t - s)
+  carry = (predicted + moments(t, s)[1] * slope, x0, x0)
+  return jax.lax.scan(jax.checkpoint(step), carry, jnp.arange(1, count, dtype=x.dtype))[0][0]

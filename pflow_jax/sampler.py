@@ -26,30 +26,31 @@ from pflow_jax.sharding import per_example
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
 
 
-def kept_noise(t: Array, t_next: Array, h: float) -> Array:
+def kept_noise(t: Array, t_next: Array, h: float, xp=jnp) -> Array:
   """Share m in [0, 1] of the present noise that a stochastic step from `t` to `t_next` keeps.
 
   Args:
     t, t_next: flow times, 1 >= t >= t_next >= 0, any shape.
     h: noise level of the sampler: 0 keeps all noise (deterministic), inf replaces all of it.
+    xp: what computes, jax.numpy or NumPy.
   """
   _check_level(h)
   if h == 0:
-    return jnp.ones_like(t)
+    return xp.ones_like(t)
   if np.isinf(h):
-    return jnp.zeros_like(t)
-  ratio = t_next * (1 - t) / jnp.maximum(t * (1 - t_next), MIN_PRODUCT)
+    return xp.zeros_like(t)
+  ratio = t_next * (1 - t) / xp.maximum(t * (1 - t_next), MIN_PRODUCT)
   return ratio ** (float(h) * float(h))  # h**2 raises where it overflows
 
 
-def flow_map_sde_target(t: Array, t_next: Array, h: float) -> tuple[Array, Array]:
-  """Where the flow map must land so that re-noising ends at `t_next` (FlowMapSDE).
+def flow_map_sde_target(t: Array, t_next: Array, h: float, xp=jnp) -> tuple[Array, Array]:
+  """Where the flow map must land so that re-noising ends at `t_next` (FlowMapSDE); arguments as in `kept_noise`.
 
   Returns: the landing time t_dst <= t_next, and the share m of noise that is kept.
   References: pi-Flow, arXiv:2510.14974, and its release.
   """
-  m = kept_noise(t, t_next, h)
-  return t_next * m / jnp.maximum(1 - t_next + t_next * m, MIN_PRODUCT), m
+  m = kept_noise(t, t_next, h, xp)
+  return t_next * m / xp.maximum(1 - t_next + t_next * m, MIN_PRODUCT), m
 
 
 def flow_map_sde_renoise(x: Array, noise: Array, t_next: Array, m: Array) -> Array:
@@ -91,7 +92,7 @@ def sample_student(
     nfe, final_scale, shift: the grid, see `segment_grid` and `shift_time`.
     h: noise level between segments (FlowMapSDE).
     temperature: of the policies of every segment but the last.
-    substeps, method: of the rollouts, see `rollout`.
+    substeps, method: of the rollouts, see `rollout`; "lakonlab-0.2" draws the samples that the PyTorch releases draw.
   Returns: (B, *space, C).
   """
   if h > 0 and keys is None and nfe > 1:
@@ -99,25 +100,33 @@ def sample_student(
   _check_level(h)
   student = checked_student("sample_student: student(x, t, cond)", student)
   (x,) = as_float(noise)
-  grid = segment_grid(nfe, final_scale)
   batch = noise.shape[:1]
-  for i in range(nfe):
-    t, t_next = (shift_time(jnp.asarray(r, x.dtype), shift) for r in grid[i : i + 2])
+  for i, (t, t_next, m, r, r_dst) in enumerate(zip(*_stops(nfe, final_scale, shift, h, x.dtype), strict=True)):
     policy = student(x, jnp.broadcast_to(t, batch), cond)
     last = i == nfe - 1
     if not last:
       policy = per_example(jax.vmap(lambda p: with_temperature(p, temperature)))(policy)
-    t_dst, m = flow_map_sde_target(t, t_next, h)
-    r_dst = unshift_time(t_dst, shift)
     reach = segment_length(nfe, final_scale) if h == 0 else 1.0
 
-    def roll(p, x, r=grid[i], r_dst=r_dst, reach=reach):
+    def roll(p, x, r=r, r_dst=r_dst, reach=reach):
       return rollout(p, x, r, r_dst, shift=shift, substeps=substeps, method=method, max_length=reach)
 
     x = per_example(jax.vmap(roll))(policy, x)
     if keys is not None and h > 0 and not last:
       x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)
   return x
+
+
+def _stops(nfe: int, final_scale: float, shift: float, h: float, dtype) -> tuple[Any, ...]:
+  """Of every segment t, t_next and the share m, see `flow_map_sde_target`, and where its rollout starts and ends, r.
+
+  NumPy's, in `dtype`, by the steps of the PyTorch release's pipelines, which keep 1000 t: a segment of 64 substeps may
+  come out a hair longer and, where they are rounded up, be one of 65.
+  """
+  t = shift_time(segment_grid(nfe, final_scale).astype(dtype), shift)
+  t_dst, m = flow_map_sde_target(t[:-1], t[1:], h, np)
+  r, r_dst = (np.minimum(unshift_time(a * 1000 / 1000, shift), 1) for a in (t[:-1], t_dst))
+  return t[:-1], t[1:], m, r, r_dst
 
 
 def sample_teacher(

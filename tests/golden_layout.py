@@ -12,6 +12,11 @@ def channels_last(array):
   return jnp.moveaxis(jnp.asarray(array), -3, -1)
 
 
+def released(golden, name, release):
+  """The file `name` with the numbers that a release made of its inputs, see golden/README.md."""
+  return golden(name) | (golden(f"{release}/{name}") if release == "lakonlab-0.2" else {})
+
+
 def toy_teacher(x, t, cond=None):
   del cond
   return 0.7 * x + 0.3 * jnp.sin(3 * x) - 0.4 * t[:, None, None, None]

@@ -2,26 +2,29 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pflow_jax.integrate import average_velocity, rollout
+from pflow_jax.flops import count_flops
+from pflow_jax.integrate import METHODS, RELEASES, average_velocity, rollout
 from pflow_jax.policies import DXPolicy, Policy
 from pflow_jax.schedule import segment_grid, shift_time
 from tests import cases
-from tests.golden_layout import assert_close, channels_last, toy_params, toy_student
+from tests.golden_layout import assert_close, channels_last, released, toy_params, toy_student
 
 ALL = {"gmflow": cases.gmflow, "gmflow1": functools.partial(cases.gmflow, k=1), "dx": cases.dx, "arc": cases.arc}
 
 
+@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("shift", [1.0, 3.2])
 @pytest.mark.parametrize("kind", ["GM", "DX"])
-def test_euler_matches_the_release(golden, kind, shift):
+def test_releases_are_matched_by_their_names(golden, kind, shift, release):
   """Whole and partial stretches of different lengths in one batch, one of no length, one that ends at the data."""
-  file = golden(f"rollout_{kind}_shift{shift}")
+  file = released(golden, f"rollout_{kind}_shift{shift}", release)
   x, r_start, r_end = (
     channels_last(file["in_x_src"]),
     jnp.asarray(file["in_raw_start"]),
@@ -32,8 +35,8 @@ def test_euler_matches_the_release(golden, kind, shift):
   @jax.jit
   def evaluate(params):
     policy = toy_student(params, "GM" if kind == "GM" else "DXgrid", **options)(x, shift_time(r_start, shift))
-    roll = functools.partial(rollout, shift=shift, method="euler")
-    average = functools.partial(average_velocity, shift=shift, method="euler")
+    roll = functools.partial(rollout, shift=shift, method=release)
+    average = functools.partial(average_velocity, shift=shift, method=release)
     return jax.vmap(average)(policy, x, r_start, r_end), jax.vmap(roll)(policy, x, r_start, r_end)
 
   params = toy_params(file)
@@ -91,7 +94,7 @@ def roll_batch(policy, x, r_start, r_end, shift, **options):
   return jax.vmap(lambda p, x: rollout(p, x, r_start, r_end, shift=shift, **options))(policy, x)
 
 
-@pytest.mark.parametrize("nfe", [1, 2, 4])
+@pytest.mark.parametrize("nfe", [1, 2, 4, 16])
 def test_auto_is_no_less_accurate_than_euler(nfe):
   """On random mixtures, sharp and broad, over the first and the last segment of the student's grid."""
   grid, ratios = segment_grid(nfe), []
@@ -113,6 +116,49 @@ def test_auto_is_no_less_accurate_than_euler(nfe):
       ratios.append(auto / euler)
   # A pixel may lie between two components so narrowly that either method's error decides which of them it goes to.
   assert np.mean(np.array(ratios) <= 1) >= 0.95
+
+
+@pytest.mark.parametrize("substeps", [2, 3, 6, 12])
+def test_auto_is_no_less_accurate_than_euler_over_windows(substeps):
+  """At the source of an early and a late segment, and at the end of the last of four, on the policy's own way."""
+  length, ratios = substeps / 128, []
+
+  @functools.partial(jax.jit, static_argnames=("method", "substeps"))
+  def average(policy, x, r, shift, **options):
+    one = functools.partial(average_velocity, shift=shift, max_length=length, **options)
+    return jax.vmap(lambda p, x: one(p, x, r, r - length))(policy, x)
+
+  for (source, r), shift in itertools.product(((1.0, 1.0), (0.4, 0.4), (0.25, length)), (1.0, 3.2)):
+    t_s, stds = float(shift_time(source, shift)), np.repeat([0.05, 0.1, 0.3], 8)
+    made = [cases.gmflow(seed, space=(16,), t_s=t_s, std=std) for seed, std in enumerate(stds)]
+    x, policy = jax.tree.map(lambda *a: jnp.stack(a), *made)
+    x = roll_batch(policy, x, source, r, shift, method="auto", substeps=512, max_length=0.25)
+    exact = average(policy, x, r, shift, method="auto", substeps=128 * 128 // substeps)
+    auto, euler = (
+      np.sqrt(np.mean((average(policy, x, r, shift, method=m, substeps=128) - exact) ** 2, axis=(1, 2)))
+      for m in ("auto", "euler")
+    )
+    ratios.append(auto / euler)
+  assert np.median(ratios) < 0.2
+  assert np.mean(np.array(ratios) <= 1) >= 0.95
+
+
+def test_auto_costs_no_more_than_euler_over_any_stretch():
+  """Operations, and with them evaluations of the policy, of an average velocity and its gradient."""
+  x, policy = cases.gmflow()
+  ratios = []
+  for substeps in (3, 3.05, 4, 5, 6, 8, 12, 20, 32, 128):
+    length = substeps / 128
+
+    def average(policy, method, length=length):
+      return jnp.sum(average_velocity(policy, x, 1.0, 1.0 - length, method=method, max_length=length))
+
+    counts = {
+      m: count_flops(jax.make_jaxpr(jax.grad(functools.partial(average, method=m)))(policy)) for m in METHODS[:2]
+    }
+    ratios.append(counts["auto"] / counts["euler"])
+  assert max(ratios) <= 1
+  assert ratios[-1] < 0.4
 
 
 @pytest.mark.parametrize(
@@ -195,7 +241,7 @@ def test_max_length_bounds_the_loop_and_not_the_result():
   roll = functools.partial(rollout, policy, x, 0.9, 0.65, method="euler")
   np.testing.assert_allclose(roll(max_length=0.25), roll(), rtol=1e-12)
   text = jax.make_jaxpr(functools.partial(rollout, method="auto", max_length=0.25))(policy, x, 0.9, 0.65)
-  assert "length=11" in str(text)  # ceil(128 / 4 / 3)
+  assert "length=10" in str(text)  # ceil(128 / 4 / 3), of which the first stands before the loop
   # A longer stretch is covered all the same, in longer steps.
   np.testing.assert_allclose(roll(max_length=0.05, method="auto"), roll(method="auto"), atol=0.05)
 
@@ -240,6 +286,29 @@ def test_numbers_do_not_recompile():
   assert traces == ["grid"]
 
 
+def test_names_of_releases_are_euler_or_a_closed_form_as_the_releases_are():
+  """ "euler", which runs of before have in their config.json, stays what it was: "piflow-0.1" but for ArcFlow."""
+  for kind, make in ALL.items():
+    x, policy = make()
+    # 18.3 substeps, of which the releases make 18 and 19.
+    ends = {m: rollout(policy, x, 0.5, 0.5 - 18.3 / 128, method=m) for m in ("euler", *RELEASES)}
+    same = {m: bool(jnp.all(ends["euler"] == end)) for m, end in ends.items()}
+    assert same == {"euler": True, "piflow-0.1": kind != "arc", "lakonlab-0.2": False}, kind
+    if kind == "arc":
+      exact = rollout(policy, x, 0.5, 0.5 - 18.3 / 128, method="exact")
+      assert all(bool(jnp.all(ends[release] == exact)) for release in RELEASES)
+
+
+def test_the_loop_has_room_for_one_substep_more_where_rounding_asks_for_it():
+  """0.6 - 0.35 is a hair more than 0.25 in float32: 33 substeps where there are to be 32."""
+  x, policy = cases.gmflow(dtype=jnp.float32)
+  times = np.float32(0.6), np.float32(0.35)
+  assert np.ceil((times[0] - times[1]) * np.float32(128)) == 33
+  roll = functools.partial(rollout, policy, x, *times, method="lakonlab-0.2")
+  np.testing.assert_allclose(roll(max_length=0.25), roll(), rtol=1e-6)
+  assert jnp.max(jnp.abs(roll() - roll(method="piflow-0.1"))) > 1e-5
+
+
 def test_auto_is_exact_where_it_can_be():
   for kind, make in ALL.items():
     x, policy = make()
@@ -256,7 +325,7 @@ def test_bad_arguments_say_what_was_expected():
   x, policy = cases.gmflow()
   for f in (rollout, average_velocity):
     for bad, message in (
-      (dict(method="rk4"), r"method: expected one of \('auto', 'euler', 'ab2', 'exact'\), got 'rk4'"),
+      (dict(method="rk4"), r"method: expected one of \('auto', 'euler', 'ab2', 'exact', 'pi.*, 'lak.*'\), got 'rk4'"),
       (dict(substeps=0), "substeps: expected an integer of at least 1, got 0"),
       (dict(substeps=8.0), "substeps: .*got 8.0"),
       (dict(substeps=True), "substeps: .*got True"),

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from pflow_jax import sampler
+from pflow_jax.integrate import RELEASES
 from pflow_jax.policies import auto_temperature
 from pflow_jax.sampler import sample_flow_map
 from pflow_jax.schedule import segment_grid, shift_time
-from tests.golden_layout import assert_close, channels_last, toy_params, toy_student, toy_teacher
+from tests.golden_layout import assert_close, channels_last, released, toy_params, toy_student, toy_teacher
 
 LEVELS = {"0.0": 0.0, "0.5": 0.5, "1.0": 1.0, "inf": float("inf")}
 
@@ -42,37 +43,40 @@ def test_stochastic_steps_match_the_release(golden, level):
     np.testing.assert_allclose(stepped, file[f"out_sde_u_step_{i}"], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-  ("kind", "name"),
-  [
-    ("GM", "GM_temp1.0"),
-    ("GM", "GM_temp0.3"),
-    ("DXgrid", "DXgrid_temp1.0"),
-    ("DXpolynomial", "DXpolynomial_temp1.0"),
-  ],
-)
-def test_samples_match_the_release(golden, kind, name):
-  file = golden(f"sample_{name}")
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("name", ["GM_temp1.0", "GM_temp0.3", "DXgrid_temp1.0", "DXpolynomial_temp1.0"])
+def test_samples_match_the_release(golden, name, release):
+  file, kind = released(golden, f"sample_{name}", release), name.split("_")[0]
   options = {"GM": {}, "DXgrid": dict(segment=1 / 3.5, shift=3.2), "DXpolynomial": dict(shift=3.2)}
   student = toy_student(toy_params(file), kind, eps=1e-4, **options[kind])
-  samples = sampler.sample_student(
-    student,
-    channels_last(file["in_noise"]),
-    None,
-    nfe=4,
-    final_scale=0.5,
-    shift=3.2,
-    temperature=float(name[-3:]),
-    method="euler",
-  )
+  sampling = dict(nfe=4, final_scale=0.5, shift=3.2, temperature=float(name[-3:]), method=release)
+  samples = sampler.sample_student(student, channels_last(file["in_noise"]), None, **sampling)
   assert_close(samples, channels_last(file["out_x0"]), rtol=1e-5)
+
+
+def test_a_hair_more_than_64_substeps_is_65_as_in_the_release(golden):
+  """2 evaluations at shift 3.2: in float32 the second segment is longer than 0.5."""
+  file = golden("sample_GM_temp1.0") | golden("lakonlab-0.2/sample_GM_2nfe")
+  student, noise = toy_student(toy_params(file), "GM", eps=1e-4), channels_last(file["in_noise"])
+  draw = lambda method: sampler.sample_student(student, noise, None, nfe=2, shift=3.2, method=method)
+  assert_close(draw("lakonlab-0.2"), channels_last(file["out_x0"]), rtol=1e-5)
+  assert jnp.max(jnp.abs(draw("piflow-0.1") - channels_last(file["out_x0"]))) > 1e-4  # of 64 and 64
+
+
+def test_segments_have_the_substeps_of_the_release(golden):
+  file = golden("lakonlab-0.2/substeps")
+  grids = zip(*(file[f"in_{name}"].tolist() for name in ("nfe", "final_scale", "shift", "h")), strict=True)
+  for grid, counts in zip(grids, file["out_substeps"], strict=True):
+    *_, r, r_dst = sampler._stops(*grid, np.float32)
+    np.testing.assert_array_equal(np.ceil((r - r_dst) * 128), counts[: grid[0]], err_msg=str(grid))
 
 
 def test_arc_samples_match_the_release(golden):
   file = golden("arc_sample_2nfe")
   student = toy_student(toy_params(file), "Arc")
-  samples = sampler.sample_student(student, channels_last(file["in_noise"]), None, nfe=2, shift=3.2)
-  assert_close(samples, channels_last(file["out_x0"]), rtol=1e-5)
+  for method in ("auto", *RELEASES):  # π-Flow's versions do not matter: ArcFlow's own release has a closed form
+    samples = sampler.sample_student(student, channels_last(file["in_noise"]), None, nfe=2, shift=3.2, method=method)
+    assert_close(samples, channels_last(file["out_x0"]), rtol=1e-5)
 
 
 def test_noise_that_is_renewed_keeps_the_marginal():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pflow_jax.checks import check_finite, checked, checked_student
-from pflow_jax.integrate import METHODS, average_velocity, rollout
+from pflow_jax.integrate import METHODS, RELEASES, average_velocity, rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies.base import as_float
 from pflow_jax.schedule import add_noise, over_space, sample_segment, segment_grid, segment_length, shift_time
@@ -40,7 +40,8 @@ class Imitation:
     ratio_decay: D, optimizer steps over which the share of the segment that the teacher walks decays from 1 to 0; 0
       starts at 0.
     loss_scale: factor of the loss; 3 for ImageNet, 30 for FLUX and Qwen-Image.
-    substeps, method: of the rollouts, see `rollout`; "euler" reproduces the PyTorch release.
+    substeps, method: of the rollouts, see `rollout`; "lakonlab-0.2" and "piflow-0.1" reproduce the PyTorch releases,
+      ArcFlow's with its policy.
   """
 
   nfe: int = 1
@@ -63,7 +64,7 @@ class Imitation:
       raise ValueError(f"window: expected at least 0 substeps, got {self.window}")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout: expected a rate in [0, 1), got {self.dropout}")
-    if self.method != "euler" and 0 < self.window * self.substeps / 128 < 1.5:
+    if self.method not in ("euler", *RELEASES) and 0 < self.window * self.substeps / 128 < 1.5:
       raise ValueError(
         f"window: {self.window} of 128 substeps are fewer than two of the rollouts' {self.substeps} and would be taken "
         "for a point; set window=0, or substeps=128 and a window of at least 2"
@@ -265,7 +266,7 @@ def draw_source(key: Array, x0: Array) -> tuple[Array, Array]:
 def _window(length, substeps: float, xp=jnp):
   """Window in schedule time: `substeps` of a segment's max(round(128 length), 1), at most the segment.
 
-  The unit is the release's substep, whatever resolution the rollouts have.
+  The unit is the releases' substep, which all of them round to the nearest, whatever resolution the rollouts have.
   """
   return xp.minimum(substeps * length / xp.maximum(xp.round(128 * length), 1), length)
 

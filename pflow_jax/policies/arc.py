@@ -27,6 +27,8 @@ class ArcPolicy(Mixture):
   log_gammas: Array  # (K, *space), the first 0
   t_s: Array  # ()
 
+  closed_form_in_release = True
+
   @classmethod
   def create(cls, x_s, t_s, velocities, logits, log_gammas) -> ArcPolicy:
     """Policy from a network's output.

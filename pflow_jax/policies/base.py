@@ -26,6 +26,9 @@ class Policy:
   has_closed_form: bool = False
   """Whether `integrate` is available."""
 
+  closed_form_in_release: bool = False
+  """Whether the policy's PyTorch release integrates it in closed form; the others take Euler steps."""
+
   def velocity(self, x: Array, t: Array) -> Array:
     """Velocity dx/dt at state `x` (*space, C) and flow time `t` (); returns (*space, C)."""
     raise NotImplementedError

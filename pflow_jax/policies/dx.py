@@ -57,7 +57,8 @@ class DXPolicy(Policy):
       segment: length of the segment in schedule time, as in training, in (0, 1].
       shift: time shift m, as in training.
       basis: "grid" or "polynomial".
-      compat: read polynomial checkpoints of the PyTorch release, which convert every coefficient with x_s - t_s d_i.
+      compat: read polynomials as the PyTorch release does, which converts every coefficient with x_s - t_s d_i. Neither
+        reading is the other with other weights, as x_s changes with the sample: a student keeps the one it has learnt.
       eps: lower bound of flow times and of the segment's length.
     Raises: ValueError for shapes that do not fit, an unknown basis, or values out of range.
     """

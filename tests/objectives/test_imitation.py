@@ -1,17 +1,20 @@
 """π-ID against the PyTorch release, and its invariants."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pflow_jax.flops import count_flops
+from pflow_jax.integrate import RELEASES
 from pflow_jax.objectives import imitation
 from pflow_jax.objectives.imitation import Draws, Imitation, segment_loss
-from tests.golden_layout import channels_last, toy_gradients, toy_params, toy_student, toy_teacher
+from tests.golden_layout import channels_last, released, toy_gradients, toy_params, toy_student, toy_teacher
 
-NFE4 = dict(nfe=4, final_scale=0.5, shift=3.2, loss_scale=30.0, method="euler")
+NFE4 = dict(nfe=4, final_scale=0.5, shift=3.2, loss_scale=30.0)
 DATA_FREE = dict(num_states=4, window=3, dropout=0.1, ratio_decay=2000)
 SEGMENT_POLICIES = {
   "GM": {},
@@ -52,12 +55,16 @@ def segment_case(file, kind, settings, ratio, components, **policy):
   return jax.value_and_grad(loss, has_aux=True)(toy_params(file))
 
 
-@pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("ratio", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("kind", list(SEGMENT_POLICIES))
-def test_segment_matches_the_release(golden, kind, ratio, window):
-  file = golden(f"piid_segment_{kind}_ratio{ratio}_win{window}")
-  settings = Imitation(**NFE4, num_states=3, window=window, dropout=0.25 if kind == "GM" else 0.0)
+ALL_SEGMENTS = list(itertools.product(SEGMENT_POLICIES, (0.0, 0.4, 1.0), (0, 3)))
+SEGMENTS = [("piflow-0.1", *case) for case in ALL_SEGMENTS]
+SEGMENTS += [("lakonlab-0.2", *case) for case in ALL_SEGMENTS if case[0] == "GM" or case[1:] == (0.4, 3)]
+
+
+@pytest.mark.parametrize(("release", "kind", "ratio", "window"), SEGMENTS)
+def test_segment_matches_the_release(golden, release, kind, ratio, window):
+  file = released(golden, f"piid_segment_{kind}_ratio{ratio}_win{window}", release)
+  dropout = 0.25 if kind == "GM" else 0.0
+  settings = Imitation(**NFE4, num_states=3, window=window, dropout=dropout, method=release)
   components = 4 if kind == "GM" else 0
   (loss, end), grads = segment_case(file, kind, settings, ratio, components, **SEGMENT_POLICIES[kind])
   np.testing.assert_allclose(loss, file["out_loss"], rtol=1e-9)
@@ -76,9 +83,10 @@ def test_arc_segment_matches_the_release(golden, ratio):
   assert_close(grads, toy_gradients(file), rtol=5e-5)
 
 
-def test_data_loss_matches_the_release(golden, monkeypatch):
-  file = golden("forward_train_data_GM_2nfe")
-  settings = Imitation(nfe=2, num_states=2, dropout=0.05, loss_scale=3.0, method="euler")
+@pytest.mark.parametrize("release", RELEASES)
+def test_data_loss_matches_the_release(golden, monkeypatch, release):
+  file = released(golden, "forward_train_data_GM_2nfe", release)
+  settings = Imitation(nfe=2, num_states=2, dropout=0.05, loss_scale=3.0, method=release)
   x0 = channels_last(file["in_x0"])
   source = (jnp.asarray(file["rng_t"]), channels_last(file["rng_noise"]))
   monkeypatch.setattr(imitation, "draw_source", lambda *_: source)
@@ -96,21 +104,17 @@ def test_data_loss_matches_the_release(golden, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("name", "kind", "settings", "rtol"),
+  ("name", "kind", "release", "settings", "rtol"),
   [
     # The release keeps its schedule times in float32 here: parity ends at that precision.
-    ("forward_train_datafree_GM_4nfe", "GM", Imitation(**NFE4, **DATA_FREE), 1e-5),
-    # The release clamps small arguments of its exponential integral.
-    (
-      "arc_forward_train_datafree_2nfe",
-      "Arc",
-      Imitation(nfe=2, shift=3.2, loss_scale=30.0, **DATA_FREE),
-      5e-5,
-    ),
+    ("forward_train_datafree_GM_4nfe", "GM", "piflow-0.1", NFE4, 1e-5),
+    ("forward_train_datafree_GM_4nfe", "GM", "lakonlab-0.2", NFE4, 1e-5),
+    # ArcFlow's, which has one version. It clamps small arguments of its exponential integral.
+    ("arc_forward_train_datafree_2nfe", "Arc", "piflow-0.1", dict(nfe=2, shift=3.2, loss_scale=30.0), 5e-5),
   ],
 )
-def test_data_free_loss_matches_the_release(golden, monkeypatch, name, kind, settings, rtol):
-  file = golden(name)
+def test_data_free_loss_matches_the_release(golden, monkeypatch, name, kind, release, settings, rtol):
+  file, settings = released(golden, name, release), Imitation(**settings, **DATA_FREE, method=release)
   components, segments = file["in_param_lw"].shape[1], range(settings.nfe)
   draws = [draws_of(file, components, f"_{i}") for i in segments]
   keys = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(jax.random.key(0), i)))(jnp.arange(settings.nfe))
@@ -138,6 +142,23 @@ def test_data_free_loss_matches_the_release(golden, monkeypatch, name, kind, set
   np.testing.assert_allclose(aux["teacher_ratio"], 0.75)
   np.testing.assert_allclose(value, file["out_loss"], rtol=rtol / 10)
   assert_close(grads, toy_gradients(file), rtol=rtol)
+
+
+def test_the_default_method_costs_less_than_euler(golden):
+  """Operations, and with them evaluations of the policy, of a step without data: 4 segments, a window of 3 substeps."""
+  params, noise = toy_params(golden("forward_train_datafree_GM_4nfe")), jnp.zeros((2, 4, 4, 2))
+
+  def count(method, ratio_decay):
+    settings = Imitation(**NFE4, **DATA_FREE | dict(ratio_decay=ratio_decay), method=method)
+
+    def loss(params):
+      args = toy_student(params, "GM"), toy_teacher, noise, None, jax.random.key(0), jnp.array(500), settings
+      return jnp.sum(imitation.imitation_loss_data_free(*args)[0])
+
+    return count_flops(jax.make_jaxpr(jax.grad(loss))(params))
+
+  for ratio_decay in (0, 2000):
+    assert count("auto", ratio_decay) < 0.5 * count("euler", ratio_decay)
 
 
 def test_loss_vanishes_where_the_policy_is_the_teacher():
