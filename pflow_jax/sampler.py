@@ -19,7 +19,7 @@ from pflow_jax.integrate import rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies import temperature as with_temperature
 from pflow_jax.policies.base import Array, as_float
-from pflow_jax.schedule import segment_grid, segment_length, shift_time, unshift_time
+from pflow_jax.schedule import longest_segment, segment_grid, shift_time, unshift_time
 from pflow_jax.sharding import per_example
 
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
@@ -96,26 +96,30 @@ def sample_student(
   if h > 0 and keys is None and nfe > 1:
     raise ValueError("sample_student: h > 0 renews noise between segments and needs `keys`, one a sample")
   _check_level(h)
-  (x,) = as_float(noise)
-  grid = segment_grid(nfe, final_scale)
+  (noise,) = as_float(noise)
+  grid = jnp.asarray(segment_grid(nfe, final_scale), noise.dtype)
+  times = shift_time(grid, shift)
+  reach = longest_segment(nfe, final_scale) if h == 0 else 1.0
   batch = noise.shape[:1]
-  for i in range(nfe):
-    t, t_next = (shift_time(jnp.asarray(r, x.dtype), shift) for r in grid[i : i + 2])
+
+  def step(x, inputs):
+    i, r, t, t_next = inputs
     policy = student(x, jnp.broadcast_to(t, batch), cond)
-    last = i == nfe - 1
-    if not last:
-      policy = per_example(jax.vmap(lambda p: with_temperature(p, temperature)))(policy)
+    tempered = per_example(jax.vmap(lambda p: with_temperature(p, temperature)))(policy)
+    policy = jax.tree.map(lambda own, other: jnp.where(i == nfe - 1, own, other), policy, tempered)
     t_dst, m = flow_map_sde_target(t, t_next, h)
     r_dst = unshift_time(t_dst, shift)
-    reach = segment_length(nfe, final_scale) if h == 0 else 1.0
 
-    def roll(p, x, r=grid[i], r_dst=r_dst, reach=reach):
+    def roll(p, x):
       return rollout(p, x, r, r_dst, shift=shift, substeps=substeps, method=method, max_length=reach)
 
     x = per_example(jax.vmap(roll))(policy, x)
-    if keys is not None and h > 0 and not last:
-      x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)
-  return x
+    if keys is not None and h > 0:
+      x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)  # of which none is left at t_next = 0
+    return x.astype(noise.dtype), None
+
+  # A loop, whatever its length: a thousand evaluations compile as one does.
+  return jax.lax.scan(step, noise, (jnp.arange(nfe), grid[:-1], times[:-1], times[1:]))[0]
 
 
 def sample_teacher(
