@@ -52,15 +52,17 @@ def image_grid(
   title: str | None = None,
   column_labels: Sequence[str] | None = None,
   scale: int | None = None,
+  columns: int | None = None,
 ) -> None:
   """Labelled rows of images; column i of every row is meant to come from the same noise.
 
   Args:
     rows: label -> images (n, H, W, C) in [-1, 1] (clipped; not finite becomes mid-grey), C 1 or 3,
       one shape for all rows.
-    column_labels: n short texts above the columns, such as the class.
+    column_labels: n texts above the columns, such as the class; long ones lose their middle.
     scale: pixels of the picture for each pixel of an image, nearest neighbour; by default images
       become about 96 wide.
+    columns: images side by side, the others continue below; by default all.
   Raises: ValueError on other shapes.
   """
   if not rows:
@@ -79,37 +81,50 @@ def image_grid(
   if scale < 1:
     raise ValueError(f"scale: expected a whole number >= 1, got {scale}")
 
+  columns = min(columns or count, count)
   gap = max(4, width * scale // 16)
   cell_h, cell_w = height * scale + gap, width * scale + gap
-  canvas = np.full((len(images) * cell_h - gap, count * cell_w - gap, 3), 255, np.uint8)
+  # The figure is laid out in whole pixels, so that every pixel of an image is a sharp square.
+  pad, line = 24, 40
+  between = line if column_labels is not None else 2 * gap  # blocks of all rows
+  block, blocks = len(images) * cell_h - gap + between, -(-count // columns)
+  canvas = np.full((blocks * block - between, columns * cell_w - gap, 3), 255, np.uint8)
   for i, x in enumerate(images.values()):
     x = to_bytes(x).repeat(scale, axis=1).repeat(scale, axis=2)
     for j in range(count):
-      top, left = i * cell_h, j * cell_w
+      top, left = j // columns * block + i * cell_h, j % columns * cell_w
       canvas[top : top + height * scale, left : left + width * scale] = x[j]
 
-  # The figure is laid out in whole pixels, so that every pixel of an image is a sharp square.
-  pad, line = 24, 40
   texts = [_text_width(label) for label in images]
   margin = max(texts) + pad if any(images) else 0
   top = (line + pad // 2 if title else 0) + (line if column_labels is not None else 0)
   total_w = pad + margin + canvas.shape[1] + pad
   total_w = max(total_w, _text_width(title, 11) + 2 * pad if title else 0)
   total_h = pad + top + canvas.shape[0] + pad
+  letters = max(5, int(cell_w / (_text_width("n" * 20) / 20)))
   with _figure(path, total_w / _DPI, total_h / _DPI) as figure:
     left, bottom = pad + margin, pad
     box = (left / total_w, bottom / total_h, canvas.shape[1] / total_w, canvas.shape[0] / total_h)
     axes = figure.add_axes(box)
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
-    for i, label in enumerate(images):
-      y = bottom + canvas.shape[0] - i * cell_h - height * scale / 2
+    for i, label in enumerate(list(images) * blocks):
+      down = i // len(images) * block + i % len(images) * cell_h
+      y = bottom + canvas.shape[0] - down - height * scale / 2
       figure.text((left - pad * 0.75) / total_w, y / total_h, label, ha="right", va="center")
     for j, text in enumerate(column_labels or ()):
-      x, y = left + j * cell_w + width * scale / 2, bottom + canvas.shape[0] + line * 0.45
-      figure.text(x / total_w, y / total_h, str(text), ha="center", va="center", color=_MUTED, parse_math=False)
+      x, y = left + j % columns * cell_w + width * scale / 2, canvas.shape[0] - j // columns * block + line * 0.45
+      text = without_middle(str(text), letters)
+      figure.text(x / total_w, (bottom + y) / total_h, text, ha="center", va="center", color=_MUTED, parse_math=False)
     if title:
       figure.text(pad / total_w, 1 - (pad + line / 2) / total_h, title, va="center", fontsize=11)
+
+
+def without_middle(text: str, letters: int) -> str:
+  """The text in so many letters at most, 3 or more: of a longer one both ends, which tell "class 101" from others."""
+  if len(text) <= letters:
+    return text
+  return f"{text[: letters // 2]}…{text[len(text) - (letters - 1 - letters // 2) :]}"
 
 
 def captioned_images(

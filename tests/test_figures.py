@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from pflow_jax import figures
-from pflow_jax.figures import captioned_images, curve_panels, curves, image_grid, scatter_panels, trajectory_plot
+from pflow_jax.figures import (
+  captioned_images,
+  curve_panels,
+  curves,
+  image_grid,
+  scatter_panels,
+  trajectory_plot,
+  without_middle,
+)
 
 
 @pytest.fixture
@@ -59,6 +67,35 @@ def test_image_grid_has_room_for_labels_titles_and_columns(tmp_path, rng):
   assert sizes["columns"][0] > sizes["plain"][0] + 30
   image_grid(tmp_path / "grid.png", {"a": x})
   assert _pixels(tmp_path / "grid.png").shape[1] < sizes["plain"][1] - 100
+
+
+def test_long_rows_of_an_image_grid_go_on_below(tmp_path):
+  """Every image is there, in reading order, in blocks of all rows; labels have room above each block."""
+  shades = np.linspace(-0.9, 0.9, 5)
+  x = np.broadcast_to(np.stack([shades, -shades, np.full(5, -1.0)], -1)[:, None, None], (5, 8, 8, 3))
+  colours = np.rint((x[:, 0, 0].astype(np.float32) + 1) * 127.5).astype(int)
+  image_grid(tmp_path / "x.png", {"a": x, "b": x}, scale=4, columns=2, column_labels=["label"] * 5)
+  places = [np.argwhere((_pixels(tmp_path / "x.png") == colour).all(-1)) for colour in colours]
+  assert [len(place) for place in places] == [2 * 32 * 32] * 5
+  (tops, lefts), bottoms = np.array([place.min(0) for place in places]).T, [place.max(0)[0] for place in places]
+  assert tops[0] == tops[1] < tops[2] == tops[3] < tops[4]
+  assert lefts[0] == lefts[2] == lefts[4] < lefts[1] == lefts[3]
+  assert tops[2] - bottoms[0] > 30
+
+
+@pytest.mark.parametrize(
+  ("text", "letters", "short"),
+  [
+    ("circle", 8, "circle"),
+    ("class 101", 8, "clas…101"),
+    ("class 101", 9, "class 101"),
+    ("a star of seven points", 8, "a st…nts"),
+    ("golden retriever", 5, "go…er"),
+  ],
+)
+def test_long_labels_keep_both_ends(text, letters, short):
+  assert without_middle(text, letters) == short
+  assert len(short) <= letters
 
 
 def test_image_grid_refuses_wrong_shapes(tmp_path, rng):
