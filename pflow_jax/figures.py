@@ -52,6 +52,7 @@ def image_grid(
   title: str | None = None,
   column_labels: Sequence[str] | None = None,
   scale: int | None = None,
+  columns: int | None = None,
 ) -> None:
   """Labelled rows of images; column i of every row is meant to come from the same noise.
 
@@ -62,6 +63,7 @@ def image_grid(
       are cut where that does not help.
     scale: pixels of the picture for each pixel of an image, nearest neighbour; by default images
       become about 96 wide.
+    columns: images side by side, the others continue below; by default all.
   Raises: ValueError on other shapes.
   """
   if not rows:
@@ -80,22 +82,24 @@ def image_grid(
   if scale < 1:
     raise ValueError(f"scale: expected a whole number >= 1, got {scale}")
 
+  columns = min(columns or count, count)
   gap = max(4, width * scale // 16)
   cell_h, cell_w = height * scale + gap, width * scale + gap
-  canvas = np.full((len(images) * cell_h - gap, count * cell_w - gap, 3), 255, np.uint8)
+  # The figure is laid out in whole pixels, so that every pixel of an image is a sharp square.
+  pad, line = 24, 40
+  names, size = fitted(column_labels or (), width * scale)
+  head = line + max((name.count("\n") for name in names), default=0) * line // 2
+  between = head if column_labels is not None else 2 * gap  # blocks of all rows
+  block, blocks = len(images) * cell_h - gap + between, -(-count // columns)
+  canvas = np.full((blocks * block - between, columns * cell_w - gap, 3), 255, np.uint8)
   for i, x in enumerate(images.values()):
     x = to_bytes(x).repeat(scale, axis=1).repeat(scale, axis=2)
     for j in range(count):
-      top, left = i * cell_h, j * cell_w
+      top, left = j // columns * block + i * cell_h, j % columns * cell_w
       canvas[top : top + height * scale, left : left + width * scale] = x[j]
 
-  # The figure is laid out in whole pixels, so that every pixel of an image is a sharp square.
-  pad, line = 24, 40
   texts = [text_width(label) for label in images]
   margin = max(texts) + pad if any(images) else 0
-  columns, size = fitted(column_labels or (), width * scale)
-  lines = 1 + max((text.count("\n") for text in columns), default=0)
-  head = line + (lines - 1) * line // 2
   top = (line + pad // 2 if title else 0) + (head if column_labels is not None else 0)
   total_w = pad + margin + canvas.shape[1] + pad
   total_w = max(total_w, text_width(title, 11) + 2 * pad if title else 0)
@@ -106,12 +110,15 @@ def image_grid(
     axes = figure.add_axes(box)
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
-    for i, label in enumerate(images):
-      y = bottom + canvas.shape[0] - i * cell_h - height * scale / 2
+    for i, label in enumerate(list(images) * blocks):
+      down = i // len(images) * block + i % len(images) * cell_h
+      y = bottom + canvas.shape[0] - down - height * scale / 2
       figure.text((left - pad * 0.75) / total_w, y / total_h, label, ha="right", va="center", parse_math=False)
-    for j, text in enumerate(columns):
-      x, y = left + j * cell_w + width * scale / 2, bottom + canvas.shape[0] + head * 0.45
-      figure.text(x / total_w, y / total_h, text, size=size, ha="center", va="center", color=_MUTED, parse_math=False)
+    for j, text in enumerate(names):
+      x, y = left + j % columns * cell_w + width * scale / 2, canvas.shape[0] - j // columns * block + head * 0.45
+      figure.text(
+        x / total_w, (bottom + y) / total_h, text, size=size, ha="center", va="center", color=_MUTED, parse_math=False
+      )
     if title:
       figure.text(pad / total_w, 1 - (pad + line / 2) / total_h, title, va="center", fontsize=11, parse_math=False)
 

@@ -20,7 +20,7 @@ from pflow_jax.integrate import rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies import temperature as with_temperature
 from pflow_jax.policies.base import Array, as_float
-from pflow_jax.schedule import segment_grid, segment_length, shift_time, unshift_time
+from pflow_jax.schedule import longest_segment, segment_grid, shift_time, unshift_time
 from pflow_jax.sharding import per_example
 
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
@@ -99,22 +99,27 @@ def sample_student(
     raise ValueError("sample_student: h > 0 renews noise between segments and needs `keys`, one a sample")
   _check_level(h)
   student = checked_student("sample_student: student(x, t, cond)", student)
-  (x,) = as_float(noise)
+  (noise,) = as_float(noise)
+  reach = longest_segment(nfe, final_scale) if h == 0 else 1.0
   batch = noise.shape[:1]
-  for i, (t, t_next, m, r, r_dst) in enumerate(zip(*_stops(nfe, final_scale, shift, h, x.dtype), strict=True)):
-    policy = student(x, jnp.broadcast_to(t, batch), cond)
-    last = i == nfe - 1
-    if not last:
-      policy = per_example(jax.vmap(lambda p: with_temperature(p, temperature)))(policy)
-    reach = segment_length(nfe, final_scale) if h == 0 else 1.0
 
-    def roll(p, x, r=r, r_dst=r_dst, reach=reach):
+  def step(x, inputs):
+    i, t, t_next, m, r, r_dst = inputs
+    policy = student(x, jnp.broadcast_to(t, batch), cond)
+    tempered = per_example(jax.vmap(lambda p: with_temperature(p, temperature)))(policy)
+    policy = jax.tree.map(lambda own, other: jnp.where(i == nfe - 1, own, other), policy, tempered)
+
+    def roll(p, x):
       return rollout(p, x, r, r_dst, shift=shift, substeps=substeps, method=method, max_length=reach)
 
     x = per_example(jax.vmap(roll))(policy, x)
-    if keys is not None and h > 0 and not last:
-      x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)
-  return x
+    if keys is not None and h > 0:
+      x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)  # of which none is left at t_next = 0
+    return x.astype(noise.dtype), None
+
+  # A loop, whatever its length: a thousand evaluations compile as one does.
+  stops = map(jnp.asarray, _stops(nfe, final_scale, shift, h, noise.dtype))
+  return jax.lax.scan(step, noise, (jnp.arange(nfe), *stops))[0]
 
 
 def _stops(nfe: int, final_scale: float, shift: float, h: float, dtype) -> tuple[Any, ...]:

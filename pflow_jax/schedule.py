@@ -73,6 +73,11 @@ def segment_length(nfe: int, final_scale: float = 1.0) -> float:
   return 1.0 / (nfe - 1 + final_scale)
 
 
+def longest_segment(nfe: int, final_scale: float = 1.0) -> float:
+  """Length in schedule time of the longest segment: the first one, which with one evaluation is all there is."""
+  return min(segment_length(nfe, final_scale), 1.0)
+
+
 def segment_grid(nfe: int, final_scale: float = 1.0) -> np.ndarray:
   """Boundaries of the student's segments in schedule time, from noise to data.
 

@@ -62,6 +62,20 @@ def test_image_grid_has_room_for_labels_titles_and_columns(tmp_path, rng):
   assert _pixels(tmp_path / "grid.png").shape[1] < sizes["plain"][1] - 100
 
 
+def test_long_rows_of_an_image_grid_go_on_below(tmp_path):
+  """Every image is there, in reading order, in blocks of all rows; labels have room above each block."""
+  shades = np.linspace(-0.9, 0.9, 5)
+  x = np.broadcast_to(np.stack([shades, -shades, np.full(5, -1.0)], -1)[:, None, None], (5, 8, 8, 3))
+  colours = np.rint((x[:, 0, 0].astype(np.float32) + 1) * 127.5).astype(int)
+  image_grid(tmp_path / "x.png", {"a": x, "b": x}, scale=4, columns=2, column_labels=["label"] * 5)
+  places = [np.argwhere((_pixels(tmp_path / "x.png") == colour).all(-1)) for colour in colours]
+  assert [len(place) for place in places] == [2 * 32 * 32] * 5
+  (tops, lefts), bottoms = np.array([place.min(0) for place in places]).T, [place.max(0)[0] for place in places]
+  assert tops[0] == tops[1] < tops[2] == tops[3] < tops[4]
+  assert lefts[0] == lefts[2] == lefts[4] < lefts[1] == lefts[3]
+  assert tops[2] - bottoms[0] > 30
+
+
 def test_long_column_labels_are_shown_within_their_columns(tmp_path):
   def of_columns(labels):
     """Where there is ink above each of 3 white images, and the height of the picture."""

@@ -1,5 +1,7 @@
 """Samplers against the PyTorch release."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 
 from pflow_jax import sampler
 from pflow_jax.integrate import RELEASES
-from pflow_jax.policies import auto_temperature
+from pflow_jax.objectives.imitation import Imitation
+from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy, auto_temperature
 from pflow_jax.sampler import sample_flow_map
-from pflow_jax.schedule import segment_grid, shift_time
+from pflow_jax.schedule import longest_segment, segment_grid, shift_time
 from tests.golden_layout import assert_close, channels_last, released, toy_params, toy_student, toy_teacher
+from tests.programs import CONFIGS, load_module
 
 LEVELS = {"0.0": 0.0, "0.5": 0.5, "1.0": 1.0, "inf": float("inf")}
 
@@ -122,6 +126,81 @@ def test_stochastic_sampling_runs_and_needs_a_key(golden):
     sample(-1.0, keys(0))
   with pytest.raises(ValueError, match="keys"):
     sampler.sample_teacher(toy_teacher, noise, None, steps=2, h=1.0)
+
+
+NUMBERS = (1, 2, 3, 4, 5, 8, 16)
+
+
+def recipes():
+  """(final_scale, shift) of every policy student in configs/."""
+  found = set()
+  for path in CONFIGS:
+    module = load_module(path)
+    for objective in (module.get_config(variant).objective for variant in module.VARIANTS):
+      if objective.kind.startswith("imitation"):
+        found.add((float(objective.final_scale), float(objective.shift)))
+  return sorted(found)
+
+
+@pytest.mark.parametrize("nfe", NUMBERS)
+def test_every_recipe_has_the_releases_grid_for_any_number_of_evaluations(nfe):
+  """The grid of the release's FlowMapSDEScheduler.set_timesteps, of which the one trained for is one."""
+  assert {scale for scale, _ in recipes()} == {0.5, 1.0}
+  for scale, shift in recipes():
+    grid, lengths = segment_grid(nfe, scale), -np.diff(segment_grid(nfe, scale))
+    np.testing.assert_allclose(lengths.sum(), 1.0)
+    np.testing.assert_allclose(lengths[:-1], lengths[0])
+    np.testing.assert_allclose(lengths[-1], (scale if nfe > 1 else 1.0) * lengths[0])
+    assert lengths.max() - 1e-12 <= longest_segment(nfe, scale) <= 1
+    released = np.linspace(1.0, scale / (nfe - 1 + scale), nfe, dtype=np.float32)
+    released = np.append(shift * released / (1 + (shift - 1) * released), 0)
+    np.testing.assert_allclose(shift_time(grid, shift), released, rtol=1e-6, atol=5e-7)
+
+
+def to_a_point(point, kind):
+  """A student of each kind whose policy leads everything to `point`, the exact flow of data that are one point."""
+
+  def one(x, t):
+    v = (x - point) / t
+    outputs = jnp.stack([v, v]), jnp.zeros((2, *x.shape[:-1]))
+    if kind == "gmflow":
+      return GMFlowPolicy.create(x, t, *outputs, jnp.asarray(-12.0, x.dtype))
+    if kind == "arc":
+      return ArcPolicy.create(x, t, *outputs, jnp.zeros((1, *x.shape[:-1])))
+    states = jnp.stack([v, v if kind == "grid" else jnp.zeros_like(v)])
+    return DXPolicy.create(x, t, states, basis=kind, segment=Imitation(nfe=4, final_scale=0.5).max_segment, shift=3.2)
+
+  return lambda x, t, cond: jax.vmap(one)(x, t)
+
+
+@pytest.mark.parametrize("nfe", [1, 5])
+@pytest.mark.parametrize("kind", ["gmflow", "grid", "polynomial", "arc"])
+def test_a_student_trained_for_four_evaluations_arrives_with_another_number(kind, nfe):
+  """Of FLUX.1's and Qwen-Image's recipes, whose last segment is half as long."""
+  noise = jax.random.normal(jax.random.key(0), (2, 2, 1, 3))
+  point = jnp.asarray([0.5, -1.0, 2.0])[None, None]
+  draw = functools.partial(sampler.sample_student, nfe=nfe, final_scale=0.5, shift=3.2, temperature=0.3)
+  x = jax.jit(lambda x: draw(to_a_point(point, kind), x, None))(noise)
+  np.testing.assert_allclose(x, np.broadcast_to(point, x.shape), atol=1e-3)
+
+
+def test_a_student_is_trained_for_one_evaluation_with_any_last_segment():
+  settings = Imitation(nfe=1, final_scale=0.5, window=3.0)
+  assert (settings.max_segment, settings.max_window) == (1.0, Imitation(nfe=1, window=3.0).max_window)
+
+
+def test_evaluations_are_a_loop():
+  """The network is traced once, not once an evaluation."""
+  traced = []
+
+  def student(x, t, cond):
+    traced.append(t)
+    return to_a_point(0.0, "arc")(x, t, cond)
+
+  noise, keys = jax.ShapeDtypeStruct((2, 2, 1, 3), jnp.float32), jax.random.split(jax.random.key(0), 2)
+  draw = functools.partial(sampler.sample_student, student, cond=None, nfe=50, h=0.5, temperature=0.5)
+  jax.make_jaxpr(lambda x: draw(x, keys=keys))(noise)
+  assert len(traced) <= 2
 
 
 def test_auto_temperature():

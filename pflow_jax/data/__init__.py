@@ -5,7 +5,11 @@ from pflow_jax.data.dataset import Dataset as Dataset
 from pflow_jax.data.dataset import Embedding as Embedding
 from pflow_jax.data.dataset import from_arrays as from_arrays
 from pflow_jax.data.dataset import text_length as text_length
+from pflow_jax.data.description import Description as Description
 from pflow_jax.data.emoji import fetch_emoji as fetch_emoji
+from pflow_jax.data.fingerprint import Fingerprint as Fingerprint
+from pflow_jax.data.fingerprint import changes as changes
+from pflow_jax.data.fingerprint import fingerprint as fingerprint
 from pflow_jax.data.latents import write_latents as write_latents
 from pflow_jax.data.pipeline import batches as batches
 from pflow_jax.data.pipeline import examples as examples

@@ -18,7 +18,15 @@ from pflow_jax.checks import check_finite, checked, checked_student
 from pflow_jax.integrate import METHODS, RELEASES, average_velocity, rollout
 from pflow_jax.policies import Policy
 from pflow_jax.policies.base import as_float
-from pflow_jax.schedule import add_noise, over_space, sample_segment, segment_grid, segment_length, shift_time
+from pflow_jax.schedule import (
+  add_noise,
+  longest_segment,
+  over_space,
+  sample_segment,
+  segment_grid,
+  segment_length,
+  shift_time,
+)
 from pflow_jax.sharding import per_example
 
 Array = jax.Array
@@ -81,12 +89,12 @@ class Imitation:
   @property
   def max_segment(self) -> float:
     """Longest segment, in schedule time."""
-    return segment_length(self.nfe, self.final_scale)
+    return longest_segment(self.nfe, self.final_scale)
 
   @property
   def max_window(self) -> float:
     """Longest window, in schedule time."""
-    lengths = [self.max_segment, self.max_segment * self.final_scale]
+    lengths = [self.max_segment, segment_length(self.nfe, self.final_scale) * self.final_scale]
     return max(float(_window(length, self.window, np)) for length in lengths)
 
   def teacher_ratio(self, step: Array) -> Array | float:

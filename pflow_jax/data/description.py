@@ -1,0 +1,103 @@
+"""The shapes and names of a data set, which are all that sampling needs to know of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from pflow_jax.data.dataset import Dataset, Embedding
+from pflow_jax.data.records import Batch, Records
+from pflow_jax.data.registry import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What a `Dataset` is but for its records, in plain JSON; see there.
+
+  Attributes:
+    options: that `load` was given.
+    embedding: arguments of an `Embedding` but for the empty prompt's arrays, or None.
+  """
+
+  options: dict[str, Any]
+  shape: tuple[int, ...]
+  num_classes: int = 0
+  class_names: tuple[str, ...] = ()
+  has_x0: bool = True
+  embedding: EmbeddingShapes | None = None
+
+  @classmethod
+  def of(cls, dataset: Dataset, options: Mapping[str, Any]) -> Description:
+    """Describes what `load(**options)` gave, `options` in plain JSON."""
+    own = dataset.embedding
+    shapes = EmbeddingShapes(own.lengths, own.text_width, own.masked, own.pooled_width) if own else None
+    names = tuple(dataset.class_names)
+    return cls(dict(options), tuple(dataset.shape), dataset.num_classes, names, dataset.has_x0, shapes)
+
+  def dataset(self) -> Dataset:
+    """The data set, of which nothing is read before its records are asked for.
+
+    Raises: ValueError for a description of none.
+    """
+    if not self.shape or min(self.shape) < 1:
+      raise ValueError(f"expected a data set's shape (*space, C) of sizes >= 1, got {self.shape}")
+    if self.num_classes < 0 or (self.class_names and len(self.class_names) != self.num_classes):
+      raise ValueError(f"expected a name for each of {self.num_classes} classes, got {len(self.class_names)}")
+    return Dataset(
+      name=str(self.options.get("name")),
+      shape=self.shape,
+      num_classes=self.num_classes,
+      class_names=self.class_names,
+      records=_Unread(self),
+      embedding=Embedding(**dataclasses.asdict(self.embedding)) if self.embedding else None,
+      has_x0=self.has_x0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingShapes:
+  """See `dataset.Embedding`."""
+
+  lengths: tuple[int, ...]
+  text_width: int
+  masked: bool
+  pooled_width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+  """Records that are looked for when they are asked for."""
+
+  description: Description
+
+  @functools.cached_property
+  def _records(self) -> Records:
+    dataset = load(**self.description.options)
+    found = Description.of(dataset, self.description.options)
+    differing = [
+      f"{field.name} {getattr(self.description, field.name)}, got {getattr(found, field.name)}"
+      for field in dataclasses.fields(found)
+      if getattr(self.description, field.name) != getattr(found, field.name)
+    ]
+    if differing:
+      raise ValueError(f"{dataset.name}: expected the data of the run, of {'; '.join(differing)}.")
+    return dataset.records
+
+  @property
+  def num_records(self) -> int | None:
+    return self._records.num_records
+
+  @property
+  def read_threads(self) -> int:
+    return self._records.read_threads
+
+  def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
+    return self._records.batches(batch_size, seed, rows)
+
+  def sample(self, n: int, seed: int) -> Batch:
+    return self._records.sample(n, seed)

@@ -1,0 +1,164 @@
+"""A data set told by its content: counts, names, and a hash of records spread over all of it.
+
+The same on every machine, whatever the path and the dates of its files, and quick for sets of any size: what is in
+memory is read up to `MOST_BYTES`, of what lies in files a few records.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from pflow_jax.data.buckets import BucketRecords
+from pflow_jax.data.dataset import Dataset
+from pflow_jax.data.folder import FolderSource
+from pflow_jax.data.records import ArrayRecords, GeneratedRecords, SourceRecords
+from pflow_jax.data.tfds_source import TfdsSource
+from pflow_jax.foreign import regular_file
+
+MOST_BYTES = 2**28  # read of arrays in memory
+RECORDS = 64  # read of a set in files
+_BLOCK = 2**16  # bytes read at either end of a file
+
+Fingerprint = dict[str, Any]
+
+
+def fingerprint(dataset: Dataset) -> Fingerprint:
+  """What tells a data set from another, in plain JSON: equal for equal records in an equal order.
+
+  Records between those that are read may differ unnoticed. Files of images are compared as they are, not as they are
+  decoded, which differs between versions of the decoders.
+
+  Returns: "shape", "records" (None without end), digests of "class_names" and of the empty condition "null", and what
+    its records tell: digests by name.
+  """
+  null = dataset.embedding.null if dataset.embedding else None
+  return {
+    "shape": list(dataset.shape),
+    "records": dataset.num_records,
+    "class_names": _Hash().text(*dataset.class_names).digest(),
+    "null": _Hash().arrays(null or {}).digest(),
+    **_content(dataset.records),
+  }
+
+
+def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
+  """What differs between two fingerprints, a line each; empty if they are the same."""
+  return [
+    f"{key}: was {before.get(key, 'not there')}, is {now.get(key, 'not there')}"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key)
+  ]
+
+
+class _Hash:
+  """A digest that grows; what is added cannot be mistaken for anything else that could have been."""
+
+  def __init__(self) -> None:
+    self._hash = hashlib.blake2b(digest_size=8)
+
+  def text(self, *texts: str) -> _Hash:
+    self._hash.update(json.dumps(texts).encode())
+    return self
+
+  def array(self, array: np.ndarray) -> _Hash:
+    array = np.asarray(array)
+    little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+    self.text(array.dtype.name, *map(str, array.shape))
+    self._hash.update(little.reshape(-1).view(np.uint8).data)
+    return self
+
+  def arrays(self, arrays: dict[str, np.ndarray]) -> _Hash:
+    for name, array in sorted(arrays.items()):
+      self.text(name).array(array)
+    return self
+
+  def digest(self) -> str:
+    return self._hash.hexdigest()
+
+
+def _spread(count: int, most: int = RECORDS) -> np.ndarray:
+  """At most `most` rows of `count`, even apart, the first and the last among them."""
+  return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64)) if count else np.arange(0)
+
+
+@functools.singledispatch
+def _content(records: Any) -> Fingerprint:
+  """Digests of records of a kind that is not known here, by what every kind can."""
+  batch = records.sample(min(records.num_records or RECORDS, RECORDS), 0)
+  cond = batch["cond"] if isinstance(batch["cond"], dict) else {"label": batch["cond"]}
+  x0 = {"x0": batch["x0"]} if "x0" in batch else {}
+  return {"content": _Hash().arrays({**cond, **x0}).digest()}
+
+
+@_content.register
+def _(records: GeneratedRecords) -> Fingerprint:
+  return {}  # made by code, which is no data
+
+
+@_content.register
+def _(records: ArrayRecords) -> Fingerprint:
+  count = len(records.x0)
+  arrays = {"x0": records.x0, **records.embeddings}
+  row = sum(array.nbytes for array in arrays.values()) // max(count, 1)
+  rows = _spread(count, max(MOST_BYTES // max(row, 1), RECORDS))
+  read = {name: array if len(rows) == count else array[rows] for name, array in arrays.items()}
+  return {"labels": _Hash().array(records.label).digest(), "content": _Hash().arrays(read).digest()}
+
+
+@_content.register
+def _(records: SourceRecords) -> Fingerprint:
+  return _of_source(records.source)
+
+
+@_content.register
+def _(records: BucketRecords) -> Fingerprint:
+  source = records.source
+  return {"lengths": _Hash().array(np.asarray(source.text_lengths)).digest(), **_of_source(source)}
+
+
+@functools.singledispatch
+def _of_source(source: Any) -> Fingerprint:
+  """Digests of records that are read one by one."""
+  content = _Hash()
+  for row in _spread(len(source)):
+    content.arrays(source[int(row)])
+  return {"content": content.digest()}
+
+
+@_of_source.register
+def _(source: TfdsSource) -> Fingerprint:
+  raw = getattr(source.source, "data_source", None)  # of array_record: records as they are stored
+  records = [raw[int(row)] for row in _spread(len(raw))] if raw is not None else []
+  if not records or not all(isinstance(record, bytes) for record in records):
+    return _of_source.dispatch(object)(source)
+  content = _Hash()
+  for record in records:
+    # How often each byte is there: the features of a record lie in another order where it was prepared anew.
+    content.array(np.bincount(np.frombuffer(record, np.uint8), minlength=256))
+  return {"content": content.digest()}
+
+
+@_of_source.register
+def _(source: FolderSource) -> Fingerprint:
+  names, content = _Hash(), _Hash()
+  names.text(*(f"{label}/{path.name}" for path, label in source.files))
+  for row in _spread(len(source.files)):
+    _add_file(content, source.files[int(row)][0])
+  return {"names": names.digest(), "content": content.digest()}
+
+
+def _add_file(content: _Hash, path: pathlib.Path) -> None:
+  """Adds the size of a file and what is at its two ends."""
+  with regular_file(path).open("rb") as file:
+    size = file.seek(0, os.SEEK_END)
+    content.text(str(size))
+    for start in (0, max(size - _BLOCK, 0)):
+      file.seek(start)
+      content.array(np.frombuffer(file.read(_BLOCK), np.uint8))
