@@ -120,8 +120,8 @@ class ModelFolder:
 
     Args:
       produce: the tensor of a name, in C order.   report: called with the number of bytes that are done since.
-    Raises: what `produce` raises, or OSError where the folder cannot be written; what is complete by then is not written
-      again by the next call.
+    Raises: what `produce` raises, or OSError where the folder cannot be written; what is complete by then is not
+      written again by the next call.
     """
     try:
       self._write(produce, report)
