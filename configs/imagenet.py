@@ -29,6 +29,7 @@ def get_config(variant: str = "gmflow") -> ConfigDict:
   config = default_config(objective)
   config.data = dict(name="latents:/data/imagenet256", shape=(32, 32, 4), num_classes=1000)
   config.model = dict(kind="dit", patch_size=2, width=1152, depth=28, num_heads=16, scan_unroll=1, time_scale=1000.0)
+  config.model.update(norm_eps=1e-6, flip_time=False)  # as its converted teacher's: 1e-5 of most, True of SiT
   config.model.update(dtype="bfloat16", remat="full", attention="xla")
   config.train.update(batch_size=4096, log_every=100, checkpoint_every=1000, keep_every=20_000)
   config.optimizer.update(learning_rate=5e-5, warmup_steps=1000, clip_norm=50.0)

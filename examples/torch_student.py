@@ -263,6 +263,7 @@ class Student(nn.Module):
     self.channels = net.config.in_channels if is_dit else net.config.in_channels // 4
     self.head = Head(kind, is_dit, config, net.inner_dim, self.channels, self.patch)
     self.time_scale = config.get("num_timesteps", 1000)  # of a DiT: factor on t
+    self.flip_time = config.get("flip_model_timesteps", False)  # of a DiT: it is given 1 - t
     if is_dit:
       for block in net.transformer_blocks:  # frequencies as in the original DiT, where diffusers' own is not said
         shift = config.get("frequency_shift", 0)
@@ -282,7 +283,7 @@ class Student(nn.Module):
       raise ValueError(f"noise: expected {wanted}, got {(channels, height, width)}")
     grid, time = (height // p, width // p), torch.full((batch,), t, device=x.device)
     if self.backbone == DIT:
-      tokens = self._dit(x.to(self.net.dtype), self.time_scale * time, cond, grid)
+      tokens = self._dit(x.to(self.net.dtype), self.time_scale * (1 - time if self.flip_time else time), cond, grid)
     else:
       img = x.reshape(batch, channels, grid[0], p, grid[1], p).permute(0, 2, 4, 1, 3, 5)
       img = img.reshape(batch, grid[0] * grid[1], channels * p * p).to(self.net.dtype)

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import pathlib
@@ -25,7 +24,8 @@ import tensorstore as ts
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from pflow_jax.checkpoint import STATE, Checkpointer, absolute, is_remote, saved_part
+from pflow_jax import foreign
+from pflow_jax.checkpoint import STATE, Checkpointer, _storage, absolute, is_remote, saved_part
 from pflow_jax.sharding import Layout
 
 PyTree = Any
@@ -77,7 +77,7 @@ class _Streamed:
   def nbytes(self) -> int:
     return self.size * self.dtype.itemsize
 
-  async def write(self, store: ts.TensorStore, written: set[str]) -> None:
+  async def write(self, store: ts.TensorStore, written: set[str], directory: epath.Path) -> None:
     """Writes the chunks that are not `written`, some at a time, reading every layer once."""
     leaf, chunk, slab = self.leaf, self.chunk, slab_shape(self.leaf, self.chunk)
     for first in range(0, leaf.shape[0] if leaf.stacked else 1, chunk[0] if leaf.stacked else 1):
@@ -86,7 +86,9 @@ class _Streamed:
       layers = self._layers(first) if missing else None
       for index in parts:
         if index in missing:
-          await store[index].write(_part(layers, leaf, index), can_reference_source_data_indefinitely=True)
+          part = _part(layers, leaf, index)  # what a leaf raises is no fault of the storage
+          with _storage(directory):
+            await store[index].write(part, can_reference_source_data_indefinitely=True)
         self.report(math.prod(s.stop - s.start for s in index) * self.dtype.itemsize)
       del layers
 
@@ -148,9 +150,9 @@ def _bytes(shape: list[int], leaf: Leaf) -> int:
 class _Handler(ocp.type_handlers.NumpyHandler):
   """Writes leaves that are read while they are written, one at a time; to Orbax they are NumPy arrays."""
 
-  def __init__(self, interrupted: pathlib.Path | None):
+  def __init__(self, directory: epath.Path, interrupted: pathlib.Path | None):
     super().__init__(deepcopy_host_arrays=False)
-    self._interrupted = interrupted
+    self._directory, self._interrupted = directory, interrupted
     self._lock = asyncio.Lock()
     self.error: Exception | None = None
 
@@ -168,10 +170,10 @@ class _Handler(ocp.type_handlers.NumpyHandler):
       if self.error is not None:
         return
       try:
-        spec = ts.Spec(tspec)
-        store = await ts.open(spec, create=True, open=True, context=ts_context)
-        written = {key.decode() for key in await store.kvstore.list()}  # type: ignore[union-attr]
-        await value.write(store, written)
+        with _storage(self._directory):
+          store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+          written = {key.decode() for key in await store.kvstore.list()}  # type: ignore[union-attr]
+        await value.write(store, written, self._directory)
       except Exception as error:
         self.error = error
         raise
@@ -224,7 +226,7 @@ def save_leaves(
     parts = jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), shapes, layout.shardings(shapes))
   stream = lambda leaf, part: _Streamed(leaf, chunk_shape(leaf, tuple(part)), report)
   streamed = jax.tree.map(stream, dict(state), parts)
-  handler = _Handler(_set_aside(absolute(directory), step, resume))
+  handler = _Handler(absolute(directory), _set_aside(absolute(directory), step, resume))
   try:
     with _quiet(), _StreamCheckpointer(directory, handler) as checkpointer:
       checkpointer.save(step, streamed)
@@ -279,6 +281,7 @@ class Stored:
   store: ts.TensorStore
   shape: tuple[int, ...]
   dtype: np.dtype
+  folder: epath.Path
 
   @property
   def chunk(self) -> tuple[int, ...]:
@@ -286,7 +289,8 @@ class Stored:
     return tuple(self.store.chunk_layout.read_chunk.shape)  # type: ignore[arg-type]
 
   def read(self, index: Index) -> np.ndarray:
-    return self.store[index].read().result() if index else self.store.read().result()
+    with _storage(self.folder):
+      return self.store[index].read().result() if index else self.store.read().result()
 
 
 def open_leaves(directory: str | epath.PathLike, *, which: str = "ema", step: int | None = None) -> dict[str, Stored]:
@@ -296,13 +300,14 @@ def open_leaves(directory: str | epath.PathLike, *, which: str = "ema", step: in
   """
   path, item = saved_part(directory, which, step)
   folder = path / STATE
-  zarr3 = json.loads((folder / "_METADATA").read_text()).get("use_zarr3", False)
+  zarr3 = bool(foreign.read_json(str(folder / "_METADATA")).get("use_zarr3"))
   leaves, context = {}, ocp.type_handlers.get_ts_context()
   for keys, leaf in flatten_dict(item).items():
     info = ocp.type_handlers.ParamInfo(
       name=".".join(keys), parent_dir=folder, is_ocdbt_checkpoint=True, use_zarr3=zarr3, ts_context=context
     )
     spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
-    store = ts.open(ts.Spec(spec), open=True, context=context).result()
-    leaves["/".join(keys[1:])] = Stored(store, tuple(leaf.shape), np.dtype(leaf.dtype))
+    with _storage(folder):
+      store = ts.open(ts.Spec(spec), open=True, context=context).result()
+    leaves["/".join(keys[1:])] = Stored(store, tuple(leaf.shape), np.dtype(leaf.dtype), folder)
   return leaves

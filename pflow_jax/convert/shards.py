@@ -21,11 +21,20 @@ import numpy as np
 from pflow_jax.checksums import checksum
 from pflow_jax.convert.places import DTYPES
 from pflow_jax.convert.tensors import CONFIG, INDEX, WEIGHTS, open_tensors
+from pflow_jax.foreign import read_json, regular_file
 
 JOURNAL = "conversion.partial.json"
 SOURCE = "source"  # of what a file was made, in its metadata
 _PARTIAL = ".partial"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Journal:
+  """What is kept of an interrupted conversion: of what source, and sizes and checksums of its complete files."""
+
+  source: str
+  files: dict[str, list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +120,15 @@ class ModelFolder:
 
     Args:
       produce: the tensor of a name, in C order.   report: called with the number of bytes that are done since.
-    Raises: what `produce` raises; what is complete by then is not written again by the next call.
+    Raises: what `produce` raises, or OSError where the folder cannot be written; what is complete by then is not
+      written again by the next call.
     """
+    try:
+      self._write(produce, report)
+    except OSError as error:
+      raise OSError(f"{self.folder}: {error}; what is complete is kept, and the same command goes on there") from error
+
+  def _write(self, produce: Callable[[str], np.ndarray], report: Callable[[int], None]) -> None:
     self.folder.mkdir(parents=True, exist_ok=True)
     journal = self._journal()
     done = journal["files"] if journal.get(SOURCE) == self.source else {}
@@ -136,15 +152,14 @@ class ModelFolder:
   def _journal(self) -> dict[str, Any]:
     """The journal; empty if there is none that can be read."""
     try:
-      journal = json.loads((self.folder / JOURNAL).read_text())
-      return {SOURCE: journal[SOURCE], "files": dict(journal["files"])}
-    except (OSError, ValueError, KeyError, TypeError):
+      return dataclasses.asdict(read_json(self.folder / JOURNAL, _Journal))
+    except ValueError:
       return {}
 
   def _intact(self, name: str, done: Mapping[str, list[int]]) -> bool:
     """Whether a file is complete and as it was when it was written, by whichever name."""
     found = [file for file in (self.folder / name, self.folder / f"{name}{_PARTIAL}") if file.exists()]
-    return name in done and len(found) == 1 and checksum(found[0]) == done[name]
+    return name in done and len(found) == 1 and checksum(regular_file(found[0])) == done[name]
 
   def _write_shard(
     self, name: str, tensors: Sequence[Planned], produce: Callable[[str], np.ndarray], report: Callable[[int], None]

@@ -1,6 +1,8 @@
 """`pflow convert` of full models: bit by bit there and back, the same function, and what it refuses."""
 
+import contextlib
 import json
+import resource
 import shutil
 
 import jax
@@ -345,3 +347,39 @@ def test_the_command_takes_a_pipelines_folder_and_says_what_it_does(tmp_path):
   run = pflow("convert", "--source", tmp_path / "run", "--out", tmp_path / "run", check=False)
   assert run.returncode == 2
   assert "give another --out" in run.stderr
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+  """As on a disk that is full beyond that."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_without_room_is_no_mistake_and_the_same_command_goes_on(tmp_path):
+  """Either way; a leaf of 32 x 192 float32 is the largest."""
+  write_torch(tmp_path / "torch", "dit")
+  with files_of_at_most(10_000), pytest.raises(OSError, match=r"run/checkpoints cannot be written|File too large"):
+    convert(tmp_path / "torch", tmp_path / "run")
+  assert not (tmp_path / "run" / "config.json").exists()
+  convert(tmp_path / "torch", tmp_path / "run")
+  with files_of_at_most(60_000), pytest.raises(OSError, match=r"back: .*File too large.*the same command goes on"):
+    convert(tmp_path / "run", tmp_path / "back")
+  convert(tmp_path / "run", tmp_path / "back")
+  assert_same_tensors(tmp_path / "back", tmp_path / "torch")
+
+
+def test_a_mark_that_was_cut_short_is_gone_on_with(tmp_path):
+  """The first thing that a conversion writes; of a run that is there it must be whole."""
+  write_torch(tmp_path / "torch", "dit")
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "source.json").write_text('{"sou')
+  convert(tmp_path / "torch", tmp_path / "run")
+  mark = tmp_path / "run" / "source.json"
+  mark.write_bytes(mark.read_bytes()[:-9])
+  with pytest.raises(ValueError, match="was not made from this source"):
+    convert(tmp_path / "torch", tmp_path / "run")
