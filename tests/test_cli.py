@@ -51,11 +51,11 @@ MISTAKES = {
   "no flags": (["sample"], "workdir"),
   "not a number": (
     ["train", "--config=configs/digits.py", "--workdir=x", "--config.optimizer.learning_rate=nan"],
-    "config.optimizer.learning_rate: expected a number, got nan",
+    "config.optimizer.learning_rate: expected a finite number, got nan",
   ),
   "a size of zero": (
     ["train", "--config=configs/digits.py", "--workdir=x", "--config.model.num_heads=0"],
-    "config.model.num_heads: expected > 0, got 0",
+    "config.model.num_heads: expected > 0 and at most 1,000,000, got 0",
   ),
   "an unknown dtype": (
     ["train", "--config=configs/digits.py", "--workdir=x", "--config.model.dtype=float8"],

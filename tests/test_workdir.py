@@ -71,7 +71,7 @@ def test_missing_and_damaged_configs_are_named(tmp_path):
   with pytest.raises(ValueError, match="pflow train"):
     workdir.load_config(tmp_path)
   (tmp_path / "config.json").write_text(json.dumps({"seed": 0})[:-2])
-  with pytest.raises(ValueError, match="not a config in JSON"):
+  with pytest.raises(ValueError, match="cannot be read as JSON.*expected the config of a run"):
     workdir.load_config(tmp_path)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from pflow_jax.data.dataset import Dataset, from_arrays, split_rows
+from pflow_jax.foreign import check_memory
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -59,6 +62,8 @@ def synthetic(
       "synthetic: expected shape (*space, C) of sizes >= 1, num_classes >= 0 and num_records >= 1,"
       f" got {shape}, {num_classes} and {num_records}."
     )
+  check_memory(f"synthetic: num_records={num_records}", num_records * math.prod(shape), "ask for fewer")
+  check_memory(f"synthetic: num_classes={num_classes}", 100 * num_classes, "ask for fewer")  # their names
   rng = np.random.default_rng(("train", "test").index(split))
   x0 = rng.integers(0, 256, (num_records, *shape), dtype=np.uint8)
   label = rng.integers(0, num_classes, num_records) if num_classes else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from pflow_jax.data.buckets import BucketRecords
 from pflow_jax.data.dataset import TEXT_DTYPE, Dataset, Embedding
 from pflow_jax.data.prompt_records import INDEX, MAX_LENGTHS, MODELS, Fields, PromptSource, read_index, read_null
 from pflow_jax.data.records import ArrayRecords, Record
+from pflow_jax.foreign import check_memory
 
 
 def prompts(
@@ -155,6 +157,8 @@ def synthetic_prompts(
     raise ValueError(f"synthetic_prompts: expected sizes >= 1, got {num_records}, {shape} and {text}.")
   rng = np.random.default_rng(("train", "test").index(split))
   embedding = Embedding((length,) if width else (), width, fields.masked, pooled)
+  values = math.prod(shape) + sum(math.prod(size) for size, _ in embedding.leaves().values())
+  check_memory(f"synthetic_prompts: {num_records} of {values} values", 8 * num_records * values, "ask for less")
   draw = lambda size, dtype: np.asarray(rng.standard_normal(size, np.float32), dtype)
   arrays = {leaf: draw((num_records, *size), dtype) for leaf, (size, dtype) in embedding.leaves().items()}
   null = {leaf: np.zeros(size, dtype) for leaf, (size, dtype) in embedding.leaves().items()}
