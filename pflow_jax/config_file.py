@@ -21,11 +21,11 @@ def read_config_file(config: str) -> ConfigDict:
   path, _, variant = config.partition(":")
   expected = "expected a Python file, and perhaps a variant after a colon, such as configs/digits.py:teacher"
   try:
-    file = foreign.regular_file(path)
+    file = foreign.regular_file(path) if path else None
   except ValueError as error:
     raise ValueError(f"--config: {error}; {expected}") from error
-  spec = importlib.util.spec_from_file_location("pflow_config", file) if file.suffix == ".py" else None
-  if spec is None or spec.loader is None:
+  spec = importlib.util.spec_from_file_location("pflow_config", file) if file and file.suffix == ".py" else None
+  if file is None or spec is None or spec.loader is None:
     raise ValueError(f"--config: {foreign.shown(path)}: {expected}")
   module = importlib.util.module_from_spec(spec)
   try:

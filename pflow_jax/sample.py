@@ -152,10 +152,9 @@ def draw_noise(
   Of a set of prompts: the same prompts of it whatever the seed, repeated if they are fewer.
   """
   dataset = experiment.dataset
-  # The noise, and what is made of it.
-  foreign.check_memory(
-    f"{count} samples", 8 * count * math.prod(dataset.shape), "ask for fewer (--num, or num_samples)"
-  )
+  # Noise, what it is drawn from, and samples, of all of which JAX and NumPy have their own; keys and conditions.
+  needed = count * (6 * 4 * math.prod(dataset.shape) + 64)
+  foreign.check_memory(f"{count} samples", needed, "ask for fewer (--num, or config.evaluate.num_samples)")
   noise = np.asarray(jax.random.normal(jax.random.key(seed), (count, *dataset.shape), jnp.float32))
   if dataset.embedding is not None:
     if labels:

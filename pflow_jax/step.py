@@ -62,7 +62,7 @@ class TrainSettings:
       if getattr(self, name) < 0:
         raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
     workers = self.num_workers * WORKER_BYTES
-    foreign.check_memory(f"config.train.num_workers: {self.num_workers} processes", workers, "ask for fewer")
+    foreign.check_memory(f"config.train.num_workers={self.num_workers}", workers, "ask for fewer")
     if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
       raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")
 
@@ -197,7 +197,8 @@ class Program:
     if device.platform != "cpu":  # whose devices share the machine's memory
       count, have = 1, (device.memory_stats() or {}).get("bytes_limit")
     batch = count * bytes_of_device(self.batch)
-    foreign.check_memory("config.train.batch_size: a batch", batch, "lower it", have=have)
+    size = jax.tree.leaves(self.batch)[0].shape[0]
+    foreign.check_memory(f"config.train.batch_size={size}", batch, "lower it", have=have)
     whole = batch + count * bytes_of_device((self.state, self.frozen))
     advice = "make the network or the batch smaller, or split it over more devices (config.mesh.fsdp)"
     foreign.check_memory("config.model: what is trained, the teacher and a batch", whole, advice, have=have)
