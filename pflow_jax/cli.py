@@ -80,7 +80,7 @@ def _config_of_run() -> ConfigSource:
   def read(folder: str):
     config = load_config(folder)
     if config.get("objective", {}).get("kind") == PRETRAINED:
-      raise ValueError(f"--workdir: {folder} holds a converted model, which was not trained here; train its student")
+      raise ValueError(f"{folder} holds a converted model, which was not trained here; train its student")
     return config
 
   return ConfigSource("workdir", read, _describe)

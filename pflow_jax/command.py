@@ -71,7 +71,7 @@ def run_command(define: Callable, body: Callable, argv: list[str], source: Confi
     config, is_file = None, source is not None and source.flag == "config"
     if source is not None:
       given, others = _taken(argv, source.flag)
-      config = source.read(given) if given is not None else None
+      config = None if given is None else _read(source, given)
       argv = others if is_file else argv
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
     if is_file and (config is None or asks_for_help):
@@ -171,6 +171,13 @@ def define_join_flags(values) -> None:
   flags.DEFINE_integer("num_processes", None, "processes of this program", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("process_id", None, "which of them this one is", lower_bound=0, flag_values=values)
   flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", lower_bound=1, flag_values=values)
+
+
+def _read(source: ConfigSource, given: str) -> ConfigDict:
+  try:
+    return source.read(given)
+  except ValueError as error:
+    raise ValueError(f"--{source.flag}: {error}") from error
 
 
 def _parsed(values: flags.FlagValues, argv: list[str], config: ConfigDict | None) -> list[str]:

@@ -254,7 +254,7 @@ def plan(config: ConfigDict, seed: int) -> list[Run]:
   runs = {TEACHER: strong} | ({WEAK: teacher(WEAK)} if any(m.weak for m in methods.values()) else {})
   for method in methods.values():
     for nfe in method.students:
-      student = read_config(method.config)
+      student = call(read_config, f"methods, {method.name}", {"config": method.config})
       for section in ("data", "model", "evaluate"):
         student[section] = copy.deepcopy(strong.config[section])
       student.seed = seed

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import pathlib
 import traceback
+import types
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from pflow_jax import foreign
+
+MAX_BYTES = 2**20
 
 
 def read_config_file(config: str) -> ConfigDict:
@@ -20,31 +21,32 @@ def read_config_file(config: str) -> ConfigDict:
   """
   path, _, variant = config.partition(":")
   expected = "expected a Python file, and perhaps a variant after a colon, such as configs/digits.py:teacher"
+  if not path.endswith(".py"):
+    raise ValueError(f"{foreign.shown(path)}: {expected}")
   try:
-    file = foreign.regular_file(path) if path else None
+    program = foreign.read_bytes(path, MAX_BYTES)
   except ValueError as error:
-    raise ValueError(f"--config: {error}; {expected}") from error
-  spec = importlib.util.spec_from_file_location("pflow_config", file) if file and file.suffix == ".py" else None
-  if file is None or spec is None or spec.loader is None:
-    raise ValueError(f"--config: {foreign.shown(path)}: {expected}")
-  module = importlib.util.module_from_spec(spec)
+    raise ValueError(f"{error}; {expected}") from error
+  module = types.ModuleType("pflow_config")
+  module.__file__ = path
   try:
-    spec.loader.exec_module(module)
+    # Not imported, which would leave compiled files beside it, and take those that lie there.
+    exec(compile(program, path, "exec", dont_inherit=True), module.__dict__)
     if not callable(getattr(module, "get_config", None)):
       raise TypeError("expected a function get_config")
     values = module.get_config(*([variant] if variant else []))
   except (Exception, SystemExit) as error:
-    raise ValueError(f"--config: {path}{_line(error, file)}: {_said(error)}") from error
+    raise ValueError(f"{path}{_line(error, path)}: {_said(error)}") from error
   if not isinstance(values, ConfigDict):
-    raise ValueError(f"--config: {path}: expected a ConfigDict from get_config, got {foreign.shown(values)}")
+    raise ValueError(f"{path}: expected a ConfigDict from get_config, got {foreign.shown(values)}")
   return ConfigDict(values) if isinstance(values, FrozenConfigDict) else values
 
 
-def _line(error: BaseException, file: pathlib.Path) -> str:
-  """Where in `file` the error came up: ", line 3"; nothing where it did not."""
-  if isinstance(error, SyntaxError) and error.filename == str(file):
+def _line(error: BaseException, path: str) -> str:
+  """Where in the file the error came up: ", line 3"; nothing where it did not."""
+  if isinstance(error, SyntaxError) and error.filename == path:
     return f", line {error.lineno}"
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
   return f", line {lines[-1]}" if lines else ""
 
 
