@@ -83,7 +83,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...], int]:
   Raises: ValueError for a chip, a shape or a size that there is not.
   References: cloud.google.com/tpu/docs/system-architecture-tpu-vm and the generations' pages.
   """
-  topology = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.strip())
+  topology = re.fullmatch(r"(\w+):([0-9]{1,9}(?:x[0-9]{1,9})*)", text.strip())
   if topology:
     chip = _chip(topology[1], text)
     shape = tuple(int(side) for side in topology[2].split("x"))
@@ -94,7 +94,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...], int]:
         f"{len(shape)}: {topology[2]}"
       )
     return chip.name, shape, _checked(chip, math.prod(shape), text)
-  cloud = re.fullmatch(r"(\w+)-(\d+)", text.strip())
+  cloud = re.fullmatch(r"(\w+)-([0-9]{1,9})", text.strip())
   if not cloud:
     raise ValueError(
       f"topology {text!r}: expected a chip and a shape, such as 'v5e:16x16', or a Cloud name, such as 'v5p-128'; "

@@ -1,26 +1,45 @@
 """The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, cache.
 
-Exit codes: 0 done; 2 a mistake in the flags, the config or the files; 130 stopped from the keyboard or told to stop;
-1 anything else, which another try may mend (launch/local.sh starts such a run again).
+Exit codes: 0 done; 2 a mistake in the flags, the config or the files, which another try would only repeat; 130 stopped
+from the keyboard or told to stop; 1 anything else, which another try may mend (launch/local.sh starts such a run
+again): memory, storage, other processes, and what nobody has thought of. All but 0 come with one sentence on stderr.
 """
 
 from __future__ import annotations
 
+import io
 import pathlib
+import re
 import sys
 
 from pflow_jax.cli_files import cache_command, convert_command, data_command, merge_command
-from pflow_jax.command import USAGE, define_join_flags, fail, mesh_sizes, run_command, stop
+from pflow_jax.command import (
+  MAX_SEED,
+  USAGE,
+  ConfigSource,
+  define_join_flags,
+  fail,
+  mesh_sizes,
+  one_sentence,
+  run_command,
+  stop,
+  whole_numbers,
+)
 from pflow_jax.output import logged_tracebacks, tolerant_output
 
 
 def main(argv: list[str] | None = None) -> None:
   """Runs one command; the entry point of the console script."""
-  with tolerant_output(), logged_tracebacks():
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer letters than a table or a prompt has
+      stream.reconfigure(errors="backslashreplace")
+  with tolerant_output(), logged_tracebacks(), one_sentence():
     _run(list(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: list[str]) -> None:
+  if any(re.search("[\ud800-\udfff]", argument) for argument in argv):
+    raise ValueError("the command line: expected text in UTF-8; where it is, set PYTHONUTF8=1, and rename it elsewhere")
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(USAGE)
     return
@@ -32,15 +51,12 @@ def _run(argv: list[str]) -> None:
 
 def _train(argv: list[str]) -> None:
   from absl import flags
-  from ml_collections import config_flags
 
   def define(values):
-    config_flags.DEFINE_config_file("config", None, "config file, with its variant after a colon", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True, flag_values=values)
     flags.DEFINE_bool(
       "force", False, "take the workdir over from another process that trains in it", flag_values=values
     )
-    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
     define_join_flags(values)
 
   def train(values):
@@ -50,36 +66,41 @@ def _train(argv: list[str]) -> None:
     if int(state.step) < values.config.train.steps:
       stop(f"stopped at step {int(state.step)}, which is saved; the same command resumes")
 
-  run_command(define, train, argv)
+  run_command(define, train, argv, _config_file())
 
 
-def _define_run_flags(argv: list[str], values) -> None:
-  """--workdir, and --config.key for every key of the config that the run was started with."""
-  from absl import flags
-  from ml_collections import config_flags
+def _config_file() -> ConfigSource:
+  """--config names a Python file."""
+  from pflow_jax.config_file import read_config_file
 
+  return ConfigSource("config", read_config_file, _describe)
+
+
+def _config_of_run() -> ConfigSource:
+  """--workdir names a run, whose config it is."""
   from pflow_jax.teachers import PRETRAINED
   from pflow_jax.workdir import load_config
 
-  flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-  flags.mark_flag_as_required("workdir", flag_values=values)
-  given = [
-    a.split("=", 1)[-1] if "=" in a else b
-    for a, b in zip(argv, [*argv, ""][1:], strict=True)
-    if a.lstrip("-").split("=")[0] == "workdir"
-  ]
-  if given:
-    config = load_config(given[-1])
-    if config.objective.kind == PRETRAINED:
-      raise ValueError(f"--workdir: {given[-1]} holds a converted model, which was not trained here; train its student")
-    config_flags.DEFINE_config_dict("config", config, "config of the run", flag_values=values)
+  def read(folder: str):
+    config = load_config(folder)
+    if config.get("objective", {}).get("kind") == PRETRAINED:
+      raise ValueError(f"{folder} holds a converted model, which was not trained here; train its student")
+    return config
+
+  return ConfigSource("workdir", read, _describe)
+
+
+def _describe(config) -> str:
+  from pflow_jax.config_help import describe
+
+  return describe(config)
 
 
 def _sample(argv: list[str]) -> None:
   from absl import flags
 
   def define(values):
-    _define_run_flags(argv, values)
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True, flag_values=values)
     flags.DEFINE_integer("num", None, "number of samples; default: 16", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
       "nfe",
@@ -88,7 +109,7 @@ def _sample(argv: list[str]) -> None:
       lower_bound=1,
       flag_values=values,
     )
-    flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0, upper_bound=MAX_SEED, flag_values=values)
     flags.DEFINE_list(
       "labels",
       None,
@@ -130,7 +151,7 @@ def _sample(argv: list[str]) -> None:
     if is_first():
       print(f"wrote {picture} and {picture.with_suffix('.npz')}")
 
-  run_command(define, sample, argv)
+  run_command(define, sample, argv, _config_of_run())
 
 
 def _sample_prompts(values) -> None:
@@ -161,7 +182,7 @@ def _evaluate(argv: list[str]) -> None:
   from absl import flags
 
   def define(values):
-    _define_run_flags(argv, values)
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True, flag_values=values)
     flags.DEFINE_multi_string(
       "also", [], "workdir of another student of the same teacher; may be repeated", flag_values=values
     )
@@ -173,46 +194,41 @@ def _evaluate(argv: list[str]) -> None:
 
     run(values.config, values.workdir, others=values.also, out=values.out)
 
-  run_command(define, evaluate, argv)
+  run_command(define, evaluate, argv, _config_of_run())
 
 
 def _compare(argv: list[str]) -> None:
   from absl import flags
-  from ml_collections import config_flags
 
   def define(values):
-    config_flags.DEFINE_config_file("config", None, "comparison, such as configs/compare/digits.py", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder of all runs and the table", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of all runs and the table", required=True, flag_values=values)
     flags.DEFINE_list("seeds", ["0"], "seeds, separated by commas; each has its own teacher", flag_values=values)
     flags.DEFINE_list("only", [], "methods to work on, separated by commas; default: all", flag_values=values)
-    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
   def compare(values):
     from pflow_jax.compare import compare as run
 
-    if not values.seeds or not all(seed.isdigit() for seed in values.seeds):
-      raise ValueError(f"--seeds: expected whole numbers separated by commas, got {','.join(values.seeds)!r}")
-    report = run(values.config, values.workdir, seeds=[int(seed) for seed in values.seeds], only=values.only)
+    report = run(values.config, values.workdir, seeds=whole_numbers("--seeds", values.seeds), only=values.only)
     print(f"wrote {values.workdir}/compare.md, compare.json and compare.png")
     failed = [f"seed {run['seed']}, {run['run']}" for run in report["runs"] if "error" in run]
     if failed:
       fail(2, f"failed, and tried again by the same command: {'; '.join(failed)}")
 
-  run_command(define, compare, argv)
+  run_command(define, compare, argv, _config_file())
 
 
 def _plan(argv: list[str]) -> None:
   import jax
   from absl import flags
-  from ml_collections import config_flags
 
   # Planning is done on this machine's CPU, whatever else it has; programs for other chips cannot be read back.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
 
   def define(values):
-    config_flags.DEFINE_config_file("config", None, "config file, with its variant after a colon", flag_values=values)
-    flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, or a Cloud name, v5e-256", flag_values=values)
+    flags.DEFINE_string(
+      "topology", None, "v5e:16x16, v5p:4x4x4, or a Cloud name, v5e-256", required=True, flag_values=values
+    )
     flags.DEFINE_integer("slices", 1, "slices of that topology", lower_bound=1, flag_values=values)
     flags.DEFINE_list("mesh", [], "sizes, data=4,fsdp=64; default: the config's", flag_values=values)
     flags.DEFINE_integer("batch", None, "global batch size; default: the config's", lower_bound=1, flag_values=values)
@@ -223,7 +239,6 @@ def _plan(argv: list[str]) -> None:
     flags.DEFINE_bool("sampling", True, "plan the sampler as well", flag_values=values)
     flags.DEFINE_bool("sweep", False, "compare all sizes of fsdp, compiled with --fast", flag_values=values)
     flags.DEFINE_string("json", None, "file for the report", flag_values=values)
-    flags.mark_flags_as_required(["config", "topology"], flag_values=values)
 
   def plan(values):
     from pflow_jax import plan as planner
@@ -251,7 +266,7 @@ def _plan(argv: list[str]) -> None:
       plan_report.write_json(values.json, result)
       print(f"wrote {values.json}")
 
-  run_command(define, plan, argv)
+  run_command(define, plan, argv, _config_file())
 
 
 COMMANDS = {

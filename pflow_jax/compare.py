@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -23,17 +22,20 @@ import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import pydantic
 from ml_collections import ConfigDict
 
+from pflow_jax import foreign
 from pflow_jax.compare_report import TEACHER, write_report
+from pflow_jax.config_file import read_config_file
 from pflow_jax.evaluate import evaluate
 from pflow_jax.experiment import SECTIONS
 from pflow_jax.folders import checked_folder
 from pflow_jax.lock import Lock
-from pflow_jax.sections import call, refuse_unknown
+from pflow_jax.sections import as_section, call, check_sections, refuse_unknown
 from pflow_jax.step import step_flops
 from pflow_jax.train import train
 from pflow_jax.workdir import as_plain
@@ -41,6 +43,32 @@ from pflow_jax.workdir import as_plain
 RESULT = "result.json"
 KEYS = ("teacher", "weak", "flops", "methods")
 WEAK = "weak"
+NEEDED = ("data", "model", "policy", "objective", "train", "sample", "evaluate")  # sections of a run's config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """Of a row of an evaluation, what the table is made from: a measure perhaps with its standard error."""
+
+  name: str
+  nfe: int
+  images_per_second: Annotated[float, pydantic.Field(gt=0)]
+  alignment_ratio: float | tuple[float, float] = 0.0
+  fd_ratio: float | tuple[float, float] = 0.0
+  diversity_ratio: float | tuple[float, float] = 0.0
+  recall: float | tuple[float, float] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+  """A run's result as it is kept in its folder, as far as the report reads it."""
+
+  spent: dict[str, float]
+  rows: tuple[_Row, ...] = ()
+  num_samples: int = 0
+  data: str = ""
+  features: str = ""
+  device: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +213,12 @@ def read_methods(config: ConfigDict) -> dict[str, Method]:
   missing = [key for key in KEYS if key != "weak" and not config.get(key)]
   if missing:
     raise ValueError(f"config: {', '.join(missing)} must be set")
+  given = foreign.check_arguments(_comparison, {key: config[key] for key in ("flops", "methods")}, where="config")
+  if given["flops"] <= 0:
+    raise ValueError(f"config.flops: expected a number of operations > 0, got {config.flops}")
   methods: dict[str, Method] = {}
-  for values in config.methods:
-    rest = dict(values)
+  for values in given["methods"]:
+    rest = as_section(values, "config.methods")
     name = str(rest.pop("name", ""))
     method = call(Method, f"methods, {name}", rest, name=name)
     if name in methods:
@@ -204,6 +235,10 @@ def read_methods(config: ConfigDict) -> dict[str, Method]:
       raise ValueError(f"config.methods, {name}: weak needs the section config.weak")
     methods[name] = method
   return methods
+
+
+def _comparison(flops: float, methods: tuple[Any, ...]) -> None:
+  """Types of the keys of a comparison that are no sections."""
 
 
 def plan(config: ConfigDict, seed: int) -> list[Run]:
@@ -224,7 +259,7 @@ def plan(config: ConfigDict, seed: int) -> list[Run]:
   runs = {TEACHER: strong} | ({WEAK: teacher(WEAK)} if any(m.weak for m in methods.values()) else {})
   for method in methods.values():
     for nfe in method.students:
-      student = read_config(method.config)
+      student = call(read_config, f"methods, {method.name}", {"config": method.config})
       for section in ("data", "model", "evaluate"):
         student[section] = copy.deepcopy(strong.config[section])
       student.seed = seed
@@ -247,15 +282,10 @@ def plan(config: ConfigDict, seed: int) -> list[Run]:
 def read_config(config: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   """What get_config returns for "path/of/config.py:variant", with nested keys changed.
 
-  Raises: ValueError for a missing file, and keys that the config does not have.
+  Raises: ValueError for a file that fails, and sections or keys that the config does not have.
   """
-  path, _, variant = config.partition(":")
-  spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
-  if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
-    raise ValueError(f"{config}: expected a Python file and a variant after a colon; there is no file {path}")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  values = module.get_config(*([variant] if variant else []))
+  values = read_config_file(config)
+  check_sections(values, SECTIONS, required=NEEDED, where=config)
   _override(values, overrides or {}, config)
   return values
 
@@ -307,9 +337,12 @@ def _finished(run: Run, root: pathlib.Path) -> dict[str, Any] | None:
   if not path.exists():
     return None
   try:
-    saved = json.loads(path.read_text())
-    return saved["result"] if saved["described"] == run.described() else None
-  except (ValueError, KeyError, TypeError) as error:
+    saved = foreign.read_json(path)
+    if saved.get("described") != run.described():
+      return None
+    foreign.parse_json(json.dumps(saved.get("result")), _Result, where=str(path))
+    return saved["result"]
+  except ValueError as error:
     print(f"{path} cannot be read ({error}): the run is looked at again", flush=True)
     return None
 
@@ -326,7 +359,8 @@ def _attempt(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, An
     return {"error": f"{type(error).__name__}: {error}"}
   path = root / run.name / RESULT
   partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps({"described": run.described(), "result": result}, indent=2) + "\n")
+  text = json.dumps({"described": run.described(), "result": result}, indent=2)
+  partial.write_text(text + "\n", encoding="utf-8")
   partial.replace(path)
   return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,7 +58,8 @@ def summarise(runs: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> l
       name
       for name, key in (("alignment", "alignment_ratio"), ("FD", "fd_ratio"))
       # The teacher's own reference has no error.
-      if pairs and not sum(_number(a[key]) for a, _ in pairs) < sum(_number(b.get(key, 0)) for _, b in pairs)
+      if pairs
+      and not sum(_number(a.get(key, math.inf)) for a, _ in pairs) < sum(_number(b.get(key, 0)) for _, b in pairs)
     ]
 
   table = []
@@ -115,12 +117,14 @@ def write_report(
   """Writes compare.json, compare.md and compare.png of the runs so far; returns what compare.json holds."""
   table = summarise(runs, titles)
   reports = [run for run in runs if "rows" in run]
-  settings = {key: sorted({run[key] for run in reports}) for key in ("data", "num_samples", "features", "device")}
+  settings = {
+    key: sorted({run[key] for run in reports if key in run}) for key in ("data", "num_samples", "features", "device")
+  }
   seeds = sorted({run["seed"] for run in runs})
   report = {"flops": budget, "seeds": seeds, **settings, "table": table, "runs": runs}
   report = json.loads(json.dumps(report))
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
+  (folder / "compare.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
   errors = "".join(f"* seed {run['seed']}, {run['run']}: {run['error']}\n" for run in runs if "error" in run)
   text = (
     f"Every student is trained for as many steps as {budget:.3g} operations pay for, its teacher's evaluations "
@@ -131,7 +135,7 @@ def write_report(
   )
   text += f"\n{markdown(table)}" if table else ""
   text += f"\nFailed:\n\n{errors}" if errors else ""
-  (folder / "compare.md").write_text(text)
+  (folder / "compare.md").write_text(text, encoding="utf-8")
   panels = {
     f"alignment error / teacher-{YARDSTICK_STEPS}": _lines(table, "alignment_ratio"),
     f"Fréchet distance / teacher-{REFERENCE_STEPS}": _lines(table, "fd_ratio"),

@@ -26,6 +26,7 @@ from pflow_jax.features import Classifier, pixel_features, train_classifier
 from pflow_jax.folders import checked_folder, expanded
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.sample import (
+  MAX_EVALUATIONS,
   SampleSettings,
   check_local,
   draw_noise,
@@ -77,8 +78,10 @@ class EvaluateSettings:
         "config.evaluate: expected num_samples and classifier_steps of at least 1 and num_resamples of at least 2, got "
         f"{self.num_samples}, {self.classifier_steps} and {self.num_resamples}"
       )
-    if min(self.teacher_steps) < 1:
-      raise ValueError(f"config.evaluate.teacher_steps: expected at least 1, got {tuple(self.teacher_steps)}")
+    if min(self.teacher_steps, default=0) < 1 or max(self.teacher_steps) > MAX_EVALUATIONS:
+      raise ValueError(
+        f"config.evaluate.teacher_steps: expected 1 to {MAX_EVALUATIONS:,}, got {tuple(self.teacher_steps)}"
+      )
     if not {REFERENCE_STEPS, YARDSTICK_STEPS} <= set(self.teacher_steps):
       raise ValueError(
         f"config.evaluate.teacher_steps: expected {YARDSTICK_STEPS} and {REFERENCE_STEPS} among them (the yardsticks "
@@ -135,10 +138,10 @@ def evaluate(
   for name, one in experiments.items():
     if one.teacher is not None or isinstance(one.objective, FlowMap):
       suffix = f" ({pathlib.Path(name).name})" if others else ""
-      sampling = call(SampleSettings, "sample", configs[name].sample)
+      sampling = call(SampleSettings, "sample", configs[name].get("sample", {}))
       shared = frozen if one.teacher and experiment.teacher and one.teacher.saved == experiment.teacher.saved else None
       samplers += student_samplers(one, layout, sampling, name, suffix, shared)
-  batch_size = call(SampleSettings, "sample", config.sample).batch_size
+  batch_size = call(SampleSettings, "sample", config.get("sample", {})).batch_size
   keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
@@ -186,7 +189,7 @@ def evaluate(
     return report
   out.mkdir(parents=True, exist_ok=True)
   (out / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-  (out / "evaluation.md").write_text(table)
+  (out / "evaluation.md").write_text(table, encoding="utf-8")
   _pictures(experiment, samplers, samples, paths, labels, real, out)
   print(table)
   print(f"wrote {out}/evaluation.json, evaluation.md and samples.png")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,15 +21,16 @@ from ml_collections import ConfigDict
 
 from pflow_jax import data, guidance, optim, workdir
 from pflow_jax.checkpoint import load_params
+from pflow_jax.foreign import check_arguments, check_memory
 from pflow_jax.models import heads
 from pflow_jax.models.attention import IMPLEMENTATIONS, check_platform, supports_jvp
 from pflow_jax.networks import SHARDING, VELOCITIES, AdapterSettings, Network, make_network, velocity_of
 from pflow_jax.objectives import flow_map
 from pflow_jax.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
-from pflow_jax.partition import combine, path_of, without
+from pflow_jax.partition import combine, differing, without
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy, Policy
-from pflow_jax.sections import call, choose, refuse_unknown
+from pflow_jax.sections import as_section, call, check_sections, choose
 from pflow_jax.sharding import Layout, MeshSettings, make_layout, per_example
 from pflow_jax.teachers import Teacher, load_teacher
 
@@ -108,19 +110,17 @@ class Experiment:
       return ()
     folder = f"{self.start.workdir}/{workdir.CHECKPOINTS}"
     params = load_params(folder, which=self.start.which, step=self.start.step)  # type: ignore[arg-type]
-    own = jax.eval_shape(self.init, jax.random.key(0), self.frozen)
-    got, expected = (
-      {path_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, own)
-    )
-    if got != expected:
-      differing = sorted(path for path in got | expected if got.get(path) != expected.get(path))
+    if others := differing(params, self._trained_shapes()):
       raise ValueError(
         f"config.start.workdir: {self.start.workdir} trained another network than this run will; parameters that "
-        f"differ: {differing[:8]}; start from a run with the same model, policy, adapters and guidance"
+        f"differ: {others[:8]}; start from a run with the same model, policy, adapters and guidance"
       )
     if self.network.adapters.table:
       self._check_base_of_start()
     return params
+
+  def _trained_shapes(self) -> Params:
+    return jax.eval_shape(self.init, jax.random.key(0), self.frozen)
 
   def _check_base_of_start(self) -> None:
     """Raises ValueError if the adapters to start from were trained on another teacher's weights."""
@@ -158,8 +158,14 @@ class Experiment:
 
     Args:
       frozen: what `load_frozen` gave, where it has been called already: its leaves are shared.
+    Raises: ValueError for a checkpoint of another network than the config describes.
     """
     trained = load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which, layout=layout)  # type: ignore[arg-type]
+    if others := differing(trained, self._trained_shapes()):
+      raise ValueError(
+        f"{folder}: its checkpoint holds another network than its config describes; parameters that differ: "
+        f"{others[:8]}; restore the {workdir.CONFIG} that it was trained with"
+      )
     return self.complete(trained, self.load_frozen(layout) if frozen is None else frozen)
 
   def complete(self, trained: Params, frozen: Params) -> Params:
@@ -220,10 +226,7 @@ def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | No
     dataset: in place of that of config.data, to sample other shapes than a run was trained on.
   Raises: ValueError for anything in the config that does not fit, before any work is done.
   """
-  refuse_unknown(config, SECTIONS, "config")
-  missing = [name for name in ("data", "model", "policy", "objective") if name not in config]
-  if missing:
-    raise ValueError(f"config: the sections {missing} must be set")
+  check_sections(config, SECTIONS, required=("data", "model", "policy", "objective"))
   make_settings, values = choose(OBJECTIVES, "objective", config.objective)
   kind = config.objective.kind
   if kind.startswith("imitation") == (config.policy.get("kind") in VELOCITIES):
@@ -231,12 +234,11 @@ def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | No
       f"config.objective.kind {kind!r} does not train the policy {config.policy.get('kind')!r}: imitation needs "
       f"policy.kind 'gmflow', 'dx' or 'arc', the others one of {VELOCITIES}"
     )
-  if kind in FLOW_MAPS:
-    refuse_unknown(values, [field.name for field in dataclasses.fields(flow_map.FlowMap)], "config.objective")
-    objective = make_settings(**values)
-  else:
-    objective = call(make_settings, "objective", values)
-  dataset = dataset or data.load(**config.data)
+  # A flow map's settings are an instance with the defaults of its kind.
+  settings = flow_map.FlowMap if kind in FLOW_MAPS else None
+  objective = call(make_settings, "objective", values, settings=settings)
+  dataset = dataset or call(data.load, "data", config.data)
+  check_memory("config.data: one example", 4 * math.prod(dataset.shape), "make it smaller")
   adapters = call(AdapterSettings, "adapters", config.get("adapters", {}))
   network = make_network(config.model, config.policy, dataset, adapters)
   start = call(StartSettings, "start", config.get("start", {}))
@@ -365,7 +367,15 @@ def _flow_map(network: Network, dataset: data.Dataset, teacher: Teacher | None, 
 
 def make_optimizer(config: ConfigDict):
   """Optimizer and learning-rate schedule of a run."""
+  steps = config.train.steps
+  values = {**as_section(config.get("optimizer", {}), "config.optimizer"), "total_steps": steps}
   keys = inspect.signature(optim.make_schedule).parameters
-  values = dict(config.optimizer, total_steps=config.train.steps)
-  schedule = call(optim.make_schedule, "optimizer", {k: v for k, v in values.items() if k in keys})
+  schedule_values = {k: v for k, v in values.items() if k in keys}
+  warmup = check_arguments(optim.make_schedule, schedule_values, where="config.optimizer").get("warmup_steps") or 0
+  if values.get("schedule") == "cosine" and warmup >= steps:
+    raise ValueError(
+      f"config.optimizer.warmup_steps: {warmup} is no part of a cosine schedule of config.train.steps={steps}; set "
+      f"--config.optimizer.warmup_steps={steps // 10}, or --config.train.steps higher"
+    )
+  schedule = call(optim.make_schedule, "optimizer", schedule_values)
   return call(optim.make_optimizer, "optimizer", values), schedule

@@ -18,8 +18,9 @@ import os
 import pathlib
 import reprlib
 import stat
+import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -39,6 +40,7 @@ _PASSING = frozenset(
   for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EREMOTEIO", "EMFILE", "ENFILE")
   if hasattr(errno, name)
 )
+_QUOTING = '; on the shell quote a tuple, and within it its strings: \'(("a", 1), ("b", 2))\''
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -121,6 +123,28 @@ def check_type(value: Any, schema: Any, *, where: str) -> Any:
     raise ValueError(f"{where}: is nested too deeply") from error
 
 
+def check_arguments(function: Callable, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+  """Returns keyword arguments for `function`, a class or a function, each of the type that it is annotated with.
+
+  Lists become tuples. Numbers are finite, whole ones below 2^31, which is what arrays count in, seeds below 2^32. What
+  the function does not annotate is of any type.
+
+  Raises: ValueError for the first that does not fit, named `where`.argument.
+  """
+  hints = _hints(function)
+  checked = {}
+  for name, value in values.items():
+    hint, place = hints.get(name, Any), f"{where}.{name}"
+    try:
+      checked[name] = check_type(_as_tuples(value), hint, where=place)
+    except ValueError as error:
+      quoting = isinstance(value, str) or (isinstance(value, tuple) and value and isinstance(value[0], str))
+      is_tuple = "tuple" in str(hint)
+      raise ValueError(f"{error}{_QUOTING if quoting and is_tuple else ''}") from error
+    _check_numbers(checked[name], place, bits=32 if name == "seed" else 31)
+  return checked
+
+
 @contextlib.contextmanager
 def decoding(what: str | os.PathLike) -> Iterator[None]:
   """Turns whatever a decoder raises on broken bytes into a ValueError of one sentence that begins with `what`.
@@ -175,16 +199,18 @@ def check_within_file(what: str, count: int, path: str | os.PathLike) -> None:
     raise ValueError(f"{path}: {what}: {shown(count)} cannot be in a file of {in_bytes(size)}")
 
 
-def check_memory(what: str, nbytes: int, advice: str = "") -> None:
+def check_memory(what: str, nbytes: int, advice: str = "", *, have: int | None = None) -> None:
   """Refuses what needs more bytes than the machine has memory.
 
   Args:
     what: that asks for them, the start of the sentence.
     advice: what to ask for instead, its end.
+    have: bytes that a device has, in place of the machine.
   """
-  have = machine_memory()
+  owner = "this machine" if have is None else "a device"
+  have = machine_memory() if have is None else have
   if nbytes > have:
-    takes = f"{what}: takes {in_bytes(nbytes)} of memory, this machine has {in_bytes(have)}"
+    takes = f"{what}: takes {in_bytes(nbytes)} of memory, {owner} has {in_bytes(have)}"
     raise ValueError(f"{takes}; {advice}" if advice else takes)
 
 
@@ -240,6 +266,25 @@ def _expect(path: str | os.PathLike, expected: int) -> None:
 @functools.cache
 def _adapter(schema: Any) -> pydantic.TypeAdapter:
   return pydantic.TypeAdapter(schema)
+
+
+@functools.cache
+def _hints(function: Callable) -> dict[str, Any]:
+  return typing.get_type_hints(function)
+
+
+def _as_tuples(value: Any) -> Any:
+  return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _check_numbers(value: Any, where: str, bits: int) -> None:
+  if isinstance(value, (list, tuple)):
+    for inner in value:
+      _check_numbers(inner, where, bits)
+  elif isinstance(value, int) and abs(value) >= 2**bits:
+    raise ValueError(f"{where}: expected a whole number below 2^{bits}, got {shown(value)}")
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f"{where}: expected a finite number, got {value}")
 
 
 def _finite(number: str) -> float:

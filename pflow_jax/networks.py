@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pflow_jax import data
+from pflow_jax.foreign import check_arguments
 from pflow_jax.models import discriminator, edm2, heads, layers, lora, mmdit
 from pflow_jax.models.denoiser import denoiser_velocity, edm_denoiser
 from pflow_jax.models.dit import DiT
@@ -52,10 +53,13 @@ SHARDING = (
 )
 
 VELOCITIES = ("velocity", "denoiser")  # policies of a teacher and of a flow map
-SIZES = (
-  *("width", "depth", "num_heads", "mlp_ratio", "patch_size", "scan_unroll", "time_scale", "model_channels"),
-  *("channels_per_head", "num_components", "num_coefficients", "logstd_inner_dim"),
-)
+# Settings of a network that are above 0, and what is more than any network has: some are walked one by one.
+SIZES = {
+  **dict.fromkeys(("depth", "single_depth", "num_blocks", "scan_unroll"), 1000),
+  **dict.fromkeys(("patch_size", "mlp_ratio", "num_components", "num_coefficients"), 10_000),
+  **dict.fromkeys(("width", "num_heads", "head_dim", "model_channels", "channels_per_head"), 1_000_000),
+  **dict.fromkeys(("logstd_inner_dim", "text_width", "pooled_width", "time_scale"), 1_000_000),
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -193,10 +197,11 @@ def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: da
   """The module that `config.model` and `config.policy` describe, for the data's channels and classes."""
   module, model_values = choose(MODULES, "model", model)
   head, head_values = choose(HEADS, "policy", policy)
-  for section, values in (("model", model_values), ("policy", head_values)):
-    for key, value in values.items():
-      if key in SIZES and not value > 0:
-        raise ValueError(f"config.{section}.{key}: expected > 0, got {value}")
+  for section, owner, values in (("model", module, model_values), ("policy", head, head_values)):
+    set_values = {key: value for key, value in values.items() if value is not None}
+    for key, value in check_arguments(owner, set_values, where=f"config.{section}").items():
+      if key in SIZES and not 0 < value <= SIZES[key]:
+        raise ValueError(f"config.{section}.{key}: expected > 0 and at most {SIZES[key]:,}, got {value}")
   if model_values.get("dtype", "float32") not in DTYPES:
     raise ValueError(f"config.model.dtype: expected one of {DTYPES}, got {model_values['dtype']!r}")
   channels, cond = dataset.shape[-1], dataset.cond_shapes(1)
@@ -206,7 +211,9 @@ def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: da
       f"config.model.kind: {model['kind']!r} is conditioned on {'classes' if has_text else 'texts'}, the data set "
       f"{dataset.name} has {'texts' if has_text else 'none'}"
     )
-  size = dict(channels=channels) | ({} if module in (Flux, QwenImage) else dict(num_classes=dataset.num_classes))
+  size: dict[str, Any] = dict(channels=channels) | (
+    {} if module in (Flux, QwenImage) else dict(num_classes=dataset.num_classes)
+  )
   if module is DiT and has_text:
     if "pooled" not in cond:
       raise ValueError(
@@ -235,7 +242,8 @@ def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: da
 
 def module_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
   """Settings of the section `model` that its module has defaults for, and these."""
-  fields = dataclasses.fields(MODULES[model["kind"]]) if model.get("kind") in MODULES else ()  # type: ignore[arg-type]
+  kind = model.get("kind")
+  fields = dataclasses.fields(MODULES[kind]) if isinstance(kind, str) and kind in MODULES else ()  # type: ignore[arg-type]
   return {
     field.name: field.default
     for field in fields

@@ -20,6 +20,15 @@ def path_of(keys: Sequence[Any]) -> str:
   return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
+def differing(tree: PyTree, other: PyTree) -> list[str]:
+  """Paths of leaves whose shapes differ in two trees, or that one of them lacks."""
+  shapes, others = (
+    {path_of(keys): tuple(leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(one)}
+    for one in (tree, other)
+  )
+  return sorted(path for path in shapes | others if shapes.get(path) != others.get(path))
+
+
 def first_match(patterns: Iterable[str], path: str) -> int | None:
   """Index of the first pattern that matches the whole of `path`, or None."""
   for i, pattern in enumerate(patterns):

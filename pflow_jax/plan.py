@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from pflow_jax import hlo, sample
+from pflow_jax import foreign, hlo, sample
 from pflow_jax.analytic import analytic_step_flops
 from pflow_jax.chips import Chip, chip_of, compiler_topology, links_of_axis, parse_topology
 from pflow_jax.experiment import Experiment, build, layout_of
@@ -33,9 +33,10 @@ from pflow_jax.flops import count_flops
 from pflow_jax.plan_report import EFFICIENCY
 from pflow_jax.sections import call
 from pflow_jax.sharding import Layout, MeshSettings, mesh_shape
-from pflow_jax.step import Program, make_program
+from pflow_jax.step import Program, bytes_of_device, make_program
 
 CACHE = "~/.cache/pflow_jax/libtpu"
+MAX_CHIPS = 100_000  # of a program; the largest that was told of had 50,944
 
 
 class NoCompiler(RuntimeError):
@@ -55,8 +56,11 @@ class Slice:
 
   def __post_init__(self):
     parse_topology(self.topology)
-    if self.slices < 1:
-      raise ValueError(f"--slices: expected at least 1, got {self.slices}")
+    if self.slices < 1 or self.num_chips > MAX_CHIPS:
+      raise ValueError(
+        f"--slices: expected at least 1 slice, and at most {MAX_CHIPS:,} chips in all, got {self.slices} slices of "
+        f"{self.topology}"
+      )
 
   @property
   def chip(self) -> Chip:
@@ -188,17 +192,19 @@ def _step(
 ) -> tuple[dict[str, Any], Program]:
   """The report on the training step."""
   program = make_program(config, experiment, layout_of(config, devices or where.num_devices))
+  what = f"config.train.batch_size: a device's part of {config.train.batch_size} examples"
+  foreign.check_memory(what, bytes_of_device(program.batch), "lower it", have=where.chip.hbm_bytes_per_device)
   traced = program.trace()
   flops = count_flops(traced.jaxpr)
   data_free = config.objective.kind == "imitation_data_free"
   expected = analytic_step_flops(experiment, config.train.batch_size, data_free=data_free)
   state = program.state
   memory: dict[str, Any] = {
-    "parameters": _bytes(state.params),
-    "average": _bytes(state.ema),
-    "optimizer": _bytes(state.opt_state) + _bytes(state.opponent),
-    "teacher": _bytes(program.frozen),
-    "batch": _bytes(program.batch),
+    "parameters": bytes_of_device(state.params),
+    "average": bytes_of_device(state.ema),
+    "optimizer": bytes_of_device(state.opt_state) + bytes_of_device(state.opponent),
+    "teacher": bytes_of_device(program.frozen),
+    "batch": bytes_of_device(program.batch),
     "available": where.chip.hbm_bytes_per_device,
   }
   report: dict[str, Any] = {
@@ -220,6 +226,10 @@ def _step(
   seconds = {"compute": flops / where.num_chips / where.chip.peak_flops}
   if devices is None:
     report["estimate"] = _estimate(seconds, where, config.train.steps)
+    return report, program
+  arguments = sum(memory[name] for name in ("parameters", "average", "optimizer", "teacher", "batch"))
+  if arguments > memory["available"]:  # no need to ask the compiler, which does not survive every number
+    memory |= {"peak": arguments, "fits": False}
     return report, program
   compiled, told = _compile(traced, fast, devices[0].platform)
   report |= {"compile_seconds": told.pop("compile_seconds"), "compiled": "fast" if fast else "in full"}
@@ -353,13 +363,6 @@ def _sampler(
       {"nfe": nfe, "batch_size": size, "flops": flops, "compute_seconds": seconds, "fits": compiled is not None} | told
     )
   return reports
-
-
-def _bytes(tree: Any) -> int:
-  """Bytes of a tree of shapes on one device."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-  )
 
 
 def _count(tree: Any) -> int:

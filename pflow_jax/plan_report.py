@@ -11,6 +11,7 @@ from typing import Any
 
 # What a step takes where all is well: the share of the roofline that such runs reach in practice.
 EFFICIENCY = 0.45
+FAST = "compiled with --fast: memory is as it will be, what is moved, seconds and chip-hours are overestimated"
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -33,8 +34,10 @@ def as_text(report: dict[str, Any]) -> str:
   lines.append(f"memory of a {per}: {parts}{rest}")
   if "fits" in m:
     verdict = "fits" if m["fits"] else "DOES NOT FIT"
-    lines.append(f"  {verdict}: peak {_size(m['peak'])} of {_size(m['available'])}")
-    lines.append(f"  compiled {report['compiled']} in {report['compile_seconds']:.0f} s")
+    least = "" if "compiled" in report else ", its arguments alone"
+    lines.append(f"  {verdict}: peak {_size(m['peak'])} of {_size(m['available'])}{least}")
+    if "compiled" in report:
+      lines.append(f"  compiled {report['compiled']} in {report['compile_seconds']:.0f} s")
   for attempt in report.get("tried", ()):
     result = attempt.get("refused") or f"{'fits' if attempt['fits'] else 'does not fit'}, {_size(attempt['peak'])}"
     lines.append(f"  with {' '.join(attempt['change'])}: {result.splitlines()[0]}")
@@ -64,6 +67,8 @@ def as_text(report: dict[str, Any]) -> str:
       f"estimate of {report['steps']:,} steps: {estimate['chip_hours'][0]:,.0f} chip-hours at that limit, "
       f"{estimate['chip_hours'][1]:,.0f} at {EFFICIENCY:.0%} of it",
     ]
+  if report.get("compiled") == "fast":
+    lines.append(f"  {FAST}")
   for s in report.get("sample", ()):
     per_image = f"{s['flops'] / s['batch_size'] / 1e9:,.0f} GFLOP an image"
     verdict = "" if s["fits"] else "DOES NOT FIT, "
@@ -95,11 +100,13 @@ def as_table(reports: Sequence[dict[str, Any]]) -> str:
     rows.append((mesh, peak, fits, _size(sent) if traffic else "?", *times, estimate["limit"] if estimate else ""))
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-  return "\n".join([*lines, *dict.fromkeys(report["note"] for report in reports if "note" in report)])
+  notes = [report["note"] for report in reports if "note" in report]
+  notes += [FAST for report in reports if report.get("compiled") == "fast"]
+  return "\n".join([*lines, *dict.fromkeys(notes)])
 
 
 def write_json(path: str | os.PathLike, reports: Any) -> None:
-  pathlib.Path(path).write_text(json.dumps(reports, indent=2) + "\n")
+  pathlib.Path(path).write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
 
 
 def _size(count: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 import pathlib
 import tempfile
@@ -17,12 +18,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pflow_jax import data, figures
+from pflow_jax import data, figures, foreign
 from pflow_jax.distributed import is_first
 from pflow_jax.experiment import Experiment, build, layout_of
 from pflow_jax.folders import checked_file, expanded
 from pflow_jax.objectives.flow_map import FlowMap
-from pflow_jax.objectives.imitation import Imitation
+from pflow_jax.objectives.imitation import MAX_SUBSTEPS, Imitation
 from pflow_jax.policies import auto_temperature
 from pflow_jax.sampler import sample_flow_map, sample_student, sample_teacher
 from pflow_jax.schedule import segment_grid, shift_time
@@ -32,6 +33,8 @@ from pflow_jax.sharding import Layout, to_host
 Array = jax.Array | np.ndarray
 
 logger = logging.getLogger(__name__)
+
+MAX_EVALUATIONS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,11 @@ class SampleSettings:
   def __post_init__(self):
     if min(self.nfe, default=1) < 1 or self.batch_size < 1:
       raise ValueError(f"config.sample: expected nfe and batch_size of at least 1, got {self.nfe}, {self.batch_size}")
+    if max(self.nfe, default=1) > MAX_EVALUATIONS or not 1 <= self.substeps <= MAX_SUBSTEPS:
+      raise ValueError(
+        f"config.sample: expected at most {MAX_EVALUATIONS:,} evaluations and 1 to {MAX_SUBSTEPS:,} substeps, got "
+        f"{self.nfe} and {self.substeps}"
+      )
     if not (self.h >= 0 and self.temperature >= 0 and 0 <= self.gamma <= 1):
       raise ValueError(
         "config.sample: expected h and temperature of at least 0 and gamma in [0, 1], got "
@@ -145,6 +153,9 @@ def draw_noise(
   Of a set of prompts: the same prompts of it whatever the seed, repeated if they are fewer.
   """
   dataset = experiment.dataset
+  # Noise, what it is drawn from, and samples, of all of which JAX and NumPy have their own; keys and conditions.
+  needed = count * (6 * 4 * math.prod(dataset.shape) + 64)
+  foreign.check_memory(f"{count} samples", needed, "ask for fewer (--num, or config.evaluate.num_samples)")
   noise = np.asarray(jax.random.normal(jax.random.key(seed), (count, *dataset.shape), jnp.float32))
   if dataset.embedding is not None:
     if labels:
@@ -196,7 +207,7 @@ def check_local(out: str | os.PathLike | None, folder: str | os.PathLike) -> Non
 
 def preview(experiment: Experiment, config: ConfigDict, layout: Layout, columns: int = 10) -> Callable[[Any, str], str]:
   """A function (params, path) -> path that draws a small picture of samples during training, for all processes."""
-  settings = call(SampleSettings, "sample", config.sample)
+  settings = call(SampleSettings, "sample", config.get("sample", {}))
   count = 4096 if experiment.dataset.shape == (2,) else columns
   noise, cond = draw_noise(experiment, count, seed=0)
   samplers = {f"{n} NFE": make_sampler(experiment, settings, n) for n in evaluations(experiment, settings)}
@@ -234,6 +245,7 @@ def sample(
   Returns: the path of the picture.
   """
   settings = call(SampleSettings, "sample", config.get("sample", {}))
+  settings = dataclasses.replace(settings, nfe=(nfe,) if nfe else settings.nfe)
   if num < 1:
     raise ValueError(f"num: expected at least 1 sample, got {num}")
   folder = expanded(folder)
@@ -246,7 +258,7 @@ def sample(
   classes = labels_of(cond, num)
   keys = jax.random.split(jax.random.key(seed + 1), num)
   rows = {}
-  for n in evaluations(experiment, dataclasses.replace(settings, nfe=(nfe,) if nfe else settings.nfe)):
+  for n in evaluations(experiment, settings):
     run = functools.partial(make_sampler(experiment, settings, n), params)
     rows[f"{n} NFE"] = in_batches(run, layout, settings.batch_size, noise, cond, keys)
   picture = pathlib.Path(f"{out}.png")

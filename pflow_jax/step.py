@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from pflow_jax import optim
+from pflow_jax import foreign, optim
 from pflow_jax.adversary import Adversary, make_adversary
 from pflow_jax.experiment import Experiment, LossFn, build, layout_of, make_optimizer
 from pflow_jax.flops import count_flops
@@ -20,6 +21,50 @@ from pflow_jax.networks import SHARDING
 from pflow_jax.sections import call
 from pflow_jax.sharding import Layout, MeshSettings, make_layout
 from pflow_jax.state import TrainState, create_state
+
+WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """The section `train` of a config.
+
+  Attributes:
+    steps: optimizer steps of the whole run.
+    batch_size: examples a step, over all processes.
+    accumulation: micro-batches that a step's batch is cut into, one after the other.
+    log_every, checkpoint_every, sample_every: in steps; 0 never (checkpoints: only at the end).
+    keep_checkpoints: newest checkpoints to keep.
+    keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
+    max_skipped: non-finite updates in a row after which the run stops with an error.
+    profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
+    num_workers: processes that read data; 0 reads in this one.
+  """
+
+  steps: int
+  batch_size: int
+  accumulation: int = 1
+  log_every: int = 50
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+  keep_every: int = 0
+  sample_every: int = 0
+  max_skipped: int = 20
+  profile: tuple[int, int] = (0, 0)
+  tensorboard: bool = True
+  num_workers: int = 0
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints", "max_skipped"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"config.train.{name}: expected at least 1, got {getattr(self, name)}")
+    for name in ("checkpoint_every", "keep_every", "sample_every", "num_workers"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
+    workers = self.num_workers * WORKER_BYTES
+    foreign.check_memory(f"config.train.num_workers={self.num_workers}", workers, "ask for fewer")
+    if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
+      raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +155,10 @@ class Step:
 
 def make_step(config: ConfigDict, experiment: Experiment) -> Step:
   """The step that `config` describes."""
+  accumulation = call(TrainSettings, "train", config.get("train", {})).accumulation
   optimizer, schedule = make_optimizer(config)
-  ema_decay = call(optim.make_ema_decay, "ema", config.ema)
+  ema_decay = call(optim.make_ema_decay, "ema", config.get("ema", {}))
   adversary = make_adversary(config, experiment)
-  accumulation = config.train.get("accumulation", 1)
   if adversary and accumulation > 1:
     raise ValueError(
       f"config.train.accumulation: an adversarial run takes its batch whole, expected 1, got {accumulation}"
@@ -145,6 +190,19 @@ class Program:
     with self.layout.context():
       return jax.jit(make, out_shardings=shardings)(key, frozen, start)
 
+  def check_memory(self) -> None:
+    """Raises ValueError for arguments that this machine's devices cannot hold, whatever else a step needs."""
+    devices: Any = self.layout.mesh.local_devices  # type: ignore[union-attr]
+    device, count, have = devices[0], len(devices), None
+    if device.platform != "cpu":  # whose devices share the machine's memory
+      count, have = 1, (device.memory_stats() or {}).get("bytes_limit")
+    batch = count * bytes_of_device(self.batch)
+    size = jax.tree.leaves(self.batch)[0].shape[0]
+    foreign.check_memory(f"config.train.batch_size={size}", batch, "lower it", have=have)
+    whole = batch + count * bytes_of_device((self.state, self.frozen))
+    advice = "make the network or the batch smaller, or split it over more devices (config.mesh.fsdp)"
+    foreign.check_memory("config.model: what is trained, the teacher and a batch", whole, advice, have=have)
+
   def trace(self, length: int | None = None) -> jax.stages.Traced:
     """The step as (state, frozen, batch, key) -> (state, metrics), for all devices; its old state is donated.
 
@@ -164,27 +222,27 @@ class Program:
 
 
 def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | None = None) -> Program:
-  """The step that `config` describes, on `layout`, by default the one that `config.mesh` describes.
+  """The step that `config` describes, on `layout`.
 
+  Args:
+    layout: by default the one that `config.mesh` describes, of this machine's devices, which must be able to hold it.
   Raises: ValueError for a mesh, a table or a batch that does not fit.
   """
-  layout = layout or layout_of(config)
+  here, layout = layout is None, layout or layout_of(config)
+  batch_size = call(TrainSettings, "train", config.get("train", {})).batch_size
   step = make_step(config, experiment)
-  if config.train.batch_size % (layout.batch_parts * step.accumulation):
+  if batch_size % (layout.batch_parts * step.accumulation):
     raise ValueError(
       "config.train.batch_size: expected a multiple of the mesh's slice x data x fsdp x accumulation = "
-      f"{layout.batch_parts} x {step.accumulation}, got {config.train.batch_size}"
+      f"{layout.batch_parts} x {step.accumulation}, got {batch_size}"
     )
   key = jax.random.key(0)
   state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, experiment.frozen)
-  return Program(
-    experiment,
-    step,
-    layout,
-    layout.abstract(state),
-    layout.abstract(experiment.frozen),
-    abstract_batch(experiment, config.train.batch_size, layout.batch),
-  )
+  batch = abstract_batch(experiment, batch_size, layout.batch)
+  program = Program(experiment, step, layout, layout.abstract(state), layout.abstract(experiment.frozen), batch)
+  if here:
+    program.check_memory()
+  return program
 
 
 def abstract_batch(
@@ -201,4 +259,13 @@ def abstract_batch(
 def step_flops(config: ConfigDict) -> int:
   """Operations of one optimizer step of the run that `config` describes, teacher included; see `count_flops`."""
   single = make_layout(MeshSettings(), SHARDING, jax.local_devices()[:1])
-  return count_flops(make_program(config, build(config), single).trace().jaxpr)
+  program = make_program(config, build(config), single)
+  program.check_memory()
+  return count_flops(program.trace().jaxpr)
+
+
+def bytes_of_device(tree: Any) -> int:
+  """Bytes of a tree of shapes with shardings on one device."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+  )

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from pflow_jax import data, guidance, workdir
 from pflow_jax.checkpoint import load_params, params_shapes
 from pflow_jax.networks import VELOCITIES, Network, make_network, module_defaults, velocity_of
-from pflow_jax.sections import call
+from pflow_jax.partition import differing
+from pflow_jax.sections import call, check_sections
 from pflow_jax.sharding import Layout
 
 Array = jax.Array
@@ -131,6 +132,11 @@ def load_teacher(
     else:
       networks[name], saved[name] = _find(config, dataset, settings, is_guided, weak=name == "weak")
       shapes[name] = saved[name].shapes()
+      if others := differing(shapes[name], networks[name].shapes(dataset)):
+        raise ValueError(
+          f"{saved[name].folder}: holds another network than the config beside it describes; parameters that differ: "
+          f"{others[:8]}; restore the {workdir.CONFIG} that it was trained with"
+        )
   options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
 
   def velocity(params, scale=None):
@@ -162,10 +168,10 @@ def _find(
     # The student starts from its teacher's parameters: same data, same network but for how it is computed.
     # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
     is_velocity = config.policy.kind in VELOCITIES
-    if not is_velocity and own.policy.kind != "velocity":
+    if not is_velocity and own.policy.get("kind") != "velocity":
       raise ValueError(
-        f"config.teacher.workdir: {folder} holds a {own.policy.kind}; a policy's output layer starts from that of a "
-        "teacher with policy.kind='velocity'"
+        f"config.teacher.workdir: {folder} holds a {own.policy.get('kind')}; a policy's output layer starts from that "
+        "of a teacher with policy.kind='velocity'"
       )
     sections = ("model", "policy") if is_velocity else ("model",)
     if is_guided and not settings.autoguided:
@@ -178,7 +184,7 @@ def _find(
 
 def _computed_as(student: ConfigDict, own: ConfigDict) -> ConfigDict:
   """The section `model` of a teacher, its blocks computed as the student's: it need not run where it was trained."""
-  keys = workdir.COMPUTED if own.kind == student.kind else ()
+  keys = workdir.COMPUTED if own.get("kind") == student.get("kind") else ()
   return ConfigDict({**own, **{key: student[key] for key in keys if key in student}})
 
 
@@ -189,7 +195,7 @@ def which_of(config: Mapping[str, Any], which: str = "ema") -> str:
 
 def _check_knows_nothing(own: ConfigDict, dataset: data.Dataset, settings: TeacherSettings) -> None:
   """Raises ValueError where there is no empty condition to guide the teacher away from."""
-  if own.objective.kind != PRETRAINED and not own.objective.cond_dropout:
+  if own.objective.kind != PRETRAINED and not own.objective.get("cond_dropout"):
     raise ValueError(
       f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
       "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"
@@ -213,7 +219,11 @@ def _assume(config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings
 
 def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
   own = workdir.load_config(folder)
-  if own.objective.kind not in ("flow_matching", PRETRAINED):
+  try:
+    check_sections(own, list(own), required=("model", "policy", "objective"))
+  except ValueError as error:
+    raise ValueError(f"config.teacher.{key}: {folder} has no whole config ({error}); give a finished run") from error
+  if own.objective.get("kind") not in ("flow_matching", PRETRAINED):
     raise ValueError(f"config.teacher.{key}: {folder} holds a student, expected a teacher")
   return own
 
@@ -236,4 +246,5 @@ def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tupl
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
   """A config in plain JSON whose section `model` has all its settings, the defaults too."""
-  return config | {"model": json.loads(json.dumps(module_defaults(config["model"]) | config["model"]))}
+  model = config.get("model", {})
+  return config | {"model": json.loads(json.dumps(module_defaults(model) | model))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -20,58 +19,18 @@ from pflow_jax import data, sample, workdir
 from pflow_jax.checkpoint import Checkpointer, newest_step
 from pflow_jax.distributed import is_first
 from pflow_jax.evaluate import EvaluateSettings
-from pflow_jax.experiment import build
+from pflow_jax.experiment import SECTIONS, build
 from pflow_jax.flops import count_flops
 from pflow_jax.folders import checked_folder
 from pflow_jax.lock import Lock, Unwritable
 from pflow_jax.output import logged
 from pflow_jax.rescue import rescue
-from pflow_jax.sections import call
+from pflow_jax.sections import call, check_sections
 from pflow_jax.state import TrainState
-from pflow_jax.step import make_program
+from pflow_jax.step import TrainSettings, make_program
 from pflow_jax.writer import MetricsWriter, Progress, parameter_table, progress
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-  """The section `train` of a config.
-
-  Attributes:
-    steps: optimizer steps of the whole run.
-    batch_size: examples a step, over all processes.
-    accumulation: micro-batches that a step's batch is cut into, one after the other.
-    log_every, checkpoint_every, sample_every: in steps; 0 never (checkpoints: only at the end).
-    keep_checkpoints: newest checkpoints to keep.
-    keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
-    max_skipped: non-finite updates in a row after which the run stops with an error.
-    profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
-    num_workers: processes that read data; 0 reads in this one.
-  """
-
-  steps: int
-  batch_size: int
-  accumulation: int = 1
-  log_every: int = 50
-  checkpoint_every: int = 500
-  keep_checkpoints: int = 2
-  keep_every: int = 0
-  sample_every: int = 0
-  max_skipped: int = 20
-  profile: tuple[int, int] = (0, 0)
-  tensorboard: bool = True
-  num_workers: int = 0
-
-  def __post_init__(self):
-    for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints", "max_skipped"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"config.train.{name}: expected at least 1, got {getattr(self, name)}")
-    for name in ("checkpoint_every", "keep_every", "sample_every", "num_workers"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
-    if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
-      raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")
 
 
 def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False) -> TrainState:
@@ -84,6 +43,7 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
     OSError when the folder takes nothing more, its message tells what was saved elsewhere (see `rescue`).
   """
   folder = checked_folder(folder)
+  check_sections(config, SECTIONS, required=("data", "model", "policy", "objective"))
   settings = call(TrainSettings, "train", config.get("train", {}))
   lock = Lock(folder, "pflow train", force=force, hint="--force takes it over", active=is_first())
   lock.refuse_early()
@@ -98,7 +58,7 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
   layout = program.layout
   print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {layout.described()}", flush=True)
   sampler = sample.preview(experiment, config, layout) if settings.sample_every else None
-  key_init, key_steps = (layout.everywhere(key) for key in jax.random.split(jax.random.key(config.seed)))
+  key_init, key_steps = (layout.everywhere(key) for key in jax.random.split(jax.random.key(config.get("seed", 0))))
   frozen = experiment.load_frozen(layout)
   # A run that is resumed has its own.
   start_params = () if newest_step(f"{folder}/{workdir.CHECKPOINTS}") is not None else experiment.start_params()
@@ -127,7 +87,7 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
     iterator = data.batches(
       experiment.dataset,
       settings.batch_size,
-      seed=config.seed,
+      seed=config.get("seed", 0),
       start=start,
       rows=layout.local_rows(settings.batch_size),
       num_workers=settings.num_workers,

@@ -10,10 +10,11 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict, config_dict
 
-from pflow_jax import data
+from pflow_jax import data, foreign
 from pflow_jax.checkpoint import newest_step
 from pflow_jax.distributed import from_first
 from pflow_jax.folders import expanded
+from pflow_jax.sections import check_sections
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -73,20 +74,28 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def load_config(workdir: str | os.PathLike) -> ConfigDict:
   """The config that the run in `workdir` was started with.
 
+  Sections are objects, and their kinds strings; what else is in them is looked at where it is used.
+
   Raises: ValueError when there is none.
   """
   path = epath.Path(expanded(workdir)) / CONFIG
-  if not path.exists():
+  try:
+    found = path.exists()
+  except (OSError, ValueError) as error:  # a name that is too long, a folder that cannot be read
+    raise ValueError(f"{foreign.shown(str(path))}: cannot be looked at ({error})") from error
+  if not found:
     raise ValueError(
       f"no run in {workdir}: expected the file {CONFIG} that `pflow train --workdir {workdir}` writes, or, once it has "
       f"ended, `pflow convert --out {workdir}`"
     )
   try:
-    config = ConfigDict(_with_tuples(json.loads(path.read_text())))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path} is not a config in JSON ({error}); restore it, or start a new run") from error
-  if "_class_name" in config:  # as diffusers writes it
-    raise ValueError(f"{path} is of a model for PyTorch, not of a run; `pflow convert --source {workdir}` makes one")
+    values = foreign.read_json(path)
+    if "_class_name" in values:  # as diffusers writes it
+      raise ValueError(f"{path}: is of a model for PyTorch; `pflow convert --source {workdir}` makes a run of it")
+    config = ConfigDict(_with_tuples(values))
+    check_sections(config, list(config), where=str(path))
+  except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    raise ValueError(f"{error}; expected the config of a run: restore it, or start a new run") from error
   for section in config.values():
     if isinstance(section, ConfigDict):
       # JSON's null has lost the type that a flag is read with.

@@ -58,6 +58,8 @@ def test_names_of_slices(name, chip, shape):
     ("v5p-9", "counts TensorCores"),
     ("v5e-12", "no usual shape; name the one you mean, such as 'v5e:4x4'"),
     ("v5e-2", "no usual shape"),
+    ("v5e-" + "9" * 5000, "expected a chip and a shape"),
+    ("v5e:\u0664x4", "expected a chip and a shape"),  # a digit, but of another script
     ("v4-24", "no usual shape; name the one you mean, such as 'v4:4x4x4'"),
   ],
 )

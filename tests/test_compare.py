@@ -166,6 +166,28 @@ def test_what_is_finished_is_not_repeated(programs, tmp_path):
   assert list(programs.trained) == ["seed0/teacher", "gmflow/nfe1", "gmflow/nfe2"], "another teacher"
 
 
+@pytest.mark.parametrize(
+  "result",
+  [
+    *("", "{", "[]", "null", "[" * 100_000, '{"described": {}}', '{"result": 3}'),
+    *({}, [], {"spent": 3}, {"spent": {}, "rows": [{}]}, {"spent": {"a": "x"}}, {"spent": {}, "rows": 3}),
+    {"spent": {}, "rows": [row("student, 1 NFE", 1, 0.5) | {"images_per_second": 0.0}]},
+    {"spent": {}, "rows": [row("student, 1 NFE", 1, 0.5) | {"recall": "x"}]},
+  ],
+  ids=lambda result: json.dumps(result)[:40],
+)
+def test_a_result_of_somebody_else_is_looked_at_before_it_is_believed(result, programs, tmp_path):
+  one = dict(methods=(GMFLOW | dict(students=((1,),)),))
+  first = compare(comparison(**one), tmp_path)
+  path = tmp_path / "seed0" / "gmflow" / "nfe1" / "result.json"
+  kept = json.loads(path.read_text())
+  path.write_text(result if isinstance(result, str) else json.dumps(kept | {"result": result}))
+  programs.trained.clear()
+  assert compare(comparison(**one), tmp_path) == first
+  assert list(programs.trained) == ["gmflow/nfe1"]
+  assert json.loads(path.read_text()) == kept
+
+
 def test_a_run_that_fails_is_reported_and_tried_again_and_the_others_go_on(programs, tmp_path):
   programs.broken = {"emd/nfe1-2": FloatingPointError("20 updates in a row"), "gmflow/nfe1": ValueError("bad")}
   report = compare(comparison(EMD, ADVERSARIAL, GMFLOW), tmp_path)
@@ -340,7 +362,27 @@ MISTAKES = {
     r"expected students of gmf",
   ),
   "no weak teacher": (dict(methods=(GUIDED,)), r"guided: weak needs the section config\.weak"),
-  "no such file": (dict(teacher=dict(config="configs/nope.py:teacher")), r"there is no file configs/nope\.py"),
+  "no such file": (
+    dict(teacher=dict(config="configs/nope.py:teacher")),
+    r"^config\.teacher: configs/nope\.py: there is no such file",
+  ),
+  "no such file of a method": (
+    dict(methods=(GMFLOW | dict(config="configs/nope.py"),)),
+    r"^config\.methods, gmflow: configs/nope\.py: there is no such file",
+  ),
+  "a budget that is no number": (dict(flops="all"), r"config\.flops: input should be a valid number, got 'all'"),
+  "an infinite budget": (dict(flops=math.inf), r"config\.flops: expected a finite number, got inf"),
+  "a budget below nothing": (dict(flops=-1.0), r"config\.flops: expected a number of operations > 0, got -1"),
+  "methods by name": (dict(methods={"a": {}}), r"config\.methods: input should be a valid tuple"),
+  "a method that is a name": (dict(methods=("gmflow",)), r"config\.methods: expected a section, .*got 'gmflow'"),
+  "a teacher that is a file": (dict(teacher="x.py"), r"config\.teacher: expected a section, .*got 'x\.py'"),
+  "students that are no groups": (dict(methods=(GMFLOW | dict(students=(1, 2)),)), r"gmflow\.students: .*got 1"),
+  "students of a fraction": (dict(methods=(GMFLOW | dict(students=((1.5,),)),)), r"gmflow\.students: .*got 1\.5"),
+  "overrides that are none": (dict(methods=(GMFLOW | dict(overrides=3),)), r"gmflow\.overrides: .*got 3"),
+  "a comparison as a teacher": (
+    dict(teacher=dict(config=f"{COMPARISONS[0]}:quicktest")),
+    r"config\.teacher: .* has no key 'flops'",
+  ),
   "unknown section": (dict(methods=(GMFLOW | dict(overrides=dict(trian={})),)), r"no key 'trian'.*'train'"),
   "unknown override": (
     dict(methods=(GMFLOW | dict(overrides=dict(train=dict(stepps=1))),)),

@@ -1,11 +1,14 @@
 """Configs: what does not fit is refused with the nearest name."""
 
+import json
+
 import jax
 import pytest
 
 from pflow_jax.experiment import build, layout_of, make_optimizer
 from pflow_jax.step import make_program
 from pflow_jax.train import train
+from pflow_jax.workdir import load_config
 from tests.programs import quick
 
 
@@ -60,6 +63,84 @@ def test_sections_that_do_not_belong_together_are_refused(teacher_run, student_r
   refused("does not train the policy 'gmflow'", objective=dict(kind="flow_matching"))
   refused("expected one of", objective=dict(kind="gan"))
   refused("expected one of", policy=dict(kind="spline"))
+
+
+@pytest.mark.parametrize(
+  ("section", "values", "message"),
+  [
+    ("model", dict(width="64"), r"config\.model\.width: input should be a valid integer, got '64'"),
+    ("model", dict(width=10**6 + 1), r"config\.model\.width: expected > 0 and at most 1,000,000, got 1000001"),
+    ("model", dict(depth=None), r"config\.model: depth must be set"),
+    ("model", dict(kind=["dit"]), r"config\.model\.kind: "),
+    ("policy", dict(num_components=2.5), r"config\.policy\.num_components: input should be a valid integer"),
+    ("policy", dict(num_components=10**5), r"config\.policy\.num_components: expected > 0 and at most 10,000"),
+    ("objective", dict(num_states=10**9), r"config\.objective: num_states and nfe: expected 1 to 1000, got 1000000000"),
+    ("objective", dict(substeps=10**9), r"config\.objective: substeps and method: expected 1 to 100,000"),
+    ("objective", dict(shift=float("inf")), r"config\.objective\.shift: expected a finite number, got inf"),
+    ("data", dict(name=3), r"config\.data\.name: input should be a valid string, got 3"),
+    ("data", dict(name=None), r"config\.data: name must be set"),
+    ("data", dict(held_out="1"), r"config\.data: digits\.held_out: input should be a valid integer, got '1'"),
+    (
+      "data",
+      dict(name="synthetic", num_records=10**9, shape=(99, 99, 3)),
+      r"config\.data: synthetic: .* takes .* memory",
+    ),
+    ("data", dict(name="synthetic", shape=[9, "x", 3]), r"config\.data: synthetic\.shape: 1: .*got 'x'"),
+    ("adapters", dict(table=3), r"config\.adapters\.table: input should be a valid tuple"),
+    ("start", dict(step="x"), r"config\.start\.step: input should be a valid integer"),
+  ],
+)
+def test_values_of_another_type_or_size_are_refused_by_their_key(section, values, message):
+  config = quick("digits", "gmflow")
+  changed = config[section].to_dict() | values
+  with config.unlocked():
+    config[section] = changed
+  with pytest.raises(ValueError, match=message):
+    build(config, abstract=True)
+
+
+def test_flow_maps_keys_have_types_too():
+  config = quick("digits", "ayf_emd")
+  config.objective = config.objective.to_dict() | {"guidance": (1.0, float("inf"))}
+  with pytest.raises(ValueError, match=r"config\.objective\.guidance: expected a finite number, got inf"):
+    build(config, abstract=True)
+  config.objective = config.objective.to_dict() | {"guidance": (1.0, 1.0), "anchr": 0.5}
+  with pytest.raises(ValueError, match="no key 'anchr'; did you mean 'anchor'"):
+    build(config, abstract=True)
+
+
+def test_a_warm_up_that_is_longer_than_the_run_names_its_flag():
+  config = quick("digits", "teacher", steps=50)
+  config.optimizer.warmup_steps = 50
+  with pytest.raises(
+    ValueError, match=r"optimizer\.warmup_steps: 50 .*steps=50; set --config\.optimizer\.warmup_steps=5,"
+  ):
+    make_optimizer(config)
+  config.optimizer.schedule = "constant"
+  make_optimizer(config)
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_checkpoint_of_another_network_than_its_config_s_is_refused(teacher_run, student_run):
+  config = load_config(student_run)
+  config.policy.num_components = 5
+  with pytest.raises(ValueError, match=r"another network than its config describes; .*head/proj_out_means/kernel"):
+    build(config).load(student_run)
+  config = quick("digits", "gmflow", teacher_run)
+  config.model.width = 32
+  with pytest.raises(ValueError, match=r"checkpoints: holds another network than the config beside it.*blocks/"):
+    load_teacher_of(config, teacher_run)
+
+
+def load_teacher_of(config, folder):
+  """Builds the run of a student whose teacher's config, but not its checkpoint, is as wide as the student's."""
+  path = folder / "config.json"
+  kept = path.read_text()
+  try:
+    path.write_text(json.dumps(json.loads(kept) | {"model": config.model.to_dict()}))
+    build(config)
+  finally:
+    path.write_text(kept)
 
 
 @pytest.mark.usefixtures("float32")

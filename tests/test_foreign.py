@@ -183,6 +183,30 @@ def test_counts_are_bounded_by_the_file_and_sizes_by_the_machine(tmp_path):
     foreign.check_memory("--num 9", 10**36, "ask for less")
 
 
+def test_sizes_are_bounded_by_a_device_too():
+  foreign.check_memory("a batch", 100, have=100)
+  with pytest.raises(ValueError, match="a batch: takes 101 bytes of memory, a device has 100 bytes$"):
+    foreign.check_memory("a batch", 101, have=100)
+
+
+def test_arguments_have_the_types_of_their_annotations():
+  def function(count: int, *, sizes: tuple[int, ...] = (), seed: int = 0, anything=None):
+    pass
+
+  values = {"count": 2, "sizes": [1, 2], "seed": 2**32 - 1, "anything": ["x"], "other": 1.5}
+  checked = foreign.check_arguments(function, values, where="data")
+  assert checked == values | {"sizes": (1, 2), "anything": ("x",)}
+  for key, value, message in (
+    ("count", 2.0, r"data\.count: input should be a valid integer, got 2\.0"),
+    ("sizes", [1, [2]], r"data\.sizes: 1: input should be a valid integer"),
+    ("sizes", [1, 2**31], r"data\.sizes: expected a whole number below 2\^31, got 2147483648"),
+    ("anything", [[float("inf")]], r"data\.anything: expected a finite number, got inf"),
+    ("sizes", "(1, 2", r"data\.sizes: .*; on the shell quote a tuple"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      foreign.check_arguments(function, values | {key: value}, where="data")
+
+
 def test_foreign_values_are_shown_escaped_and_short():
   assert foreign.shown("\x1b[2J\n\u202e") == r"'\x1b[2J\n\u202e'"
   assert len(foreign.shown("x" * 10**6)) == 60

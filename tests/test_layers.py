@@ -23,6 +23,7 @@ LAYERS = [
     "compare",
     "compare_report",
     "defaults",
+    "config_help",
     "cache",
   }
   | {"convert", "autoencoder", "text_to_image"},
@@ -41,6 +42,7 @@ LAYERS = [
     "checkpoint",
     "checkpoint_stream",
     "command",
+    "config_file",
     "checksums",
     "writer",
     "metrics",

@@ -1,5 +1,6 @@
 """Planning: what is counted without a compiler, what a compiler says, and what would make a run fit."""
 
+import dataclasses
 import json
 
 import jax
@@ -191,6 +192,33 @@ def test_sweep_compares_sizes_and_names_those_that_do_not_fit(verdicts):
   assert len(table) == 5
   assert "no" in table[-2].split()
   assert "refused" in table[-1]
+
+
+def test_what_is_known_not_to_fit_is_not_compiled(compiler, monkeypatch):
+  monkeypatch.setattr(plan, "_compile", lambda *given: pytest.fail("compiled"))
+  monkeypatch.setattr(plan.Slice, "chip", dataclasses.replace(plan.chip_of("v5e:2x4"), hbm_bytes=10_000))
+  report = plan.plan(config(fsdp=1), V5E, sampling=False, search=False)
+  assert report["memory"]["fits"] is False
+  assert report["memory"]["peak"] > 10_000
+  assert ", its arguments alone" in as_text(report)
+
+
+def test_a_batch_that_no_device_holds_is_refused(no_compiler):
+  values = config()
+  values.train.batch_size = 8 * 10**7
+  with pytest.raises(ValueError, match=r"batch_size: a device's part of 80000000 examples: takes .*, a device has 15"):
+    plan.plan(values, V5E)
+  with pytest.raises(ValueError, match=r"--slices: .* at most 100,000 chips in all, got 1000000000 slices"):
+    plan.Slice("v5e-8", 10**9)
+
+
+def test_a_fast_plan_says_that_it_overestimates(verdicts):
+  verdicts[0].extend([True, True, True])
+  report = plan.plan(config(fsdp=4), V5E, sampling=False, fast=True)
+  assert "seconds and chip-hours are overestimated" in as_text(report)
+  assert "overestimated" in as_table([report, report]).splitlines()[-1]
+  report = plan.plan(config(fsdp=4), V5E, sampling=False)
+  assert "overestimated" not in as_text(report) + as_table([report])
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,14 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tm
   assert np.abs(results[0] - results[2]).max() > 0.1
 
 
+def test_more_samples_than_the_machine_holds_are_refused(student_run, tmp_path):
+  config = load_config(student_run)
+  with pytest.raises(ValueError, match=r"1000000000 samples: takes 1\.48\d TiB of memory, .*; ask for fewer \(--num"):
+    program.draw_noise(build(config), 10**9, seed=0)
+  with pytest.raises(ValueError, match=r"config.sample: expected at most 10,000 evaluations"):
+    program.sample(config, student_run, num=2, nfe=10**9, out=tmp_path / "x")
+
+
 @pytest.mark.parametrize("channels", [2, 4])
 def test_latents_have_a_picture_of_their_first_channels(tmp_path, channels):
   dataset = types.SimpleNamespace(shape=(8, 8, channels), class_names=())

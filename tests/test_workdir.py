@@ -1,6 +1,7 @@
 """The folder of a run."""
 
 import json
+import os
 
 import pytest
 from ml_collections import ConfigDict
@@ -71,8 +72,46 @@ def test_missing_and_damaged_configs_are_named(tmp_path):
   with pytest.raises(ValueError, match="pflow train"):
     workdir.load_config(tmp_path)
   (tmp_path / "config.json").write_text(json.dumps({"seed": 0})[:-2])
-  with pytest.raises(ValueError, match="not a config in JSON"):
+  with pytest.raises(ValueError, match="cannot be read as JSON.*expected the config of a run"):
     workdir.load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ('{"train": 3}', r"config\.json\.train: expected a section, keys with their values, got 3"),
+    ('{"train": [1, 2]}', r"config\.json\.train: expected a section"),
+    ('{"train": null}', r"config\.json\.train: expected a section"),
+    ('{"policy": {"kind": 3}}', r"config\.json\.policy\.kind: input should be a valid string, got 3"),
+    ('{"seed": "0"}', r"config\.json\.seed: input should be a valid integer"),
+    ('{"seed": -1}', r"config\.json\.seed: input should be greater"),
+    ('{"train": {"steps": 1e400}}', "expected a finite number, got '1e400'"),
+    ('{"train": {"a.b": 1}}', "does not accept dots"),
+    ("[]", "got \\[\\]"),
+    ("[" * 100_000, "cannot be read as JSON"),
+    ('{"a":' * 500 + "1" + "}" * 500, "config.json"),
+    ('{"_class_name": "FluxTransformer2DModel", "num_layers": 1}', "is of a model for PyTorch; `pflow convert"),
+  ],
+)
+def test_a_config_of_somebody_else_has_sections(text, message, tmp_path):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=message) as caught:
+    workdir.load_config(tmp_path)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "long", "NUL"])
+def test_a_config_that_is_no_file_is_not_opened(kind, tmp_path):
+  path = tmp_path / "config.json"
+  if kind == "folder":
+    path.mkdir()
+  elif kind == "pipe":
+    os.mkfifo(path)
+  elif kind == "device":
+    path.symlink_to("/dev/zero")
+  given = {"long": "x" * 5000, "NUL": "a\0b"}.get(kind, tmp_path)
+  with pytest.raises(ValueError, match=r"config\.json"):
+    workdir.load_config(given)
 
 
 def test_checking_alone_writes_nothing(tmp_path):

@@ -20,3 +20,4 @@ from pflow_jax.data.records import ArrayRecords as ArrayRecords
 from pflow_jax.data.records import GeneratedRecords as GeneratedRecords
 from pflow_jax.data.records import SourceRecords as SourceRecords
 from pflow_jax.data.registry import load as load
+from pflow_jax.data.registry import sources as sources

@@ -16,6 +16,7 @@ from pflow_jax.data.latents import latents
 from pflow_jax.data.points import checkerboard
 from pflow_jax.data.prompts import prompts, synthetic_prompts
 from pflow_jax.data.tfds_source import tfds_images
+from pflow_jax.foreign import check_arguments
 
 _SOURCES: dict[str, Callable[..., Dataset]] = {
   "digits": digits,
@@ -43,7 +44,7 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
       "folder:<path>", "npz:<path>", "latents:<path>" or "prompts:<path>".
     split: "train" or "test"; for tfds any split it understands. See `held_out` of the sources.
     **options: keyword arguments of the source's function in this package.
-  Raises: ValueError for an unknown name or option, with the nearest one and the list.
+  Raises: ValueError for an unknown name or option, with the nearest one and the list, or one of another type.
   """
   source, arguments = _find(name)
   parameters = inspect.signature(source).parameters.values()
@@ -51,7 +52,12 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
   for option in options:
     if option not in known:
       raise ValueError(_unknown(f"{name} has no option {option!r}", option, known, "options"))
-  return source(*arguments, split=split, **options)
+  return source(*arguments, **check_arguments(source, {"split": split, **options}, where=name))
+
+
+def sources() -> dict[str, Callable[..., Dataset]]:
+  """The functions behind the names, by what comes before a colon."""
+  return {name.partition(":")[0]: source for name, source in {**_SOURCES, **_OPEN_SOURCES}.items()}
 
 
 def _find(name: str) -> tuple[Callable[..., Dataset], list[str]]:

@@ -33,6 +33,10 @@ Array = jax.Array
 Teacher = Callable[[Array, Array, Any], Array]  # (x, t, cond) -> v
 Student = Callable[[Array, Array, Any], Policy]  # (x, t, cond) -> batch of policies
 
+# More would be compiled, or walked, for days.
+MAX_STATES = 1000
+MAX_SUBSTEPS = 100_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Imitation:
@@ -66,8 +70,8 @@ class Imitation:
   def __post_init__(self):
     check_finite(self)
     segment_length(self.nfe, self.final_scale)  # raises on bad values
-    if self.num_states < 1:
-      raise ValueError(f"num_states: expected at least 1, got {self.num_states}")
+    if not 1 <= self.num_states <= MAX_STATES or self.nfe > MAX_STATES:
+      raise ValueError(f"num_states and nfe: expected 1 to {MAX_STATES}, got {self.num_states} and {self.nfe}")
     if self.window < 0:
       raise ValueError(f"window: expected at least 0 substeps, got {self.window}")
     if not 0 <= self.dropout < 1:
@@ -79,9 +83,10 @@ class Imitation:
       )
     if self.shift <= 0 or self.loss_scale <= 0:
       raise ValueError(f"shift and loss_scale: expected > 0, got {self.shift} and {self.loss_scale}")
-    if self.substeps < 1 or self.method not in METHODS:
+    if not 1 <= self.substeps <= MAX_SUBSTEPS or self.method not in METHODS:
       raise ValueError(
-        f"substeps and method: expected at least 1 and one of {METHODS}, got {self.substeps} and {self.method!r}"
+        f"substeps and method: expected 1 to {MAX_SUBSTEPS:,} and one of {METHODS}, got {self.substeps} and "
+        f"{self.method!r}"
       )
     if self.ratio_decay < 0:
       raise ValueError(f"ratio_decay: expected at least 0 steps, got {self.ratio_decay}")
