@@ -107,6 +107,13 @@ def define_join_flags(values) -> None:
   flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", lower_bound=1, flag_values=values)
 
 
+def define_teacher_flag(values) -> None:
+  """Where the teacher of a run is."""
+  from absl import flags
+
+  flags.DEFINE_string("teacher", None, "workdir of the run's teacher, if it has moved", flag_values=values)
+
+
 def _one_line(error: Exception) -> str:
   # KeyErrors print their message quoted, line breaks and all.
   text = str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")

@@ -22,6 +22,7 @@ from pflow_jax.distributed import is_first
 from pflow_jax.evaluate import EvaluateSettings
 from pflow_jax.experiment import build
 from pflow_jax.flops import count_flops
+from pflow_jax.origins import inputs_of
 from pflow_jax.sections import call
 from pflow_jax.state import TrainState
 from pflow_jax.step import make_program
@@ -83,7 +84,8 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   # Later commands read these from the run's config: better refused now than after the training.
   call(sample.SampleSettings, "sample", config.get("sample", {}))
   call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
-  workdir.claim(folder, config, write=False)
+  inputs = inputs_of(config, experiment.dataset, experiment.saved, folder)
+  workdir.claim(folder, config, inputs, write=False)
   program = make_program(config, experiment)
   layout = program.layout
   print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {layout.described()}", flush=True)
@@ -99,7 +101,7 @@ def train(config: ConfigDict, folder: str | os.PathLike) -> TrainState:
   compiled = {length: one.lower().compile() for length, one in traced.items()}
   flops = {length: count_flops(one.jaxpr) for length, one in traced.items()}
   # Only now: a config that does not compile leaves no trace.
-  workdir.claim(folder, config, write=is_first())
+  workdir.claim(folder, config, inputs, write=is_first())
   with (
     Checkpointer(
       f"{folder}/{workdir.CHECKPOINTS}",
