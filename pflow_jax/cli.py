@@ -18,6 +18,7 @@ from pflow_jax.command import (
   USAGE,
   ConfigSource,
   define_join_flags,
+  define_teacher_flag,
   fail,
   mesh_sizes,
   one_sentence,
@@ -57,11 +58,14 @@ def _train(argv: list[str]) -> None:
     flags.DEFINE_bool(
       "force", False, "take the workdir over from another process that trains in it", flag_values=values
     )
+    define_teacher_flag(values)
     define_join_flags(values)
 
   def train(values):
+    from pflow_jax.origins import use_teacher
     from pflow_jax.train import train as run
 
+    use_teacher(values.config, values.teacher)
     state = run(values.config, values.workdir, force=values.force)
     if int(state.step) < values.config.train.steps:
       stop(f"stopped at step {int(state.step)}, which is saved; the same command resumes")
@@ -113,7 +117,7 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_list(
       "labels",
       None,
-      "classes by number, separated by commas; default: all in turn",
+      "classes by name or number, separated by commas; default: all in turn",
       flag_values=values,
     )
     flags.DEFINE_enum("which", "ema", ["ema", "params"], "averaged or last parameters", flag_values=values)
@@ -123,6 +127,7 @@ def _sample(argv: list[str]) -> None:
     flags.DEFINE_string("pipeline", None, "folder of the model whose encoders a prompt needs", flag_values=values)
     for side in ("height", "width"):
       flags.DEFINE_integer(side, None, "of a prompt's picture in pixels; default: as trained", flag_values=values)
+    define_teacher_flag(values)
     define_join_flags(values)
 
   def sample(values):
@@ -135,21 +140,20 @@ def _sample(argv: list[str]) -> None:
     of_prompts = [f"--{name}" for name in ("pipeline", "height", "width") if values[name].value is not None]
     if of_prompts:
       raise ValueError(f"{', '.join(of_prompts)}: of pictures of prompts; give --prompt or --prompts too")
-    if values.labels and not all(label.isdigit() for label in values.labels):
-      raise ValueError(f"--labels: expected class numbers separated by commas, got {','.join(values.labels)!r}")
-    labels = [int(label) for label in values.labels] if values.labels else None
+    num = values.num or 16
     picture = run(
       values.config,
       values.workdir,
-      num=values.num or 16,
+      num=num,
       nfe=values.nfe,
       seed=values.seed,
-      labels=labels,
+      labels=values.labels,
       which=values.which,
+      teacher=values.teacher,
       out=values.out,
     )
     if is_first():
-      print(f"wrote {picture} and {picture.with_suffix('.npz')}")
+      print(f"wrote {num} samples: {picture} and {picture.with_suffix('.npz')}")
 
   run_command(define, sample, argv, _config_of_run())
 
@@ -157,7 +161,7 @@ def _sample(argv: list[str]) -> None:
 def _sample_prompts(values) -> None:
   from pflow_jax.data import read_prompts
   from pflow_jax.distributed import is_first
-  from pflow_jax.text_to_image import sample_prompts
+  from pflow_jax.text_to_image import SHOWN, sample_prompts
 
   for name in ("labels", "num"):
     if values[name].value is not None:
@@ -172,10 +176,11 @@ def _sample_prompts(values) -> None:
     nfe=values.nfe,
     seed=values.seed,
     which=values.which,
+    teacher=values.teacher,
     out=values.out,
   )
   if is_first():
-    print(f"wrote the pictures, overview.png and samples.npz in {out}")
+    print(f"wrote the pictures, overview.png (of {SHOWN} at most) and samples.npz in {out}")
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -187,12 +192,13 @@ def _evaluate(argv: list[str]) -> None:
       "also", [], "workdir of another student of the same teacher; may be repeated", flag_values=values
     )
     flags.DEFINE_string("out", None, "folder of the results; default: <workdir>/evaluation", flag_values=values)
+    define_teacher_flag(values)
     define_join_flags(values)
 
   def evaluate(values):
     from pflow_jax.evaluate import evaluate as run
 
-    run(values.config, values.workdir, others=values.also, out=values.out)
+    run(values.config, values.workdir, others=values.also, teacher=values.teacher, out=values.out)
 
   run_command(define, evaluate, argv, _config_of_run())
 

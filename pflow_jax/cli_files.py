@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from pflow_jax.command import USAGE, define_join_flags, fail, mesh_sizes, run_command
+from pflow_jax.command import USAGE, define_join_flags, define_teacher_flag, fail, mesh_sizes, run_command
 
 
 def data_command(argv: list[str]) -> None:
@@ -79,6 +79,7 @@ def convert_command(argv: list[str]) -> None:
     flags.DEFINE_string("key", "", "of the state dict in a .pth file that has several", flag_values=values)
     flags.DEFINE_list("mesh", [], "fsdp=16: parts that lie together in the checkpoint", flag_values=values)
     flags.mark_flags_as_required(["source", "out"], flag_values=values)
+    define_teacher_flag(values)
     define_join_flags(values)
 
   def convert(values):
@@ -89,6 +90,7 @@ def convert_command(argv: list[str]) -> None:
         values.source,
         values.out,
         base=values.base,
+        teacher=values.teacher,
         which=values.which,
         dtype=values.dtype,
         max_shard_gb=values.max_shard_gb,
@@ -108,11 +110,12 @@ def merge_command(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "folder of a run with adapters", flag_values=values)
     flags.DEFINE_string("out", None, "folder of the new run", flag_values=values)
     flags.mark_flags_as_required(["workdir", "out"], flag_values=values)
+    define_teacher_flag(values)
 
   def merge(values):
     from pflow_jax.merge import merge as run
 
-    step = run(values.workdir, values.out)
+    step = run(values.workdir, values.out, teacher=values.teacher)
     print(f"wrote {values.out}: step {step} of {values.workdir}, its adapters merged")
 
   run_command(define, merge, argv)

@@ -176,6 +176,13 @@ def define_join_flags(values) -> None:
   flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", lower_bound=1, flag_values=values)
 
 
+def define_teacher_flag(values) -> None:
+  """Where the teacher of a run is."""
+  from absl import flags
+
+  flags.DEFINE_string("teacher", None, "workdir of the run's teacher, if it has moved", flag_values=values)
+
+
 def _read(source: ConfigSource, given: str) -> ConfigDict:
   try:
     return source.read(given)

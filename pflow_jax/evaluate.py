@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import pathlib
 import time
@@ -18,17 +19,19 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pflow_jax import data, figures, metrics, workdir
+from pflow_jax import data, figures, foreign, metrics, workdir
 from pflow_jax.distributed import from_first, is_first
 from pflow_jax.evaluate_samplers import Sampler, student_samplers, teacher_name, teacher_samplers
 from pflow_jax.experiment import Experiment, build, layout_of
 from pflow_jax.features import Classifier, pixel_features, train_classifier
 from pflow_jax.folders import checked_folder, expanded
 from pflow_jax.objectives.flow_map import FlowMap
+from pflow_jax.origins import use_teacher
 from pflow_jax.sample import (
   MAX_EVALUATIONS,
   SampleSettings,
   check_local,
+  check_room,
   draw_noise,
   in_batches,
   labels_of,
@@ -94,6 +97,7 @@ def evaluate(
   folder: str | os.PathLike,
   *,
   others: Sequence[str | os.PathLike] = (),
+  teacher: str | os.PathLike | None = None,
   out: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
   """Measures the run in `folder`; writes evaluation.json, .md and pictures into <folder>/evaluation.
@@ -104,6 +108,7 @@ def evaluate(
   Args:
     config: of the run in `folder`, perhaps with other settings for evaluation.
     others: workdirs of more students of the same teacher, with their own settings, for the same table and picture.
+    teacher: workdir of that teacher, if it has moved.
   Returns: what evaluation.json holds.
   Raises: ValueError for students of different teachers, or fewer samples than a Fréchet distance needs.
   """
@@ -112,12 +117,16 @@ def evaluate(
   check_local(out, folder)
   out = pathlib.Path(checked_folder(f"{folder}/evaluation" if out is None else out, "--out"))
   configs = {str(folder): config} | {str(other): workdir.load_config(other) for other in others}
-  experiments = {name: build(one) for name, one in configs.items()}
+  for one in configs.values():
+    use_teacher(one, teacher)
+  # The data are read here, whatever the runs tell of theirs.
+  experiments = {name: build(one, dataset=data.load(**one.data), run=name) for name, one in configs.items()}
   experiment = experiments[str(folder)]
   _check_teachers(experiments)
   dataset, layout = experiment.dataset, layout_of(config)
   if not dataset.has_x0:
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
+  check_room(dataset, settings.num_samples, 1 + len(settings.teacher_steps), "config.evaluate.num_samples")
   noise, cond = draw_noise(experiment, settings.num_samples, settings.seed)
   labels = labels_of(cond, settings.num_samples)
   # All of a small data set; of an endless one, or one with texts, which are large, as many as there are samples.
@@ -139,7 +148,8 @@ def evaluate(
     if one.teacher is not None or isinstance(one.objective, FlowMap):
       suffix = f" ({pathlib.Path(name).name})" if others else ""
       sampling = call(SampleSettings, "sample", configs[name].get("sample", {}))
-      shared = frozen if one.teacher and experiment.teacher and one.teacher.saved == experiment.teacher.saved else None
+      mine, teachers = (each.teacher and each.teacher.settings.dtype for each in (one, experiment))
+      shared = frozen if one.teacher and mine == teachers else None
       samplers += student_samplers(one, layout, sampling, name, suffix, shared)
   batch_size = call(SampleSettings, "sample", config.get("sample", {})).batch_size
   keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
@@ -150,8 +160,9 @@ def evaluate(
     if s.is_student or experiment.teacher is None:
       samples[s.name], speed = draw()
     else:
-      kept = epath.Path(str(experiment.teacher.settings.workdir)) / "evaluation" / f"samples_{s.nfe}_steps.npz"
-      what = f"{_reference(experiment)}; {settings.num_samples} samples of seed {settings.seed}, {batch_size} at a time"
+      kept = epath.Path(_owner(experiment, folder)) / "evaluation" / f"samples_{s.nfe}_steps.npz"
+      what = f"{_reference(experiment)}, in {experiment.teacher.settings.dtype}; {settings.num_samples} samples of "
+      what += f"seed {settings.seed}, {batch_size} at a time"
       what += f", {jax.devices()[0].device_kind} x {jax.device_count()}"
       samples[s.name], speed = _draw_once(draw, kept, what, noise.shape)
     rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
@@ -188,8 +199,8 @@ def evaluate(
   if not is_first():
     return report
   out.mkdir(parents=True, exist_ok=True)
-  (out / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-  (out / "evaluation.md").write_text(table, encoding="utf-8")
+  for name, text in {"evaluation.json": json.dumps(report, indent=2) + "\n", "evaluation.md": table}.items():
+    _write_bytes(epath.Path(out / name), text.encode())
   _pictures(experiment, samplers, samples, paths, labels, real, out)
   print(table)
   print(f"wrote {out}/evaluation.json, evaluation.md and samples.png")
@@ -217,34 +228,62 @@ def _draw_once(
 
   All students of a teacher are measured against the same samples, and those of 128 steps take longer than all others.
   """
-  samples, speed = _read_samples(path, what) if is_first() else (None, 0.0)
+  samples, speed = _read_samples(path, what, shape) if is_first() else (None, 0.0)
   if from_first(samples is not None):
     return from_first(samples if samples is not None else np.zeros(shape, np.float32)), speed
   samples, speed = draw()
   if is_first():
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.savez(content, what=what, samples=samples, images_per_second=speed)  # type: ignore[arg-type]
-    _write_bytes(path, content.getvalue())
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      _write_bytes(path, content.getvalue())
+    except OSError as error:  # of a teacher that may only be read
+      print(f"{path} cannot be written ({error}): the next evaluation draws these samples again", flush=True)
   return samples, speed
 
 
 def _write_bytes(path: epath.Path, content: bytes) -> None:
   """Writes a file whole or not at all."""
-  partial = path.with_suffix(f".{os.getpid()}.partial")
-  partial.write_bytes(content)
-  partial.replace(path)
-
-
-def _read_samples(path: epath.Path, what: str) -> tuple[np.ndarray | None, float]:
-  """Samples and speed in the file `path`, if it holds `what`."""
+  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
   try:
-    with np.load(io.BytesIO(path.read_bytes())) as kept:
-      if str(kept["what"]) == what:
-        return kept["samples"], float(kept["images_per_second"])
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-    pass  # none yet, or cut short
-  return None, 0.0
+    partial.write_bytes(content)
+    partial.replace(path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, float]:
+  """Samples and speed in the file `path`, if it holds `what`; with a word where it is no such file."""
+  if not path.exists():
+    return None, 0.0
+  try:
+    # Beside the samples there are a line, a number and the headers.
+    content = foreign.read_bytes(path, 4 * math.prod(shape) + 2**20)
+    told, samples, speed = (_read_array(content, name) for name in ("what", "samples", "images_per_second"))
+    if told.shape != () or str(told) != what:
+      return None, 0.0  # of other noise, or of the teacher that was here before
+    if (samples.dtype, samples.shape) != (np.float32, shape) or not np.isfinite(samples).all():
+      raise ValueError(f"expected {shape} finite numbers in float32, got {samples.dtype} {samples.shape}")
+    if speed.shape != () or speed.dtype.kind != "f" or not 0 < speed < np.inf:
+      raise ValueError(f"expected a number of images a second, got {foreign.shown(speed)}")
+    return samples, float(speed)
+  except Exception as error:  # a damaged zip or header fails in a dozen ways
+    print(f"{path} cannot be used ({error}): these samples are drawn anew", flush=True)
+    return None, 0.0
+
+
+def _read_array(content: bytes, name: str) -> np.ndarray:
+  """An array of a file of `np.savez`; nothing is allocated that the file does not hold."""
+  with zipfile.ZipFile(io.BytesIO(content)) as archive, archive.open(f"{name}.npy") as stream:
+    if archive.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:
+      raise ValueError(f"{name} is compressed, which np.savez does not")
+    _ = np.lib.format.read_magic(stream)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.kind not in "Uf":
+      raise ValueError(f"{name}: expected text or floating numbers, got {foreign.shown(str(dtype))}")
+    return np.frombuffer(stream.read(), dtype).reshape(shape)
 
 
 def _pictures(experiment, samplers, samples, paths, labels, real, out: pathlib.Path) -> None:
@@ -283,19 +322,26 @@ def _check_teachers(experiments: dict[str, Experiment]) -> None:
   """Raises ValueError unless all runs have one teacher, guided and walked alike: the common reference."""
   references = {name: _reference(one) if one.teacher else f"itself, {name}" for name, one in experiments.items()}
   if len(set(references.values())) > 1:
-    listing = "".join(f"\n  {name}: {text}" for name, text in references.items())
+    folders = {name: f" ({_owner(one, name)})" if one.teacher else "" for name, one in experiments.items()}
+    listing = "".join(f"\n  {name}: {text}{folders[name]}" for name, text in references.items())
     raise ValueError(f"runs that are compared must share a teacher, got:{listing}")
 
 
+def _owner(experiment: Experiment, folder: str | os.PathLike) -> str:
+  """The workdir of a run's teacher, or that of the run, a teacher's."""
+  return experiment.teacher.saved["strong"].workdir if experiment.teacher else str(folder)
+
+
 def _reference(experiment: Experiment) -> str:
-  """All that the samples of a run's teacher depend on, but for their number and noise."""
+  """All that the samples of a run's teacher depend on, but for their number and noise; it is told by its content."""
   assert experiment.teacher is not None
   t = experiment.teacher.settings
+  digests = {name: saved.digest for name, saved in experiment.teacher.saved.items()}
   how = f"guidance {t.guidance} in {tuple(t.interval)}, orthogonal {t.orthogonal}, shift {experiment.objective.shift}"
   # A weak teacher guides nothing at strength 1.
   if t.autoguided and t.guidance != 1:
-    how += f", weak teacher {os.path.realpath(str(t.weak_workdir or t.workdir))} at step {t.weak_step}"
-  return f"{os.path.realpath(str(t.workdir))} at step {t.step} ({t.which}), {how}"
+    how += f", weak teacher {digests['weak']}"
+  return f"{digests['strong']}, {how}"
 
 
 def _classifier(experiment, settings, real, real_labels, folder) -> Classifier | None:
@@ -303,9 +349,8 @@ def _classifier(experiment, settings, real, real_labels, folder) -> Classifier |
   dataset = experiment.dataset
   if len(dataset.shape) != 3 or dataset.num_classes < 2:
     return None
-  owner = experiment.teacher.settings.workdir if experiment.teacher else folder
   # The name says how it was trained: another setting trains another.
-  path = epath.Path(owner) / "evaluation" / f"classifier_{settings.classifier_steps}_steps.npz"
+  path = epath.Path(_owner(experiment, folder)) / "evaluation" / f"classifier_{settings.classifier_steps}_steps.npz"
   if from_first(path.exists()):
     return Classifier.load(path, image_shape=dataset.shape, num_classes=dataset.num_classes)
   if is_first():

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from pflow_jax.experiment import Experiment
+from pflow_jax.guidance import Velocity
 from pflow_jax.integrate import rollout
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import Imitation
@@ -37,6 +38,7 @@ def teacher_samplers(
   experiment: Experiment, layout: Layout, folder: str | os.PathLike, all_steps: Sequence[int], frozen: Any
 ) -> list[Sampler]:
   """The teacher, whose parameters are `frozen`, at these numbers of Euler steps; or the run itself, a teacher's."""
+  velocity: Callable[[Any], Velocity]
   if experiment.teacher is not None:
     params, velocity = frozen, experiment.teacher.velocity
   else:

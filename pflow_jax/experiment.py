@@ -22,17 +22,19 @@ from ml_collections import ConfigDict
 from pflow_jax import data, guidance, optim, workdir
 from pflow_jax.checkpoint import load_params
 from pflow_jax.foreign import check_arguments, check_memory
+from pflow_jax.inputs import read_inputs
 from pflow_jax.models import heads
 from pflow_jax.models.attention import IMPLEMENTATIONS, check_platform, supports_jvp
 from pflow_jax.networks import SHARDING, VELOCITIES, AdapterSettings, Network, make_network, velocity_of
 from pflow_jax.objectives import flow_map
 from pflow_jax.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
+from pflow_jax.origins import Saved
 from pflow_jax.partition import combine, differing, without
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy, Policy
 from pflow_jax.sections import as_section, call, check_sections, choose
 from pflow_jax.sharding import Layout, MeshSettings, make_layout, per_example
-from pflow_jax.teachers import Teacher, load_teacher
+from pflow_jax.teachers import ROLES, Teacher, load_teacher
 
 Array = jax.Array
 Params = Any
@@ -91,6 +93,11 @@ class Experiment:
     """Shapes of the parameters that the loss takes beside those that train: the teacher's."""
     return self.teacher.shapes if self.teacher else {}
 
+  @property
+  def saved(self) -> dict[str, Saved]:
+    """Where the models are that it is made from, as `inputs.Inputs` names them."""
+    return {ROLES[name]: one for name, one in self.teacher.saved.items()} if self.teacher else {}
+
   def load_frozen(self, layout: Layout | None = None) -> Params:
     """Those parameters, on the devices as `layout` says, without one on the host."""
     return self.teacher.load(layout) if self.teacher else {}
@@ -125,10 +132,14 @@ class Experiment:
   def _check_base_of_start(self) -> None:
     """Raises ValueError if the adapters to start from were trained on another teacher's weights."""
     assert self.teacher is not None
-    theirs = workdir.load_config(self.start.workdir).teacher  # type: ignore[arg-type]
-    there, here = (
-      f"{os.path.realpath(str(t.workdir))} at step {t.step} ({t.which})" for t in (theirs, self.teacher.settings)
-    )
+    inputs = read_inputs(self.start.workdir)  # type: ignore[arg-type]
+    if inputs and "teacher" in inputs.models:
+      there, here = inputs.models["teacher"].parameters, self.teacher.saved["strong"].digest
+    else:
+      theirs = workdir.load_config(self.start.workdir).teacher  # type: ignore[arg-type]
+      there, here = (
+        f"{os.path.realpath(str(t.workdir))} at step {t.step} ({t.which})" for t in (theirs, self.teacher.settings)
+      )
     if there != here:
       raise ValueError(
         f"config.start.workdir: the adapters there were trained on the teacher {there}, this run's is {here}; give it "
@@ -157,7 +168,7 @@ class Experiment:
     """All parameters of the network as the run in `folder` saved them, on the devices as `layout` says.
 
     Args:
-      frozen: what `load_frozen` gave, where it has been called already: its leaves are shared.
+      frozen: what `load_frozen` gave, where it has been called already: its leaves are shared. Adapters alone need it.
     Raises: ValueError for a checkpoint of another network than the config describes.
     """
     trained = load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which, layout=layout)  # type: ignore[arg-type]
@@ -166,7 +177,9 @@ class Experiment:
         f"{folder}: its checkpoint holds another network than its config describes; parameters that differ: "
         f"{others[:8]}; restore the {workdir.CONFIG} that it was trained with"
       )
-    return self.complete(trained, self.load_frozen(layout) if frozen is None else frozen)
+    if frozen is None:
+      frozen = self.load_frozen(layout) if self.network.adapters.table else {}
+    return self.complete(trained, frozen)
 
   def complete(self, trained: Params, frozen: Params) -> Params:
     """All parameters of the network, from those that train and those that do not."""
@@ -218,12 +231,19 @@ def layout_of(config: ConfigDict, devices: Sequence[Any] | int | None = None) ->
   return layout
 
 
-def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | None = None) -> Experiment:
+def build(
+  config: ConfigDict,
+  abstract: bool = False,
+  dataset: data.Dataset | None = None,
+  run: str | os.PathLike | None = None,
+) -> Experiment:
   """Reads the sections that shape a run; see the module's docstring.
 
   Args:
     abstract: of the teacher take the shapes that it must have, without reading one: to plan a run, not to train it.
     dataset: in place of that of config.data, to sample other shapes than a run was trained on.
+    run: workdir of the run, which has been trained. What it carries (inputs.json) stands in for its data, of which no
+      record is read before it is asked for, and its teacher is looked for when something needs it.
   Raises: ValueError for anything in the config that does not fit, before any work is done.
   """
   check_sections(config, SECTIONS, required=("data", "model", "policy", "objective"))
@@ -237,7 +257,8 @@ def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | No
   # A flow map's settings are an instance with the defaults of its kind.
   settings = flow_map.FlowMap if kind in FLOW_MAPS else None
   objective = call(make_settings, "objective", values, settings=settings)
-  dataset = dataset or call(data.load, "data", config.data)
+  inputs = read_inputs(run) if run is not None else None
+  dataset = dataset or (inputs and inputs.dataset(config.data.to_dict())) or call(data.load, "data", config.data)
   check_memory("config.data: one example", 4 * math.prod(dataset.shape), "make it smaller")
   adapters = call(AdapterSettings, "adapters", config.get("adapters", {}))
   network = make_network(config.model, config.policy, dataset, adapters)
@@ -252,7 +273,7 @@ def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | No
         f"config.objective.kind: {kind!r} starts from data, and {dataset.name} has none; train without (a config's "
         "variant gm_data_free, or objective.kind='imitation_data_free'), or write prompts with `pflow cache --images`"
       )
-    teacher = load_teacher(config, dataset, abstract=abstract)
+    teacher = load_teacher(config, dataset, abstract=abstract, run=run)
     loss = imitation_loss_data_free if kind == "imitation_data_free" else imitation_loss
     return Experiment(
       dataset, network, objective, teacher, start, _imitation(network, dataset, teacher, objective, loss)
@@ -261,7 +282,7 @@ def build(config: ConfigDict, abstract: bool = False, dataset: data.Dataset | No
   own_start = objective.target == "data" and not config.get("teacher", {}).get("workdir")
   if own_start and adapters.table:
     raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
-  student_of = None if own_start else load_teacher(config, dataset, tuple(objective.guidance), abstract)
+  student_of = None if own_start else load_teacher(config, dataset, tuple(objective.guidance), abstract, run)
   if student_of and objective.guided:
     low, high = objective.guidance
     if not low <= student_of.settings.guidance <= high:

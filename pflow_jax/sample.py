@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import logging
 import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from pflow_jax.experiment import Experiment, build, layout_of
 from pflow_jax.folders import checked_file, expanded
 from pflow_jax.objectives.flow_map import FlowMap
 from pflow_jax.objectives.imitation import MAX_SUBSTEPS, Imitation
+from pflow_jax.origins import use_teacher
 from pflow_jax.policies import auto_temperature
 from pflow_jax.sampler import sample_flow_map, sample_student, sample_teacher
 from pflow_jax.schedule import segment_grid, shift_time
@@ -35,6 +37,8 @@ Array = jax.Array | np.ndarray
 logger = logging.getLogger(__name__)
 
 MAX_EVALUATIONS = 10_000
+COLUMNS = 16  # images side by side in a picture
+SHOWN = 128  # images of a row in a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,29 +150,82 @@ def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays
 
 
 def draw_noise(
-  experiment: Experiment, count: int, seed: int, labels: list[int] | None = None
+  experiment: Experiment, count: int, seed: int, labels: Sequence[int | str] | None = None
 ) -> tuple[np.ndarray, Any]:
   """Noise (count, *space, C) and as many conditions: the classes given, repeated, else all in turn.
 
   Of a set of prompts: the same prompts of it whatever the seed, repeated if they are fewer.
+
+  Args:
+    labels: classes, see `class_numbers`.
   """
   dataset = experiment.dataset
   # Noise, what it is drawn from, and samples, of all of which JAX and NumPy have their own; keys and conditions.
   needed = count * (6 * 4 * math.prod(dataset.shape) + 64)
   foreign.check_memory(f"{count} samples", needed, "ask for fewer (--num, or config.evaluate.num_samples)")
+  if dataset.embedding is not None and labels:
+    raise ValueError(f"labels: this run is conditioned on texts ({dataset.name}), not on classes; leave them out")
+  classes = [] if dataset.embedding is not None else class_numbers(labels or (), dataset)
   noise = np.asarray(jax.random.normal(jax.random.key(seed), (count, *dataset.shape), jnp.float32))
   if dataset.embedding is not None:
-    if labels:
-      raise ValueError(f"labels: this run is conditioned on texts ({dataset.name}), not on classes; leave them out")
-    size = min(count, dataset.num_records or count)
-    cond = data.examples(dataset, size)[1]
+    try:
+      size = min(count, dataset.num_records or count)
+      cond = data.examples(dataset, size)[1]
+    except ValueError as error:
+      hint = "say where they are with --config.data.name, or give --prompt"
+      raise ValueError(f"this run draws its own prompts: {str(error).rstrip('.')}; {hint}") from error
     return noise, jax.tree.map(lambda a: a[np.arange(count) % size], cond)
-  classes = max(dataset.num_classes, 1)
-  bad = [c for c in labels or [] if not 0 <= c < classes]
+  turn = np.arange(count, dtype=np.int32) % (len(classes) or max(dataset.num_classes, 1))
+  return noise, np.asarray(classes, np.int32)[turn] if classes else turn
+
+
+def class_numbers(labels: Sequence[int | str], dataset: data.Dataset) -> list[int]:
+  """Numbers of classes that are given by number or by name; a text that is both is the name.
+
+  Raises: ValueError for a class that there is not, with the nearest name.
+  """
+  names, count = dataset.class_names, max(dataset.num_classes, 1)
+  known: dict[Any, int] = {}
+  for spelling in (list(names), [name.casefold() for name in names]):
+    known = {name: number for number, name in enumerate(spelling)} | known
+  numbers = []
+  for label in labels:
+    number = known.get(label, known.get(label.casefold())) if isinstance(label, str) else label
+    if number is None and not str(label).isdecimal():
+      near = difflib.get_close_matches(str(label).casefold(), [name.casefold() for name in names], n=1, cutoff=0.4)
+      hint = f"; did you mean {names[known[near[0]]]!r}?" if near else ""
+      listed = f"one of {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}, or " if names else ""
+      raise ValueError(f"labels: there is no class {label!r}{hint} (expected {listed}a number in [0, {count}))")
+    numbers.append(int(label if number is None else number))
+  bad = [number for number in numbers if not 0 <= number < count]
   if bad:
-    raise ValueError(f"labels: expected classes in [0, {classes}), got {bad}")
-  turn = np.asarray(labels or range(classes), np.int32)
-  return noise, turn[np.arange(count) % len(turn)]
+    raise ValueError(f"labels: expected classes in [0, {count}), got {bad}")
+  return numbers
+
+
+def check_room(dataset: data.Dataset, count: int, copies: int, flag: str) -> None:
+  """Raises ValueError where the machine has no memory for `copies` of `count` samples, and one of their conditions."""
+  cond = jax.tree.leaves(dataset.cond_shapes(1))
+  one = 4 * math.prod(dataset.shape) * copies + sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in cond)
+  foreign.check_memory(f"{flag}={count}", count * one, "ask for fewer at a time")
+
+
+def warn_of_gaps(name: str, x: np.ndarray, params: Any) -> None:
+  """Says how many of the samples x (N, ...) are not finite, and what is most likely at fault.
+
+  Args:
+    params: that they were drawn with.
+  """
+  count = int(np.sum(~np.isfinite(x).reshape(len(x), -1).all(axis=1)))
+  if not count:
+    return
+  sound = bool(jax.jit(lambda tree: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])))(params))
+  cause = (
+    "the parameters are finite, so look at the settings of the sampler, config.sample (temperature, method, substeps)"
+    if sound
+    else "so are the run's parameters: its training went astray; sample an earlier checkpoint, or train anew"
+  )
+  logger.warning("%s: %d of %d samples are not finite (grey in pictures); %s", name, count, len(x), cause)
 
 
 def labels_of(cond: Any, count: int) -> np.ndarray:
@@ -177,25 +234,29 @@ def labels_of(cond: Any, count: int) -> np.ndarray:
 
 
 def save_picture(
-  experiment: Experiment, rows: dict[str, np.ndarray], labels: np.ndarray, path: str | os.PathLike
+  experiment: Experiment,
+  rows: dict[str, np.ndarray],
+  labels: np.ndarray,
+  path: str | os.PathLike,
+  title: str | None = None,
 ) -> None:
   """A PNG of samples, one row (images) or panel (points) for each entry of `rows`; `path` may be on gs://."""
   if "://" in str(path):
     with tempfile.TemporaryDirectory() as folder:
-      save_picture(experiment, rows, labels, f"{folder}/picture.png")
+      save_picture(experiment, rows, labels, f"{folder}/picture.png", title)
       epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
       epath.Path(path).write_bytes(pathlib.Path(folder, "picture.png").read_bytes())
     return
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   if experiment.dataset.shape == (2,):
-    figures.scatter_panels(path, rows)
+    figures.scatter_panels(path, rows, title=title)
     return
   if next(iter(rows.values())).shape[-1] not in (1, 3):
     # Latents: without their decoder the first channels show at least where something is.
     rows = {name: x[..., :3] if x.shape[-1] > 3 else x[..., :1] for name, x in rows.items()}
   names = experiment.dataset.class_names
   titles = [names[i] for i in labels] if names else None
-  figures.image_grid(path, rows, column_labels=titles)
+  figures.image_grid(path, rows, column_labels=titles, title=title, columns=COLUMNS)
 
 
 def check_local(out: str | os.PathLike | None, folder: str | os.PathLike) -> None:
@@ -232,15 +293,19 @@ def sample(
   num: int,
   nfe: int | None = None,
   seed: int = 0,
-  labels: list[int] | None = None,
+  labels: Sequence[int | str] | None = None,
   which: str = "ema",
+  teacher: str | os.PathLike | None = None,
   out: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-  """Samples of the run in `folder`: <out>.npz with label and x0_nfe<n> for each n, and <out>.png.
+  """Samples of the run in `folder`: <out>.npz with their noise, label and x0_nfe<n> for each n, and <out>.png.
+
+  Of a run on prompts the arrays of the condition are in <out>.npz too. The picture shows SHOWN at most, and says so.
 
   Args:
     num: number of samples.   nfe: network evaluations; by default those of config.sample.nfe.
-    labels: classes, repeated; by default all in turn.   which: "ema" or "params".
+    labels: classes by number or name, repeated; by default all in turn.   which: "ema" or "params".
+    teacher: workdir of its teacher, if that has moved; only adapters need it.
     out: path without its ending; by default <folder>/samples/seed<seed>.
   Returns: the path of the picture.
   """
@@ -251,22 +316,32 @@ def sample(
   folder = expanded(folder)
   check_local(out, folder)
   out = checked_file(f"{folder}/samples/seed{seed}" if out is None else out, ending=".png")
-  experiment = build(config)
+  use_teacher(config, teacher)
+  experiment = build(config, run=folder)
+  numbers = evaluations(experiment, settings)
+  check_room(experiment.dataset, num, 1 + len(numbers), "num")
   layout = layout_of(config)
-  params = experiment.load(folder, which, layout)
   noise, cond = draw_noise(experiment, num, seed, labels)
+  params = experiment.load(folder, which, layout)
   classes = labels_of(cond, num)
   keys = jax.random.split(jax.random.key(seed + 1), num)
   rows = {}
-  for n in evaluations(experiment, settings):
+  for n in numbers:
     run = functools.partial(make_sampler(experiment, settings, n), params)
     rows[f"{n} NFE"] = in_batches(run, layout, settings.batch_size, noise, cond, keys)
+    warn_of_gaps(f"{n} NFE", rows[f"{n} NFE"], params)
   picture = pathlib.Path(f"{out}.png")
   if not is_first():
     return picture
   picture.parent.mkdir(parents=True, exist_ok=True)
-  arrays = {f"x0_nfe{name.split()[0]}": x for name, x in rows.items()} | {"label": classes}
-  np.savez(f"{out}.npz", **arrays)  # type: ignore[arg-type]
-  shown = num if experiment.dataset.shape == (2,) else min(num, 16)
-  save_picture(experiment, {k: v[:shown] for k, v in rows.items()}, classes[:shown], picture)
+  arrays = {f"x0_nfe{name.split()[0]}": x for name, x in rows.items()} | {"label": classes, "noise": noise}
+  np.savez(f"{out}.npz", **arrays, **(as_saved(cond) if isinstance(cond, dict) else {}))  # type: ignore[arg-type]
+  shown = num if experiment.dataset.shape == (2,) else min(num, SHOWN)
+  title = None if shown == num else f"the first {shown} of {num} samples"
+  save_picture(experiment, {k: v[:shown] for k, v in rows.items()}, classes[:shown], picture, title)
   return picture
+
+
+def as_saved(cond: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A condition's arrays as they are kept beside samples: NumPy's files know no bfloat16."""
+  return {name: value.astype(np.float32) if value.dtype != bool else value for name, value in cond.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +13,9 @@ import jax
 from ml_collections import ConfigDict
 
 from pflow_jax import data, guidance, workdir
-from pflow_jax.checkpoint import load_params, params_shapes
+from pflow_jax.inputs import Inputs, is_run, locate, paths_of_data, read_inputs
 from pflow_jax.networks import VELOCITIES, Network, make_network, module_defaults, velocity_of
+from pflow_jax.origins import Saved, inputs_of, use_teacher
 from pflow_jax.partition import differing
 from pflow_jax.sections import call, check_sections
 from pflow_jax.sharding import Layout
@@ -21,6 +24,7 @@ Array = jax.Array
 Params = Any
 
 PRETRAINED = "pretrained"  # objective.kind of a teacher that was converted, not trained here
+ROLES = {"strong": "teacher", "weak": "weak"}  # of a teacher's parts, as `inputs.Inputs` names them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,23 +70,16 @@ class TeacherSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-  """A checkpoint of parameters, of which no more is read than asked for."""
+class Part:
+  """One of a teacher's models.
 
-  folder: str
-  which: str
-  step: int | None
-  dtype: str | None
+  Attributes:
+    shapes: of its parameters.   saved: where they are; None of an abstract teacher.
+  """
 
-  def shapes(self) -> Params:
-    return params_shapes(self.folder, **self._where)
-
-  def load(self, layout: Layout | None = None) -> Params:
-    return load_params(self.folder, layout=layout, **self._where)
-
-  @property
-  def _where(self) -> dict[str, Any]:
-    return {"which": self.which, "step": self.step, "dtype": self.dtype}
+  network: Network
+  shapes: Params
+  saved: Saved | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +87,41 @@ class Teacher:
   """A trained flow model.
 
   Attributes:
-    shapes: of its parameters, the entry "strong" and, with autoguidance, "weak".   saved: where they are.
-    velocity: (params, scale=settings.guidance) -> (x, t, cond) -> v, guided.
+    find: looks for its parts, "strong" and, with autoguidance, "weak"; ValueError where one is not or does not fit.
   """
 
   settings: TeacherSettings
-  shapes: Params
-  saved: dict[str, Saved]
-  velocity: Callable[..., guidance.Velocity]
+  dataset: data.Dataset
+  find: Callable[[], dict[str, Part]]
+
+  @functools.cached_property
+  def parts(self) -> dict[str, Part]:
+    return self.find()
+
+  @property
+  def shapes(self) -> Params:
+    """Shapes of its parameters, by part."""
+    return {name: part.shapes for name, part in self.parts.items()}
+
+  @property
+  def saved(self) -> dict[str, Saved]:
+    """Where its parameters are, by part."""
+    return {name: part.saved for name, part in self.parts.items() if part.saved}
 
   def load(self, layout: Layout | None = None) -> Params:
     """Its parameters, on the devices as `layout` says, without one on the host."""
     return {name: one.load(layout) for name, one in self.saved.items()}
+
+  def velocity(self, params: Params, scale: Any = None) -> guidance.Velocity:
+    """(x, t, cond) -> v, guided, by default at settings.guidance."""
+    settings = self.settings
+    options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
+    scale = settings.guidance if scale is None else scale
+    field = velocity_of(self.parts["strong"].network, params["strong"])
+    if settings.autoguided:
+      weak = velocity_of(self.parts["weak"].network, params["weak"])
+      return guidance.autoguided(field, weak, scale=scale, **options)
+    return guidance.guided(field, self.dataset.null_cond, scale=scale, **options)
 
 
 def load_teacher(
@@ -109,12 +129,15 @@ def load_teacher(
   dataset: data.Dataset,
   strengths: tuple[float, float] = (1.0, 1.0),
   abstract: bool = False,
+  run: str | os.PathLike | None = None,
 ) -> Teacher:
   """The trained teacher that `config.teacher` names, for a student that asks for guidance of these strengths.
 
   Args:
     abstract: without reading anything: shapes of the parameters of a teacher as the student needs one, whether there
       is one or not, and a weak one of the same size.
+    run: workdir of the student, which has been trained: its teacher is looked for when something needs it, and is
+      found where it has moved together with the student.
   Raises: ValueError where there is none, or it does not fit the student, with all that differs.
   """
   settings = call(TeacherSettings, "teacher", config.get("teacher", {}))
@@ -125,46 +148,47 @@ def load_teacher(
       "config.teacher.guidance or config.objective.guidance"
     )
   names = ("strong", "weak") if settings.autoguided else ("strong",)
-  networks, shapes, saved = {}, {}, {}
-  for name in names:
+
+  def find() -> dict[str, Part]:
     if abstract:
-      networks[name], shapes[name] = _assume(config, dataset, settings)
-    else:
-      networks[name], saved[name] = _find(config, dataset, settings, is_guided, weak=name == "weak")
-      shapes[name] = saved[name].shapes()
-      if others := differing(shapes[name], networks[name].shapes(dataset)):
-        raise ValueError(
-          f"{saved[name].folder}: holds another network than the config beside it describes; parameters that differ: "
-          f"{others[:8]}; restore the {workdir.CONFIG} that it was trained with"
-        )
-  options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
+      return {name: _assume(config, dataset, settings) for name in names}
+    return {name: _find(config, dataset, settings, is_guided, run, weak=name == "weak") for name in names}
 
-  def velocity(params, scale=None):
-    scale = settings.guidance if scale is None else scale
-    field = velocity_of(networks["strong"], params["strong"])
-    if settings.autoguided:
-      return guidance.autoguided(field, velocity_of(networks["weak"], params["weak"]), scale=scale, **options)
-    return guidance.guided(field, dataset.null_cond, scale=scale, **options)
+  teacher = Teacher(settings, dataset, find)
+  if run is None or _is_moved_by_hand(settings, run):
+    _ = teacher.parts  # what does not fit is better said before any work
+  return teacher
 
-  return Teacher(settings, shapes, saved, velocity)
+
+def _is_moved_by_hand(settings: TeacherSettings, run: str | os.PathLike) -> bool:
+  """Whether somebody says that the teacher of a run is elsewhere than it was."""
+  inputs = read_inputs(run)
+  known = inputs.models.get("teacher") if inputs else None
+  return known is not None and settings.workdir != known.workdir
 
 
 def _find(
-  config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings, is_guided: bool, weak: bool = False
-) -> tuple[Network, Saved]:
-  """Network of the teacher, or of the weak one, and its checkpoint."""
+  config: ConfigDict,
+  dataset: data.Dataset,
+  settings: TeacherSettings,
+  is_guided: bool,
+  run: str | os.PathLike | None,
+  weak: bool = False,
+) -> Part:
+  """The teacher, or the weak one."""
   if not settings.workdir:
     raise ValueError(
       "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant), or "
       "convert one (`pflow convert`), and pass --config.teacher.workdir=<its workdir>"
     )
-  if weak:
-    folder, step = settings.weak_workdir or settings.workdir, settings.weak_step
-    own = _config_of_a_teacher(folder, "weak_workdir")
-    sections: tuple[str, ...] = ()
-  else:
-    folder, step = settings.workdir, settings.step
-    own = _config_of_a_teacher(folder, "workdir")
+  key, step = ("weak_workdir", settings.weak_step) if weak else ("workdir", settings.step)
+  folder = (weak and settings.weak_workdir) or settings.workdir
+  inputs = read_inputs(run) if run is not None else None
+  if inputs is not None and run is not None:
+    folder = locate(ROLES["weak" if weak else "strong"], folder, run, inputs)
+  own = _config_of_a_teacher(folder, key)
+  sections: tuple[str, ...] = ()
+  if not weak:
     # The student starts from its teacher's parameters: same data, same network but for how it is computed.
     # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
     is_velocity = config.policy.kind in VELOCITIES
@@ -176,10 +200,45 @@ def _find(
     sections = ("model", "policy") if is_velocity else ("model",)
     if is_guided and not settings.autoguided:
       _check_knows_nothing(own, dataset, settings)
-  pretrained = own.objective.kind == PRETRAINED
-  _check_same(config, own, folder, sections if pretrained else ("data", *sections))
+  # A student that has been trained may be looked at beside other data.
+  about_data = own.objective.kind != PRETRAINED and inputs is None
+  _check_same(config, own, folder, ("data", *sections) if about_data else sections, dataset)
   network = make_network(_computed_as(config.model, own.model), own.policy, dataset)
-  return network, Saved(f"{folder}/{workdir.CHECKPOINTS}", which_of(own, settings.which), step, settings.dtype)
+  saved = Saved(folder, which_of(own, settings.which), step, settings.dtype)
+  shapes = saved.shapes()
+  if others := differing(shapes, network.shapes(dataset)):
+    raise ValueError(
+      f"{folder}: holds another network than the config beside it describes; parameters that differ: {others[:8]}; "
+      f"restore the {workdir.CONFIG} that it was trained with"
+    )
+  return Part(network, shapes, saved)
+
+
+def inputs_of_import(config: ConfigDict, folder: str | os.PathLike) -> Inputs | None:
+  """The same of a run that was converted to the workdir `folder`; None of a teacher, which was made elsewhere."""
+  if config.objective.kind == PRETRAINED:
+    return None
+  saved, t = {}, config.teacher
+  if t.workdir:
+    saved["teacher"] = Saved(t.workdir, which_of(workdir.load_config(t.workdir), t.which), t.step)
+  return inputs_of(config, data.load(**config.data), saved, folder)
+
+
+def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None) -> ConfigDict:
+  """The config of the run in `folder` with what it carries: shape and classes of its data, and where its teacher is.
+
+  Args:
+    teacher: workdir of its teacher, if that has moved.
+  Raises: ValueError for a `teacher` that the run was not trained with.
+  """
+  config, inputs = workdir.load_config(folder), read_inputs(folder)
+  use_teacher(config, teacher)
+  if inputs is not None:
+    description = inputs.data.description
+    config.data = {**config.data, "shape": description.shape, "num_classes": description.num_classes}
+    if teacher is not None:
+      config.teacher.workdir = locate("teacher", config.teacher.workdir, folder, inputs)
+  return config
 
 
 def _computed_as(student: ConfigDict, own: ConfigDict) -> ConfigDict:
@@ -207,17 +266,19 @@ def _check_knows_nothing(own: ConfigDict, dataset: data.Dataset, settings: Teach
     )
 
 
-def _assume(config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings) -> tuple[Network, Params]:
-  """The network of a teacher that would fit the student, and the shapes of its parameters."""
+def _assume(config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings) -> Part:
+  """A teacher that would fit the student."""
   policy = config.policy if config.policy.kind in VELOCITIES else {"kind": "velocity"}
   network = make_network(config.model, policy, dataset)
   shapes = network.shapes(dataset)
   if settings.dtype:
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, settings.dtype), shapes)
-  return network, shapes
+  return Part(network, shapes)
 
 
 def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
+  if not is_run(folder):
+    raise ValueError(f"config.teacher.{key}: there is no run in {folder}; say where the teacher is with --teacher")
   own = workdir.load_config(folder)
   try:
     check_sections(own, list(own), required=("model", "policy", "objective"))
@@ -228,13 +289,20 @@ def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
   return own
 
 
-def _check_same(config: ConfigDict, own: ConfigDict, folder: str, sections: tuple[str, ...]) -> None:
-  free = ("model.dtype", *(f"model.{key}" for key in workdir.COMPUTED), "data.max_length")
+def _check_same(
+  config: ConfigDict, own: ConfigDict, folder: str, sections: tuple[str, ...], dataset: data.Dataset
+) -> None:
+  free: tuple[str, ...] = ("model.dtype", *(f"model.{key}" for key in workdir.COMPUTED), "data.max_length")
   starts = tuple(f"{section}." for section in sections)
   mine, teachers = (
     {k: v for k, v in workdir.flatten(_complete(workdir.as_plain(c))).items() if k.startswith(starts)}
     for c in (config, own)
   )
+  places = tuple(paths_of_data(config.data))
+  if any(mine.get(key) != teachers.get(key) for key in places if key.startswith(starts)):
+    inputs = read_inputs(folder)
+    if inputs is not None and inputs.data.fingerprint == data.fingerprint(dataset):
+      free += places  # the same data, wherever they are
   differing = [
     f"\n  {key}: the teacher has {teachers.get(key, '(default)')!r}, the student {mine.get(key, '(default)')!r}"
     for key in sorted(mine.keys() | teachers.keys())

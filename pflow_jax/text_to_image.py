@@ -21,11 +21,21 @@ from pflow_jax.checkpoint import newest_step
 from pflow_jax.distributed import is_first
 from pflow_jax.experiment import build, layout_of
 from pflow_jax.folders import checked_folder, expanded
-from pflow_jax.sample import SampleSettings, check_local, evaluations, in_batches, make_sampler
+from pflow_jax.origins import use_teacher
+from pflow_jax.sample import (
+  SampleSettings,
+  as_saved,
+  check_local,
+  check_room,
+  evaluations,
+  in_batches,
+  make_sampler,
+  warn_of_gaps,
+)
 from pflow_jax.sections import call
 from pflow_jax.workdir import CHECKPOINTS
 
-SHOWN = 16  # pictures in the overview
+SHOWN = 64  # pictures in the overview
 
 
 def sample_prompts(
@@ -39,6 +49,7 @@ def sample_prompts(
   nfe: int | None = None,
   seed: int = 0,
   which: str = "ema",
+  teacher: str | os.PathLike | None = None,
   out: str | os.PathLike | None = None,
 ) -> pathlib.Path:
   """Pictures of `prompts` from the run in `folder`, with their settings in each file.
@@ -49,6 +60,7 @@ def sample_prompts(
     height, width: in pixels; by default those that the run was trained for.
     nfe: network evaluations, by default those of config.sample.nfe; of several the first.
     seed: picture i starts from noise that depends on it and i alone.   which: "ema" or "params".
+    teacher: workdir of its teacher, if that has moved; only adapters need it.
     out: folder for 0000.png, ... (a file a prompt), overview.png and samples.npz: noise, prompts, the condition and the
       result "x0", what it takes to sample the same elsewhere. Default: <folder>/samples/prompts_seed<seed>.
   Returns: `out`.
@@ -68,8 +80,10 @@ def sample_prompts(
   dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
   cond = text.encode_prompts(model, pipeline, prompts, config.data.get("max_length"), dtype=dtype)
   codec = load_autoencoder(pipeline) if model != "minilm" and pipeline is not None else None
-  dataset = _shapes(config, cond, codec, height, width) if codec else data.load(**config.data)
-  experiment = build(config, dataset=dataset)
+  use_teacher(config, teacher)
+  experiment = build(config, dataset=_shapes(config, cond, codec, height, width) if codec else None, run=folder)
+  dataset = experiment.dataset
+  check_room(dataset, len(prompts), 2, "prompts")
   nfe = nfe or evaluations(experiment, settings)[0]
   params = experiment.load(folder, which, layout)
   key = jax.random.key(seed)
@@ -78,13 +92,13 @@ def sample_prompts(
   keys = jax.random.split(jax.random.key(seed + 1), len(prompts))
   run = functools.partial(make_sampler(experiment, settings, nfe), params)
   x0 = in_batches(run, layout, settings.batch_size, noise, cond, keys)
+  warn_of_gaps(f"{nfe} NFE", x0, params)
   if is_first():
     pictures = x0 if codec is None else codec.decode(x0)
     told = {"model": config.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
     told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": settings.temperature_of_segments}
     out.mkdir(parents=True, exist_ok=True)
-    arrays = {name: value.astype(np.float32) if value.dtype != bool else value for name, value in cond.items()}
-    np.savez(out / "samples.npz", x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **arrays)  # type: ignore[arg-type]
+    np.savez(out / "samples.npz", x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **as_saved(cond))  # type: ignore[arg-type]
     _write(out, pictures, prompts, told)
   return out
 

@@ -23,6 +23,7 @@ from pflow_jax.experiment import SECTIONS, build
 from pflow_jax.flops import count_flops
 from pflow_jax.folders import checked_folder
 from pflow_jax.lock import Lock, Unwritable
+from pflow_jax.origins import inputs_of
 from pflow_jax.output import logged
 from pflow_jax.rescue import rescue
 from pflow_jax.sections import call, check_sections
@@ -53,7 +54,8 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
   # Later commands read these from the run's config: better refused now than after the training.
   call(sample.SampleSettings, "sample", config.get("sample", {}))
   call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
-  workdir.claim(folder, config, write=False)
+  inputs = inputs_of(config, experiment.dataset, experiment.saved, folder)
+  workdir.claim(folder, config, inputs, write=False)
   program = make_program(config, experiment)
   layout = program.layout
   print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {layout.described()}", flush=True)
@@ -75,7 +77,7 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
   )
   # Only now: a config that does not compile leaves no trace. The lock outlasts the last save.
   with Interruption(checkpointer) as interruption, lock, logged(folder), checkpointer:
-    workdir.claim(folder, config, write=is_first())
+    workdir.claim(folder, config, inputs, write=is_first())
     restored = checkpointer.restore(program.state)
     state, start = restored or (program.init(key_init, frozen, layout.place(start_params)), 0)
     if is_first():

@@ -14,10 +14,18 @@ from pflow_jax import data, foreign
 from pflow_jax.checkpoint import newest_step
 from pflow_jax.distributed import from_first
 from pflow_jax.folders import expanded
+from pflow_jax.inputs import (
+  CHECKPOINTS,
+  CONFIG,
+  INPUTS,
+  Inputs,
+  absolute_path,
+  is_run,
+  joined,
+  paths_of_data,
+  read_inputs,
+)
 from pflow_jax.sections import check_sections
-
-CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"
 
 # Type of the keys that may be unset (None), or have no default: a ConfigDict needs it to take them from the command
 # line.
@@ -116,18 +124,23 @@ def pin(workdir: str | os.PathLike, config: ConfigDict) -> None:
   """Makes a config name for good what it was only pointed to.
 
   A student's teachers, by absolute folders and the step of a checkpoint of each: one that trains on would otherwise
-  change under a student that is resumed or evaluated. Of a folder of prompts what `data.pinned` tells.
+  change under a student that is resumed or evaluated. One that has moved with the run is found. Of a folder of prompts
+  what `data.pinned` tells.
   """
   if "data" in config:
     config.data = data.pinned(config.data)
   resumed = from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir))
-  for section, prefix in (("teacher", ""), ("teacher", "weak_"), ("start", "")):
+  inputs = read_inputs(workdir) if resumed else None
+  for name, section, prefix in (("teacher", "teacher", ""), ("weak", "teacher", "weak_"), ("start", "start", "")):
     values = config.get(section, {})
     folder, step = prefix + "workdir", prefix + "step"
     if not values.get(folder):
       continue
-    if "://" not in values[folder]:
-      values[folder] = os.path.abspath(expanded(values[folder], f"config.{section}.{folder}"))
+    values[folder] = absolute_path(expanded(values[folder], f"config.{section}.{folder}"))
+    known = inputs.models.get(name) if inputs else None
+    if known and known.relative is not None and not is_run(values[folder]):
+      beside = joined(workdir, known.relative)
+      values[folder] = beside if is_run(beside) else values[folder]
     if values.get(step) is None:
       values[step] = load_config(workdir)[section][step] if resumed else newest_step(f"{values[folder]}/{CHECKPOINTS}")
 
@@ -139,14 +152,15 @@ def _with_tuples(value: Any) -> Any:
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def claim(workdir: str | os.PathLike, config: ConfigDict, *, write: bool = True) -> None:
-  """Writes the config into a workdir; checks it against the one of a run to be resumed.
+def claim(workdir: str | os.PathLike, config: ConfigDict, inputs: Inputs | None = None, *, write: bool = True) -> None:
+  """Writes the config into a workdir, and what the run is made from; checks both against a run to be resumed.
 
-  A workdir without a checkpoint has nothing to resume, and takes any config.
+  A workdir without a checkpoint has nothing to resume, and takes any config. A run of old, which does not say what it
+  was made from, takes any inputs, and says so from now on.
 
   Args:
     write: False only checks (all processes but the first).
-  Raises: ValueError naming every key that differs and may not.
+  Raises: ValueError naming every key that differs and may not, or all that is not what the run was made from.
   """
   folder, new = epath.Path(workdir), as_plain(config)
   path = folder / CONFIG
@@ -155,6 +169,15 @@ def claim(workdir: str | os.PathLike, config: ConfigDict, *, write: bool = True)
     # The rate of every step depends on the length of the run.
     changeable = tuple(key for key in CHANGEABLE if key != "train.steps")
   if path.exists() and has_checkpoint(folder):
+    before = read_inputs(workdir)
+    if before and inputs:
+      changes = before.changes(inputs)
+      if changes:
+        raise ValueError(
+          f"{workdir} was trained on something else than there is now; bring that back, or, to go on with what there "
+          f"is, remove {folder / INPUTS}:" + "".join(f"\n  {line}" for line in changes)
+        )
+      changeable += tuple(paths_of_data(config.data))  # the data are the same, wherever they are
     old_flat, new_flat = flatten(as_plain(load_config(workdir))), flatten(new)
     missing = "(absent)"
     differing = [
@@ -169,6 +192,10 @@ def claim(workdir: str | os.PathLike, config: ConfigDict, *, write: bool = True)
       )
   if write:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (CONFIG + ".partial")
-    partial.write_text(json.dumps(new, indent=2) + "\n")
-    partial.replace(path)
+    files = {CONFIG: json.dumps(new, indent=2) + "\n"}
+    if inputs is not None:
+      files = {INPUTS: inputs.as_json(workdir)} | files
+    for name, text in files.items():
+      partial = folder / f"{name}.partial"
+      partial.write_text(text)
+      partial.replace(folder / name)

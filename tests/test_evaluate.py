@@ -1,12 +1,18 @@
 """The evaluation of tiny runs: files, numbers that must agree, refusals."""
 
+import io
 import json
+import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
+from etils import epath
 
+from pflow_jax import evaluate as program
 from pflow_jax.evaluate import evaluate
+from pflow_jax.experiment import build
 from pflow_jax.train import train
 from pflow_jax.workdir import load_config
 from tests.programs import quick
@@ -119,3 +125,112 @@ def test_a_teachers_samples_are_drawn_once(report, student_run, capsys):
   config.evaluate.seed = 1
   evaluate(config, student_run)
   assert "sampling: teacher, 128 steps" in capsys.readouterr().out, "other noise, other samples"
+
+
+def test_kept_samples_belong_to_the_teachers_content(student_run, teacher_run, tmp_path):
+  """Not to its folder, where another may be trained."""
+  experiment = build(load_config(student_run), run=student_run)
+  shutil.copytree(teacher_run, tmp_path / "teacher")
+  config = load_config(student_run)
+  config.teacher.workdir = str(tmp_path / "teacher")
+  assert program._reference(build(config, run=student_run)) == program._reference(experiment)
+  assert str(teacher_run) not in program._reference(experiment)
+  config.teacher.which = "params"
+  assert program._reference(build(config, run=student_run)) != program._reference(experiment)
+
+
+SHAPE = (6, 2, 2, 1)
+
+
+def kept(path, **changes):
+  """A file of kept samples, as an evaluation writes one, with other arrays."""
+  values = {"what": "this", "samples": np.ones(SHAPE, np.float32), "images_per_second": 2.5} | changes
+  np.savez(path, **values)
+
+
+def lying(path, shape):
+  """A file whose header says that there are more samples than it holds."""
+  kept(path)
+  with zipfile.ZipFile(path) as archive:
+    members = {name: archive.read(name) for name in archive.namelist()}
+  header = io.BytesIO()
+  np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+  members["samples.npy"] = header.getvalue() + bytes(4 * 24)
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, content in members.items():
+      archive.writestr(name, content)
+
+
+def bad_samples(value):
+  samples = np.ones(SHAPE, np.float32)
+  samples[3, 0, 0, 0] = value
+  return samples
+
+
+UNUSABLE = {
+  "nan": lambda path: kept(path, samples=bad_samples(np.nan)),
+  "infinite": lambda path: kept(path, samples=bad_samples(np.inf)),
+  "shape": lambda path: kept(path, samples=np.ones((6, 4), np.float32)),
+  "fewer": lambda path: kept(path, samples=np.ones((5, 2, 2, 1), np.float32)),
+  "more": lambda path: kept(path, samples=np.ones((7, 2, 2, 1), np.float32)),
+  "double": lambda path: kept(path, samples=np.ones(SHAPE)),
+  "strings": lambda path: kept(path, samples=np.full(SHAPE, "x")),
+  "objects": lambda path: kept(path, samples=np.full(SHAPE, None)),
+  "no samples": lambda path: np.savez(path, what="this", images_per_second=1.0),
+  "speed": lambda path: kept(path, images_per_second=np.nan),
+  "speeds": lambda path: kept(path, images_per_second=np.ones(3)),
+  "no speed": lambda path: kept(path, images_per_second=0.0),
+  "title": lambda path: kept(path, what=np.array([1])),
+  "cut": lambda path: (kept(path), path.write_bytes(path.read_bytes()[:-40])),
+  "empty": lambda path: path.write_bytes(b""),
+  "text": lambda path: path.write_text("samples"),
+  "compressed": lambda path: np.savez_compressed(
+    path, what="this", samples=np.ones(SHAPE, "f4"), images_per_second=1.0
+  ),
+  "large": lambda path: kept(path, samples=np.ones((2**19,), np.float32)),
+  "lies": lambda path: lying(path, (10**9, 2, 2, 1)),
+  "folder": lambda path: path.mkdir(),
+  "pipe": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("name", list(UNUSABLE))
+def test_kept_samples_that_are_none_are_drawn_anew_with_a_word(name, tmp_path, capsys):
+  path = tmp_path / "samples.npz"
+  UNUSABLE[name](path)
+  drawn = np.zeros(SHAPE, np.float32), 9.0
+  samples, speed = program._draw_once(lambda: drawn, epath.Path(path), "this", SHAPE)
+  assert speed == 9.0
+  np.testing.assert_array_equal(samples, drawn[0])
+  said = capsys.readouterr().out
+  assert f"{path} cannot be used (" in said
+  assert "drawn anew" in said
+  if name not in ("folder", "pipe"):
+    again, speed = program._draw_once(lambda: pytest.fail("drawn"), epath.Path(path), "this", SHAPE)
+    np.testing.assert_array_equal(again, drawn[0])
+    assert speed == 9.0
+
+
+def test_kept_samples_of_others_are_drawn_anew_without_a_word(tmp_path, capsys):
+  path = tmp_path / "deep" / "samples.npz"
+  first = program._draw_once(lambda: (np.zeros(SHAPE, np.float32), 1.0), epath.Path(path), "this", SHAPE)
+  other = program._draw_once(lambda: (np.ones(SHAPE, np.float32), 2.0), epath.Path(path), "that", SHAPE)
+  assert (first[1], other[1]) == (1.0, 2.0)
+  assert not capsys.readouterr().out
+
+
+def test_samples_that_cannot_be_kept_are_returned(tmp_path, capsys):
+  (tmp_path / "evaluation").write_text("no folder")
+  path = epath.Path(tmp_path / "evaluation" / "samples.npz")
+  assert program._draw_once(lambda: (np.ones(SHAPE, np.float32), 2.0), path, "this", SHAPE)[1] == 2.0
+  assert "cannot be written" in capsys.readouterr().out
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = epath.Path(tmp_path / "evaluation.json")
+  program._write_bytes(path, b"first")
+  monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+  with pytest.raises(OSError, match="full"):
+    program._write_bytes(path, b"second")
+  assert path.read_bytes() == b"first"
+  assert [one.name for one in tmp_path.iterdir()] == ["evaluation.json"]

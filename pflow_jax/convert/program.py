@@ -43,7 +43,7 @@ from pflow_jax.partition import first_match
 from pflow_jax.sample import SampleSettings
 from pflow_jax.sections import call
 from pflow_jax.sharding import Layout, MeshSettings, make_layout
-from pflow_jax.teachers import PRETRAINED, which_of
+from pflow_jax.teachers import PRETRAINED, at_hand, inputs_of_import, which_of
 from pflow_jax.writer import progress
 
 SOURCE = "source.json"  # of a workdir that was converted: of what
@@ -57,6 +57,7 @@ def convert(
   out: str | os.PathLike,
   *,
   base: str | os.PathLike | None = None,
+  teacher: str | os.PathLike | None = None,
   which: str = "ema",
   dtype: str | None = None,
   max_shard_gb: float = 5.0,
@@ -70,6 +71,7 @@ def convert(
       config.json beside it, or a student of π-Flow or ArcFlow.
     out: the new folder: for a run one that PyTorch reads, for anything else a workdir.
     base: workdir of the teacher that a student of PyTorch is an adapter for.
+    teacher: workdir of a run's teacher, if that has moved; what is there must be what the run was trained with.
     which: of a run's parameters, "ema" or "params".
     dtype: of floating tensors, "float32" or "bfloat16"; None is as they are stored.
     max_shard_gb: size of a file for PyTorch, in 10^9 bytes.
@@ -93,7 +95,10 @@ def convert(
   if is_run(source):
     if base is not None or mesh:
       raise ValueError("--base and --mesh are for models of PyTorch, the source is a run; leave them out")
-    return _to_torch(str(source), pathlib.Path(out), which, wanted, int(max_shard_gb * 10**9), options)
+    known = at_hand(source, teacher)
+    return _to_torch(str(source), pathlib.Path(out), which, wanted, int(max_shard_gb * 10**9), options, known)
+  if teacher is not None:
+    raise ValueError("--teacher is for a run, the source is a model of PyTorch; the teacher of its adapters is --base")
   path = pathlib.Path(source)
   if not path.exists():
     raise ValueError(f"--source: there is no file or folder {source}")
@@ -158,8 +163,9 @@ def _to_jax(
     if is_first():
       (epath.Path(out) / SOURCE).write_text(_mark(source))
     save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
+    inputs = inputs_of_import(plan.config, out)
     if is_first():
-      workdir.claim(out, plan.config)
+      workdir.claim(out, plan.config, inputs)
   return True
 
 
@@ -264,7 +270,13 @@ def _layout(mesh: Mapping[str, int] | None) -> Layout | None:
 
 
 def _to_torch(
-  folder: str, out: pathlib.Path, which: str, dtype: np.dtype | None, max_bytes: int, options: Mapping[str, Any]
+  folder: str,
+  out: pathlib.Path,
+  which: str,
+  dtype: np.dtype | None,
+  max_bytes: int,
+  options: Mapping[str, Any],
+  known: ConfigDict,
 ) -> bool:
   config = read_run(folder)
   which = which_of(config, which)
@@ -273,7 +285,7 @@ def _to_torch(
   leaves = open_leaves(checkpoints, which=which, step=step)
   adapters = call(AdapterSettings, "adapters", config.get("adapters", {}))
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  model = model_of_run(workdir.as_plain(config), shapes, _data_of(config))
+  model = model_of_run(workdir.as_plain(config), shapes, _data_of(known))
   check_leaves(model, shapes, folder)
   torch_config = model.torch_config
   rows = rows_for(model.rows, leaves)
