@@ -1,16 +1,23 @@
-"""Speed and memory of a GMFlow rollout, forward and gradient, against direct transcriptions of the formula.
+"""Speed and memory of a GMFlow rollout, forward and gradient, against transcriptions and the PyTorch release itself.
 
     python benchmarks/rollout.py
+    taskset -c 0 python benchmarks/rollout.py --release LakonLab     # a checkout of LakonLab 0.2 or later; needs torch
 
-Every repeat runs all programs in turn, so that other load on the machine meets all of them alike; medians are compared.
-The transcriptions broadcast (K, H, W, C) arrays: "release" line by line as the PyTorch release writes it, "formula" as
-the paper's posterior mean, keeping an axis of one for the channels.
+Every repeat runs all programs in turn, so that other load on the machine meets all of them alike; ratios are taken
+within a repeat, of the seconds that passed and of those that the processors worked. The transcriptions broadcast
+(K, H, W, C) arrays: "release" line by line as the PyTorch release writes it, "formula" as the paper's posterior mean,
+keeping an axis of one for the channels. With --release the release's own code is imported from there and timed with one
+thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 import time
+import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -70,24 +77,66 @@ def gradient(roll):
   return jax.jit(jax.grad(lambda *a: jnp.sum(jax.vmap(roll)(*a) ** 2), argnums=(1, 2, 3)))
 
 
+def load_release(folder):
+  """(GMFlowPolicy, torch) of a LakonLab checkout, without the packages that its policies do not need."""
+  import torch
+
+  torch.set_num_threads(1)
+  for name in ("lakonlab", "lakonlab.models", "lakonlab.models.diffusions", "lakonlab.ops", "lakonlab.ops.gmflow_ops"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [f"{folder}/{name.replace('.', '/')}"]
+  sys.modules["lakonlab.models.diffusions"].GaussianFlow = object
+  absent = "mmcv", "lakonlab.models.builder", "lakonlab.models.architectures", "lakonlab.models.architectures.utils"
+  sys.modules |= {name: unittest.mock.MagicMock() for name in (*absent, "lakonlab.models.diffusions.schedulers")}
+  return importlib.import_module("lakonlab.models.diffusions.piflow_policies").GMFlowPolicy, torch
+
+
+def released(folder, substeps, arguments):
+  """The release's rollouts of `arguments`, forward and gradient; the functions ignore what they are given."""
+  policy_class, torch = load_release(folder)
+  x_s, means, logits, log_std = (torch.from_numpy(np.array(a)) for a in arguments)
+  x_s, means = x_s.movedim(-1, 1).contiguous(), means.movedim(-1, 2).contiguous()
+  logits, log_std = logits[:, :, None], log_std.reshape(-1, 1, 1, 1, 1)
+  outputs = means, logits, log_std
+  r = torch.ones(len(x_s))
+  t = r.reshape(-1, 1, 1, 1)
+  sampler = types.SimpleNamespace(num_timesteps=1, warp_t=lambda r, seq_len=None: r)
+
+  def roll(means, logits, log_std):
+    policy = policy_class(dict(means=means, logweights=logits.log_softmax(1), logstds=log_std), x_s, t)
+    return policy.integrate(x_s, t, r, 0 * r, sampler, total_substeps=substeps)[0]
+
+  def forward(*_):
+    with torch.no_grad():
+      return roll(*outputs).movedim(1, -1).numpy()
+
+  def gradient(*_):
+    leaves = [a.clone().requires_grad_() for a in outputs]
+    return torch.autograd.grad((roll(*leaves) ** 2).sum(), leaves)
+
+  return forward, gradient
+
+
 def interleaved(programs, arguments, repeats):
-  """Median and smallest seconds of every program."""
+  """Seconds (repeats, 2) of every program: that passed, and that the processors worked."""
   for program in programs.values():
     jax.block_until_ready(program(*arguments))
   seconds = {name: [] for name in programs}
   for _ in range(repeats):
     for name, program in programs.items():
-      start = time.perf_counter()
+      start = time.perf_counter(), time.process_time()
       jax.block_until_ready(program(*arguments))
-      seconds[name].append(time.perf_counter() - start)
-  return {name: (float(np.median(s)), min(s)) for name, s in seconds.items()}
+      seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+  return {name: np.array(s) for name, s in seconds.items()}
 
 
 def report(title, seconds):
-  print(f"\n{title:34s} {'median s':>10s} {'best s':>10s} {'x slower than euler':>21s}")
-  for name, (median, best) in seconds.items():
-    ratio, best_ratio = median / seconds["euler"][0], best / seconds["euler"][1]
-    print(f"{name:34s} {median:10.4f} {best:10.4f} {ratio:12.2f} ({best_ratio:.2f})")
+  """Medians, and the median ratio within a repeat with the smallest and the largest."""
+  columns = "median s", "best s", "x slower than euler", "in CPU s"
+  print(f"\n{title:24s}" + "".join(f"{c:>{w}s}" for c, w in zip(columns, (10, 10, 26, 26), strict=True)))
+  for name, own in seconds.items():
+    ratios = [f"{np.median(r):.2f} ({r.min():.2f} to {r.max():.2f})" for r in (own / seconds["euler"]).T]
+    print(f"{name:24s}{np.median(own[:, 0]):10.4f}{own[:, 0].min():10.4f}" + "".join(f"{r:>26s}" for r in ratios))
 
 
 def main():
@@ -98,6 +147,7 @@ def main():
   parser.add_argument("--size", type=int, default=32)
   parser.add_argument("--substeps", type=int, default=128)
   parser.add_argument("--repeats", type=int, default=9)
+  parser.add_argument("--release", help="folder of a LakonLab checkout, to be timed too")
   args = parser.parse_args()
 
   space = (args.batch, args.size, args.size, args.channels)
@@ -113,13 +163,15 @@ def main():
     "transcribed formula": transcribed(formula_mean, args.substeps),
     "transcribed release": transcribed(release_mean, args.substeps),
   }
-  ends = {name: forward(roll)(*arguments) for name, roll in rolls.items()}
-  for name in ("transcribed formula", "transcribed release"):
-    print(
-      f"rms difference between euler and {name}: {float(jnp.sqrt(jnp.mean((ends[name] - ends['euler']) ** 2))):.1e}"
-    )
-  report("forward", interleaved({n: forward(r) for n, r in rolls.items()}, arguments, args.repeats))
-  report("gradient", interleaved({n: gradient(r) for n, r in rolls.items()}, arguments, max(args.repeats // 3, 1)))
+  forwards, gradients = ({name: f(roll) for name, roll in rolls.items()} for f in (forward, gradient))
+  if args.release:
+    forwards["release"], gradients["release"] = released(args.release, args.substeps, arguments)
+  euler = forwards["euler"](*arguments)
+  for name in [name for name in forwards if name not in ("euler", "auto")]:
+    error = np.sqrt(np.mean((np.asarray(forwards[name](*arguments)) - euler) ** 2))
+    print(f"rms difference between euler and {name}: {error:.1e}")
+  report("forward", interleaved(forwards, arguments, args.repeats))
+  report("gradient", interleaved(gradients, arguments, max(args.repeats // 3, 1)))
 
   state = arguments[0].nbytes / 2**20
   print(f"\ntemporary memory of the gradient, MiB (one state is {state:.2f} MiB)")

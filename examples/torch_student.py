@@ -9,7 +9,8 @@ It is also the description of the format. A student is a folder of
   the output layers (num_gaussians or, for DX, out_channels; constant_logstd, ...);
 * diffusion_pytorch_model.safetensors, or shards with an index. Its metadata holds "policy_config", JSON such as
   {"type": "DX", "segment_size": 0.2857, "shift": 3.2}, and, where pflow_jax wrote it, "sampling", such as
-  {"nfe": 4, "final_scale": 0.5, "shift": 3.2, "temperature": "auto"}. An adapter has low-rank updates
+  {"nfe": 4, "final_scale": 0.5, "shift": 3.2, "temperature": "auto", "release": "lakonlab-0.2"}. An adapter has
+  low-rank updates
   "LAYER.lora_A.weight" (r, in) and "LAYER.lora_B.weight" (out, r), to be added as they are (alpha = r), and tensors
   that replace those of the base. A full model has every tensor and needs no base. A prefix "transformer." is dropped.
 
@@ -18,10 +19,12 @@ pooled (B, P), as far as the network reads them; the samples.npz of `pflow sampl
 (B, C, H, W). With x a state, t its noise level (1 is noise, 0 data) and v a velocity, x - t v is the data end of a
 straight path.
 
-Rollouts are those of the PyTorch releases: 128 Euler steps in π-Flow (arXiv:2510.14974), a closed form in ArcFlow
-(arXiv:2602.09014). pflow_jax has better ones for GMFlow and DX; with `--config.sample.method=euler` `pflow sample`
-takes the same steps and draws the same samples from the same noise. Needs torch, diffusers (tried with 0.42),
-safetensors, numpy and Pillow.
+Rollouts are those of the PyTorch releases: Euler steps in π-Flow (arXiv:2510.14974), 128 for a unit of schedule time, a
+closed form in ArcFlow (arXiv:2602.09014). π-Flow rounded their number to the nearest in its versions 0.1 ("piflow-0.1")
+and rounds it up since LakonLab 0.2 ("lakonlab-0.2"), which is done where the metadata do not tell. pflow_jax has better
+rollouts for GMFlow and DX; with `--config.sample.method=lakonlab-0.2` (or piflow-0.1, as the metadata say) its `pflow
+sample` takes the same steps and draws the same samples from the same noise, whatever the policy. Needs torch, diffusers
+(tried with 0.42), safetensors, numpy and Pillow.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import copy
 import inspect
 import itertools
 import json
+import math
 import pathlib
 
 import diffusers
@@ -155,6 +159,10 @@ POLICIES = {"GMFlow": GMFlow, "DX": DX, "ArcFlow": ArcFlow}
 
 # ---- Sampler ----
 
+# How versions of π-Flow make a whole number of a stretch's substeps.
+RELEASES = {"piflow-0.1": round, "lakonlab-0.2": math.ceil}
+NEWEST = "lakonlab-0.2"
+
 
 def shift_time(r: float, shift: float) -> float:
   """Noise level of a schedule time, in which segments and substeps are even."""
@@ -165,11 +173,12 @@ def unshift_time(t: float, shift: float) -> float:
   return t / (shift + (1 - shift) * t)
 
 
-def rollout(policy, x: Tensor, r: float, r_end: float, shift: float = 1.0, substeps: int = 128) -> Tensor:
+def rollout(policy, x: Tensor, r: float, r_end: float, shift=1.0, substeps=128, release=NEWEST) -> Tensor:
   """The policy's state at schedule time r_end, from x at r."""
+  count = max(RELEASES[release]((r - r_end) * substeps), 1)
+  r, r_end = float(r), float(r_end)
   if isinstance(policy, ArcFlow):
     return policy.integrate(x, shift_time(r, shift), shift_time(r_end, shift))
-  count = max(round((r - r_end) * substeps), 1)
   times = [shift_time(r + (r_end - r) * i / count, shift) for i in range(count + 1)]
   for t, s in itertools.pairwise(times):
     x = x + policy.velocity(x, t) * (s - t)
@@ -177,24 +186,31 @@ def rollout(policy, x: Tensor, r: float, r_end: float, shift: float = 1.0, subst
 
 
 @torch.inference_mode()
-def sample(student, noise, cond, nfe, final_scale=1.0, shift=1.0, temperature=1.0, substeps=128) -> Tensor:
+def sample(
+  student, noise, cond, nfe, final_scale=1.0, shift=1.0, temperature=1.0, substeps=128, release=NEWEST
+) -> Tensor:
   """Samples from noise, both (B, C, H, W).
 
   Args:
     student: (x, t, cond) -> policy, one network evaluation for each of `nfe` segments.
     final_scale: length of the last segment over that of the others, in schedule time.   shift: see `shift_time`.
     temperature: of the mixtures in all segments but the last; "auto" is π-Flow's.
-    substeps: Euler steps for a unit of schedule time.
+    substeps: Euler steps for a unit of schedule time.   release: of RELEASES, whose number of them is taken.
   """
+  if release not in RELEASES:
+    raise ValueError(f"release: expected one of {list(RELEASES)}, got {release!r}")
   if temperature == "auto":
     temperature = min(max(0.1 * (nfe - 1), 0.0), 1.0)
-  x, length = noise, 1 / (nfe - 1 + final_scale)
-  grid = [1 - i * length for i in range(nfe)] + [0.0]
-  for i, (r, r_end) in enumerate(itertools.pairwise(grid)):
-    policy = student(x, shift_time(r, shift), cond)
+  # In float32 and by way of 1000 t, as π-Flow's pipelines do: a segment of 64 substeps may come out longer and take 65.
+  length = 1 / (nfe - 1 + final_scale)
+  t = shift_time(np.array([1 - i * length for i in range(nfe)] + [0], np.float32), shift)
+  sources, ends = (unshift_time(u * 1000 / 1000, shift) for u in (t[:-1], t[1:] / (1 - t[1:] + t[1:])))
+  x = noise
+  for i, (r, r_end) in enumerate(zip(sources, ends, strict=True)):
+    policy = student(x, float(t[i]), cond)
     if i < nfe - 1 and temperature < 1:
       policy = policy.temper(max(temperature, 1e-6))
-    x = rollout(policy, x, r, r_end, shift, substeps)
+    x = rollout(policy, x, r, r_end, shift, substeps, release)
   return x
 
 
@@ -381,7 +397,9 @@ def load_student(folder, base=None, dtype: torch.dtype = torch.float32, **fields
     net = model(**{key: value for key, value in config.items() if key in names})
   else:
     net = read_base(pathlib.Path(base), backbone, dtype)
-  student = Student(net, kind, config, options, json.loads(metadata.get("sampling", "{}")))
+  # Until it wrote their release, pflow_jax took the steps of π-Flow 0.1.
+  sampling = {"release": "piflow-0.1"} | json.loads(metadata["sampling"]) if "sampling" in metadata else {}
+  student = Student(net, kind, config, options, sampling)
   fill(student, tensors, folder, dtype, complete=base is None)
   return student.eval().requires_grad_(False)
 
@@ -459,10 +477,11 @@ def main(argv: list[str] | None = None) -> None:
   add("--noise", required=True, help="standard normal latents, .npy (B, H, W, C) or .npz with them and the condition")
   add("--cond", help=".npz with text and pooled (FLUX), or text and mask (Qwen-Image); default: --noise")
   add("--labels", default="", help="classes for a DiT, repeated, such as 3,7")
-  add("--nfe", type=int, help="network evaluations; by default, as the next three, those in the student's metadata")
+  add("--nfe", type=int, help="network evaluations; by default, as the next four, those in the student's metadata")
   add("--final_scale", type=float, help="length of the last segment; without metadata 1 for ArcFlow and DiT, else 0.5")
   add("--shift", type=float, help="time shift; without metadata 1 for DiT, else 3.2")
   add("--temperature", help='a number, or "auto"; without metadata that for GMFlow, but 1 for DiT')
+  add("--release", choices=RELEASES, help=f"version of π-Flow whose steps are taken; without metadata {NEWEST}")
   add("--substeps", type=int, default=128, help="Euler steps for a unit of schedule time")
   add("--num_timesteps", type=float, help="factor on t in a DiT without it: 1 for π-Flow's gmrepa students, else 1000")
   add(
@@ -490,6 +509,7 @@ def main(argv: list[str] | None = None) -> None:
     grid["temperature"] = "auto" if student.kind == "GMFlow" and not is_dit else 1.0
     temperature = args.temperature if args.temperature in (None, "auto") else float(args.temperature)
     given = dict(nfe=args.nfe, final_scale=args.final_scale, shift=args.shift, temperature=temperature)
+    given["release"] = args.release
     grid |= student.sampling | {name: value for name, value in given.items() if value is not None}
     if "nfe" not in grid:
       raise ValueError("--nfe: expected a number of network evaluations, which this student's metadata do not tell")

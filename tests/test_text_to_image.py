@@ -91,7 +91,7 @@ def journey(request, tmp_path_factory):
     cache(str(root / "prompts.txt"), model, str(root / "prompts"), encoders=str(pipeline), max_length=length)
     train(student_config(model, root / "teacher", root / "prompts"), root / "student")
     config = load_config(root / "student")
-    config.sample.method = "euler"
+    config.sample.method = "lakonlab-0.2"
     out = sample_prompts(config, root / "student", PROMPTS[:2], pipeline=pipeline, height=12, width=20, seed=3)
     convert(root / "student", root / "export")
   return model, root, out
@@ -161,7 +161,7 @@ def test_command_line_and_a_file_of_prompts(journey, capsys, tmp_path):
   args = ["sample", "--workdir", root / "student", "--prompt", "a red cat", "--prompts", tmp_path / "more.jsonl"]
   args += ["--pipeline", root / "pipeline", "--width", 20, "--height", 12, "--seed", 3, "--out", tmp_path / "out"]
   with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-    main([*map(str, args), "--config.sample.method=euler"])
+    main([*map(str, args), "--config.sample.method=lakonlab-0.2"])
   assert "overview.png" in capsys.readouterr().out
   with np.load(tmp_path / "out" / "samples.npz") as again, np.load(out / "samples.npz") as first:
     np.testing.assert_allclose(again["x0"], first["x0"], atol=1e-5)

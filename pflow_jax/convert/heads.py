@@ -16,6 +16,7 @@ from annotated_types import Ge, Le
 from pflow_jax.convert.fields import Depth, Positive
 from pflow_jax.convert.table import Row, dense
 from pflow_jax.foreign import parse_json
+from pflow_jax.integrate import NEWEST, RELEASES
 
 POLICY_CONFIG = "policy_config"
 SAMPLING = "sampling"  # metadata of ours: how a student was trained to be sampled
@@ -43,6 +44,7 @@ class _Sampling:
   final_scale: Positive
   shift: Positive
   temperature: Annotated[float, Ge(0)] | Literal["auto"] | None = None
+  release: Literal["piflow-0.1", "lakonlab-0.2"] | None = None
 
 
 _LOGSTD_LAYERS = 2  # of the log-std MLP, which `heads.GMFlowHead` has
@@ -131,6 +133,8 @@ def policy_metadata(policy: Mapping[str, Any], segment: float, shift: float) -> 
 
   Args:
     segment, shift: of its training, see `policies.DXPolicy`.
+  Raises: ValueError for a polynomial without `compat`, which no release reads: to them every coefficient holds x_s,
+    which changes with the sample, so that no change of the weights would put it there.
   """
   names = {kind: name for name, kind in POLICY_TYPES.items()}
   if policy["kind"] not in names:
@@ -139,14 +143,30 @@ def policy_metadata(policy: Mapping[str, Any], segment: float, shift: float) -> 
   if policy["kind"] == "dx":
     stated |= {"segment_size": segment, "shift": shift}
     if policy.get("basis", "grid") == "polynomial":
-      stated |= {"mode": "polynomial"} | ({} if policy.get("compat") else {"compat": False})
+      if not policy.get("compat"):
+        raise ValueError(
+          "config.policy.compat: expected True of a polynomial DX student, got False; no PyTorch release reads its "
+          "polynomial, so train it with compat=True, or with basis='grid' (`pflow sample` draws from it as it is)"
+        )
+      stated["mode"] = "polynomial"
   return {POLICY_CONFIG: json.dumps(stated)}
 
 
-def sampling_metadata(nfe: int, final_scale: float, shift: float, temperature: float | str) -> dict[str, str]:
-  """Metadata that only this package reads, of what the releases' files do not tell: see `sampling_of`."""
+def sampling_metadata(
+  nfe: int, final_scale: float, shift: float, temperature: float | str, method: str
+) -> dict[str, str]:
+  """Metadata that only this package reads, of what the releases' files do not tell: see `sampling_of`.
+
+  Args:
+    method: of the run's own samples. A reader takes the steps of the release that it names, or else of the newest.
+  """
   stated = {"nfe": nfe, "final_scale": final_scale, "shift": shift, "temperature": temperature}
-  return {SAMPLING: json.dumps(stated)}
+  return {SAMPLING: json.dumps(stated | {"release": release_of(method)})}
+
+
+def release_of(method: str) -> str:
+  """The release whose samples those by a method of `integrate.rollout` are, or approach."""
+  return method if method in RELEASES else "piflow-0.1" if method == "euler" else NEWEST
 
 
 def config_from_policy(policy: Mapping[str, Any], outputs: int, sub_pixels: int = 0) -> dict[str, Any]:
@@ -182,7 +202,7 @@ def student_of(kind: str, classes: Mapping[str, str]) -> str:
 def sampling_of(metadata: Mapping[str, str]) -> dict[str, Any]:
   """What the metadata of a student tell of its sampling: nfe, final_scale and shift, or nothing.
 
-  And "temperature", a number or "auto", where this package wrote the file.
+  And "temperature", a number or "auto", and "release", of `integrate.RELEASES`, where this package wrote the file.
   """
   if SAMPLING in metadata:
     told = dataclasses.asdict(parse_json(metadata[SAMPLING], _Sampling, where=f"metadata {SAMPLING}"))

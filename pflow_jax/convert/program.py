@@ -25,7 +25,7 @@ from pflow_jax.checkpoint_stream import Stored, open_leaves, save_leaves
 from pflow_jax.checksums import CHECKSUMS
 from pflow_jax.convert import dit, students
 from pflow_jax.convert.check import check_tensors
-from pflow_jax.convert.heads import policy_metadata, sampling_metadata
+from pflow_jax.convert.heads import policy_metadata, release_of, sampling_metadata
 from pflow_jax.convert.leaves import Exporter, TensorLeaf
 from pflow_jax.convert.models import Model, classes_of, flat_shapes, model_of_run, model_of_torch, read_config
 from pflow_jax.convert.places import Tensors
@@ -295,9 +295,8 @@ def _to_torch(
     objective = call(Imitation, "objective", values)
     metadata = policy_metadata(model.policy, objective.max_segment, objective.shift)
     sampling = call(SampleSettings, "sample", config.get("sample", {}))
-    metadata |= sampling_metadata(
-      objective.nfe, objective.final_scale, objective.shift, sampling.temperature_of_segments
-    )
+    grid = objective.nfe, objective.final_scale, objective.shift
+    metadata |= sampling_metadata(*grid, sampling.temperature_of_segments, sampling.method)
   exporter = Exporter(leaves, rows, dtype, _scales(leaves, adapters.rows), _unused(leaves))
   identity = {"folder": os.path.abspath(folder), "step": step, "sums": _sums(checkpoints, step)}
   source = _digest({"config": workdir.as_plain(config), **identity, **options, "max_bytes": max_bytes})
@@ -312,6 +311,8 @@ def _to_torch(
     f"{torch_config['_class_name']}, {which} of step {step}: {len(dtypes)} tensors, {_in_words(total)} -> {out}, "
     f"{files} file{'s' * (files > 1)}"
   )
+  if metadata:
+    print(f"the samples that PyTorch draws of it: pflow sample --config.sample.method={release_of(sampling.method)}")
   with Lock(out, "pflow convert"), _progress(total, "convert") as report:
     target.write(lambda name: exporter.tensor(name, dtypes[name]), report)
   return True

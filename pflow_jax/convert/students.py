@@ -19,6 +19,7 @@ from pflow_jax.convert.models import Model, flat_shapes, model_of_run
 from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.runs import check_leaves, read_run
 from pflow_jax.convert.table import Row, is_lora, lora_rows, torch_shapes_of
+from pflow_jax.integrate import NEWEST
 from pflow_jax.networks import module_defaults
 from pflow_jax.teachers import which_of
 
@@ -157,6 +158,9 @@ def student_config(
     config.sample.auto_temperature = True
   else:
     config.sample.temperature = temperature
+  release = told.pop("release", NEWEST)
+  if release != NEWEST:  # asked for by whoever exported it
+    config.sample.method = release
   config.objective.update(told)
   if base is not None:
     config.teacher.update(workdir=base, step=newest_step(f"{base}/{workdir.CHECKPOINTS}"))

@@ -165,7 +165,7 @@ class DXHead(Head):
   Attributes:
     num_coefficients: N.
     basis: of the policy that reads them, "grid" or "polynomial"; decides the start from a teacher.
-    compat: read polynomials as the PyTorch release does, see `DXPolicy.create`.
+    compat: read polynomials as the PyTorch release does, see `DXPolicy.create`; only then can they be converted for it.
   """
 
   num_coefficients: int = 10

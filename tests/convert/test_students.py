@@ -27,7 +27,7 @@ POLICIES = {
   "gmflow": dict(kind="gmflow", num_components=3, logstd_inner_dim=8),
   "constant": dict(kind="gmflow", num_components=2, log_std=-3.0),
   "dx": dict(kind="dx", num_coefficients=3, basis="grid"),
-  "polynomial": dict(kind="dx", num_coefficients=3, basis="polynomial"),
+  "polynomial": dict(kind="dx", num_coefficients=3, basis="polynomial", compat=True),
   "arc": dict(kind="arc", num_components=3),
 }
 ADAPTERS = {
@@ -49,7 +49,7 @@ def teachers(tmp_path_factory):
   return folder
 
 
-def config_of(kind, policy, teacher, table):
+def config_of(kind, policy, teacher, table, method="auto"):
   config = default_config("imitation")
   if kind == "dit":
     config.data = dict(name="synthetic", shape=(8, 8, 4), num_classes=5)
@@ -62,15 +62,15 @@ def config_of(kind, policy, teacher, table):
   config.teacher.workdir = str(teacher)
   config.adapters.table = table
   config.objective.update(**SAMPLING)
-  config.sample.temperature = 0.7
+  config.sample.update(temperature=0.7, method=method)
   config.train.update(steps=1, batch_size=1)
   config.optimizer.learning_rate = 1e-3
   return config
 
 
-def write_run(folder, kind, policy, teachers, table=None):
+def write_run(folder, kind, policy, teachers, table=None, **changes):
   """A run of random parameters, as if it had trained; returns its params and ema."""
-  config = config_of(kind, policy, teachers / "run" / kind, ADAPTERS[kind] if table is None else table)
+  config = config_of(kind, policy, teachers / "run" / kind, ADAPTERS[kind] if table is None else table, **changes)
   experiment = build(config)
   shapes = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
   rng = np.random.default_rng(0)
@@ -134,7 +134,7 @@ def test_an_adapter_goes_to_pytorch_and_comes_back(tmp_path, teachers, kind, pol
     ),
     (
       *("flux", "polynomial", "FluxTransformer2DModel"),
-      {"type": "DX", "segment_size": 0.4, "shift": 2.5, "mode": "polynomial", "compat": False},
+      {"type": "DX", "segment_size": 0.4, "shift": 2.5, "mode": "polynomial"},
       dict(out_channels=48),
     ),
     ("qwen_image", "arc", "ArcQwenImageTransformer2DModel", {"type": "ArcFlow"}, dict(num_gaussians=3)),
@@ -215,6 +215,32 @@ def test_polynomials_of_a_release_are_read_as_it_does(tmp_path, teachers):
   assert "compat" not in json.loads(metadata_of(tmp_path / "again")["policy_config"])
 
 
+def test_a_polynomial_that_no_release_reads_stays_here(tmp_path, teachers, monkeypatch):
+  monkeypatch.setitem(POLICIES["polynomial"], "compat", False)
+  write_run(tmp_path / "run", "flux", "polynomial", teachers)
+  with pytest.raises(ValueError, match=r"config\.policy\.compat: expected True .*train it with compat=True"):
+    convert(tmp_path / "run", tmp_path / "torch")
+  assert not (tmp_path / "torch").exists()
+
+
+@pytest.mark.parametrize(
+  ("method", "release"),
+  [("auto", "lakonlab-0.2"), ("lakonlab-0.2", "lakonlab-0.2"), ("piflow-0.1", "piflow-0.1"), ("euler", "piflow-0.1")],
+)
+def test_files_and_the_printed_line_tell_whose_samples_the_reader_draws(tmp_path, teachers, capsys, method, release):
+  """A run's own method where it is a release's, else the newest; and it comes back as it went."""
+  write_run(tmp_path / "run", "dit", "gmflow", teachers, (), method=method)
+  convert(tmp_path / "run", tmp_path / "torch")
+  assert f"pflow sample --config.sample.method={release}\n" in capsys.readouterr().out
+  reader = load_module(ROOT / "examples" / "torch_student.py")
+  assert reader.load_student(tmp_path / "torch").sampling["release"] == release
+  convert(tmp_path / "torch", tmp_path / "back", base=teachers / "run" / "dit")
+  config = workdir.load_config(tmp_path / "back")
+  assert config.sample.method == ("piflow-0.1" if release == "piflow-0.1" else "auto")
+  convert(tmp_path / "back", tmp_path / "again")
+  assert metadata_of(tmp_path / "again")["sampling"] == metadata_of(tmp_path / "torch")["sampling"]
+
+
 def spoil(tensors, change):
   name = "transformer_blocks.0.ff.net.2.lora_B.weight"
   if change == "no B":
@@ -286,6 +312,10 @@ def test_an_adapter_wants_its_own_teacher(tmp_path, teachers):
       {"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3, "temperature": "auto"}'},
       dict(nfe=2, final_scale=1.0, shift=3.0, temperature="auto"),
     ),
+    (
+      {"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3, "release": "piflow-0.1"}'},
+      dict(nfe=2, final_scale=1.0, shift=3.0, release="piflow-0.1"),
+    ),
   ],
 )
 def test_what_files_tell_of_the_training(metadata, want):
@@ -302,6 +332,7 @@ def test_what_files_tell_of_the_training(metadata, want):
     ({"sampling": '{"nfe": 2, "final_scale": NaN, "shift": 3}'}, "expected a finite number, got 'NaN'"),
     ({"sampling": '{"nfe": 2, "final_scale": 1, "shift": "3"}'}, "shift: .* got '3'"),
     ({"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3, "temperature": "hot"}'}, "temperature.* got 'hot'"),
+    ({"sampling": '{"nfe": 2, "final_scale": 1, "shift": 3, "release": "piflow-9"}'}, "release: .* got 'piflow-9'"),
     ({"policy_config": '{"type": "Other"}'}, "metadata policy_config: type: .* got 'Other'"),
     ({"policy_config": '{"type": ["DX"]}'}, "policy_config: type"),
     ({"policy_config": '{"type": "DX", "segment_size": 0}'}, "segment_size: .* got 0"),

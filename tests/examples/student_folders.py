@@ -33,7 +33,7 @@ POLICIES = {
   "gmflow": dict(kind="gmflow", num_components=3, logstd_inner_dim=8),
   "gmflow_constant": dict(kind="gmflow", num_components=3, log_std=-1.5),
   "dx": dict(kind="dx", num_coefficients=3),
-  "dx_polynomial": dict(kind="dx", num_coefficients=3, basis="polynomial"),
+  "dx_polynomial": dict(kind="dx", num_coefficients=3, basis="polynomial", compat=True),
   "arc": dict(kind="arc", num_components=3),
 }
 HEADS = {"velocity": heads.VelocityHead, "gmflow": heads.GMFlowHead, "dx": heads.DXHead, "arc": heads.ArcHead}
@@ -42,10 +42,11 @@ STATED = {
   "gmflow": dict(type="GMFlow"),
   "gmflow_constant": dict(type="GMFlow"),
   "dx": dict(type="DX", segment_size=SEGMENT, shift=SHIFT),
-  "dx_polynomial": dict(type="DX", segment_size=SEGMENT, shift=SHIFT, mode="polynomial", compat=False),
+  "dx_polynomial": dict(type="DX", segment_size=SEGMENT, shift=SHIFT, mode="polynomial"),
   "arc": dict(type="ArcFlow"),
 }
 SAMPLING = dict(nfe=2, final_scale=0.5, shift=3.2)
+RELEASE = dict(release="lakonlab-0.2")
 ADAPTED = {
   "flux": (
     Adapter("double_blocks/img_(mlp_in|q)", 3),
@@ -102,7 +103,7 @@ def write_model(folder, backbone, policy_name, params, prefix="", **attributes):
   model, policy, convert = MODELS[backbone] | attributes, POLICIES[policy_name], CONVERT[backbone]
   tensors = {prefix + name: tensor for name, tensor in to_torch(convert.rows(model, policy), params).items()}
   config = convert.config_from_model(model | dict(sample_size=8), policy)
-  metadata = {"policy_config": json.dumps(STATED.get(policy_name)), "sampling": json.dumps(SAMPLING)}
+  metadata = {"policy_config": json.dumps(STATED.get(policy_name)), "sampling": json.dumps(SAMPLING | RELEASE)}
   return write(folder, config, tensors, metadata if policy_name in STATED else None)
 
 

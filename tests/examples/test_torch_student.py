@@ -1,17 +1,31 @@
 """The PyTorch reader of exported students: against the releases' numbers, and against this package's own sampler."""
 
 import functools
+import json
 
 import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
+from pflow_jax.integrate import RELEASES
 from pflow_jax.models.lora import adapted
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy
 from pflow_jax.sampler import sample_student
-from tests.examples.student_folders import ADAPTED, SAMPLING, SEGMENT, SHIFT, inputs, make, make_adapter, write_model
-from tests.golden_layout import assert_close
+from tests.examples.student_folders import (
+  ADAPTED,
+  RELEASE,
+  SAMPLING,
+  SEGMENT,
+  SHIFT,
+  WEIGHTS,
+  inputs,
+  make,
+  make_adapter,
+  write_model,
+)
+from tests.golden_layout import assert_close, released
 from tests.programs import ROOT, load_module
 
 reader = load_module(ROOT / "examples" / "torch_student.py")
@@ -76,15 +90,17 @@ def test_arcflow_has_the_releases_velocity_and_end(golden, suffix, rtol):
     assert_close(end[0], file["out_x_end"][i], 5e-5)
 
 
+@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("shift", [1.0, 3.2])
 @pytest.mark.parametrize("kind", ["GM", "DX"])
-def test_rollouts_end_where_the_releases_do(golden, kind, shift):
-  file = golden(f"rollout_{kind}_shift{shift}")
+def test_rollouts_end_where_the_releases_do(golden, kind, shift, release):
+  file = released(golden, f"rollout_{kind}_shift{shift}", release)
   (x,) = arrays_of(file, "in_x_src")
   student = toy_student(file, "GM" if kind == "GM" else "DXgrid")
   for i, (r, r_end) in enumerate(zip(map(float, file["in_raw_start"]), map(float, file["in_raw_end"]), strict=True)):
     policy = student(x[i, None], reader.shift_time(r, shift))
-    assert_close(reader.rollout(policy, x[i, None], r, r_end, shift)[0], file["out_x_end"][i], 1e-9)
+    end = reader.rollout(policy, x[i, None], r, r_end, shift, release=release)
+    assert_close(end[0], file["out_x_end"][i], 1e-9)
 
 
 def toy_student(file, kind):
@@ -103,6 +119,7 @@ def toy_student(file, kind):
   return student
 
 
+@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize(
   ("name", "kind", "nfe", "final_scale", "temperature"),
   [
@@ -111,14 +128,62 @@ def toy_student(file, kind):
     ("sample_GM_temp0.3", "GM", 4, 0.5, "auto"),
     ("sample_DXgrid_temp1.0", "DXgrid", 4, 0.5, "auto"),
     ("sample_DXpolynomial_temp1.0", "DXpolynomial", 4, 0.5, 1.0),
-    ("arc_sample_2nfe", "Arc", 2, 1.0, 1.0),
   ],
 )
-def test_samples_are_the_releases(golden, name, kind, nfe, final_scale, temperature):
-  file = golden(name)
+def test_samples_are_the_releases(golden, name, kind, nfe, final_scale, temperature, release):
+  file = released(golden, name, release)
   (noise,) = arrays_of(file, "in_noise")
-  x0 = reader.sample(toy_student(file, kind), noise, None, nfe, final_scale, 3.2, temperature)
+  x0 = reader.sample(toy_student(file, kind), noise, None, nfe, final_scale, 3.2, temperature, release=release)
   assert_close(x0, file["out_x0"], 1e-5)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_arcflows_samples_are_its_releases(golden, release):
+  """Whatever π-Flow's version: ArcFlow's own has a closed form."""
+  file = golden("arc_sample_2nfe")
+  x0 = reader.sample(toy_student(file, "Arc"), *arrays_of(file, "in_noise"), None, 2, 1.0, 3.2, release=release)
+  assert_close(x0, file["out_x0"], 1e-5)
+
+
+def test_segments_have_the_substeps_of_the_newest_release(golden):
+  file = golden("lakonlab-0.2/substeps")
+  counts = []
+
+  class Counts:
+    temper = lambda self, temperature: self
+
+    def velocity(self, x, t):
+      counts[-1] += 1
+      return x
+
+  def student(x, t, cond):
+    counts.append(0)
+    return Counts()
+
+  grids = zip(*(file[f"in_{name}"].tolist() for name in ("nfe", "final_scale", "shift", "h")), strict=True)
+  for (*grid, h), wanted in zip(grids, file["out_substeps"].tolist(), strict=True):
+    if h == 0:
+      counts.clear()
+      reader.sample(student, torch.zeros(1), None, *grid)
+      assert counts == wanted[: grid[0]], grid
+
+
+def test_a_student_without_a_release_is_read_as_when_it_was_written(tmp_path):
+  """By pflow_jax, before it told, as π-Flow 0.1; by a release, as the newest."""
+  folder = write_model(tmp_path, "dit", "gmflow", make("dit", "gmflow")[1])
+  tensors, policy = load_file(folder / WEIGHTS), {"policy_config": '{"type": "GMFlow"}'}
+  for metadata, told in (({"sampling": json.dumps(SAMPLING)}, {"release": "piflow-0.1"} | SAMPLING), ({}, {})):
+    save_file(tensors, folder / WEIGHTS, policy | metadata)
+    assert reader.load_student(folder).sampling == told
+  with pytest.raises(ValueError, match="release: expected one of .*got 'piflow-9'"):
+    reader.sample(None, torch.zeros(1), None, 1, release="piflow-9")
+
+
+def test_clean_polynomials_that_were_exported_before_are_read():
+  x, d = np.random.default_rng(0).normal(size=(2, 3, 3)), np.random.default_rng(1).normal(size=(3, 2, 3, 3))
+  ours = DXPolicy.create(x, 0.8, d, basis="polynomial", shift=3.2)
+  theirs = reader.DX(torch.tensor(x)[None], 0.8, torch.tensor(d)[None], mode="polynomial", shift=3.2, compat=False)
+  assert_close(theirs.velocity(torch.tensor(x)[None], 0.4)[0], np.asarray(ours.velocity(x, 0.4)), 1e-9)
 
 
 @pytest.mark.parametrize("name", ["head_gmflux", "head_gmqwen", "head_dxflux", "head_dxqwen_grid", "head_arcflux"])
@@ -142,13 +207,13 @@ CREATE = {
   "gmflow": GMFlowPolicy.create,
   "gmflow_constant": GMFlowPolicy.create,
   "dx": functools.partial(DXPolicy.create, segment=SEGMENT, shift=SHIFT),
-  "dx_polynomial": functools.partial(DXPolicy.create, segment=SEGMENT, shift=SHIFT, basis="polynomial"),
+  "dx_polynomial": functools.partial(DXPolicy.create, segment=SEGMENT, shift=SHIFT, basis="polynomial", compat=True),
   "arc": ArcPolicy.create,
 }
 
 
-def jax_samples(module, params, policy, noise, cond, table=(), **sampling):
-  """What this package's sampler draws, with the release's Euler steps where that has no closed form."""
+def jax_samples(module, params, policy, noise, cond, table=(), *, release, **sampling):
+  """What this package's sampler draws by the method that has the release's name."""
 
   @jax.jit
   def run(params, noise, cond):
@@ -157,8 +222,7 @@ def jax_samples(module, params, policy, noise, cond, table=(), **sampling):
         outputs = module.apply({"params": params}, x, t, cond)
       return jax.vmap(lambda x, t, out: CREATE[policy](x, t, **out))(x, t, outputs)
 
-    method = "exact" if policy == "arc" else "euler"
-    return sample_student(student, noise, cond, method=method, **sampling)
+    return sample_student(student, noise, cond, method=release, **sampling)
 
   return np.asarray(run(params, noise, cond))
 
@@ -175,18 +239,19 @@ def assert_same_samples(got, want):
   assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
-TEMPERED = SAMPLING | dict(temperature=0.3)
+TEMPERED = SAMPLING | RELEASE | dict(temperature=0.3)
+ONE = RELEASE | dict(nfe=1)
 
 
 @pytest.mark.parametrize(
   ("backbone", "policy", "attributes", "sampling"),
   [
     ("dit", "gmflow", {}, TEMPERED),
-    ("dit", "gmflow_constant", dict(time_scale=1.0), dict(nfe=1)),
+    ("dit", "gmflow_constant", dict(time_scale=1.0), ONE),
     ("dit", "dx", dict(frequency_shift=1), TEMPERED),
-    ("dit", "dx_polynomial", {}, dict(nfe=1, shift=3.2)),
+    ("dit", "dx_polynomial", {}, ONE | dict(shift=3.2)),
     ("dit", "arc", {}, TEMPERED),
-    ("flux", "gmflow", dict(guidance=None), TEMPERED | dict(nfe=4)),
+    ("flux", "gmflow", dict(guidance=None), TEMPERED | dict(nfe=4, release="piflow-0.1")),
     ("qwen_image", "arc", {}, TEMPERED | dict(final_scale=1.0)),
   ],
 )
