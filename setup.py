@@ -55,7 +55,6 @@ setup(
       "hypothesis>=6.100",
       "mypy>=1.11",
       "peft>=0.17",
-      "psutil>=6.0",
       "pyarrow>=16",
       "pytest>=8.0",
       "pytest-xdist>=3.5",

@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tm
 
 def test_more_samples_than_the_machine_holds_are_refused(student_run, tmp_path):
   config = load_config(student_run)
-  with pytest.raises(ValueError, match=r"1000000000 samples: takes 1\.48\d TiB of memory, .*; ask for fewer \(--num"):
+  with pytest.raises(ValueError, match=r"1000000000 samples: takes 1\.4\d+ TiB of memory, .*; ask for fewer \(--num"):
     program.draw_noise(build(config), 10**9, seed=0)
   with pytest.raises(ValueError, match=r"config.sample: expected at most 10,000 evaluations"):
     program.sample(config, student_run, num=2, nfe=10**9, out=tmp_path / "x")
@@ -65,7 +65,7 @@ def test_latents_have_a_picture_of_their_first_channels(tmp_path, channels):
 
 def test_long_names_of_classes_are_in_the_picture(tmp_path, monkeypatch):
   drawn = []
-  monkeypatch.setattr(program.figures, "image_grid", lambda path, rows, column_labels: drawn.append(column_labels))
+  monkeypatch.setattr(program.figures, "image_grid", lambda path, rows, column_labels, **_: drawn.append(column_labels))
   dataset = types.SimpleNamespace(shape=(8, 8, 3), class_names=("cat", "automobile", "People & Body"))
   rows = {"1 NFE": np.zeros((3, 8, 8, 3), np.float32)}
   program.save_picture(types.SimpleNamespace(dataset=dataset), rows, np.array([1, 2, 1]), tmp_path / "x.png")
@@ -199,7 +199,7 @@ def test_bad_requests_are_refused(student_run, tmp_path):
     program.sample(config, student_run, num=0)
   with pytest.raises(ValueError, match="no checkpoint"):
     program.sample(config, tmp_path, num=1)
-  with pytest.raises(ValueError, match="at most 100,000 network evaluations, got 1,000,000,000"):
+  with pytest.raises(ValueError, match="at most 10,000 evaluations .*1000000000"):
     program.sample(config, student_run, num=1, nfe=10**9)
   config.sample.nfe = (0,)
   with pytest.raises(ValueError, match="nfe"):
