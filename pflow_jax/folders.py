@@ -6,7 +6,6 @@ import glob
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterator
 
 from etils import epath
@@ -69,7 +68,8 @@ def checked_folder(path: str | os.PathLike, flag: str = "--workdir") -> str:
     return text
   real = os.path.realpath(text)
   home = os.path.realpath(os.path.expanduser("~"))
-  crowded = {home, os.path.realpath(tempfile.gettempdir()), os.path.dirname(_PACKAGE), *map(os.path.realpath, _CROWDED)}
+  temporary = (os.environ.get(name) or "/tmp" for name in ("TMPDIR", "TEMP", "TMP"))
+  crowded = {home, os.path.dirname(_PACKAGE), *map(os.path.realpath, (*_CROWDED, *temporary))}
   if real in crowded or home.startswith(f"{real.rstrip('/')}/") or _is_of_system(real):
     raise ValueError(f"{flag}: {text!r} holds other things than a run; give a folder of its own, such as runs/mine")
   _check_parent(os.path.abspath(text), text, flag)

@@ -32,12 +32,13 @@ def rescue(folder: str | os.PathLike, config: ConfigDict, state: TrainState) -> 
   step = int(state.step)
   if jax.process_count() > 1:
     return f"the run goes on from the last checkpoint that is left, by the same command; step {step} is lost"
-  base = pathlib.Path(os.environ.get(RESCUE_DIR) or tempfile.gettempdir())
   needed = int(_ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+  target = None
   try:
+    base = pathlib.Path(os.environ.get(RESCUE_DIR) or tempfile.gettempdir())
     base.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(base).free) < needed:
-      raise OSError(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free")
+      raise OSError(f"{base} has {free / 1e6:,.0f} MB left of {needed / 1e6:,.0f}")
     name = re.sub(r"\W+", "-", pathlib.Path(folder).name)[:40]
     target = tempfile.mkdtemp(prefix=f"pflow-rescue-{name}-", dir=base)
     workdir.claim(target, config)
@@ -46,5 +47,7 @@ def rescue(folder: str | os.PathLike, config: ConfigDict, state: TrainState) -> 
     with Checkpointer(f"{target}/{workdir.CHECKPOINTS}") as checkpointer:
       checkpointer.save(step, state)
   except OSError as error:
-    return f"step {step} could not be saved in {base} either ({error}); {RESCUE_DIR} names another folder for that"
+    if target is not None:
+      shutil.rmtree(target, ignore_errors=True)
+    return f"step {step} could not be saved elsewhere either ({error}); {RESCUE_DIR} names another folder for that"
   return f"step {step} is saved in {target}: go on with --workdir={target}, or copy that back to {folder}"

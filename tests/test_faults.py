@@ -94,7 +94,8 @@ def test_a_full_disk_and_a_folder_that_goes(start, tmp_path):
   code, sentence = ended(filled)
   assert code == 1
   assert "File too large" in sentence
-  assert "could not be saved in" in sentence
+  assert "could not be saved elsewhere either" in sentence
+  assert list((tmp_path / "rescue").iterdir()) == [rescued], "nothing that is cut short is left"
   assert newest_step(full / "checkpoints") is None
   assert "Traceback" in (full / LOG).read_text()
   assert not (full / LOCK).exists()

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import tempfile
 
 import pytest
 from etils import epath
@@ -59,8 +58,9 @@ def test_empty_odd_and_dangerous_paths_are_refused(path, folder):
   assert [child.name for child in folder.iterdir()] == ["home"]
 
 
-@pytest.mark.parametrize("path", [PACKAGE, PACKAGE / "runs", PACKAGE.parent, tempfile.gettempdir()])
-def test_folders_of_others_are_refused_by_any_name(path, folder):
+@pytest.mark.parametrize("path", [PACKAGE, PACKAGE / "runs", PACKAGE.parent, "/tmp", "/usr/share"])
+def test_folders_of_others_are_refused_by_any_name(path, folder, monkeypatch):
+  monkeypatch.setenv("TMPDIR", "/usr/share")  # as one that is not the usual
   (folder / "link").symlink_to(path)
   for name in (path, f"{path}/", os.path.relpath(path), "link", f"{path}/x/.."):
     with pytest.raises(ValueError, match="holds other things"):

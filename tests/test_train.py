@@ -306,7 +306,7 @@ def test_what_cannot_be_saved_elsewhere_either_is_said(tmp_path, monkeypatch, wh
   if why == "several processes":
     monkeypatch.setattr(jax, "process_count", lambda: 2)
   sentence = rescue(tmp_path / "run", quick("checkerboard", "teacher"), state)
-  expected = {"no room": "0 MB free", "no folder": "Not a directory", "several processes": "step 0 is lost"}
+  expected = {"no room": "has 0 MB left of 0", "no folder": "Not a directory", "several processes": "step 0 is lost"}
   assert expected[why] in sentence
   assert not list(tmp_path.rglob("config.json"))
 
