@@ -196,7 +196,7 @@ class Program:
     device, count, have = devices[0], len(devices), None
     if device.platform != "cpu":  # whose devices share the machine's memory
       count, have = 1, (device.memory_stats() or {}).get("bytes_limit")
-    batch = count * bytes_of_device(self.batch)
+    batch = 3 * count * bytes_of_device(self.batch)  # itself, its noise and its noised states
     size = jax.tree.leaves(self.batch)[0].shape[0]
     foreign.check_memory(f"config.train.batch_size={size}", batch, "lower it", have=have)
     whole = batch + count * bytes_of_device((self.state, self.frozen))

@@ -70,7 +70,7 @@ MISTAKES = {
   ),
   "a comparison is no run": (
     ["train", "--config=configs/compare/digits.py", "--workdir=x"],
-    "config.train: steps, batch_size must be set",
+    "config has no key 'flops'",
   ),
   "samples refused before training": (
     ["train", "--config=configs/digits.py", "--workdir=x", "--config.evaluate.num_samples=-4"],
@@ -78,7 +78,7 @@ MISTAKES = {
   ),
   "an unquoted table": (
     ["train", "--config=configs/digits.py", "--workdir=x", "--config.optimizer.rates=((head,0.1),)"],
-    "rates: expected rows (pattern, factor)",
+    "on the shell quote a tuple",
   ),
   "the key of a section": (
     ["train", "--config=configs/digits.py", "--workdir=x", "--steps=3"],
