@@ -5,6 +5,7 @@ Nothing is unpickled, and nothing is allocated before it is known that the file 
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import zipfile
@@ -21,27 +22,29 @@ _CHUNK = 2**20
 
 
 def read_npz(
-  path: str | os.PathLike, required: Collection[str], optional: Collection[str] = ()
+  source: str | os.PathLike | bytes, required: Collection[str], optional: Collection[str] = (), *, name: str = ""
 ) -> dict[str, np.ndarray]:
   """Reads an .npz file of plain arrays.
 
   Args:
-    required, optional: names of its arrays.
+    source: a file, or its bytes.   required, optional: names of its arrays.
+    name: for errors, of bytes, by default that of the file.
   Raises: ValueError for a file that cannot be read, has other arrays, or says that it holds more than is in it.
   """
-  file = regular_file(path)
-  with decoding(f"{path} cannot be read"), zipfile.ZipFile(file) as archive:
+  file = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source)
+  limit = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+  with decoding(f"{name or os.fsdecode(source)} cannot be read"), zipfile.ZipFile(file) as archive:
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     if len(members) < len(archive.infolist()) or not set(required) <= members.keys() <= {*required, *optional}:
       expected = " and ".join(required) + (f", perhaps {' and '.join(optional)}" if optional else "")
       raise ValueError(f"expected the arrays {expected}, got {shown(sorted(members), 200)}")
     _check_memory(sum(info.file_size for info in members.values()))
     arrays = {}
-    for name, info in members.items():
-      if info.file_size > _MAX_RATIO * info.compress_size or info.compress_size > file.stat().st_size:
-        raise ValueError(f"{name} says it has {in_bytes(info.file_size)}, which {info.compress_size} bytes cannot hold")
+    for key, info in members.items():
+      if info.file_size > _MAX_RATIO * info.compress_size or info.compress_size > limit:
+        raise ValueError(f"{key} says it has {in_bytes(info.file_size)}, which {info.compress_size} bytes cannot hold")
       with archive.open(info) as stream:
-        arrays[name] = _read(stream, info.file_size, name)
+        arrays[key] = _read(stream, info.file_size, key)
     return arrays
 
 

@@ -33,6 +33,7 @@ def test_arrays_come_back(path, save, array):
   assert got.keys() == {"a", "b"}
   np.testing.assert_array_equal(got["a"], array)
   assert (got["a"].dtype, got["a"].flags.writeable) == (array.dtype, True)
+  assert read_npz(path.read_bytes(), ["a"], ["b"])["a"].tobytes() == array.tobytes()
   np.save(path.with_suffix(".npy"), array)
   np.testing.assert_array_equal(read_npy(path.with_suffix(".npy")), array)
 
@@ -134,3 +135,5 @@ def test_zips_that_are_something_else_are_refused(path):
   np.savez(buffer, a=X0)
   path.write_bytes(buffer.getvalue()[:-30])
   refused("cannot be read")
+  with pytest.raises(ValueError, match="the samples of a teacher cannot be read: File is not a zip file"):
+    read_npz(path.read_bytes(), ["a"], name="the samples of a teacher")

@@ -113,11 +113,16 @@ def _json_lines(file: pathlib.Path, field: str | None, file_field: str | None) -
 
 
 def _table(file: pathlib.Path, field: str | None, file_field: str | None) -> Iterator[_Line]:
-  reader = csv.DictReader(_text_lines(file), strict=True)
+  reader = csv.reader(_text_lines(file), strict=True)
   try:
-    for values in reader:
-      # A row that is shorter than the header has None; a longer one a list under None.
-      yield _row(f"{file}, line {reader.line_num}", reader.line_num, values, field, file_field)
+    columns = {name: i for i, name in enumerate(next(reader, []))}
+    # Of many columns only those that are looked at are taken from every row; of none that fit, all for the message.
+    fitting = [name for name in ((field,) if field else FIELDS) if name in columns]
+    columns = {name: columns[name] for name in (*fitting, file_field) if name in columns} if fitting else columns
+    for row in reader:
+      if row:
+        values = {name: row[i] if i < len(row) else None for name, i in columns.items()}
+        yield _row(f"{file}, line {reader.line_num}", reader.line_num, values, field, file_field)
   except csv.Error as error:
     # Of the row that could not be read, where it begins.
     line = reader.line_num + 1

@@ -106,6 +106,12 @@ def test_messages_do_not_show_the_whole_of_what_they_got(tmp_path):
     assert len(str(caught.value)) < 600
 
 
+def test_columns_that_are_not_looked_at_cost_nothing_in_a_row(tmp_path):
+  header = ",".join(["prompt", *(f"column {i}" for i in range(40_000))])
+  rows = [f"prompt {i}" for i in range(3000)]  # short ones, which would have a value for every column
+  assert data.read_prompts(write(tmp_path, "p.csv", "\n".join([header, *rows]))).texts == rows
+
+
 def test_what_is_no_file_is_not_opened(tmp_path):
   for suffix in (".txt", ".jsonl", ".csv"):
     os.mkfifo(tmp_path / f"pipe{suffix}")
