@@ -127,7 +127,10 @@ class Experiment:
     return params
 
   def _trained_shapes(self) -> Params:
-    return jax.eval_shape(self.init, jax.random.key(0), self.frozen)
+    """Shapes of what trains; of a network that trains in full they are known without its teacher."""
+    if self.network.adapters.table:
+      return jax.eval_shape(self.init, jax.random.key(0), self.frozen)
+    return jax.eval_shape(self._random, jax.random.key(0))
 
   def _check_base_of_start(self) -> None:
     """Raises ValueError if the adapters to start from were trained on another teacher's weights."""
@@ -152,15 +155,19 @@ class Experiment:
       assert self.teacher is not None
       noise = self.teacher.settings.bias_noise
       return heads.student_params_from_teacher(frozen["strong"], module, key, bias_noise=noise)
-    ones, named = jnp.ones((1,)), {}
-    if isinstance(self.objective, flow_map.FlowMap):
-      named = {"s": ones} | ({"guidance": ones} if self.objective.guided else {})
-    params = self.network.init(key, self.dataset, **named)
+    params = self._random(key)
     if "strong" not in frozen:
       return params
     # A flow map starts as its teacher's velocity: what it has besides, for s and the guidance, starts neutral.
     teacher = jax.tree.map(jnp.array, frozen["strong"])
     return combine(without(params, teacher), teacher)
+
+  def _random(self, key: Array) -> Params:
+    """Random parameters of the network, all that its objective asks it for."""
+    ones, named = jnp.ones((1,)), {}
+    if isinstance(self.objective, flow_map.FlowMap):
+      named = {"s": ones} | ({"guidance": ones} if self.objective.guided else {})
+    return self.network.init(key, self.dataset, **named)
 
   def load(
     self, folder: str | os.PathLike, which: str = "ema", layout: Layout | None = None, frozen: Params | None = None
