@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_network_than_its_config_s_is_refused(teacher_ru
     build(config).load(student_run)
   config = quick("digits", "gmflow", teacher_run)
   config.model.width = 32
-  with pytest.raises(ValueError, match=r"checkpoints: holds another network than the config beside it.*blocks/"):
+  with pytest.raises(ValueError, match=r"holds another network than the config beside it.*blocks/"):
     load_teacher_of(config, teacher_run)
 
 
