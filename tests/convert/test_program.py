@@ -137,7 +137,7 @@ def test_published_sizes_have_the_tensors_of_pytorchs_class(kind):
       {"proj_out_means": (1024, 3072), "proj_out_logweights": (64, 3072), "proj_out_loggamma": (60, 3072)},
     ),
     (
-      dict(_class_name="QwenImageTransformer2DModel", in_channels=64, out_channels=640),
+      dict(_class_name="QwenImageTransformer2DModel", patch_size=1, in_channels=64, out_channels=640),
       {"policy_config": '{"segment_size": 0.2857, "shift": 3.2, "type": "DX"}'},
       {"proj_out": (640, 3072)},
     ),
