@@ -71,7 +71,7 @@ def convert(
       config.json beside it, or a student of π-Flow or ArcFlow.
     out: the new folder: for a run one that PyTorch reads, for anything else a workdir.
     base: workdir of the teacher that a student of PyTorch is an adapter for.
-    teacher: workdir of a run's teacher, if that has moved; what is there must be what the run was trained with.
+    teacher: workdir of a run's teacher, if that has moved.
     which: of a run's parameters, "ema" or "params".
     dtype: of floating tensors, "float32" or "bfloat16"; None is as they are stored.
     max_shard_gb: size of a file for PyTorch, in 10^9 bytes.
@@ -95,8 +95,8 @@ def convert(
   if is_run(source):
     if base is not None or mesh:
       raise ValueError("--base and --mesh are for models of PyTorch, the source is a run; leave them out")
-    known = at_hand(source, teacher)
-    return _to_torch(str(source), pathlib.Path(out), which, wanted, int(max_shard_gb * 10**9), options, known)
+    max_bytes, known = int(max_shard_gb * 10**9), at_hand(source, teacher)
+    return _to_torch(str(source), pathlib.Path(out), which, wanted, max_bytes, options, known)
   if teacher is not None:
     raise ValueError("--teacher is for a run, the source is a model of PyTorch; the teacher of its adapters is --base")
   path = pathlib.Path(source)
@@ -163,7 +163,7 @@ def _to_jax(
     if is_first():
       (epath.Path(out) / SOURCE).write_text(_mark(source))
     save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
-    inputs = inputs_of_import(plan.config, out)
+    inputs = inputs_of_import(plan.config, out)  # in all processes, which agree on it
     if is_first():
       workdir.claim(out, plan.config, inputs)
   return True
