@@ -113,21 +113,21 @@ def _json_lines(file: pathlib.Path, field: str | None, file_field: str | None) -
 
 
 def _table(file: pathlib.Path, field: str | None, file_field: str | None) -> Iterator[_Line]:
-  reader = csv.reader(_text_lines(file), strict=True)
-  read = 0  # lines of the rows that were read whole
+  reader, line = csv.reader(_text_lines(file), strict=True), 0
   try:
     columns = {name: i for i, name in enumerate(next(reader, []))}
     # Of many columns only those that are looked at are taken from every row; of none that fit, all for the message.
     fitting = [name for name in ((field,) if field else FIELDS) if name in columns]
     columns = {name: columns[name] for name in (*fitting, file_field) if name in columns} if fitting else columns
-    read = reader.line_num
+    line = reader.line_num
     for row in reader:
-      read = reader.line_num
+      line = reader.line_num
       if row:
         values = {name: row[i] if i < len(row) else None for name, i in columns.items()}
-        yield _row(f"{file}, line {read}", read, values, field, file_field)
+        yield _row(f"{file}, line {line}", line, values, field, file_field)
   except csv.Error as error:
-    raise ValueError(f"{file}, line {read + 1}: expected comma-separated values, got {error}.") from error
+    # Of the row that could not be read, where it begins.
+    raise ValueError(f"{file}, line {line + 1}: expected comma-separated values, got {error}.") from error
 
 
 def _row(place: str, number: int, values: dict, field: str | None, file_field: str | None) -> _Line:

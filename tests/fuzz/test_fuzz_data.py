@@ -36,6 +36,8 @@ def outcome(read) -> str | None:
       warnings.simplefilter("ignore")
       read()
   except ValueError as error:
+    if isinstance(error.__cause__, MemoryError):
+      return traceback.format_exc()
     if "\n" in str(error) or len(str(error)) > 2000 or len(str(error)) < 15:
       return f"a message of {len(str(error))} letters: {str(error)[:300]!r}"
   except (Exception, Late):
