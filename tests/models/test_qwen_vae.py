@@ -148,8 +148,8 @@ def test_there_and_back_is_exact(name):
 
 
 def test_refuses_other_networks():
-  with pytest.raises(ValueError, match=r"(?s)attn_scales: expected \[\], got \[0.5\].*dropout: expected 0.0, got 0.1"):
-    names.model_from_config({"attn_scales": [0.5], "dropout": 0.1})
+  with pytest.raises(ValueError, match=r"attn_scales: .* at most 0 items.*got \[0.5\]"):
+    names.model_from_config({"attn_scales": [0.5]})
   image = jnp.zeros((1, 8, 8, 3))
   with pytest.raises(ValueError, match="temporal: expected one entry for each change of resolution, 3 of them"):
     QwenVAE(temporal=(True,)).init(jax.random.key(0), image)
