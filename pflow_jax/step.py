@@ -22,6 +22,7 @@ from pflow_jax.sections import call
 from pflow_jax.sharding import Layout, MeshSettings, make_layout
 from pflow_jax.state import TrainState, create_state
 
+POSITION_BYTES = 64  # that an example's place in a batch takes while batches are made
 WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
 
 
@@ -191,17 +192,19 @@ class Program:
       return jax.jit(make, out_shardings=shardings)(key, frozen, start)
 
   def check_memory(self) -> None:
-    """Raises ValueError for arguments that this machine's devices cannot hold, whatever else a step needs."""
+    """Raises ValueError for arguments that this machine cannot hold, whatever else a step needs."""
     devices: Any = self.layout.mesh.local_devices  # type: ignore[union-attr]
-    device, count, have = devices[0], len(devices), None
-    if device.platform != "cpu":  # whose devices share the machine's memory
-      count, have = 1, (device.memory_stats() or {}).get("bytes_limit")
-    batch = 3 * count * bytes_of_device(self.batch)  # itself, its noise and its noised states
     size = jax.tree.leaves(self.batch)[0].shape[0]
-    foreign.check_memory(f"config.train.batch_size={size}", batch, "lower it", have=have)
-    whole = batch + count * bytes_of_device((self.state, self.frozen))
+    batch = len(devices) * bytes_of_device(self.batch)
+    # Of a batch its reader has the records, NumPy the arrays and JAX a copy; every process has all positions in it.
+    foreign.check_memory(f"config.train.batch_size={size}", 3 * batch + POSITION_BYTES * size, "lower it")
+    arguments, have = bytes_of_device((self.state, self.frozen, self.batch)), None
+    if devices[0].platform == "cpu":  # whose devices share the machine's memory
+      arguments *= len(devices)
+    else:
+      have = (devices[0].memory_stats() or {}).get("bytes_limit")
     advice = "make the network or the batch smaller, or split it over more devices (config.mesh.fsdp)"
-    foreign.check_memory("config.model: what is trained, the teacher and a batch", whole, advice, have=have)
+    foreign.check_memory("config.model: what is trained, the teacher and a batch", arguments, advice, have=have)
 
   def trace(self, length: int | None = None) -> jax.stages.Traced:
     """The step as (state, frozen, batch, key) -> (state, metrics), for all devices; its old state is donated.
