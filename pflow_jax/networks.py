@@ -200,7 +200,7 @@ def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: da
   for section, owner, values in (("model", module, model_values), ("policy", head, head_values)):
     set_values = {key: value for key, value in values.items() if value is not None}
     for key, value in check_arguments(owner, set_values, where=f"config.{section}").items():
-      if key in SIZES and not 0 < value <= SIZES[key]:
+      if key in SIZES and not (0 if key == "num_blocks" else 1) <= value <= SIZES[key]:
         raise ValueError(f"config.{section}.{key}: expected > 0 and at most {SIZES[key]:,}, got {value}")
   if model_values.get("dtype", "float32") not in DTYPES:
     raise ValueError(f"config.model.dtype: expected one of {DTYPES}, got {model_values['dtype']!r}")

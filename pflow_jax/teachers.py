@@ -206,7 +206,9 @@ def _find(
   network = make_network(_computed_as(config.model, own.model), own.policy, dataset)
   saved = Saved(folder, which_of(own, settings.which), step, settings.dtype)
   shapes = saved.shapes()
-  if others := differing(shapes, network.shapes(dataset)):
+  # Attention has no parameters, and this machine need not have the kernels that the student attends with.
+  portable = own.model.to_dict() | ({"attention": "xla"} if "attention" in own.model else {})
+  if others := differing(shapes, make_network(portable, own.policy, dataset).shapes(dataset)):
     raise ValueError(
       f"{folder}: holds another network than the config beside it describes; parameters that differ: {others[:8]}; "
       f"restore the {workdir.CONFIG} that it was trained with"
@@ -221,7 +223,7 @@ def inputs_of_import(config: ConfigDict, folder: str | os.PathLike) -> Inputs | 
   saved, t = {}, config.teacher
   if t.workdir:
     saved["teacher"] = Saved(t.workdir, which_of(workdir.load_config(t.workdir), t.which), t.step)
-  return inputs_of(config, data.load(**config.data), saved, folder)
+  return inputs_of(config, call(data.load, "data", config.data), saved, folder)
 
 
 def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None) -> ConfigDict:

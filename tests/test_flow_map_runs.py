@@ -167,7 +167,7 @@ def test_samples_at_any_step_count_and_strength(guided_run, tmp_path):
   assert program.evaluations(experiment, program.SampleSettings()) == (1, 2, 4, 8)
   own = drawn(folder, tmp_path, nfe=(1, 3))
   assert (tmp_path / "x.png").stat().st_size > 1000
-  assert set(own) == {"label", "x0_nfe1", "x0_nfe3"}
+  assert set(own) == {"label", "noise", "x0_nfe1", "x0_nfe3"}
   assert all(np.isfinite(own[name]).all() for name in own)
   assert np.abs(own["x0_nfe1"] - own["x0_nfe3"]).max() > 0.01
   # One evaluation is one jump from noise to data at the strength of the teacher, unless told otherwise.

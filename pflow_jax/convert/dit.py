@@ -215,7 +215,7 @@ def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELO
     "patch_size": model["patch_size"],
     "num_embeds_ada_norm": model["num_classes"],
     **({"sample_size": model["sample_size"]} if "sample_size" in model else {}),
-    "norm_eps": model["norm_eps"],
+    "norm_eps": model.get("norm_eps", Fields.norm_eps),
     "activation_fn": Fields.activation_fn,
     "attention_bias": Fields.attention_bias,
     "norm_elementwise_affine": Fields.norm_elementwise_affine,

@@ -351,7 +351,7 @@ def _data_of(config: ConfigDict) -> dict[str, Any]:
     side = config.get("source", {}).get("sample_size")
     return {} if side is None else {"sample_size": side}
   own = config.get("data", {})
-  shape = own.get("shape") or data.load(**own).shape
+  shape = own.get("shape") or call(data.load, "data", own).shape
   if len(shape) != 3 or shape[0] != shape[1]:
     raise ValueError(f"config.data: PyTorch's DiT is for square images, these are of shape {tuple(shape)}")
   known, teacher = own.get("num_classes"), config.get("teacher", {}).get("workdir")
