@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pflow_jax.convert.fields import Depth, Epsilon, Number, Positive, Side, Size, check_outputs, read_fields
 from pflow_jax.convert.heads import VELOCITY, config_from_policy, head_rows, student_of
 from pflow_jax.convert.table import Row, dense
+from pflow_jax.models.dit import DiT
 
 DIFFUSERS, OLD = "DiTTransformer2DModel", "Transformer2DModel"
 FLOW = "DiTTransformer2DModelMod"
@@ -215,7 +216,7 @@ def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELO
     "patch_size": model["patch_size"],
     "num_embeds_ada_norm": model["num_classes"],
     **({"sample_size": model["sample_size"]} if "sample_size" in model else {}),
-    "norm_eps": model.get("norm_eps", Fields.norm_eps),
+    "norm_eps": model.get("norm_eps", DiT.norm_eps),
     "activation_fn": Fields.activation_fn,
     "attention_bias": Fields.attention_bias,
     "norm_elementwise_affine": Fields.norm_elementwise_affine,
@@ -223,6 +224,6 @@ def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELO
     **config_from_policy(policy, model["channels"]),
     # Fields of ours, said where a reader that does not know them would compute something else.
     **({} if model["time_scale"] == 1000 else {"num_timesteps": model["time_scale"]}),
-    **({"flip_model_timesteps": True} if model["flip_time"] else {}),
+    **({"flip_model_timesteps": True} if model.get("flip_time", DiT.flip_time) else {}),
     **({"frequency_shift": 1} if model.get("frequency_shift") and policy["kind"] != "velocity" else {}),
   }
