@@ -198,7 +198,8 @@ def _find(
         "of a teacher with policy.kind='velocity'"
       )
     sections = ("model", "policy") if is_velocity else ("model",)
-    if is_guided and not settings.autoguided:
+    # A run that has been trained passed this; what describes its data has no empty prompt.
+    if is_guided and not settings.autoguided and inputs is None:
       _check_knows_nothing(own, dataset, settings)
   # A student that has been trained may be looked at beside other data.
   about_data = own.objective.kind != PRETRAINED and inputs is None
