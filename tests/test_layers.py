@@ -27,7 +27,8 @@ LAYERS = [
     "cache",
   }
   | {"convert", "autoencoder", "text_to_image"},
-  {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir", "rescue"},
+  {"analytic", "step", "adversary", "experiment", "teachers", "networks", "sections", "workdir"}
+  | {"rescue", "origins", "inputs"},
   {"objectives"},
   {"sampler"},
   {"guidance", "integrate"},
@@ -53,7 +54,6 @@ LAYERS = [
     "flops",
     "partition",
     "distributed",
-    "folders",
     "lock",
     "output",
     "hlo",
@@ -64,6 +64,7 @@ LAYERS = [
     "array_files",
   },
   {"foreign"},
+  {"folders", "checks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused(options, message, journey, tmp_path):
   ("folder", "flags", "message"),
   [
     ("teacher", ["--prompt=a"], "holds a converted model, which was not trained here"),
-    ("pipeline/transformer", ["--prompt=a"], "is of a model for PyTorch, not of a run; `pflow convert --source"),
+    ("pipeline/transformer", ["--prompt=a"], "is of a model for PyTorch; `pflow convert --source"),
     ("student", ["--width=20"], "--width: of pictures of prompts; give --prompt"),
     ("student", ["--prompt=a", "--num=4"], "--num and --prompt: expected one of them"),
   ],
