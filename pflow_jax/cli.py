@@ -80,15 +80,18 @@ def _config_file() -> ConfigSource:
   return ConfigSource("config", read_config_file, _describe)
 
 
-def _config_of_run() -> ConfigSource:
-  """--workdir names a run, whose config it is."""
+def _config_of_run(converted: bool) -> ConfigSource:
+  """--workdir names a run, whose config it is; `converted`: perhaps a teacher that was converted, not trained here."""
   from pflow_jax.teachers import PRETRAINED
   from pflow_jax.workdir import load_config
 
   def read(folder: str):
     config = load_config(folder)
     if config.get("objective", {}).get("kind") == PRETRAINED:
-      raise ValueError(f"{folder} holds a converted model, which was not trained here; train its student")
+      if not converted:
+        raise ValueError(f"{folder} holds a converted teacher, which has no data to compare with; evaluate its student")
+      if "data" not in config:
+        raise ValueError(f"{folder} was converted before such teachers could be sampled; convert it again")
     return config
 
   return ConfigSource("workdir", read, _describe)
@@ -155,7 +158,7 @@ def _sample(argv: list[str]) -> None:
     if is_first():
       print(f"wrote {num} samples: {picture} and {picture.with_suffix('.npz')}")
 
-  run_command(define, sample, argv, _config_of_run())
+  run_command(define, sample, argv, _config_of_run(converted=True))
 
 
 def _sample_prompts(values) -> None:
@@ -200,7 +203,7 @@ def _evaluate(argv: list[str]) -> None:
 
     run(values.config, values.workdir, others=values.also, teacher=values.teacher, out=values.out)
 
-  run_command(define, evaluate, argv, _config_of_run())
+  run_command(define, evaluate, argv, _config_of_run(converted=False))
 
 
 def _compare(argv: list[str]) -> None:

@@ -67,6 +67,7 @@ class EvaluateSettings:
     seed: of the noise.
     classifier_steps: training steps of the classifier whose features and classes are used (images with classes).
     num_resamples: of the bootstrap errors.
+    nearest_k: precision and recall take the ball of a sample to reach to its k-th neighbour.
   """
 
   num_samples: int = 2000
@@ -74,12 +75,17 @@ class EvaluateSettings:
   seed: int = 1234
   classifier_steps: int = 600
   num_resamples: int = 50
+  nearest_k: int = 5
 
   def __post_init__(self):
     if self.num_samples < 1 or self.classifier_steps < 1 or self.num_resamples < 2:
       raise ValueError(
         "config.evaluate: expected num_samples and classifier_steps of at least 1 and num_resamples of at least 2, got "
         f"{self.num_samples}, {self.classifier_steps} and {self.num_resamples}"
+      )
+    if not 1 <= self.nearest_k < self.num_samples:
+      raise ValueError(
+        f"config.evaluate.nearest_k: expected 1 to {self.num_samples - 1} (below num_samples), got {self.nearest_k}"
       )
     if min(self.teacher_steps, default=0) < 1 or max(self.teacher_steps) > MAX_EVALUATIONS:
       raise ValueError(
@@ -180,7 +186,7 @@ def evaluate(
       row["alignment"], row["alignment_ratio"] = ratio.value, (ratio.ratio, ratio.standard_error)
     for name, real_space in real_spaces.items():
       row |= _frechet(name, spaces[name], reference_spaces[name], real_space, settings.num_resamples)
-    row["precision"], row["recall"] = metrics.precision_recall(real_features, spaces["fd"])
+    row["precision"], row["recall"] = metrics.precision_recall(real_features, spaces["fd"], settings.nearest_k)
     if classifier:
       row["accuracy"] = metrics.accuracy(classifier.predict(x), labels)
   report = {

@@ -34,7 +34,7 @@ from pflow_jax.partition import combine, differing, without
 from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy, Policy
 from pflow_jax.sections import as_section, call, check_sections, choose
 from pflow_jax.sharding import Layout, MeshSettings, make_layout, per_example
-from pflow_jax.teachers import ROLES, Teacher, load_teacher
+from pflow_jax.teachers import PRETRAINED, ROLES, Teacher, load_teacher
 
 Array = jax.Array
 Params = Any
@@ -253,8 +253,12 @@ def build(
       record is read before it is asked for, and its teacher is looked for when something needs it.
   Raises: ValueError for anything in the config that does not fit, before any work is done.
   """
-  check_sections(config, SECTIONS, required=("data", "model", "policy", "objective"))
-  make_settings, values = choose(OBJECTIVES, "objective", config.objective)
+  converted = run is not None and config.get("objective", {}).get("kind") == PRETRAINED
+  # A converted teacher has besides where it is from.
+  known = (*SECTIONS, "source") if converted else SECTIONS
+  check_sections(config, known, required=("data", "model", "policy", "objective"))
+  objectives = {PRETRAINED: FlowMatching, **OBJECTIVES} if converted else OBJECTIVES
+  make_settings, values = choose(objectives, "objective", config.objective)
   kind = config.objective.kind
   if kind.startswith("imitation") == (config.policy.get("kind") in VELOCITIES):
     raise ValueError(
@@ -273,6 +277,8 @@ def build(
   if isinstance(objective, FlowMatching):
     if adapters.table:
       raise ValueError("config.adapters: a teacher trains in full, expected no rows")
+    if converted:  # it knows the empty condition, whatever share of its examples had it
+      objective = dataclasses.replace(objective, cond_dropout=objective.cond_dropout or 0.1)
     return Experiment(dataset, network, objective, None, start, _flow_matching(network, dataset, objective))
   if isinstance(objective, Imitation):
     if kind == "imitation" and not dataset.has_x0:

@@ -23,7 +23,9 @@ from pflow_jax import data, figures, foreign
 from pflow_jax.distributed import is_first
 from pflow_jax.experiment import Experiment, build, layout_of
 from pflow_jax.folders import checked_file, expanded
+from pflow_jax.guidance import Velocity, guided
 from pflow_jax.objectives.flow_map import FlowMap
+from pflow_jax.objectives.flow_matching import FlowMatching
 from pflow_jax.objectives.imitation import MAX_SUBSTEPS, Imitation
 from pflow_jax.origins import use_teacher
 from pflow_jax.policies import auto_temperature
@@ -31,6 +33,7 @@ from pflow_jax.sampler import sample_flow_map, sample_student, sample_teacher
 from pflow_jax.schedule import segment_grid, shift_time
 from pflow_jax.sections import call
 from pflow_jax.sharding import Layout, to_host
+from pflow_jax.teachers import which_of
 
 Array = jax.Array | np.ndarray
 
@@ -54,7 +57,8 @@ class SampleSettings:
     substeps, method: of the rollouts, see `integrate.rollout`.
     gamma: noise that a flow map renews between its steps, see `sampler.sample_flow_map`.
     guidance: strength that a flow map trained for several is asked for; None is its teacher's (teacher.guidance), which
-      evaluation compares with whatever is set here.
+      evaluation compares with whatever is set here. Of a teacher that is sampled itself, the strength of
+      classifier-free guidance; None is none.
     batch_size: samples at a time.
   """
 
@@ -117,7 +121,7 @@ def make_sampler(experiment: Experiment, settings: SampleSettings, nfe: int) -> 
       grid = flow_map_grid(objective, nfe)
       return sample_flow_map(jump, noise, cond, keys, grid=grid, gamma=settings.gamma)
     if not isinstance(objective, Imitation):
-      velocity = experiment.velocity(params)
+      velocity = _guided(experiment, params, settings.guidance)
       return sample_teacher(velocity, noise, cond, keys, steps=nfe, shift=objective.shift, h=settings.h)
     return sample_student(
       experiment.student(params),
@@ -134,6 +138,19 @@ def make_sampler(experiment: Experiment, settings: SampleSettings, nfe: int) -> 
     )
 
   return run
+
+
+def _guided(experiment: Experiment, params: Any, strength: float | None) -> Velocity:
+  """The velocity field of a teacher's own run, with classifier-free guidance where a strength is asked for."""
+  velocity, null_cond = experiment.velocity(params), experiment.dataset.null_cond
+  if strength is None or strength == 1:
+    return velocity
+  if not (isinstance(experiment.objective, FlowMatching) and experiment.objective.cond_dropout) or null_cond is None:
+    raise ValueError(
+      f"config.sample.guidance: {strength} needs a model that was trained with the empty condition too "
+      "(objective.cond_dropout above 0)"
+    )
+  return guided(velocity, null_cond, scale=strength)
 
 
 def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays: Any) -> np.ndarray:
@@ -322,7 +339,7 @@ def sample(
   check_room(experiment.dataset, num, 1 + len(numbers), "num")
   layout = layout_of(config)
   noise, cond = draw_noise(experiment, num, seed, labels)
-  params = experiment.load(folder, which, layout)
+  params = experiment.load(folder, which_of(config, which), layout)
   classes = labels_of(cond, num)
   keys = jax.random.split(jax.random.key(seed + 1), num)
   rows = {}

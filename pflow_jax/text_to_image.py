@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -33,6 +34,7 @@ from pflow_jax.sample import (
   warn_of_gaps,
 )
 from pflow_jax.sections import call
+from pflow_jax.teachers import which_of
 from pflow_jax.workdir import CHECKPOINTS
 
 SHOWN = 64  # pictures in the overview
@@ -78,14 +80,22 @@ def sample_prompts(
   layout = layout_of(config)  # what these devices cannot run is better said before the encoders are read
   # In the dtype that the network computes in, or better.
   dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
-  cond = text.encode_prompts(model, pipeline, prompts, config.data.get("max_length"), dtype=dtype)
+  # A teacher is guided away from the empty prompt, which comes last.
+  asked = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
+  cond = text.encode_prompts(model, pipeline, asked, config.data.get("max_length"), dtype=dtype)
+  null = {name: value[-1] for name, value in cond.items()}
+  cond = {name: value[: len(prompts)] for name, value in cond.items()}
   codec = load_autoencoder(pipeline) if model != "minilm" and pipeline is not None else None
   use_teacher(config, teacher)
-  experiment = build(config, dataset=_shapes(config, cond, codec, height, width) if codec else None, run=folder)
+  dataset = _shapes(config, cond, codec, height, width) if codec else None
+  experiment = build(config, dataset=dataset, run=folder)
   dataset = experiment.dataset
+  assert dataset.embedding is not None
+  dataset = dataclasses.replace(dataset, embedding=dataclasses.replace(dataset.embedding, null=null))
+  experiment = dataclasses.replace(experiment, dataset=dataset)
   check_room(dataset, len(prompts), 2, "prompts")
   nfe = nfe or evaluations(experiment, settings)[0]
-  params = experiment.load(folder, which, layout)
+  params = experiment.load(folder, which_of(config, which), layout)
   key = jax.random.key(seed)
   draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
   noise = np.asarray(draw(jnp.arange(len(prompts))))
@@ -137,7 +147,6 @@ def _shapes(
     text_width=cond["text"].shape[2],
     masked="mask" in cond,
     pooled_width=cond["pooled"].shape[1] if "pooled" in cond else 0,
-    null={name: np.zeros_like(value[0]) for name, value in cond.items()},  # a teacher's, which is not sampled
   )
   return data.Dataset("prompts", (*space, trained[-1]), 0, (), records=None, embedding=embedding)  # type: ignore[arg-type]
 

@@ -66,11 +66,18 @@ def test_student_that_is_its_teacher_is_measured_as_such(teacher_run, tmp_path):
     np.testing.assert_allclose(rows["student, 1 NFE"][key], rows["teacher, 1 step"][key], rtol=1e-2)
 
 
-def test_students_of_one_teacher_share_a_table(student_run, teacher_run, tmp_path):
+def test_students_of_one_teacher_share_a_table(report, student_run, teacher_run, tmp_path):
   config = quick("digits", "gmflow", teacher_run, steps=2)
   config.objective.nfe = 2
   train(config, tmp_path / "two")
-  report = evaluate(load_config(student_run), student_run, others=[tmp_path / "two"], out=tmp_path / "both")
+  both = load_config(student_run)
+  both.evaluate.nearest_k = 100
+  few = report
+  report = evaluate(both, student_run, others=[tmp_path / "two"], out=tmp_path / "both")
+  # Larger balls hold more; of 5 neighbours they were.
+  for one, other in zip(few["rows"][:2], report["rows"][:2], strict=True):
+    assert one["name"] == other["name"]
+    assert one["precision"] + one["recall"] < other["precision"] + other["recall"]
   names = [row["name"] for row in report["rows"]]
   assert names[-2:] == [f"student, 1 NFE ({student_run.name})", "student, 2 NFE (two)"]
   train(quick("digits", "teacher", steps=2), tmp_path / "teacher")
@@ -96,6 +103,14 @@ def test_too_few_samples_are_refused_before_any_are_drawn(student_run, capsys):
   with pytest.raises(ValueError, match=r"num_samples.*at least 96.*got 50"):
     evaluate(config, student_run)
   assert "sampling" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("k", [0, 128])
+def test_there_are_as_many_neighbours_as_asked_for(k, student_run):
+  config = load_config(student_run)
+  config.evaluate.nearest_k = k
+  with pytest.raises(ValueError, match=r"nearest_k: expected 1 to 127"):
+    evaluate(config, student_run)
 
 
 def test_yardsticks_cannot_be_left_out(student_run):

@@ -17,6 +17,7 @@ from pflow_jax.cache import cache
 from pflow_jax.cli import main
 from pflow_jax.convert.program import convert
 from pflow_jax.experiment import build
+from pflow_jax.text import encode_prompts
 from pflow_jax.text_to_image import sample_prompts
 from pflow_jax.train import train
 from pflow_jax.workdir import load_config
@@ -167,6 +168,43 @@ def test_command_line_and_a_file_of_prompts(journey, capsys, tmp_path):
     np.testing.assert_allclose(again["x0"], first["x0"], atol=1e-5)
 
 
+def test_a_converted_teacher_is_sampled_with_guidance(journey, tmp_path):
+  """By hand: Euler's steps at the model's shifted times, away from the empty prompt."""
+  model, root, _ = journey
+  config = load_config(root / "teacher")
+  config.sample.guidance, config.data.max_length = 2.0, 12 if model == "flux" else 16
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    out = sample_prompts(
+      config, root / "teacher", PROMPTS[:2], pipeline=root / "pipeline", height=12, width=20, nfe=2, out=tmp_path / "o"
+    )
+    with np.load(out / "samples.npz") as file:
+      arrays = dict(file)
+    encoded = encode_prompts(model, root / "pipeline", [*PROMPTS[:2], ""], config.data.max_length, dtype="float32")
+    cond, null = {k: v[:2] for k, v in encoded.items()}, {k: v[[2, 2]] for k, v in encoded.items()}
+    dataset = data.Dataset(
+      "prompts",
+      arrays["noise"].shape[1:],
+      0,
+      (),
+      records=None,
+      embedding=data.Embedding(
+        lengths=(cond["text"].shape[1],),
+        text_width=cond["text"].shape[2],
+        masked="mask" in cond,
+        pooled_width=cond["pooled"].shape[1] if "pooled" in cond else 0,
+      ),
+    )
+    experiment = build(config, dataset=dataset, run=root / "teacher")
+    velocity = experiment.velocity(experiment.load(root / "teacher", "params"))
+    x, middle = arrays["noise"], 3.2 * 0.5 / (1 + 2.2 * 0.5)
+    for t, s in ((1.0, middle), (middle, 0.0)):
+      times = np.full(2, t, np.float32)
+      v, v_null = velocity(x, times, cond), velocity(x, times, null)
+      x = x + (s - t) * np.asarray(v_null + 2 * (v - v_null))
+  assert np.abs(x - arrays["noise"]).max() > 0.1
+  np.testing.assert_allclose(arrays["x0"], x, atol=2e-4)
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
@@ -187,7 +225,7 @@ def test_what_does_not_fit_is_refused(options, message, journey, tmp_path):
 @pytest.mark.parametrize(
   ("folder", "flags", "message"),
   [
-    ("teacher", ["--prompt=a"], "holds a converted model, which was not trained here"),
+    ("teacher", ["--prompt=a"], "--pipeline: expected the folder of the published model"),
     ("pipeline/transformer", ["--prompt=a"], "is of a model for PyTorch; `pflow convert --source"),
     ("student", ["--width=20"], "--width: of pictures of prompts; give --prompt"),
     ("student", ["--prompt=a", "--num=4"], "--num and --prompt: expected one of them"),

@@ -180,9 +180,11 @@ def _import_teacher(
     )
   leaves = _all_leaves(path, model, tensors, dtype)
   own = ConfigDict()
+  own.data = students.data_of(model)
   own.model = model.section | {"dtype": _compute_dtype(leaves)}
   own.policy = dict(model.policy)
-  own.objective = {"kind": PRETRAINED}
+  own.objective = {"kind": PRETRAINED, "shift": 1.0 if model.kind == "dit" else students.TEXT_SHIFT}
+  own.sample, own.mesh = students.sampling_of_teacher(model)
   own.seed = 0
   own.source = {"class": config["_class_name"], "folder": name}
   if "sample_size" in model.attributes:

@@ -123,6 +123,28 @@ def _plain(value: Any) -> Any:
   return list(value) if isinstance(value, tuple) else value
 
 
+def sampling_of_teacher(model: Model) -> tuple[ConfigDict, ConfigDict]:
+  """The sections `sample` and `mesh` of a converted teacher."""
+  from pflow_jax.defaults import default_config
+
+  config = default_config("flow_matching")
+  if model.kind != "dit":
+    config.sample.update(nfe=(50,), batch_size=16)
+  return config.sample, config.mesh
+
+
+def data_of(model: Model) -> dict[str, Any]:
+  """The section `data` of a converted run: random data of the shapes that the network takes."""
+  attributes = model.attributes
+  side = attributes.get("sample_size", TEXT_SIZE)
+  shape = (side, side, attributes["channels"])
+  if model.kind == "dit":
+    return {"name": "synthetic", "shape": shape, "num_classes": attributes["num_classes"]}
+  prompts = {"name": "synthetic_prompts", "model": model.kind, "shape": shape, "num_records": 1}
+  pooled = {"pooled": attributes["pooled_width"]} if attributes.get("pooled_width") else {}
+  return prompts | {"text": (512, attributes["text_width"])} | pooled
+
+
 def student_config(
   model: Model, base: str | None, adapters: Adapters | None, metadata: Mapping[str, str], name: str, dtype: str
 ) -> ConfigDict:
@@ -134,16 +156,8 @@ def student_config(
   from pflow_jax.defaults import default_config
 
   config = default_config("imitation")
-  attributes, is_dit = model.attributes, model.kind == "dit"
-  side = attributes.get("sample_size", TEXT_SIZE)
-  shape = (side, side, attributes["channels"])
-  if is_dit:
-    config.data = {"name": "synthetic", "shape": shape, "num_classes": attributes["num_classes"]}
-  else:
-    config.data = {"name": "synthetic_prompts", "model": model.kind, "shape": shape, "num_records": 1}
-    config.data.text = (512, attributes["text_width"])
-    if attributes.get("pooled_width"):
-      config.data.pooled = attributes["pooled_width"]
+  is_dit = model.kind == "dit"
+  config.data = data_of(model)
   config.model = model.section | {"dtype": dtype}
   config.policy = dict(model.policy)
   told = sampling_of(metadata)

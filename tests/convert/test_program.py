@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from pflow_jax import checkpoint_stream, workdir
 from pflow_jax.checkpoint import load_params
 from pflow_jax.checkpoint_stream import open_leaves, place_leaves
+from pflow_jax.cli import main
 from pflow_jax.convert import leaves, models
 from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.program import convert
@@ -49,7 +50,8 @@ def test_there_and_back_is_exact(tmp_path, kind, dtype, capsys):
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params_of(tmp_path / "run"))} == {name}
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["model"]["dtype"] == name
-  assert (config["policy"], config["objective"]) == ({"kind": "velocity"}, {"kind": "pretrained"})
+  shift = 1.0 if kind == "dit" else 3.2
+  assert (config["policy"], config["objective"]) == ({"kind": "velocity"}, {"kind": "pretrained", "shift": shift})
   assert (config["source"]["class"], config["source"]["folder"]) == (CLASSES[kind][0].__name__, "torch")
   # As PyTorch reads it.
   cls = CLASSES[kind][0]
@@ -79,6 +81,36 @@ def network_of(folder):
   config = workdir.load_config(folder)
   model = models.model_of_run(workdir.as_plain(config), models.flat_shapes(params_of(folder)), {"sample_size": 8})
   return make_network(config.model, config.policy, model._dataset())
+
+
+def test_a_converted_model_is_sampled(tmp_path, capsys):
+  """By its command: one Euler step is the noise less its velocity, guided away from the class that is none."""
+  write_torch(tmp_path / "torch", "dit")
+  convert(tmp_path / "torch", tmp_path / "run")
+  drawn = {}
+  for guidance in (1, 3):
+    flags = [f"--workdir={tmp_path}/run", "--num=4", "--nfe=1", f"--config.sample.guidance={guidance}"]
+    main(["sample", *flags, f"--out={tmp_path}/{guidance}"])
+    with np.load(tmp_path / f"{guidance}.npz") as file:
+      drawn[guidance] = dict(file)
+  network, params = network_of(tmp_path / "run"), params_of(tmp_path / "run")
+  noise, label = drawn[1]["noise"], drawn[1]["label"]
+  velocity = lambda label: np.asarray(network(params, noise, np.ones(4, np.float32), label))
+  v, v_null = velocity(label), velocity(np.full_like(label, workdir.load_config(tmp_path / "run").data.num_classes))
+  assert np.abs(v - v_null).max() > 0.01
+  np.testing.assert_allclose(drawn[1]["x0_nfe1"], noise - v, atol=1e-5)
+  np.testing.assert_allclose(drawn[3]["x0_nfe1"], noise - v_null - 3 * (v - v_null), atol=1e-5)
+  capsys.readouterr()
+  with pytest.raises(SystemExit):
+    main(["evaluate", f"--workdir={tmp_path}/run"])
+  assert "has no data to compare with" in capsys.readouterr().err
+  # One of before.
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  del config["data"]
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(SystemExit):
+    main(["sample", f"--workdir={tmp_path}/run"])
+  assert "convert it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

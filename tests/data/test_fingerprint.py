@@ -141,7 +141,7 @@ def test_records_of_tfds_are_compared_before_they_are_decoded():
       raise AssertionError("decoded")
 
   def of(*records):
-    source = TfdsSource(Stored(list(records)), "image", "label", (8, 8, 1))
+    source = TfdsSource("tfds:x", Stored(list(records)), {}, "image", "label", (8, 8, 1), 3)
     return data.fingerprint(data.Dataset("tfds:x", (8, 8, 1), 0, (), data.SourceRecords(source)))
 
   assert of(b"label=1,image=xyz") == of(b"image=xyz,label=1") != of(b"image=xyz,label=2")
