@@ -4,17 +4,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 SEED ?= 0
+CASES ?= 300
+FIRST ?= 1000
 # Installed before the rest, which would take the newest, with gigabytes for GPUs; where this one brings those too:
 # make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint types clean
+.PHONY: demo test fuzz lint types clean
 
 demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
 
 test: .venv/dev lint types
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# CASES damaged copies of every kind of file and run that is read, from case FIRST on.
+fuzz: .venv/dev
+	PFLOW_FUZZ_CASES=$(CASES) PFLOW_FUZZ_FIRST=$(FIRST) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/fuzz
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -109,8 +109,8 @@ class Checkpointer:
         on the first device where it has none.
     Returns: (state, step).
     Raises:
-      ValueError: leaves that differ in name, shape or dtype, all named; no such step.
-      RuntimeError: there are checkpoints, and every one (or the one asked for) is damaged.
+      ValueError: leaves that differ in name, shape or dtype, all named; no such step; there are checkpoints, and every
+        one (or the one asked for) is damaged.
     """
     self.wait()
     found, damaged = _agreed(self._directory, step)
@@ -234,8 +234,8 @@ def load_params(
     layout: where they go on the devices, each of which is given its part alone; None is to the host.
     dtype: of floating leaves; None is as saved.
   Returns: nested dict of NumPy arrays, or with a `layout` of global arrays.
-  Raises: ValueError if there is no checkpoint, no such step or no such part in it, or the layout does not fit;
-    RuntimeError if all are damaged.
+  Raises: ValueError if there is no checkpoint, no such step or no such part in it, or the layout does not fit,
+    or all are damaged.
   """
   path, item = saved_part(directory, which, step)
   as_saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
@@ -287,7 +287,7 @@ def _as_dtype(own: Any, wanted: Any) -> Any:
 def newest_step(directory: str | epath.PathLike) -> int | None:
   """Step of the newest intact checkpoint in `directory`, for all processes the same; None if there is none.
 
-  Raises: RuntimeError if all are damaged.
+  Raises: ValueError if all are damaged.
   """
   return _agreed(absolute(directory), None)[0]
 
@@ -326,10 +326,10 @@ def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None,
     damaged[candidate] = reason
     logger.warning("skipping the damaged checkpoint %s: %s", directory / str(candidate), reason)
   if damaged:
-    reasons = "".join(f"\n  {s}: {reason}" for s, reason in damaged.items())
-    raise RuntimeError(
-      f"no intact checkpoint among those looked at in {directory}:{reasons}\n"
-      "bring one back, or remove the folder to start over"
+    reasons = "; ".join(f"{s}: {reason}" for s, reason in damaged.items())
+    raise ValueError(
+      f"no intact checkpoint among those looked at in {directory} ({reasons}); bring one back, or remove the folder to "
+      "start over"
     )
   return None, damaged
 
@@ -343,12 +343,12 @@ def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[i
     try:
       found, damaged = _newest_intact(directory, step)
       answer = {"found": found, "damaged": {str(key): reason[:100] for key, reason in damaged.items()}}
-    except (RuntimeError, ValueError) as error:
-      answer = {"error": str(error)[:2000], "mistake": isinstance(error, ValueError)}
+    except ValueError as error:
+      answer = {"error": str(error)[:2000]}
   padded = np.frombuffer(json.dumps(answer).encode().ljust(_MESSAGE), np.uint8)
   answer = json.loads(bytes(from_first(padded)))
   if "error" in answer:
-    raise (ValueError if answer["mistake"] else RuntimeError)(answer["error"])
+    raise ValueError(answer["error"])
   return answer["found"], {int(key): reason for key, reason in answer["damaged"].items()}
 
 

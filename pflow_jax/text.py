@@ -22,7 +22,7 @@ import pydantic
 from pflow_jax.data.dataset import TEXT_DTYPE
 from pflow_jax.data.prompt_records import MAX_LENGTHS, Fields
 from pflow_jax.encoder_checks import check_network, using
-from pflow_jax.foreign import check_type, decoding, is_there, read_bytes, read_json, regular_file
+from pflow_jax.foreign import check_type, decoding, in_bytes, is_there, read_bytes, read_json, regular_file
 
 DTYPES = ("bfloat16", "float32")
 MAX_SETTINGS = 2**28  # bytes of a file beside the weights
@@ -137,6 +137,8 @@ class Encoder:
       for file in (self.folder / name).iterdir():
         if file.exists() and not file.is_dir():
           regular_file(file)  # PyTorch's libraries would wait for what a pipe gives them
+          if file.suffix not in (".safetensors", ".bin") and (size := file.stat().st_size) > MAX_SETTINGS:
+            raise ValueError(f"{file}: expected at most {in_bytes(MAX_SETTINGS)}, got {in_bytes(size)}")
 
 
 class FluxEncoder(Encoder):

@@ -5,23 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import pathlib
-import signal
 from typing import Any
 
 import pytest
 
 from pflow_jax import compare, evaluate, experiment, plan, sample, step, train
 from pflow_jax.cli import main
+from tests.fuzz.cases import limited
 
 SECONDS = 120  # of a busy machine
 
 
 class Border(BaseException):
   """What was given has been looked at, and the work would begin."""
-
-
-class Late(BaseException):
-  """Something waits for ever."""
 
 
 def stop_at_border(patch: pytest.MonkeyPatch) -> None:
@@ -66,25 +62,17 @@ def build_once(patch: pytest.MonkeyPatch) -> None:
 def problem_of(*arguments: Any, codes: tuple[int, ...] = (0, 2)) -> str | None:
   """What is wrong with how a command ends; None if it does its work, or says in one sentence why not."""
 
-  def late(*_: Any) -> None:
-    raise Late
-
   said = io.StringIO()
-  before = signal.signal(signal.SIGALRM, late)
-  signal.alarm(SECONDS)
   code: Any = 0
   try:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-      main([str(argument) for argument in arguments])
+      limited(lambda: main([str(argument) for argument in arguments]), SECONDS)
   except SystemExit as end:
     code = end.code
   except Border:
     pass
   except BaseException as error:
     return f"{type(error).__name__}: {str(error)[:300]}"
-  finally:
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
   text = said.getvalue()
   if code not in codes or "Traceback" in text or "a bug of" in text:
     return f"code {code}: {text[:500]}"

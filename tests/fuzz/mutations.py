@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
 import pathlib
 import random
 import shutil
+import struct
 import zipfile
 from typing import Any
 
 import numpy as np
 
 VALUES: tuple[Any, ...] = (
-  *(None, True, -1, 0, 1, 2, 3, 1.5, 10**9, 2**31, 2**63, 10**40, 1e308, "", "x", "3", "\x00", "\ud800", "x" * 5000),
-  *([], {}, [1], [0], [-1], [10**9] * 3, [[]], ["a"], [True], {"a": 1}, [2, 2, 3], [1.5], [None], "gs://b/c"),
+  *(None, True, False, -1, 0, 1, 2, 3, 17, 10**8, 10**9, 2**31, 2**63, 10**40),
+  *(-0.5, -0.0, 0.5, 1.5, 1e-300, 1e308, 1e400, float("nan")),
+  *("", " ", "x", "3", "é", "\x00", "\ud800", "\x1b[2J", "x" * 5000, "nan"),
+  *("..", "../x", "/etc/passwd", "/dev/null", "gs://b/c", "dit", "flux", "float32", "DX", "velocity"),
+  *([], {}, [1], [0], [-1], [10**9] * 3, [10**30], [1e400, 1], [[]], [None], ["a"], [True], [2, 2, 3], [1.5], [1, "a"]),
+  *([["a", 1]], [["(", 1]], [[1, "a"]], {"a": 1}, {"a": {"b": [1]}}, {"kind": None}, {"kind": "dit"}, {"kind": []}),
 )
+KEYS = ("", "a.b", "kind", "items", "_fields", "__class__", "__metadata__", "new", "x" * 300, "é")
 ARRAYS: tuple[Any, ...] = (
   np.array(3.0),
   np.zeros((0, 2)),
@@ -56,22 +63,39 @@ DESCRIPTIONS = (
   *("('<f4', (1000000000,))", "[('a', '<f4')]"),
 )
 CONTENTS = (
-  *(b"", b"\0", b"\0" * 70_000, b"\n" * 9, b"{", b"[" * 100_000, b"null", b"{}", b"1" * 5000, b"\xff\xfea\0 \0c\0"),
+  *(
+    b"",
+    b"\0",
+    b"\0" * 70_000,
+    b"\n" * 9,
+    b"{",
+    b"[" * 100_000,
+    b"null",
+    b"{}",
+    b"[]",
+    b"1" * 5000,
+    b"\xff\xfea\0 \0c\0",
+  ),
+  *(b'{"a": NaN}', b'{"a": 1e999}', b'{"_class_name": "Flux"}', b"\xff\xfe{\0}\0"),
   *(b"PK\x05\x06" + b"\0" * 18, b"PK\x05\x06" + b"\xff" * 18, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
   *(b"BM" + b"\xff" * 60, b"GIF89a" + b"\xff" * 90, b"II*\0" + b"\xff" * 90, b"RIFF\xff\xff\xff\xffWEBPVP8X\xff\xff"),
   *(b'"' * 99, b"a," * 200_000 + b"\n", b'prompt\n"' + b"x" * 200_000, b"x" * (2**20 + 2), b"\x1f\x8b" + b"\0" * 50),
 )
+LINKS = {"loop": None, "device": "/dev/zero", "dangling": "nowhere", "up": "..", "outside": "/etc/passwd"}
 
 
-def damage(rng: random.Random, path: pathlib.Path) -> str:
-  """Damages the file, or one or two of those in the folder; returns how."""
+def damage(rng: random.Random, path: pathlib.Path, **of_files: Any) -> str:
+  """Damages the file, or one or two of those in the folder; returns how.
+
+  Args:
+    of_files: more ways for files of an ending (without its dot), each a function (rng, file) -> how.
+  """
   files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
   told = []
   for file in rng.sample(files, min(len(files), rng.choice([1, 1, 1, 2]))):
-    kinds = [_bytes, _bytes, _bytes, _whole, _place]
-    inner = {".json": [_json], ".jsonl": [_json_lines], ".npz": [_array, _member, _header], ".npy": [_header]}
-    kinds += 5 * inner.get(file.suffix, [])
-    kind = rng.choice(kinds)
+    ending = file.suffix[1:]
+    inner = list(OF_FILES.get(ending, ())) + list(of_files.get(ending, ()))
+    kind = rng.choice(inner if inner and rng.random() < 0.7 else [_bytes, _bytes, _bytes, _whole, place])
     told.append(f"{file.name}: {kind(rng, file)}")
   return ", ".join(told)
 
@@ -81,10 +105,11 @@ def _bytes(rng: random.Random, file: pathlib.Path) -> str:
   for _ in range(rng.choice([1, 1, 2, 8])):
     if not content:
       break
-    # Files begin with what matters, and many are mostly zeros.
-    places = [i for i in range(min(len(content), 400))] + [i for i in range(0, len(content), 7) if content[i]]
+    # Files begin with what matters, archives end with it, and many are mostly zeros.
+    ends = [*range(min(len(content), 400)), *range(max(len(content) - 600, 0), len(content), 3)]
+    places = ends + [i for i in range(0, len(content), max(len(content) // 1000, 7)) if content[i]]
     at, size = rng.choice(places), rng.choice([1, 1, 2, 4, 8, 30])
-    match rng.randrange(6):
+    match rng.randrange(7):
       case 0 | 1:
         content[at : at + size] = rng.randbytes(size)
       case 2:
@@ -96,6 +121,8 @@ def _bytes(rng: random.Random, file: pathlib.Path) -> str:
       case 5:
         other = rng.choice(places)
         content[at : at + size] = content[other : other + size]
+      case 6:
+        content[at : at + 1] = rng.choice([b"-", b"1", b'"', b"[", b"{", b",", b"e9", b"null", b"1e999", b"NaN"])
   file.write_bytes(content)
   return "bytes"
 
@@ -106,43 +133,55 @@ def _whole(rng: random.Random, file: pathlib.Path) -> str:
   return f"content {content[:20]!r}"
 
 
-def _place(rng: random.Random, file: pathlib.Path) -> str:
-  file.unlink()
-  kind = rng.choice(["missing", "pipe", "loop", "device", "folder", "dangling", "sparse", "up"])
-  if kind == "pipe":
-    os.mkfifo(file)
-  elif kind == "folder":
-    file.mkdir()
-  elif kind == "sparse":
-    with file.open("wb") as stream:
-      stream.truncate(2**40)
-  elif kind != "missing":
-    file.symlink_to({"loop": file.name, "device": "/dev/zero", "dangling": "nowhere", "up": ".."}[kind])
+def place(rng: random.Random, path: pathlib.Path) -> str:
+  """The file or folder is missing, or something else than it should be; returns what."""
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+  kind = rng.choice(["missing", "pipe", "folder", "file", "sparse", *LINKS])
+  match kind:
+    case "pipe":
+      os.mkfifo(path)
+    case "folder":
+      path.mkdir()
+    case "file":
+      path.write_bytes(b"x")
+    case "sparse":
+      with path.open("wb") as stream:
+        stream.truncate(2**40)
+    case _ if kind in LINKS:
+      path.symlink_to(LINKS[kind] or path.name)
   return kind
 
 
-def _change(rng: random.Random, value: Any) -> Any:
-  """The value with one of those within it replaced, dropped or doubled."""
-  if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+def change(rng: random.Random, value: Any) -> Any:
+  """The value with one of those within it replaced, dropped, added or renamed."""
+  if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
     key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
-    if rng.random() < 0.15:
+    draw = rng.random()
+    if draw < 0.1:
       del value[key]
+    elif draw < 0.2 and isinstance(value, dict):
+      value[rng.choice([f"{key}x", *KEYS])] = copy.deepcopy(rng.choice(VALUES))
+    elif draw < 0.25 and isinstance(value, dict):
+      value[key] = copy.deepcopy(value[rng.choice(list(value))])
     else:
-      value[key] = _change(rng, value[key])
+      value[key] = change(rng, value[key])
     return value
-  return rng.choice(VALUES)
+  return copy.deepcopy(rng.choice(VALUES))
 
 
 def _json(rng: random.Random, file: pathlib.Path) -> str:
-  value = _change(rng, json.loads(file.read_text()))
-  file.write_text(json.dumps(value))
-  return f"JSON {json.dumps(value)[:300]}"
+  value = json.loads(file.read_text())
+  for _ in range(rng.choice([1, 1, 1, 3])):
+    value = change(rng, value)
+  text = json.dumps(value)
+  file.write_text(text)
+  return f"JSON {text[:1500]}"
 
 
 def _json_lines(rng: random.Random, file: pathlib.Path) -> str:
   lines = file.read_text().split("\n")
   row = rng.randrange(len(lines))
-  lines[row] = json.dumps(_change(rng, json.loads(lines[row])))
+  lines[row] = json.dumps(change(rng, json.loads(lines[row])))
   file.write_text("\n".join(lines))
   return f"line {lines[row][:300]}"
 
@@ -175,7 +214,7 @@ def _member(rng: random.Random, file: pathlib.Path) -> str:
   return f"member {name}"
 
 
-def _header(rng: random.Random, file: pathlib.Path) -> str:
+def _array_header(rng: random.Random, file: pathlib.Path) -> str:
   """An array's header that says something else."""
   if zipped := file.suffix == ".npz":
     with zipfile.ZipFile(file) as archive:
@@ -204,7 +243,23 @@ def _header(rng: random.Random, file: pathlib.Path) -> str:
   return f"header {fields[key][:60]}"
 
 
-def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Makes `target` a copy of the folder `source`, whatever was there."""
-  shutil.rmtree(target, ignore_errors=True)
-  shutil.copytree(source, target)
+def _tensors_header(rng: random.Random, file: pathlib.Path) -> str:
+  """The header of a file of safetensors that says something else."""
+  content = file.read_bytes()
+  (length,) = struct.unpack("<Q", content[:8])
+  values = content[8 + length :]
+  text = json.dumps(change(rng, json.loads(content[8 : 8 + length]))).encode()
+  if rng.random() < 0.1:  # a name twice
+    text = text[:-1] + b', "a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}' * 2 + b"}"
+  length = rng.choice([len(text)] * 9 + [0, 2**63, 2**40, len(text) + 1, 10**8])
+  file.write_bytes(struct.pack("<Q", length) + text + values)
+  return f"header of {length}: {text[:1500]!r}"
+
+
+OF_FILES = {
+  "json": [_json],
+  "jsonl": [_json_lines],
+  "npz": [_array, _member, _array_header],
+  "npy": [_array_header],
+  "safetensors": [_tensors_header],
+}

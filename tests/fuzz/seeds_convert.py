@@ -1,4 +1,4 @@
-"""Valid models of PyTorch and runs of ours, tiny, each with the call that reads all of it, and ways to damage them.
+"""Valid models of PyTorch and runs of ours, tiny, each with the call that reads all of it.
 
 A seed is a function (folder) -> (path, read): it writes below the folder, `path` is what may be damaged, and `read()`
 reads it as `pflow convert` does, but for the writing. It raises what the command would.
@@ -10,14 +10,8 @@ import contextlib
 import functools
 import io
 import json
-import os
 import pathlib
-import pickle
-import random
 import shutil
-import struct
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -83,9 +77,6 @@ def read_source(source: pathlib.Path, **options: Any) -> None:
     raise
   finally:
     shutil.rmtree(out, ignore_errors=True)
-
-
-# ---- Seeds ----
 
 
 def shards_of(kind: str) -> Callable[[pathlib.Path], Seed]:
@@ -236,211 +227,3 @@ SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "qwen_image_encoder": encoder("qwen_image"),
   "minilm_encoder": encoder("minilm"),
 }
-
-
-# ---- Damage ----
-
-VALUES: tuple[Any, ...] = (
-  *(None, True, False, -1, 0, 1, 2, 3, 1.5, 10**8, 10**9, 2**31, 2**63, 10**40, 1e308, -0.0, 1e-300, "", "x", "3"),
-  *("\x00", "\ud800", "x" * 5000, "\x1b[2J", "../x", "/etc/passwd", "dit", "flux", "gs://b/c", "float32", "DX", "nan"),
-  *([], {}, [1], [0], [-1], [10**9] * 3, [[]], ["a"], [True], {"a": 1}, {"kind": "dit"}, [2, 2, 3], [1.5], [None]),
-  *([["a", 1]], [["(", 1]], [[1, "a"]], {"a": {"b": [1]}}),
-)
-TEXTS = (
-  *(b"", b"\0", b"{", b"[" * 10**5, b"null", b"{}", b"[]", b"1" * 5000, b"\xff\xfe{\0}\0"),
-  *(b'{"a": NaN}', b'{"a": 1e999}'),
-)
-
-
-def change(rng: random.Random, value: Any) -> Any:
-  """The value with one of those within it replaced, dropped, added or renamed."""
-  if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
-    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
-    draw = rng.random()
-    if draw < 0.1:
-      del value[key]
-    elif draw < 0.2 and isinstance(value, dict):
-      value[rng.choice([str(key) + "x", "new", "kind", "a.b", "", "__metadata__"])] = rng.choice(VALUES)
-    else:
-      value[key] = change(rng, value[key])
-    return value
-  return rng.choice(VALUES)
-
-
-def damage(rng: random.Random, path: pathlib.Path) -> str:
-  """Damages one or two files of the folder, or the file; returns how."""
-  files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-  told = []
-  for file in rng.sample(files, min(len(files), rng.choice([1, 1, 1, 2]))):
-    kind = rng.choice([_bytes, _bytes, _place, *OF_FILES.get(file.suffix, [])])
-    told.append(f"{file.name}: {kind(rng, file)}")
-  return ", ".join(told)
-
-
-def _bytes(rng: random.Random, file: pathlib.Path) -> str:
-  content = bytearray(file.read_bytes())
-  for _ in range(rng.choice([1, 1, 2, 8])):
-    # What matters is at the beginning, and of an archive at the end.
-    at = rng.choice([rng.randrange(300), rng.randrange(len(content) + 1), len(content) - rng.randrange(600)])
-    at, size = max(min(at, len(content)), 0), rng.choice([1, 1, 2, 8, 30])
-    match rng.randrange(5):
-      case 0 | 1:
-        content[at : at + size] = rng.randbytes(size)
-      case 2:
-        content[at : at + size] = rng.choice([b"\0", b"\xff", b"\x7f"]) * size
-      case 3:
-        del content[at : at + rng.choice([size, len(content)])]
-      case 4:
-        content[at:at] = rng.randbytes(size)
-  file.write_bytes(content)
-  return "bytes"
-
-
-def _place(rng: random.Random, file: pathlib.Path) -> str:
-  file.unlink()
-  kind = rng.choice(["missing", "pipe", "loop", "device", "folder", "dangling", "sparse", "up", "outside"])
-  if kind == "pipe":
-    os.mkfifo(file)
-  elif kind == "folder":
-    file.mkdir()
-  elif kind == "sparse":
-    with file.open("wb") as stream:
-      stream.truncate(2**40)
-  elif kind != "missing":
-    targets = {"loop": file.name, "device": "/dev/zero", "dangling": "nowhere", "up": "..", "outside": "/etc/passwd"}
-    file.symlink_to(targets[kind])
-  return kind
-
-
-def _json(rng: random.Random, file: pathlib.Path) -> str:
-  text = json.dumps(change(rng, json.loads(file.read_text())))
-  file.write_text(text)
-  return f"JSON {text[:1500]}"
-
-
-def _text(rng: random.Random, file: pathlib.Path) -> str:
-  content = rng.choice(TEXTS)
-  file.write_bytes(content)
-  return f"text {content[:20]!r}"
-
-
-def _header(rng: random.Random, file: pathlib.Path) -> str:
-  content = file.read_bytes()
-  (length,) = struct.unpack("<Q", content[:8])
-  header = change(rng, json.loads(content[8 : 8 + length]))
-  text = json.dumps(header).encode()
-  if rng.random() < 0.1:  # a name twice
-    text = text[:-1] + b', "a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}' * 2 + b"}"
-  length = rng.choice([len(text)] * 9 + [0, 2**63, 2**40, len(text) + 1, 10**8])
-  file.write_bytes(struct.pack("<Q", length) + text + content[8 + struct.unpack("<Q", content[:8])[0] :])
-  return f"header of {length}: {text[:1500]!r}"
-
-
-class _Call:
-  """Something that is called when it is unpickled."""
-
-  def __init__(self, function: Any, *args: Any):
-    self.call = function, args
-
-  def __reduce__(self):
-    return self.call
-
-
-def hostile_states(state: dict[Any, Any]) -> dict[str, Any]:
-  """State dicts with something in them that no model has."""
-  name, tensor = next((name, tensor) for name, tensor in state.items() if tensor.ndim == 2)
-  loop: dict[Any, Any] = dict(state)
-  loop["loop"] = loop
-  many: Any = {"a": state}
-  for _ in range(60):
-    many = {"left": many, "right": many}
-  deep: Any = {}
-  for _ in range(300):
-    deep = {"d": deep}
-  with_one = lambda value: state | {name: value}
-  return {
-    "loop": loop,
-    "many": many,
-    "deep": deep,
-    "numbers": dict(enumerate(state.values())),
-    "mixed": state | {3: tensor},
-    "newline": state | {"a\nb": tensor},
-    "escape": state | {"\x1b[2J": tensor},
-    "long": state | {"x" * 10**5: tensor},
-    "list": list(state.values()),
-    "none": None,
-    "empty": {},
-    "tensor": tensor,
-    "strides": with_one(torch.zeros(1).expand(tensor.shape)),
-    "huge": with_one(torch.zeros(1).expand(2**20, 2**20)),
-    "rank": with_one(torch.zeros((1,) * 60)),
-    "scalar": with_one(torch.tensor(1.0)),
-    "nothing": with_one(torch.zeros(0, 2**40)),
-    "complex": with_one(tensor.to(torch.complex64)),
-    "sparse": with_one(tensor.to_sparse()),
-    "quantised": with_one(torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)),
-    "meta": with_one(tensor.to("meta")),
-    "double": with_one(tensor.double()),
-    "half": with_one(tensor.bfloat16()),
-    "code": state | {"code": _Call(os.mkdir, "ran")},
-    "memory": state | {"memory": _Call(bytearray, 2**40)},
-    "some_memory": state | {"memory": _Call(bytearray, 2**34)},
-    "tensors": state | {"memory": _Call(torch.Tensor, 2**20, 2**20)},
-    "text": state | {"text": "x" * 10**6},
-  }
-
-
-def _pickle(rng: random.Random, file: pathlib.Path) -> str:
-  state = torch.load(file, weights_only=True)["state_dict"]
-  states = hostile_states(state)
-  name = rng.choice([*states, "legacy", "tar", "pickle", "protocol 4", "no torch"])
-  if name == "legacy":
-    torch.save(state, file, _use_new_zipfile_serialization=False)
-  elif name == "tar":
-    with tarfile.open(file, "w") as archive:
-      archive.add(__file__, "storages")
-  elif name == "pickle":
-    file.write_bytes(pickle.dumps(list(state)))
-  elif name == "protocol 4":
-    torch.save({"state_dict": state, "meta": {"step": 3}}, file, pickle_protocol=4)
-  elif name == "no torch":
-    file.write_bytes(b"\x80\x02c" + b"posix\nmkdir\n" + b"." * 50)
-  else:
-    torch.save(states[name] if rng.random() < 0.5 else {"state_dict": states[name]}, file)
-  return name
-
-
-def _zip(rng: random.Random, file: pathlib.Path) -> str:
-  """The archive with an entry changed, dropped, doubled or compressed, or the pickle's bytes damaged."""
-  with zipfile.ZipFile(file) as archive:
-    entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
-  row = [name.endswith("data.pkl") for name, _ in entries].index(True)
-  row = rng.choice([row, rng.randrange(len(entries))])
-  name, content = entries[row]
-  kinds = ["drop", "twice", "pickle", "pickle", "pickle", "compressed", "absolute", "order", "empty", "comment"]
-  kind = rng.choice(kinds)
-  if kind == "drop":
-    del entries[row]
-  elif kind == "twice":
-    entries.append((name, content))
-  elif kind == "pickle" and content:
-    damaged = bytearray(content)
-    for _ in range(rng.choice([1, 1, 3])):
-      at = rng.randrange(len(damaged))
-      damaged[at : at + rng.choice([0, 1, 1, 4])] = rng.randbytes(rng.choice([0, 1, 1, 4]))
-    entries[row] = name, bytes(damaged)
-  elif kind == "absolute":
-    entries[row] = rng.choice(["/etc/x", "../../x", "\\x", "data.pkl"]), content
-  elif kind == "order":
-    entries = [(n, b"big" if n.endswith("byteorder") else c) for n, c in entries]
-  elif kind == "empty":
-    entries[row] = name, b""
-  method = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
-  with zipfile.ZipFile(file, "w", method) as archive:
-    archive.comment = b"x" * 100 if kind == "comment" else b""
-    for entry in entries:
-      archive.writestr(*entry)
-  return f"zip {kind} {name}"
-
-
-OF_FILES = {".json": [_json] * 9 + [_text], ".safetensors": [_header] * 6, ".pth": [_pickle, _zip] * 4}

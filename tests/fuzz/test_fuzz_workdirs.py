@@ -1,16 +1,12 @@
 """Runs of somebody else, damaged: every command on one ends in a sentence."""
 
-import os
-import random
-import shutil
-
 import pytest
 
+from pflow_jax import workdir
+from tests.fuzz.cases import check_cases
 from tests.fuzz.commands import problem_of, stop_at_border
-from tests.fuzz.seeds_workdirs import damage, write_runs
-
-CASES = int(os.environ.get("PFLOW_FUZZ_CASES", 20))  # of each command and damaged run
-FIRST = int(os.environ.get("PFLOW_FUZZ_FIRST", 0))
+from tests.fuzz.mutations import OF_FILES, damage, place
+from tests.fuzz.seeds_workdirs import write_runs
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -27,18 +23,20 @@ def commands(tmp_path, monkeypatch):
   }
 
 
+def damage_run(rng, run):
+  """Mostly its config, which says most; else any file of it, those of its checkpoint among them."""
+  match rng.randrange(8):
+    case 0:
+      part = rng.choice([workdir.CONFIG, workdir.CHECKPOINTS])
+      return f"{part}: {place(rng, run / part)}"
+    case 1 | 2 | 3:
+      return damage(rng, run)
+  return f"config: {OF_FILES['json'][0](rng, run / workdir.CONFIG)}"
+
+
 @pytest.mark.parametrize("damaged", ["student", "teacher"])
 @pytest.mark.parametrize("command", ["sample", "evaluate", "merge", "convert"])
 def test_a_damaged_run_ends_in_a_sentence(command, damaged, commands, tmp_path):
   write_runs(tmp_path)
-  kept = tmp_path / "kept"
-  shutil.copytree(tmp_path / damaged, kept)
-  assert problem_of(*commands[command]) is None
-  wrong = []
-  for case in range(FIRST, FIRST + CASES):
-    shutil.rmtree(tmp_path / damaged)
-    shutil.copytree(kept, tmp_path / damaged)
-    how = damage(random.Random(f"{command} {damaged} {case}"), tmp_path / damaged)
-    if problem := problem_of(*commands[command]):
-      wrong.append(f"case {case} ({how}): {problem}")
-  assert not wrong, f"{len(wrong)} of {CASES}:\n" + "\n".join(wrong[:8])
+  problem = lambda: problem_of(*commands[command])
+  check_cases(f"{command} {damaged}", tmp_path / damaged, problem, damage_run, 25)
