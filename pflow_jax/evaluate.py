@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pflow_jax import data, figures, foreign, metrics, workdir
+from pflow_jax.array_files import read_npz
 from pflow_jax.distributed import from_first, is_first
 from pflow_jax.evaluate_samplers import Sampler, student_samplers, teacher_name, teacher_samplers
 from pflow_jax.experiment import Experiment, build, layout_of
@@ -267,8 +267,12 @@ def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[
   try:
     # Beside the samples there are a line, a number and the headers.
     content = foreign.read_bytes(path, 4 * math.prod(shape) + 2**20)
-    told, samples, speed = (_read_array(content, name) for name in ("what", "samples", "images_per_second"))
-    if told.shape != () or str(told) != what:
+    names = ("what", "samples", "images_per_second")
+    arrays = read_npz(content, names, name="it")
+    told, samples, speed = (arrays[name] for name in names)
+    if told.shape != () or told.dtype.kind != "U":
+      raise ValueError(f"expected a line that says what it holds, got {foreign.shown(told)}")
+    if str(told) != what:
       return None, 0.0  # of other noise, or of the teacher that was here before
     if (samples.dtype, samples.shape) != (np.float32, shape) or not np.isfinite(samples).all():
       raise ValueError(f"expected {shape} finite numbers in float32, got {samples.dtype} {samples.shape}")
@@ -278,18 +282,6 @@ def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[
   except Exception as error:  # a damaged zip or header fails in a dozen ways
     print(f"{path} cannot be used ({error}): these samples are drawn anew", flush=True)
     return None, 0.0
-
-
-def _read_array(content: bytes, name: str) -> np.ndarray:
-  """An array of a file of `np.savez`; nothing is allocated that the file does not hold."""
-  with zipfile.ZipFile(io.BytesIO(content)) as archive, archive.open(f"{name}.npy") as stream:
-    if archive.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:
-      raise ValueError(f"{name} is compressed, which np.savez does not")
-    _ = np.lib.format.read_magic(stream)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    if dtype.kind not in "Uf":
-      raise ValueError(f"{name}: expected text or floating numbers, got {foreign.shown(str(dtype))}")
-    return np.frombuffer(stream.read(), dtype).reshape(shape)
 
 
 def _pictures(experiment, samplers, samples, paths, labels, real, out: pathlib.Path) -> None:

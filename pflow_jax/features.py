@@ -11,19 +11,36 @@ import functools
 import io
 import json
 import os
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pydantic
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import ArrayLike
 
+from pflow_jax import foreign
+from pflow_jax.array_files import read_npz
+
+_Size = Annotated[int, pydantic.Field(ge=1, le=2**20)]
+
 _FORMAT = "pflow-classifier-1"
 _BATCH = 256
+_MAX_FILE = 2**28  # bytes of a classifier, which has a few hundred thousand
+
+
+@dataclasses.dataclass(frozen=True)
+class _About:
+  """What a classifier's file says of it beside its parameters."""
+
+  format: str
+  image_shape: tuple[_Size, _Size, _Size]
+  num_classes: _Size
+  num_features: _Size
 
 
 class _Network(nn.Module):
@@ -114,36 +131,31 @@ class Classifier:
     """Reads what `save` wrote.
 
     Args: image_shape, num_classes: what the data set needs, checked where given.
-    Raises: FileNotFoundError; ValueError for a damaged file, other content, or a classifier of
+    Raises: ValueError for a file that is missing or damaged, other content, or a classifier of
       other data.
     """
     try:
-      with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as data:
-        arrays = {name: data[name] for name in data.files}
-      about = json.loads(str(arrays.pop("about")))
-      if about["format"] != _FORMAT:
-        raise ValueError(f"format {about['format']!r}, expected {_FORMAT!r}")
-      shape = tuple(about["image_shape"])
-      classes, width = about["num_classes"], about["num_features"]
+      names = flatten_dict(_abstract_params((8, 8, 1), 2, 1), sep="/").keys()  # the same of every size
+      arrays = read_npz(foreign.read_bytes(path, _MAX_FILE), ("about", *names), name="it")
+      about = foreign.parse_json(str(arrays.pop("about")), _About, where="about")
+      if about.format != _FORMAT:
+        raise ValueError(f"format {foreign.shown(about.format)}, expected {_FORMAT!r}")
+      shape, classes, width = about.image_shape, about.num_classes, about.num_features
       expected = flatten_dict(_abstract_params(shape, classes, width), sep="/")
-    except (FileNotFoundError, PermissionError):
-      raise
-    except Exception as error:  # a damaged zip, array header or JSON fails in a dozen ways
+    except ValueError as error:
       raise ValueError(f"{path}: not a readable classifier ({error}); delete it to have one trained anew") from error
-    problems = [f"{name}: missing" for name in expected.keys() - arrays.keys()]
-    problems += [f"{name}: unexpected" for name in arrays.keys() - expected.keys()]
-    problems += [
+    problems = [
       f"{name}: expected {e.dtype} {e.shape}, got {arrays[name].dtype} {arrays[name].shape}"
       for name, e in expected.items()
-      if name in arrays and (arrays[name].shape, arrays[name].dtype) != (e.shape, e.dtype)
+      if (arrays[name].shape, arrays[name].dtype) != (e.shape, e.dtype)
     ]
     if image_shape is not None and tuple(image_shape) != shape:
       problems.append(f"image_shape: expected {tuple(image_shape)}, got {shape}")
     if num_classes is not None and num_classes != classes:
       problems.append(f"num_classes: expected {num_classes}, got {classes}")
     if problems:
-      lines = "\n  ".join(sorted(problems))
-      raise ValueError(f"{path}: does not fit; delete it to have one trained anew, or name another:\n  {lines}")
+      listed = "; ".join(sorted(problems))
+      raise ValueError(f"{path}: does not fit; delete it to have one trained anew, or name another: {listed}")
     return cls(unflatten_dict(arrays, sep="/"), shape, classes, width)
 
 

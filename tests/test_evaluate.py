@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import zipfile
 
@@ -199,9 +200,7 @@ UNUSABLE = {
   "cut": lambda path: (kept(path), path.write_bytes(path.read_bytes()[:-40])),
   "empty": lambda path: path.write_bytes(b""),
   "text": lambda path: path.write_text("samples"),
-  "compressed": lambda path: np.savez_compressed(
-    path, what="this", samples=np.ones(SHAPE, "f4"), images_per_second=1.0
-  ),
+  "pickled": lambda path: path.write_bytes(pickle.dumps(np.ones(SHAPE))),
   "large": lambda path: kept(path, samples=np.ones((2**19,), np.float32)),
   "lies": lambda path: lying(path, (10**9, 2, 2, 1)),
   "folder": lambda path: path.mkdir(),

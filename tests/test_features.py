@@ -82,7 +82,7 @@ def test_load_refuses_a_classifier_of_other_data(classifier, tmp_path):
 
 def test_load_refuses_damaged_files(classifier, tmp_path):
   path = tmp_path / "classifier.npz"
-  with pytest.raises(FileNotFoundError):
+  with pytest.raises(ValueError, match="there is no such file"):
     Classifier.load(path)
   classifier.save(path)
   whole = path.read_bytes()
@@ -100,12 +100,21 @@ def test_load_names_every_wrong_array(classifier, tmp_path):
   with np.load(path) as data:
     arrays = dict(data)
   arrays["Dense_0/bias"] = arrays["Dense_0/bias"][:-1]
+  arrays["Conv_0/bias"] = arrays["Conv_0/bias"].astype(float)
+  np.savez(path, **arrays)
+  with pytest.raises(
+    ValueError, match=r"Conv_0/bias: expected float32 .* float64 .*Dense_0/bias: expected float32 \(48,"
+  ):
+    Classifier.load(path)
   arrays["extra"] = arrays.pop("Conv_0/bias")
   np.savez(path, **arrays)
-  with pytest.raises(ValueError) as error:  # noqa: PT011
+  with pytest.raises(ValueError, match="expected the arrays about and Conv_0/bias and"):
     Classifier.load(path)
-  for line in ("Conv_0/bias: missing", "extra: unexpected", "Dense_0/bias: expected float32 (48,)"):
-    assert line in str(error.value)
+  path.unlink()
+  with path.open("wb") as file:
+    file.truncate(2**40)
+  with pytest.raises(ValueError, match="expected at most"):
+    Classifier.load(path)
   np.savez(path, params=np.zeros(3))
   with pytest.raises(ValueError, match="not a readable classifier"):
     Classifier.load(path)
