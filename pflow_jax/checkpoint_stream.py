@@ -210,7 +210,8 @@ def save_leaves(
       whole layers.
     resume: go on with what an interrupted call wrote, which must have been of the same leaves and layout.
     report: called with the number of bytes written since.
-  Raises: what the leaves raise; then there is no checkpoint, and what was written waits for `resume`.
+  Raises: what the leaves raise; then there is no checkpoint, and what was written waits for `resume`, but after a
+    ValueError, which another try would only repeat: then nothing of it is left.
   """
   if jax.process_count() > 1:
     if layout is None:
@@ -231,7 +232,10 @@ def save_leaves(
     with _quiet(), _StreamCheckpointer(directory, handler) as checkpointer:
       checkpointer.save(step, streamed)
   except Exception as error:
-    raise (handler.error or error) from None
+    cause = handler.error or error
+    if isinstance(cause, ValueError):
+      _discard(absolute(directory), step)
+    raise cause from None
 
 
 @contextlib.contextmanager
@@ -260,6 +264,15 @@ def _set_aside(directory: epath.Path, step: int, resume: bool) -> pathlib.Path |
     return pathlib.Path(aside)
   aside.rmtree()
   return None
+
+
+def _discard(directory: epath.Path, step: int) -> None:
+  """Removes what was written of a step that will not be finished, and its folder if that has nothing else."""
+  for end in (ocp.utils.TMP_DIR_SUFFIX, f".{_INTERRUPTED}"):
+    if (left := directory / f"{step}{end}").exists():
+      left.rmtree()
+  if directory.exists() and not any(directory.iterdir()):
+    directory.rmdir()
 
 
 def place_leaves(leaves: PyTree, layout: Layout) -> PyTree:

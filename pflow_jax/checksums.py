@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 import zlib
+
+from pflow_jax.foreign import read_json
 
 CHECKSUMS = "checksums.json"
 
@@ -44,7 +45,7 @@ def damage(path: pathlib.Path) -> str | None:
   try:
     if not (path / CHECKSUMS).is_file():
       return f"{CHECKSUMS} cannot be read: there is none"
-    expected = dict(json.loads((path / CHECKSUMS).read_text()))
+    expected = read_json(path / CHECKSUMS, dict[str, tuple[int, int]])
     for name, (size, crc) in expected.items():
       file = path / name
       # A pipe would be waited for, and a device be read without end.
@@ -54,6 +55,6 @@ def damage(path: pathlib.Path) -> str | None:
         return f"{name} has {file.stat().st_size} bytes instead of {size}"
       if checksum(file) != [size, crc]:
         return f"{name} does not match its checksum"
-  except (OSError, ValueError, TypeError, RecursionError) as error:
+  except (OSError, ValueError) as error:
     return f"cannot be read: {error}"
   return None

@@ -126,7 +126,9 @@ def evaluate(
   for one in configs.values():
     use_teacher(one, teacher)
   # The data are read here, whatever the runs tell of theirs.
-  experiments = {name: build(one, dataset=call(data.load, "data", one.data), run=name) for name, one in configs.items()}
+  experiments = {
+    name: build(one, dataset=call(data.load, "data", one.get("data", {})), run=name) for name, one in configs.items()
+  }
   experiment = experiments[str(folder)]
   _check_teachers(experiments)
   dataset, layout = experiment.dataset, layout_of(config)

@@ -238,7 +238,7 @@ def shown(value: Any, width: int = 60) -> str:
     return f"a number of more than {width} digits"
   short = reprlib.Repr()
   short.maxstring = short.maxother = short.maxlong = width
-  text = short.repr(value).encode("ascii", "backslashreplace").decode()
+  text = " ".join(short.repr(value).split()).encode("ascii", "backslashreplace").decode()
   return text if len(text) <= width else f"{text[: width - 3]}..."
 
 

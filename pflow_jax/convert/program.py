@@ -159,13 +159,24 @@ def _to_jax(
   state = {
     part: unflatten_dict({tuple(p.split("/")): leaf for p, leaf in tree.items()}) for part, tree in plan.state.items()
   }
-  with Lock(out, "pflow convert", active=is_first()), _progress(total, "convert") as report:
-    if is_first():
-      (epath.Path(out) / SOURCE).write_text(_mark(source))
-    save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
-    inputs = inputs_of_import(plan.config, out)  # in all processes, which agree on it
-    if is_first():
-      workdir.claim(out, plan.config, inputs)
+  mark = epath.Path(out) / SOURCE
+  try:
+    with Lock(out, "pflow convert", active=is_first()), _progress(total, "convert") as report:
+      if is_first():
+        mark.write_text(_mark(source))
+      try:
+        save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
+      except ValueError:  # of the tensors: a source that has been mended is another
+        if is_first():
+          mark.unlink(missing_ok=True)
+        raise
+      inputs = inputs_of_import(plan.config, out)  # in all processes, which agree on it
+      if is_first():
+        workdir.claim(out, plan.config, inputs)
+  except ValueError:
+    if is_first() and mark.parent.exists() and not any(mark.parent.iterdir()):
+      mark.parent.rmdir()
+    raise
   return True
 
 
