@@ -27,7 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from pflow_jax.checksums import CHECKSUMS, checksums, damage
-from pflow_jax.distributed import from_first, is_first
+from pflow_jax.distributed import agreed, is_first
 from pflow_jax.folders import absolute, is_remote
 from pflow_jax.sharding import Layout
 
@@ -36,7 +36,6 @@ PyTree = Any
 logger = logging.getLogger(__name__)
 
 STATE = "state"
-_MESSAGE = 2**16  # bytes of what one process tells the others
 _CENTURY = 100 * 365 * 86400  # seconds: Orbax takes them by a clock that may be set while it saves
 
 
@@ -336,20 +335,13 @@ def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None,
 
 def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:
   """`_newest_intact`, in every process what the first one found: folders on a network look alike only after a while."""
-  if jax.process_count() == 1:
-    return _newest_intact(directory, step)
-  answer: dict[str, Any] = {}
-  if is_first():
-    try:
-      found, damaged = _newest_intact(directory, step)
-      answer = {"found": found, "damaged": {str(key): reason[:100] for key, reason in damaged.items()}}
-    except ValueError as error:
-      answer = {"error": str(error)[:2000]}
-  padded = np.frombuffer(json.dumps(answer).encode().ljust(_MESSAGE), np.uint8)
-  answer = json.loads(bytes(from_first(padded)))
-  if "error" in answer:
-    raise ValueError(answer["error"])
-  return answer["found"], {int(key): reason for key, reason in answer["damaged"].items()}
+
+  def compute() -> list[Any]:
+    found, damaged = _newest_intact(directory, step)
+    return [found, list(damaged.items())]
+
+  found, damaged = agreed(compute)
+  return found, dict(map(tuple, damaged))
 
 
 def _metadata(path: epath.Path) -> dict[str, Any]:

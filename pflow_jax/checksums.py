@@ -6,7 +6,7 @@ import functools
 import pathlib
 import zlib
 
-from pflow_jax.foreign import read_json
+from pflow_jax.foreign import may_pass, read_json
 
 CHECKSUMS = "checksums.json"
 
@@ -56,5 +56,7 @@ def damage(path: pathlib.Path) -> str | None:
       if checksum(file) != [size, crc]:
         return f"{name} does not match its checksum"
   except (OSError, ValueError) as error:
+    if may_pass(error):
+      raise
     return f"cannot be read: {error}"
   return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
   from absl import flags
   from ml_collections import ConfigDict
 
+from pflow_jax.foreign import may_pass
 from pflow_jax.output import without_tracebacks
 
 USAGE = """usage: pflow COMMAND [flags]
@@ -53,13 +53,6 @@ class ConfigSource(NamedTuple):
   describe: Callable[[ConfigDict | None], str]
 
 
-# Errors of a path that was given, which another try does not mend.
-_OF_THE_PATH = (
-  *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
-  *(errno.EACCES, errno.EPERM, errno.ENXIO),
-)
-
-
 def run_command(define: Callable, body: Callable, argv: list[str], source: ConfigSource | None = None) -> None:
   """Parses `argv` with the flags that `define` makes and calls `body(flags)`; for mistakes see `one_sentence`."""
   from absl import flags, logging
@@ -67,7 +60,7 @@ def run_command(define: Callable, body: Callable, argv: list[str], source: Confi
 
   values, name = flags.FlagValues(), f"pflow {body.__name__}"
   try:
-    if any(argument.lstrip("-").startswith("flagfile") for argument in argv):
+    if any(re.match("--?flagfile(=|$)", argument) for argument in argv):
       raise ValueError("--flagfile: files of flags are not read; give the flags themselves")
     define(values)
     config, is_file = None, source is not None and source.flag == "config"
@@ -130,7 +123,7 @@ def _verdict(error: Exception) -> tuple[int, str]:
   if isinstance(error, (ValueError, ArithmeticError)):
     return 2, text
   if isinstance(error, OSError):
-    return 2 if error.errno in _OF_THE_PATH else 1, f"{text}\n{more}"
+    return 1 if error.errno is None or may_pass(error) else 2, f"{text}\n{more}"
   if isinstance(error, RecursionError):
     return 2, f"something that was given is nested too deeply ({text})\n{more}"
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:

@@ -13,12 +13,14 @@ import contextlib
 import glob
 import importlib.util
 import ipaddress
+import json
 import os
 import re
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +30,10 @@ from jax.experimental import multihost_utils
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 SHUTDOWN = 30  # seconds that a process that has ended waits for the others
 JOIN_TIMEOUT = 300  # seconds
+# What one process can tell the others that it has raised.
+_KINDS: dict[str, type[Exception]] = {
+  kind.__name__: kind for kind in (ValueError, ImportError, MemoryError, OSError, RuntimeError)
+}
 
 
 def join(
@@ -109,6 +115,26 @@ def is_first() -> bool:
 def from_first(value: Any) -> Any:
   """`value`, a number or an array of one shape everywhere, as the first process has it."""
   return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def agreed(compute: Callable[[], Any]) -> Any:
+  """What `compute` returns in the first process, which alone calls it, in plain JSON; what it raises, all raise."""
+  if jax.process_count() == 1:
+    return compute()
+  answer: dict[str, Any] = {}
+  raised: Exception | None = None
+  if is_first():
+    try:
+      answer = {"value": compute()}
+    except Exception as error:  # the others would wait for ever
+      raised = error
+      answer = {"raised": [kind for kind in _KINDS if isinstance(error, _KINDS[kind])], "text": str(error)}
+  text = json.dumps(answer).encode()
+  size = int(from_first(len(text)))
+  answer = json.loads(bytes(from_first(np.frombuffer(text.ljust(size)[:size], np.uint8))))
+  if "value" in answer:
+    return answer["value"]
+  raise raised or _KINDS[(*answer["raised"], "RuntimeError")[0]](answer["text"])
 
 
 def finish() -> None:

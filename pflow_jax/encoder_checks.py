@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pflow_jax.foreign import in_bytes, read_json, regular_file, shown
+from pflow_jax.foreign import in_bytes, may_pass, read_json, regular_file, shown
 
 MAX_LAYERS = 1024
 _WEIGHTS = (".safetensors", ".bin")
@@ -57,7 +57,7 @@ def using(folder: pathlib.Path) -> Iterator[None]:
     raise
   except Exception as error:
     # What the system or a device of PyTorch lacks is no mistake; transformers raises OSErrors of its own.
-    if getattr(error, "errno", None) or type(error).__name__ == "OutOfMemoryError":
+    if may_pass(error) or type(error).__name__ == "OutOfMemoryError":
       raise
     reason = " ".join(str(error).split()) or type(error).__name__
     raise ValueError(f"{folder}: its encoders and tokenizers do not work together: {shown(reason, 200)}") from error

@@ -264,9 +264,9 @@ def _write_bytes(path: epath.Path, content: bytes) -> None:
 
 def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, float]:
   """Samples and speed in the file `path`, if it holds `what`; with a word where it is no such file."""
-  if not path.exists():
-    return None, 0.0
   try:
+    if not path.exists():
+      return None, 0.0
     # Beside the samples there are a line, a number and the headers.
     content = foreign.read_bytes(path, 4 * math.prod(shape) + 2**20)
     names = ("what", "samples", "images_per_second")

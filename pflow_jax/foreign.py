@@ -19,7 +19,6 @@ import pathlib
 import reprlib
 import stat
 import typing
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,14 +33,23 @@ MAX_JSON = 32 * 2**20  # bytes; the index of the largest models has 10 MB
 MAX_IMAGE_FILE = 2**30  # bytes
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _PROBLEMS_SHOWN = 8
-# Errors of a disk, a network or a machine that is too busy: another try may mend them.
-_PASSING = frozenset(
-  getattr(errno, name)
-  for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EREMOTEIO", "EMFILE", "ENFILE")
-  if hasattr(errno, name)
+# What the system says of a path that is wrong. All else that it says is of a disk, a network or a busy machine.
+_OF_A_PATH = (
+  *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+  *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.EILSEQ, errno.EXDEV),
 )
 _QUOTING = '; on the shell quote a tuple, and within it its strings: \'(("a", 1), ("b", 2))\''
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def may_pass(error: BaseException) -> bool:
+  """Whether another try may mend what was raised: a lack of memory or threads, a disk or a network.
+
+  A decoder's own OSErrors, which have no number, are of what it was given.
+  """
+  if isinstance(error, OSError):
+    return isinstance(error, (ConnectionError, TimeoutError)) or error.errno not in (None, *_OF_A_PATH)
+  return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error))
 
 
 def regular_file(path: str | os.PathLike) -> pathlib.Path:
@@ -67,7 +75,8 @@ def is_there(path: str | os.PathLike) -> bool:
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
   """Reads a file, or an object of a store, of at most `limit` bytes.
 
-  Raises: ValueError for what is no regular file, cannot be read, or is larger.
+  Raises: ValueError for what is no regular file, cannot be read, or is larger. What a disk or a network raises passes
+    as it is, here and in all that reads.
   """
   file = epath.Path(path) if is_remote(path) else regular_file(path)
   try:
@@ -77,6 +86,8 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
   except FileNotFoundError as error:
     raise ValueError(f"{path}: there is no such file") from error
   except OSError as error:
+    if may_pass(error):
+      raise
     raise ValueError(f"{path}: cannot be read ({_reason(error)})") from error
   raise ValueError(f"{path}: expected at most {in_bytes(limit)}, got {in_bytes(size)}")
 
@@ -149,12 +160,12 @@ def check_arguments(function: Callable, values: Mapping[str, Any], *, where: str
 def decoding(what: str | os.PathLike) -> Iterator[None]:
   """Turns whatever a decoder raises on broken bytes into a ValueError of one sentence that begins with `what`.
 
-  What a disk or a network raises passes as it is.
+  What `may_pass` passes as it is.
   """
   try:
     yield
   except Exception as error:  # decoders raise many types; all of them mean unreadable
-    if isinstance(error, OSError) and error.errno in _PASSING:
+    if may_pass(error):
       raise
     raise ValueError(f"{what}: {_reason(error)}") from error
 
@@ -169,8 +180,6 @@ def open_image(source: str | os.PathLike | bytes, name: str = "") -> Iterator[Im
     while it is decoded in the body.
   """
   file = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source)
-  # Not undone: other threads open images meanwhile.
-  warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
   with decoding(f"cannot read the image {name or os.fsdecode(source)}"):
     if isinstance(file, pathlib.Path) and file.stat().st_size > MAX_IMAGE_FILE:
       raise ValueError(f"expected at most {in_bytes(MAX_IMAGE_FILE)}, got {in_bytes(file.stat().st_size)}")
@@ -179,6 +188,8 @@ def open_image(source: str | os.PathLike | bytes, name: str = "") -> Iterator[Im
     except UnidentifiedImageError as error:
       raise ValueError(f"expected one of {', '.join(available_formats())}, its bytes are of none") from error
     with image:
+      if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, got {image.width} x {image.height}")
       yield image
 
 
@@ -249,7 +260,7 @@ def _kind(path: str | os.PathLike) -> int | None:
   except (FileNotFoundError, NotADirectoryError):
     return None
   except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a NUL in it
-    if isinstance(error, OSError) and error.errno in _PASSING:
+    if may_pass(error):
       raise
     raise ValueError(f"{shown(str(path))}: cannot be looked at ({_reason(error)})") from error
 

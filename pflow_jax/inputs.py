@@ -11,10 +11,9 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -22,7 +21,6 @@ from pflow_jax import foreign
 from pflow_jax.checkpoint_stream import Stored, open_leaves
 from pflow_jax.checksums import CHECKSUMS
 from pflow_jax.data import Dataset, Description, Fingerprint, changes
-from pflow_jax.distributed import from_first, is_first
 
 INPUTS = "inputs.json"
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"  # of a workdir, see `workdir`
@@ -198,11 +196,16 @@ def _difference(model: ModelInput, folder: str) -> str | None:
 
 
 def digest_of_files(folder: str, step: int | None) -> str:
-  """Digest of the checksums of a checkpoint's files; "" where it has none, as in an object store."""
-  path = epath.Path(folder) / CHECKPOINTS / str(step) / CHECKSUMS
-  if foreign.is_remote(folder) or not path.exists():
-    return ""
-  return _digest(foreign.read_json(path))
+  """Digest of the checksums of a checkpoint's files; "" where it has none.
+
+  In an object store, where there are no checksums, of names and sizes: those of data are drawn anew at every save.
+  """
+  path = epath.Path(folder) / CHECKPOINTS / str(step)
+  if foreign.is_remote(folder):
+    files = sorted(path.rglob("*")) if path.exists() else []
+    sizes = {str(file.relative_to(path)): file.stat().length for file in files if not file.is_dir()}
+    return _digest(sizes) if sizes else ""
+  return _digest(foreign.read_json(path / CHECKSUMS)) if (path / CHECKSUMS).exists() else ""
 
 
 def digest_of_parameters(folder: str, step: int | None, which: str) -> str:
@@ -236,26 +239,6 @@ def _block(name: str, leaf: Stored) -> tuple[slice, ...]:
 
 def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def agreed(compute: Callable[[], Inputs]) -> Inputs:
-  """What `compute` returns in the first process, which alone calls it; its errors are those of all."""
-  if jax.process_count() == 1:
-    return compute()
-  answer: dict[str, Any] = {}
-  if is_first():
-    try:
-      answer = {"inputs": dataclasses.asdict(compute())}
-    except ValueError as error:
-      answer = {"mistake": str(error)}
-    except (OSError, RuntimeError) as error:
-      answer = {"failure": str(error)}
-  text = json.dumps(answer).encode()
-  size = int(from_first(np.asarray(len(text))))
-  answer = json.loads(bytes(from_first(np.frombuffer(text.ljust(size)[:size], np.uint8))))
-  if "inputs" not in answer:
-    raise ValueError(answer["mistake"]) if "mistake" in answer else RuntimeError(answer["failure"])
-  return foreign.parse_json(json.dumps(answer["inputs"]), Inputs, where=INPUTS)
 
 
 def paths_of_data(options: Mapping[str, Any]) -> Iterator[str]:

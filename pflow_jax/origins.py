@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pflow_jax import data, workdir
+from pflow_jax import data, foreign, workdir
 from pflow_jax.checkpoint import load_params, params_shapes
+from pflow_jax.distributed import agreed
 from pflow_jax.inputs import (
+  INPUTS,
   DataInput,
   Inputs,
   ModelInput,
   absolute_path,
-  agreed,
   digest_of_files,
   digest_of_parameters,
   read_inputs,
@@ -86,7 +88,8 @@ def inputs_of(
     description = data.Description.of(dataset, workdir.as_plain(config)["data"])
     return Inputs(DataInput(description, data.fingerprint(dataset)), models)
 
-  return agreed(compute)
+  told = agreed(lambda: json.dumps(dataclasses.asdict(compute())))
+  return foreign.parse_json(told, Inputs, where=INPUTS)
 
 
 def use_teacher(config: ConfigDict, folder: str | os.PathLike | None) -> None:

@@ -145,10 +145,15 @@ def _guided(experiment: Experiment, params: Any, strength: float | None) -> Velo
   velocity, null_cond = experiment.velocity(params), experiment.dataset.null_cond
   if strength is None or strength == 1:
     return velocity
-  if not (isinstance(experiment.objective, FlowMatching) and experiment.objective.cond_dropout) or null_cond is None:
+  if not (isinstance(experiment.objective, FlowMatching) and experiment.objective.cond_dropout):
     raise ValueError(
       f"config.sample.guidance: {strength} needs a model that was trained with the empty condition too "
       "(objective.cond_dropout above 0)"
+    )
+  if null_cond is None:
+    raise ValueError(
+      f"config.sample.guidance: {strength} needs the empty prompt's embedding, which {experiment.dataset.name} lacks; "
+      "write it again with `pflow cache`"
     )
   return guided(velocity, null_cond, scale=strength)
 
@@ -335,6 +340,9 @@ def sample(
   out = checked_file(f"{folder}/samples/seed{seed}" if out is None else out, ending=".png")
   use_teacher(config, teacher)
   experiment = build(config, run=folder)
+  if settings.guidance is not None and experiment.dataset.embedding is not None:
+    # What a run carries of its data has no empty prompt.
+    experiment = build(config, dataset=call(data.load, "data", config.data), run=folder)
   numbers = evaluations(experiment, settings)
   check_room(experiment.dataset, num, 1 + len(numbers), "num")
   layout = layout_of(config)

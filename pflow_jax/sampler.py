@@ -125,12 +125,13 @@ def sample_student(
 def _stops(nfe: int, final_scale: float, shift: float, h: float, dtype) -> tuple[Any, ...]:
   """Of every segment t, t_next and the share m, see `flow_map_sde_target`, and where its rollout starts and ends, r.
 
-  NumPy's, in `dtype`, by the steps of the PyTorch release's pipelines, which keep 1000 t: a segment of 64 substeps may
-  come out a hair longer and, where they are rounded up, be one of 65.
+  In `dtype`, NumPy's where `shift` is known, by the steps of the PyTorch release's pipelines, which keep 1000 t: a
+  segment of 64 substeps may come out a hair longer and, where they are rounded up, be one of 65.
   """
+  xp: Any = jnp if isinstance(shift, jax.core.Tracer) else np
   t = shift_time(segment_grid(nfe, final_scale).astype(dtype), shift)
-  t_dst, m = flow_map_sde_target(t[:-1], t[1:], h, np)
-  r, r_dst = (np.minimum(unshift_time(a * 1000 / 1000, shift), 1) for a in (t[:-1], t_dst))
+  t_dst, m = flow_map_sde_target(t[:-1], t[1:], h, xp)
+  r, r_dst = (xp.minimum(unshift_time(a * 1000 / 1000, shift), 1) for a in (t[:-1], t_dst))
   return t[:-1], t[1:], m, r, r_dst
 
 

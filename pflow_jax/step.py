@@ -201,8 +201,8 @@ class Program:
     arguments, have = bytes_of_device((self.state, self.frozen, self.batch)), None
     if devices[0].platform == "cpu":  # whose devices share the machine's memory
       arguments *= len(devices)
-    else:
-      have = (devices[0].memory_stats() or {}).get("bytes_limit")
+    elif (have := (devices[0].memory_stats() or {}).get("bytes_limit")) is None:
+      return  # a device that does not tell
     advice = "make the network or the batch smaller, or split it over more devices (config.mesh.fsdp)"
     foreign.check_memory("config.model: what is trained, the teacher and a batch", arguments, advice, have=have)
 

@@ -90,6 +90,8 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   try:
     found = path.exists()
   except (OSError, ValueError) as error:  # a name that is too long, a folder that cannot be read
+    if foreign.may_pass(error):
+      raise
     raise ValueError(f"{foreign.shown(str(path))}: cannot be looked at ({error})") from error
   if not found:
     raise ValueError(

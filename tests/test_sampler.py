@@ -203,6 +203,13 @@ def test_evaluations_are_a_loop():
   assert len(traced) <= 2
 
 
+def test_the_shift_may_be_an_argument_of_a_compiled_function(golden):
+  file = golden("sample_GM_temp1.0")
+  student, noise = toy_student(toy_params(file), "GM", eps=1e-4), channels_last(file["in_noise"])
+  draw = lambda shift: sampler.sample_student(student, noise, None, nfe=2, shift=shift)
+  assert_close(jax.jit(draw)(3.2), draw(3.2), rtol=1e-6)
+
+
 def test_auto_temperature():
   np.testing.assert_allclose([auto_temperature(n) for n in (1, 2, 4, 20)], [0.0, 0.1, 0.3, 1.0])
 

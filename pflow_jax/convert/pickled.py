@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pflow_jax.convert.places import DTYPES, NEEDS_TORCH, Place, Tensors, checked_names
-from pflow_jax.foreign import in_bytes, regular_file, shown
+from pflow_jax.foreign import in_bytes, may_pass, regular_file, shown
 
 MAX_PICKLE = 4 * 2**20  # bytes of the pickle in a file, without the tensors' data: some 20,000 tensors
 _PICKLE = "data.pkl"
@@ -58,6 +58,8 @@ def _reading(file: pathlib.Path) -> Iterator[None]:
     asked = re.search(r"GLOBAL (\S+)", str(error))
     raise ValueError(_refusal(file, asked[1] if asked else "")) from error
   except Exception as error:
+    if isinstance(error, OSError) and may_pass(error):
+      raise
     reason = " ".join(str(error).split()) or type(error).__name__
     raise ValueError(f"{file} cannot be read: {shown(reason, 200)}; bring it anew") from error
 
