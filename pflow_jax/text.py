@@ -158,7 +158,8 @@ class FluxEncoder(Encoder):
 
   def _encode(self, prompts: list[str]) -> dict[str, np.ndarray]:
     clip, t5 = self._networks
-    lengths = self._tokenizers[0].model_max_length, self.max_length
+    # CLIP has no more positions, whatever its tokenizer says.
+    lengths = min(self._tokenizers[0].model_max_length, clip.config.max_position_embeddings), self.max_length
     tokens = [
       tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
       for tokenizer, length in zip(self._tokenizers, lengths, strict=True)

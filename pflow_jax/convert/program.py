@@ -378,7 +378,7 @@ def _data_of(config: ConfigDict) -> dict[str, Any]:
 def _sums(checkpoints: str, step: int | None) -> str:
   """What tells a checkpoint from another of the same step."""
   path = epath.Path(checkpoints) / str(step) / CHECKSUMS
-  return path.read_text() if path.exists() else ""
+  return foreign.read_text(path, foreign.MAX_JSON) if path.exists() else ""
 
 
 # ---- Both ----

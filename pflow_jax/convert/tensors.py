@@ -14,7 +14,7 @@ from typing import Any
 
 from pflow_jax.convert.pickled import open_pickled
 from pflow_jax.convert.places import DTYPES, NEEDS_TORCH, Place, Tensors, checked_names
-from pflow_jax.foreign import MAX_JSON, in_bytes, parse_json, read_json, regular_file, shown
+from pflow_jax.foreign import MAX_JSON, in_bytes, is_there, parse_json, read_json, regular_file, shown
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -76,7 +76,7 @@ def _open_shards(folder: pathlib.Path) -> Tensors:
     raise ValueError(
       f"{index}: expected names of files in this folder, got {shown(outside, 300)}; do not trust this folder"
     )
-  missing = [name for name in files if not (folder / name).exists()]
+  missing = [name for name in files if not is_there(folder / name)]
   if missing:
     raise ValueError(f"{index} names files that are not there: {shown(missing, 300)}; bring them, or the folder anew")
   shards = {name: open_safetensors(folder / name) for name in files}

@@ -44,7 +44,7 @@ def build_once(patch: pytest.MonkeyPatch) -> None:
     original, built = getattr(module, name), {}
 
     def build(config: Any, *arguments: Any, **options: Any) -> Any:
-      key = f"{config}{sorted(options)}"
+      key = f"{config}{sorted(options.items())}"  # the rest is made of these
       if key not in built:
         built[key] = original(config, *arguments, **options)
       return built[key]
