@@ -189,9 +189,10 @@ def test_sweep_compares_sizes_and_names_those_that_do_not_fit(verdicts):
   assert [report["mesh"]["fsdp"] for report in reports] == [1, 2, 4, 8]
   assert "splits 20 in 8 parts" in reports[-1]["refused"]
   table = as_table(reports).splitlines()
-  assert len(table) == 5
-  assert "no" in table[-2].split()
-  assert "refused" in table[-1]
+  assert len(table) == 6
+  assert "no" in table[-3].split()
+  assert "refused" in table[-2]
+  assert "overestimated" in table[-1]
 
 
 def test_what_is_known_not_to_fit_is_not_compiled(compiler, monkeypatch):
@@ -205,8 +206,8 @@ def test_what_is_known_not_to_fit_is_not_compiled(compiler, monkeypatch):
 
 def test_a_batch_that_no_device_holds_is_refused(no_compiler):
   values = config()
-  values.train.batch_size = 8 * 10**7
-  with pytest.raises(ValueError, match=r"batch_size: a device's part of 80000000 examples: takes .*, a device has 15"):
+  values.train.batch_size = 8 * 10**8
+  with pytest.raises(ValueError, match=r"batch_size: a device's part of 800000000 examples: takes .*, a device has 15"):
     plan.plan(values, V5E)
   with pytest.raises(ValueError, match=r"--slices: .* at most 100,000 chips in all, got 1000000000 slices"):
     plan.Slice("v5e-8", 10**9)
