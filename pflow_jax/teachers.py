@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from pflow_jax import data, guidance, workdir
+from pflow_jax.foreign import shown
 from pflow_jax.inputs import Inputs, is_run, locate, paths_of_data, read_inputs
 from pflow_jax.networks import VELOCITIES, Network, make_network, module_defaults, velocity_of
 from pflow_jax.origins import Saved, inputs_of, use_teacher
@@ -194,7 +195,7 @@ def _find(
     is_velocity = config.policy.kind in VELOCITIES
     if not is_velocity and own.policy.get("kind") != "velocity":
       raise ValueError(
-        f"config.teacher.workdir: {folder} holds a {own.policy.get('kind')}; a policy's output layer starts from that "
+        f"config.teacher.workdir: {folder} holds a {shown(own.policy.get('kind'))}; a policy's output layer starts from that "
         "of a teacher with policy.kind='velocity'"
       )
     sections = ("model", "policy") if is_velocity else ("model",)

@@ -19,6 +19,7 @@ from pflow_jax.convert.models import Model, flat_shapes, model_of_run
 from pflow_jax.convert.places import Tensors
 from pflow_jax.convert.runs import check_leaves, read_run
 from pflow_jax.convert.table import Row, is_lora, lora_rows, torch_shapes_of
+from pflow_jax.foreign import shown
 from pflow_jax.integrate import NEWEST
 from pflow_jax.networks import module_defaults
 from pflow_jax.teachers import which_of
@@ -100,7 +101,9 @@ def base_of(folder: str, model: Model) -> Model:
   """
   config = read_run(folder)
   if config.policy.kind != "velocity":
-    raise ValueError(f"--base {folder} holds a {config.policy.kind}, expected a teacher, whose policy is 'velocity'")
+    raise ValueError(
+      f"--base {folder} holds a {shown(config.policy.kind)}, expected a teacher, whose policy is 'velocity'"
+    )
   shapes = flat_shapes(params_shapes(f"{folder}/{workdir.CHECKPOINTS}", which=which_of(config)))  # type: ignore[arg-type]
   teacher = model_of_run(workdir.as_plain(config), shapes)
   check_leaves(teacher, shapes, f"--base {folder}")
