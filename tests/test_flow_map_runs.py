@@ -410,5 +410,5 @@ def test_edm2_network_trains_and_stays_normalised(tmp_path):
     for path, leaf in leaves_of(trained).items():
       if path.endswith("mp_kernel"):
         np.testing.assert_allclose(np.sqrt(np.mean(leaf**2, tuple(range(leaf.ndim - 1)))), 1, atol=5e-3, err_msg=path)
-  with pytest.raises(ValueError, match="holds a denoiser"):
+  with pytest.raises(ValueError, match="holds a 'denoiser'"):
     build(quick("digits", "gmflow", tmp_path / "teacher"))
