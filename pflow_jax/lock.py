@@ -124,8 +124,8 @@ class Lock:
       if self._make() and not self._remote:
         return
     else:
-      if not self._force and self._is_alive(found):
-        raise self._refusal(found)
+      if not self._force and (alive := self._alive(found)):
+        raise self._refusal(alive)
       print(f"{self._folder}: taking over the lock of {_named(found.holder)}", flush=True)
       self._path.unlink(missing_ok=True)
       self._make()
@@ -166,9 +166,10 @@ class Lock:
     own |= {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "machine": _machine()}
     return json.dumps(own) + "\n"
 
-  def _is_alive(self, found: _Found) -> bool:
+  def _alive(self, found: _Found) -> _Found | None:
+    """The lock of a holder that is alive, as it was seen last."""
     if (runs := _runs(found)) is not None:
-      return runs
+      return found if runs else None
     who = _named(found.holder)
     print(f"{self._folder} is locked by {who}; waiting {PATIENCE:.0f} s for a sign of life", flush=True)
     end = time.monotonic() + PATIENCE
@@ -176,10 +177,10 @@ class Lock:
       time.sleep(SETTLE)
       now = _read(self._path)
       if now is None:
-        return False  # it has just ended
+        return None  # it has just ended
       if now.pulse != found.pulse:
-        return True
-    return False
+        return now
+    return None
 
   def _refusal(self, found: _Found | None) -> Exception:
     way = "wait until it has ended, or give another folder" + (f"; {self._hint}" if self._hint else "")
