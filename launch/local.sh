@@ -7,7 +7,8 @@
 # A run resumes from its workdir, so starting it again loses nothing but the steps since its last checkpoint.
 # Told to end (SIGTERM, SIGHUP, Ctrl-C), it has the run save first; a second Ctrl-C ends it at once.
 #
-# Codes: 0 done, 2 a mistake, 130 told to stop, 141 nobody reads what it prints; after any other it is started again.
+# Codes: 0 done, 2 what another try would only repeat, 130 told to stop, 141 nobody reads what it prints; after any other
+# it is started again.
 #
 # Settings of `train`, from the environment:
 #   PROCESSES=1   processes that train together; lines of all but process 0 begin with the process's number
@@ -127,7 +128,7 @@ train() {
     attempt "$@" || code=$?
     # Told to stop before it could listen, a process dies of the signal.
     if ((stopped && code != 0 && code != 2)); then code=130; fi
-    # 2 is a mistake that another try would only repeat, 130 a run that was told to stop, 141 one whose reader went away.
+    # 2 is what another try would only repeat, 130 a run that was told to stop, 141 one whose reader went away.
     if ((code == 0 || code == 2 || code == 130 || code == 141 || tries >= restarts)); then exit "$code"; fi
     tries=$((tries + 1))
     say "training ended with code $code; restart $tries of $restarts"

@@ -1,8 +1,9 @@
 """The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, cache.
 
-Exit codes: 0 done; 2 a mistake in the flags, the config or the files, which another try would only repeat; 130 stopped
-from the keyboard or told to stop; 1 anything else, which another try may mend (launch/local.sh starts such a run
-again): memory, storage, other processes, and what nobody has thought of. All but 0 come with one sentence on stderr.
+Exit codes: 0 done; 2 what another try would only repeat: a mistake in the flags, the config or the files, a workdir
+that another has taken over, or that takes nothing more of a run, which is saved elsewhere; 130 stopped from the
+keyboard or told to stop; 1 anything else, which another try may mend (launch/local.sh starts such a run again): memory,
+storage, other processes and machines, and what nobody has thought of. All but 0 come with one sentence on stderr.
 """
 
 from __future__ import annotations
@@ -62,11 +63,17 @@ def _train(argv: list[str]) -> None:
     define_join_flags(values)
 
   def train(values):
+    from pflow_jax.lock import TakenOver
     from pflow_jax.origins import use_teacher
+    from pflow_jax.rescue import Rescued
     from pflow_jax.train import train as run
 
     use_teacher(values.config, values.teacher)
-    state = run(values.config, values.workdir, force=values.force)
+    try:
+      state = run(values.config, values.workdir, force=values.force)
+    except (Rescued, TakenOver) as error:
+      # Another try would begin anew where nothing can be saved, or, with --force, take the workdir back.
+      raise ValueError(str(error)) from error
     if int(state.step) < values.config.train.steps:
       stop(f"stopped at step {int(state.step)}, which is saved; the same command resumes")
 

@@ -2,7 +2,8 @@
 
 The lock is a file in the folder, on whatever that lies (a disk, NFS, gs://), and no lock of the operating system, which
 few of these have for several machines. A holder on this machine is asked for by its process. Of one on another machine
-it is waited for whether it still beats: clocks of machines are not compared.
+it is waited for whether it still beats: clocks of machines are not compared. The same goes for a lock that is not the
+file that its holder made: in a copy of the folder it does not beat, through another mount of it it does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -26,7 +27,7 @@ from pflow_jax.folders import absolute, is_remote
 
 LOCK = "lock.json"
 BEAT = 15.0  # seconds between two signs of life
-PATIENCE = 60.0  # seconds without one after which a holder on another machine counts as dead
+PATIENCE = 60.0  # seconds without one after which a holder counts as dead, and without an answer, storage as lost
 SETTLE = 0.5  # seconds in which two that take a lock at once see each other
 
 _MOST = 2**16  # bytes of a lock that are looked at
@@ -40,6 +41,10 @@ class TakenOver(RuntimeError):
   """Another has taken the folder over."""
 
 
+class Busy(RuntimeError):
+  """Another holds the folder, of which only signs of life tell: by the next try it may have ended."""
+
+
 class Lock:
   """Holds a folder, which is made if need be, while the context lasts.
 
@@ -48,7 +53,7 @@ class Lock:
     force: take it over from whoever holds it.
     hint: how a user does that, for the refusal.
     active: False does nothing, for all processes of a program but the first.
-  Raises on entering: ValueError if another holds the folder, and is alive.
+  Raises on entering: ValueError if a process of this machine holds the folder; Busy if another gives signs of life.
   """
 
   def __init__(
@@ -59,13 +64,16 @@ class Lock:
     self._remote = is_remote(folder)
     self._token, self._beats = uuid.uuid4().hex, 0
     self._since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    self._lost: Exception | None = None
+    self._names = [str(self._path)]  # of its file, see `_Found`
+    self._lost: Exception | None = None  # what the last look that was answered has found
+    self._heard = 0.0  # when that was
     self._ended = threading.Event()
     self._heart: threading.Thread | None = None
 
   def __enter__(self) -> Lock:
     if self._active:
       self._acquire()
+      self._heard = time.monotonic()
       self._heart = threading.Thread(target=self._live, name="pflow lock", daemon=True)
       self._heart.start()
     return self
@@ -77,22 +85,25 @@ class Lock:
       return
     self._ended.set()
     self._heart.join(BEAT)
-    with contextlib.suppress(OSError, TakenOver):
-      self._look()
-      self._path.unlink()
+    with contextlib.suppress(Exception):  # what was to be written is; a lock that is left goes stale with its process
+      if self._look():
+        self._path.unlink()
 
   def refuse_early(self) -> None:
     """Raises what entering would where that can be told at once; before work that would be in vain."""
     found = _read(self._path) if self._active and not self._force else None
-    if found is not None and _is_of_here(found[0]) and _runs(found[0]):
-      raise ValueError(self._refusal(found[0]))
+    if found is not None and _runs(found):
+      raise self._refusal(found)
 
   def check(self) -> None:
-    """Raises Unwritable if the folder is not the one that was locked, TakenOver if it belongs to another by now."""
-    if self._active and not self._remote:
+    """Raises TakenOver if another has the folder by now, Unwritable if it is gone, or could not be read for long."""
+    if not self._active:
+      return
+    # A look into a bucket takes longer than a step: there `_live` does that, unless it was kept from it.
+    if not self._remote or self._is_silent():
       self._look()
-    elif self._lost is not None:
-      raise self._lost  # seen by `_live`: a look into a bucket takes longer than a step
+    if self._lost is not None:
+      raise self._lost
 
   @contextlib.contextmanager
   def writing(self) -> Iterator[None]:
@@ -113,23 +124,22 @@ class Lock:
       if self._make() and not self._remote:
         return
     else:
-      holder, pulse = found
-      if not self._force and self._is_alive(holder, pulse):
-        raise ValueError(self._refusal(holder))
-      print(f"{self._folder}: taking over the lock of {_named(holder)}", flush=True)
+      if not self._force and (alive := self._alive(found)):
+        raise self._refusal(alive)
+      print(f"{self._folder}: taking over the lock of {_named(found.holder)}", flush=True)
       self._path.unlink(missing_ok=True)
       self._make()
-      self._let_stop(holder)
+      self._let_stop(found)
     # Of several that have come so far the last one has it, and all see that.
     time.sleep(SETTLE)
-    holder, _ = _read(self._path) or ({}, None)
-    if holder.get("token") != self._token:
-      raise ValueError(self._refusal(holder))
+    found = _read(self._path)
+    if found is None or found.holder.get("token") != self._token:
+      raise self._refusal(found)
 
-  def _let_stop(self, holder: dict[str, Any]) -> None:
-    """Waits for one from whom the lock was taken by force: it sees that before it writes again, and still saves."""
-    end = time.monotonic() + (PATIENCE if self._force and holder.get("pid") != os.getpid() else 0)
-    while time.monotonic() < end and _is_of_here(holder) and _runs(holder):
+  def _let_stop(self, found: _Found) -> None:
+    """Waits for one from whom the lock was taken by force: it writes nothing new, but ends a save that is under way."""
+    end = time.monotonic() + (PATIENCE if self._force and found.holder.get("pid") != os.getpid() else 0)
+    while time.monotonic() < end and _runs(found):
       time.sleep(SETTLE)
 
   def _make(self) -> bool:
@@ -139,6 +149,7 @@ class Lock:
       return True
     try:
       with pathlib.Path(self._path).open("x") as file:
+        self._names = _names(self._path, os.fstat(file.fileno()))
         file.write(self._content())
     except FileExistsError:
       return False
@@ -149,71 +160,97 @@ class Lock:
       "token": self._token,
       "program": self._program,
       "since": self._since,
+      "file": self._names,
       "beats": f"{self._beats:09}",
     }
     own |= {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "machine": _machine()}
     return json.dumps(own) + "\n"
 
-  def _is_alive(self, holder: dict[str, Any], pulse: Any) -> bool:
-    if _is_of_here(holder):
-      return _runs(holder)
-    print(f"{self._folder} is locked by {_named(holder)}; waiting {PATIENCE:.0f} s for a sign of life", flush=True)
+  def _alive(self, found: _Found) -> _Found | None:
+    """The lock of a holder that is alive, as it was seen last."""
+    if (runs := _runs(found)) is not None:
+      return found if runs else None
+    who = _named(found.holder)
+    print(f"{self._folder} is locked by {who}; waiting {PATIENCE:.0f} s for a sign of life", flush=True)
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
       time.sleep(SETTLE)
       now = _read(self._path)
       if now is None:
-        return False  # it has just ended
-      if now[1] != pulse:
-        return True
-    return False
+        return None  # it has just ended
+      if now.pulse != found.pulse:
+        return now
+    return None
 
-  def _refusal(self, holder: dict[str, Any]) -> str:
+  def _refusal(self, found: _Found | None) -> Exception:
     way = "wait until it has ended, or give another folder" + (f"; {self._hint}" if self._hint else "")
-    return f"{self._folder} is being written by {_named(holder)}: {way}"
+    text = f"{self._folder} is being written by {_named(found.holder if found else {})}: {way}"
+    return ValueError(text) if found and _runs(found) else Busy(text)
 
-  def _look(self) -> None:
+  def _look(self) -> bool:
+    """Whether the folder is surely held; `_lost` is what speaks against it.
+
+    A look without an answer says nothing, until others, who saw no beat either, may take this holder for dead.
+    """
     try:
       found = _read(self._path)
-    except OSError as error:
-      raise Unwritable(f"{self._folder} cannot be read any more: {error}") from error
+    except Exception as error:  # stores have errors of their own
+      if self._is_silent():
+        self._lost = Unwritable(f"{self._folder} could not be read for {PATIENCE:.0f} s: {error}")
+      return False
+    self._heard = time.monotonic()
     if found is None:
-      raise Unwritable(f"{self._folder} was removed, emptied or unmounted while it was written to: {LOCK} is gone")
-    if found[0].get("token") != self._token:
-      raise TakenOver(f"{self._folder} was taken over by {_named(found[0])}; this process writes to it no more")
+      why = f"was removed, emptied or unmounted while it was written to: {LOCK} is gone"
+      self._lost = Unwritable(f"{self._folder} {why}")
+    elif found.holder.get("token") != self._token:
+      who = _named(found.holder)
+      self._lost = TakenOver(f"{self._folder} was taken over by {who}; this process writes to it no more")
+    else:
+      self._lost = None
+    return self._lost is None
+
+  def _is_silent(self) -> bool:
+    return time.monotonic() - self._heard > PATIENCE
 
   def _live(self) -> None:
     """Gives signs of life, and looks for those of others, in a thread."""
     while not self._ended.wait(BEAT):
-      try:
-        self._look()
-        self._beats += 1
-        if self._remote:
-          self._path.write_text(self._content())
-        else:
-          os.utime(self._path)  # needs no room on the disk
-        self._lost = None
-      except (Unwritable, TakenOver) as lost:
-        self._lost = lost
-      except Exception:  # of a store that does not answer for a while; who writes to it will say so
-        continue
+      with contextlib.suppress(Exception):  # of storage that takes nothing for a while: who writes to it will say so
+        if self._look() and not self._ended.is_set():  # a look may take until after the end, which removes the lock
+          self._beat()
+
+  def _beat(self) -> None:
+    self._beats += 1
+    if self._remote:
+      self._path.write_text(self._content())
+    else:
+      os.utime(self._path)  # needs no room on the disk
 
 
-def _read(path: epath.Path) -> tuple[dict[str, Any], Any] | None:
-  """What a lock says of its holder, and what changes with its beats; None if there is no lock.
+class _Found(NamedTuple):
+  """A lock: what it says of its holder, what changes with its beats, and the names of its file.
 
-  Of a file that is no lock nothing is known.
+  A file that moves on this machine keeps one of them, and a copy that lies elsewhere has none of them.
   """
+
+  holder: dict[str, Any]
+  pulse: Any
+  names: list[str]
+
+
+def _read(path: epath.Path) -> _Found | None:
+  """The lock, None if there is none; of a file that is no lock nothing is known."""
   try:
     if is_remote(path):
       content = path.read_bytes()
       pulse: Any = content
+      names = [str(path)]
     else:
       number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opened, NFS asks its server anew
       try:
         told = os.fstat(number)
         content = os.read(number, _MOST) if stat.S_ISREG(told.st_mode) else b""
-        pulse = (content, told.st_mtime_ns)
+        pulse, names = (content, told.st_mtime_ns), _names(path, told)
       finally:
         os.close(number)
   except (FileNotFoundError, NotADirectoryError):
@@ -222,7 +259,11 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], Any] | None:
     holder = json.loads(content)
   except (ValueError, RecursionError):
     holder = {}
-  return (holder if isinstance(holder, dict) else {}), pulse
+  return _Found(holder if isinstance(holder, dict) else {}, pulse, names)
+
+
+def _names(path: epath.Path, told: os.stat_result) -> list[str]:
+  return [str(path), f"device {told.st_dev}, file {told.st_ino}"]
 
 
 def _named(holder: dict[str, Any]) -> str:
@@ -232,15 +273,17 @@ def _named(holder: dict[str, Any]) -> str:
   return f"{program!r}, process {pid} on {host}, since {since}"
 
 
-def _is_of_here(holder: dict[str, Any]) -> bool:
-  """Whether the holder is a process of this machine, of which all is known."""
-  return holder.get("machine") == _machine() and type(holder.get("pid")) is int and holder["pid"] > 0
-
-
-def _runs(holder: dict[str, Any]) -> bool:
-  """Whether a process of this machine is still the one that took the lock."""
-  now, then = _started(holder["pid"]), holder.get("started")
-  return now is not None and (now == then or 0 in (now, then))
+def _runs(found: _Found) -> bool | None:
+  """Whether the process that took the lock still runs; None where that cannot be asked for, but beats tell."""
+  pid, then = found.holder.get("pid"), found.holder.get("started")
+  if found.holder.get("machine") != _machine() or type(pid) is not int or pid <= 0:
+    return None
+  now = _started(pid)
+  if now is None or (now != then and 0 not in (now, then)):
+    return False
+  # It may hold another folder, of which this one is a copy.
+  made = found.holder.get("file")
+  return True if isinstance(made, list) and any(name in made for name in found.names) else None
 
 
 def _machine() -> list[str]:

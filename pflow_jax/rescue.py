@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from pflow_jax import workdir
 from pflow_jax.checkpoint import Checkpointer
+from pflow_jax.inputs import Inputs
+from pflow_jax.lock import Unwritable
 from pflow_jax.state import TrainState
 from pflow_jax.writer import METRICS
 
@@ -22,16 +24,22 @@ RESCUE_DIR = "PFLOW_RESCUE_DIR"  # folder for such states; the system's temporar
 _ROOM = 1.1  # times the size of the arrays, for what goes with them
 
 
-def rescue(folder: str | os.PathLike, config: ConfigDict, state: TrainState) -> str:
-  """Saves a run's state, config and, if it can be read, log as a new workdir in another place, if there is room.
+class Rescued(OSError):
+  """A workdir takes nothing more, and the run is to be gone on with elsewhere: tried again, it would begin anew."""
+
+
+def rescue(
+  folder: str | os.PathLike, config: ConfigDict, inputs: Inputs, state: TrainState, cause: Unwritable
+) -> OSError:
+  """Saves a run's state, config, inputs and, if it can be read, log as a new workdir elsewhere, if there is room.
 
   Of a run of several processes, each of which has a part of the state and a disk of its own, nothing is saved.
 
-  Returns: one sentence for people: where it is and how to go on, or why it is not.
+  Returns: what the run ends with, `cause` and where it is and how to go on, Rescued, or why it is not saved.
   """
   step = int(state.step)
   if jax.process_count() > 1:
-    return f"the run goes on from the last checkpoint that is left, by the same command; step {step} is lost"
+    return OSError(f"{cause}; the same command goes on from the last checkpoint that is left; step {step} is lost")
   needed = int(_ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
   target = None
   try:
@@ -41,13 +49,15 @@ def rescue(folder: str | os.PathLike, config: ConfigDict, state: TrainState) -> 
       raise OSError(f"{base} has {free / 1e6:,.0f} MB left of {needed / 1e6:,.0f}")
     name = re.sub(r"\W+", "-", pathlib.Path(folder).name)[:40]
     target = tempfile.mkdtemp(prefix=f"pflow-rescue-{name}-", dir=base)
-    workdir.claim(target, config)
-    with contextlib.suppress(OSError):
+    workdir.claim(target, config, inputs)
+    with contextlib.suppress(Exception):
       pathlib.Path(target, METRICS).write_bytes((epath.Path(folder) / METRICS).read_bytes())
     with Checkpointer(f"{target}/{workdir.CHECKPOINTS}") as checkpointer:
       checkpointer.save(step, state)
-  except OSError as error:
+  except Exception as error:  # libraries have their own; what made the run end is said in any case
     if target is not None:
       shutil.rmtree(target, ignore_errors=True)
-    return f"step {step} could not be saved elsewhere either ({error}); {RESCUE_DIR} names another folder for that"
-  return f"step {step} is saved in {target}: go on with --workdir={target}, or copy that back to {folder}"
+    why = f"step {step} could not be saved elsewhere either ({error}); {RESCUE_DIR} names another folder for that"
+    return OSError(f"{cause}; {why}")
+  way = f"go on with --workdir={target}, or copy that back to {folder}"
+  return Rescued(f"{cause}; step {step} is saved in {target}: {way}")

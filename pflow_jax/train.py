@@ -41,7 +41,8 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
     force: take a workdir over in which another process trains.
   Returns: the final state, or the one saved when SIGTERM, SIGHUP or Ctrl-C came.
   Raises: ValueError for a config or a folder that does not fit; FloatingPointError when updates stay non-finite;
-    OSError when the folder takes nothing more, its message tells what was saved elsewhere (see `rescue`).
+    OSError when the folder takes nothing more, Rescued if the state is saved elsewhere, as its message tells; TakenOver
+    when another has taken the folder; Busy when another holds it that may have ended by the next try.
   """
   folder = checked_folder(folder)
   check_sections(config, SECTIONS, required=("data", "model", "policy", "objective"))
@@ -136,7 +137,7 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
           if is_first() and checkpointer.latest_step() is None:
             raise OSError("the checkpoint that was saved last is gone")
     except Unwritable as error:
-      raise OSError(f"{error}; {rescue(folder, config, state)}") from error
+      raise rescue(folder, config, inputs, state, error) from error
   return state
 
 

@@ -1,6 +1,7 @@
 """Faults of a training in a real process: a second writer, a full disk, a folder that goes, a closed output."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pflow_jax.output import LOG
 from tests.programs import ROOT, command, environment, pflow
 from tests.test_processes import FLAGS, MINUTE, steps_logged, wait_for
 
+LOCAL = ("bash", "launch/local.sh", "train")
 ENDLESS = (*FLAGS, "--config.train.log_every=1", "--config.train.steps=1000000")
 
 
@@ -21,12 +23,12 @@ def start(tmp_path):
   """Starts `pflow train`; what it says of errors goes to a file. Whatever still runs at the end is killed."""
   children = []
 
-  def start(workdir, *flags, prefix=(), **options):
+  def start(workdir, *flags, prefix=(), program=(), **options):
     errors = tmp_path / f"errors{len(children)}"
-    args = [*prefix, *command("train", *ENDLESS, *flags, f"--workdir={workdir}")]
+    args = [*prefix, *(program or command("train")), *ENDLESS, *flags, f"--workdir={workdir}"]
     env = environment() | {"PFLOW_RESCUE_DIR": str(tmp_path / "rescue")}
     with errors.open("w") as stderr:
-      options = {"stdout": subprocess.DEVNULL} | options
+      options = {"stdout": subprocess.DEVNULL, "start_new_session": True} | options
       child = subprocess.Popen(args, stderr=stderr, cwd=ROOT, env=env, text=True, **options)
     child.errors = errors
     children.append(child)
@@ -35,7 +37,7 @@ def start(tmp_path):
   yield start
   for child in children:
     if child.poll() is None:
-      child.kill()
+      os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
@@ -62,7 +64,7 @@ def test_a_closed_output_two_writers_and_a_hang_up(start, tmp_path):
   wait_for(lambda: len(steps_logged(workdir)) > rows)
   forced = start(workdir, "--force")
   code, sentence = ended(first)
-  assert (code, f"was taken over by 'pflow train', process {forced.pid} on " in sentence) == (1, True)
+  assert (code, f"was taken over by 'pflow train', process {forced.pid} on " in sentence) == (2, True)
   taken = max(steps_logged(workdir))
   wait_for(lambda: forced.poll() is not None or max(steps_logged(workdir), default=0) > taken + 1)
   forced.send_signal(signal.SIGHUP)
@@ -85,7 +87,7 @@ def test_a_full_disk_and_a_folder_that_goes(start, tmp_path):
   wait_for(lambda: newest_step(moved / "checkpoints") is not None and len(steps_logged(moved)) > 4)
   moved.rename(tmp_path / "elsewhere")
   code, sentence = ended(mover)
-  assert code == 1
+  assert code == 2
   assert re.search(f"{moved}.*(was removed, emptied or unmounted|No such file)", sentence)
   (rescued,) = (tmp_path / "rescue").glob("*moved*")
   step = int(re.search(f"step (\\d+) is saved in {rescued}: go on with --workdir={rescued}", sentence)[1])
@@ -99,3 +101,42 @@ def test_a_full_disk_and_a_folder_that_goes(start, tmp_path):
   assert newest_step(full / "checkpoints") is None
   assert "Traceback" in (full / LOG).read_text()
   assert not (full / LOCK).exists()
+
+
+def test_a_launcher_does_not_start_again_what_was_taken_over_or_saved_elsewhere(start, tmp_path):
+  """It would take the workdir back; train from the first step where a disk was mounted, or save a copy at each try."""
+  taken, moved = tmp_path / "taken", tmp_path / "moved"
+  holder, mover = start(taken, "--force", program=LOCAL), start(moved, program=LOCAL)
+  wait_for(lambda: len(steps_logged(taken)) > 4 and newest_step(moved / "checkpoints") is not None)
+  moved.rename(tmp_path / "elsewhere")
+  forced = start(taken, "--force")
+  code, sentence = ended(holder)
+  assert (code, f"was taken over by 'pflow train', process {forced.pid} on " in sentence) == (2, True)
+  code, sentence = ended(mover)
+  assert (code, "go on with --workdir=" in sentence) == (2, True)
+  assert "restart" not in holder.errors.read_text() + mover.errors.read_text()
+  assert not (moved / "config.json").exists()
+  assert len(list((tmp_path / "rescue").iterdir())) == 1
+  rows = len(steps_logged(taken))
+  wait_for(lambda: len(steps_logged(taken)) > rows)
+  forced.send_signal(signal.SIGTERM)
+  assert ended(forced)[0] == 130
+
+
+def test_a_launcher_tries_again_while_one_on_another_machine_gives_signs_of_life(start, tmp_path):
+  """As a preempted one does, whose job is started anew elsewhere, until its last save is complete."""
+  lock = tmp_path / "run" / LOCK
+  lock.parent.mkdir()
+  lock.write_text(json.dumps({"machine": ["elsewhere"], "host": "elsewhere", "pid": 1, "program": "pflow train"}))
+  local = start(lock.parent, program=LOCAL)
+
+  def refused():
+    os.utime(lock)
+    return "restart 1 of 3" in local.errors.read_text()
+
+  wait_for(refused)
+  lock.unlink()
+  wait_for(lambda: len(steps_logged(lock.parent)) > 4)
+  local.send_signal(signal.SIGTERM)
+  assert local.wait(MINUTE) == 130
+  assert "is being written by 'pflow train', process 1 on elsewhere" in local.errors.read_text()

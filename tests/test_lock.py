@@ -1,5 +1,6 @@
 """One writer to a folder: who is refused, what is stale, and what a holder sees when its folder is gone."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from etils import epath
 
 from pflow_jax import lock as module
-from pflow_jax.lock import LOCK, Lock, TakenOver, Unwritable
+from pflow_jax.lock import LOCK, Busy, Lock, TakenOver, Unwritable
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +28,13 @@ def written(folder, **changes):
   with Lock(folder, "pflow train") as lock:
     own = json.loads(lock._content())
   folder.mkdir(exist_ok=True)
-  (folder / LOCK).write_text(json.dumps(own | {"token": "another"} | changes))
+  (folder / LOCK).touch()
+  own |= {"token": "another", "file": module._names(folder / LOCK, os.stat(folder / LOCK))}
+  (folder / LOCK).write_text(json.dumps(own | changes))
 
 
-def refused(folder, **options):
-  with pytest.raises(ValueError, match="is being written by") as error:
+def refused(folder, kind=ValueError, **options):
+  with pytest.raises(kind, match="is being written by") as error:
     Lock(folder, "pflow train", **options).__enter__()
   return str(error.value)
 
@@ -86,13 +89,41 @@ def test_of_another_machine_a_sign_of_life_is_waited_for(tmp_path, capsys):
     with Lock(tmp_path, "pflow train"):
       pass
     written(tmp_path, machine=machine, pid=os.getpid())
-    os.utime(tmp_path / LOCK, (0, 0))
-    beats = threading.Timer(0.1, lambda: os.utime(tmp_path / LOCK, (1, 1)))
-    beats.start()
-    refused(tmp_path)
-    beats.join()
-    (tmp_path / LOCK).unlink()
+    refused_by_one_that_beats(tmp_path)
   assert "waiting 0 s for a sign of life" in capsys.readouterr().out
+
+
+def refused_by_one_that_beats(folder):
+  os.utime(folder / LOCK, (0, 0))
+  beats = threading.Timer(0.1, lambda: os.utime(folder / LOCK, (1, 1)))
+  beats.start()
+  refused(folder, Busy)  # another try may find that it has ended, as one that is preempted does after its last save
+  beats.join()
+  (folder / LOCK).unlink()
+
+
+def test_a_copy_of_a_folder_is_not_held_by_who_holds_the_folder(tmp_path):
+  with Lock(tmp_path / "a", "pflow train") as lock:
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    Lock(tmp_path / "b", "pflow train").refuse_early()
+    with Lock(tmp_path / "b", "pflow train") as other:
+      other.check()
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    with Lock(tmp_path / "c", "pflow train", force=True) as other:
+      other.check()
+    lock.check()
+    (tmp_path / "a").rename(tmp_path / "renamed")
+    refused(tmp_path / "renamed")
+
+
+def test_a_folder_that_another_mount_shows_is_held_by_who_beats(tmp_path):
+  """There the lock may be another file by number, on the holder's own machine."""
+  for made in (["elsewhere", "device 1, file 2"], None, 3, {}):
+    written(tmp_path, file=made)
+    Lock(tmp_path, "pflow train").refuse_early()
+    refused_by_one_that_beats(tmp_path)
+  written(tmp_path, file=[str(tmp_path / LOCK), "device 1, file 2"])  # of storage that numbers files as it likes
+  refused(tmp_path)
 
 
 def test_a_holder_gives_signs_of_life(tmp_path):
@@ -144,7 +175,8 @@ def test_of_many_that_find_a_stale_lock_at_once_one_has_it(tmp_path, monkeypatch
         lock.check()
         held.append(lock)
         time.sleep(1)
-    except ValueError as error:
+    # Busy while another writes it; TakenOver, before any write, by one that had still seen the stale one.
+    except (ValueError, Busy, TakenOver) as error:
       refusals.append(str(error))
 
   threads = [threading.Thread(target=take) for _ in range(8)]
@@ -174,6 +206,85 @@ def test_a_folder_that_is_gone_is_noticed_before_the_next_write(tmp_path, end):
   assert not (folder / LOCK).exists()
 
 
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request, tmp_path):
+  return tmp_path / "run" if request.param == "disk" else request.getfixturevalue("bucket")
+
+
+class StoreError(Exception):
+  """As libraries of object stores raise them."""
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ETIMEDOUT, "Connection timed out"), StoreError("503")])
+def test_a_look_that_is_not_answered_says_nothing_until_all_have_been_for_long(folder, error, monkeypatch):
+  failed = []
+
+  def fail(path):
+    failed.append(path)
+    raise error
+
+  with Lock(folder, "pflow train") as lock:
+    with monkeypatch.context() as patch:
+      patch.setattr(module, "PATIENCE", 3600)
+      patch.setattr(module, "_read", fail)
+      wait_for(lambda: len(failed) > 2)
+      with lock.writing():
+        pass
+    with monkeypatch.context() as patch:
+      patch.setattr(module, "_read", fail)
+      wait_for(lambda: lock._lost)
+      with pytest.raises(Unwritable, match=f"{folder} could not be read for 0 s: .*(timed out|503)"), lock.writing():
+        pass
+    wait_for(lambda: lock._lost is None)
+    with lock.writing():
+      pass
+  assert not (epath.Path(folder) / LOCK).exists()
+
+
+def test_who_was_kept_from_looking_looks_before_it_gives_up(bucket):
+  with Lock(bucket, "pflow train") as lock:
+    stop(lock)
+    time.sleep(module.PATIENCE)
+    lock.check()
+    (epath.Path(bucket) / LOCK).unlink()
+    lock.check()
+    time.sleep(module.PATIENCE)
+    with pytest.raises(Unwritable, match="is gone"):
+      lock.check()
+
+
+def stop(lock):
+  lock._ended.set()
+  lock._heart.join()
+
+
+def test_a_lock_that_cannot_be_removed_does_not_fail_what_is_done(folder, monkeypatch):
+  def unlink(path, missing_ok=False):
+    raise StoreError("503")
+
+  with Lock(folder, "pflow train") as lock:
+    monkeypatch.setattr(type(lock._path), "unlink", unlink)
+
+
+def test_a_beat_that_hangs_until_after_the_end_leaves_no_lock(bucket, monkeypatch):
+  read, began, goes_on = module._read, threading.Event(), threading.Event()
+
+  def hang(path):
+    found = read(path)
+    if threading.current_thread() is not threading.main_thread():
+      began.set()
+      goes_on.wait(30)
+    return found
+
+  with Lock(bucket, "pflow train") as lock:
+    monkeypatch.setattr(module, "_read", hang)
+    assert began.wait(30)
+  assert not lock._path.exists()
+  goes_on.set()
+  lock._heart.join(30)
+  assert not lock._path.exists()
+
+
 def test_what_storage_refuses_names_the_folder(tmp_path):
   with Lock(tmp_path, "pflow train") as lock:
     with pytest.raises(Unwritable, match=f"{tmp_path} cannot be written: .*No space left"), lock.writing():
@@ -195,6 +306,11 @@ def test_in_an_object_store(bucket):
       with pytest.raises(TakenOver), lock.writing():
         pass
   assert not path.exists()
+  with Lock(bucket, "pflow train"):
+    epath.Path("gs://bucket/copy").mkdir()
+    path.copy("gs://bucket/copy/lock.json")
+    with Lock("gs://bucket/copy", "pflow train") as other:
+      other.check()
   with Lock(bucket, "pflow train") as lock:
     path.unlink()
     wait_for(lambda: lock._lost)

@@ -15,8 +15,9 @@ import pytest
 
 from pflow_jax import optim
 from pflow_jax.checkpoint import Checkpointer, load_params, newest_step
-from pflow_jax.lock import LOCK
-from pflow_jax.rescue import rescue
+from pflow_jax.inputs import INPUTS
+from pflow_jax.lock import LOCK, Unwritable
+from pflow_jax.rescue import Rescued, rescue
 from pflow_jax.state import create_state
 from pflow_jax.step import Step
 from pflow_jax.train import Interruption, Meter, TrainSettings, train
@@ -284,7 +285,7 @@ def test_a_state_that_its_workdir_takes_no_more_is_saved_elsewhere_and_goes_on_e
     return save(self, step, *args, **kwargs)
 
   monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-  with pytest.raises(OSError, match="No space left on device; step 4 is saved in ") as error:
+  with pytest.raises(Rescued, match="No space left on device; step 4 is saved in ") as error:
     train(config, tmp_path / "run [1]")
   (rescued,) = (tmp_path / "rescue").iterdir()
   assert f"go on with --workdir={rescued}, or copy that back to {tmp_path}/run [1]" in str(error.value)
@@ -292,11 +293,12 @@ def test_a_state_that_its_workdir_takes_no_more_is_saved_elsewhere_and_goes_on_e
   assert not (tmp_path / "run [1]" / LOCK).exists()
   monkeypatch.setattr(ocp.CheckpointManager, "save", save)
   assert newest_step(rescued / "checkpoints") == 4
-  assert (rescued / "metrics.jsonl").read_bytes() == (tmp_path / "run [1]" / "metrics.jsonl").read_bytes() != b""
+  for name in ("metrics.jsonl", INPUTS):
+    assert (rescued / name).read_bytes() == (tmp_path / "run [1]" / name).read_bytes() != b""
   assert same(whole, train(config, rescued))
 
 
-@pytest.mark.parametrize("why", ["no room", "no folder", "several processes"])
+@pytest.mark.parametrize("why", ["no room", "no folder", "several processes", "a library"])
 def test_what_cannot_be_saved_elsewhere_either_is_said(tmp_path, monkeypatch, why):
   state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
   (tmp_path / "file").touch()
@@ -305,10 +307,25 @@ def test_what_cannot_be_saved_elsewhere_either_is_said(tmp_path, monkeypatch, wh
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1))
   if why == "several processes":
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-  sentence = rescue(tmp_path / "run", quick("checkerboard", "teacher"), state)
-  expected = {"no room": "has 0 MB left of 0", "no folder": "Not a directory", "several processes": "step 0 is lost"}
-  assert expected[why] in sentence
+  if why == "a library":
+    monkeypatch.setattr(ocp.CheckpointManager, "save", failing)
+  error = rescue(tmp_path / "run", quick("checkerboard", "teacher"), None, state, Unwritable("the disk is full"))
+  expected = {
+    "no room": "has 0 MB left of 0",
+    "no folder": "Not a directory",
+    "several processes": "step 0 is lost",
+    "a library": "could not be saved elsewhere either (of Orbax)",
+  }
+  assert (type(error), str(error).startswith("the disk is full; "), expected[why] in str(error)) == (
+    OSError,
+    True,
+    True,
+  )
   assert not list(tmp_path.rglob("config.json"))
+
+
+def failing(*args, **kwargs):
+  raise RuntimeError("of Orbax")
 
 
 @pytest.mark.usefixtures("float32")
