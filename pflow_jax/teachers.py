@@ -195,8 +195,8 @@ def _find(
     is_velocity = config.policy.kind in VELOCITIES
     if not is_velocity and own.policy.get("kind") != "velocity":
       raise ValueError(
-        f"config.teacher.workdir: {folder} holds a {shown(own.policy.get('kind'))}; a policy's output layer starts from "
-        "that of a teacher with policy.kind='velocity'"
+        f"config.teacher.workdir: {folder} holds a {shown(own.policy.get('kind'))}; a policy's output layer starts "
+        "from that of a teacher with policy.kind='velocity'"
       )
     sections = ("model", "policy") if is_velocity else ("model",)
     # A run that has been trained passed this; what describes its data has no empty prompt.
