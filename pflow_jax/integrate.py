@@ -11,8 +11,8 @@ import numpy as np
 from pflow_jax.policies.base import Array, Policy, check_range
 from pflow_jax.schedule import shift_time
 
-RELEASES = {"piflow-0.1": jnp.round, "lakonlab-0.2": jnp.ceil}
-"""Versions of the PyTorch release of π-Flow, and how each makes a whole number of a stretch's substeps."""
+RELEASES = {"piflow-0.1": False, "lakonlab-0.2": True}
+"""Versions of the PyTorch release of π-Flow, and whether it rounds the number of a stretch's substeps up."""
 
 NEWEST = "lakonlab-0.2"
 
@@ -138,11 +138,12 @@ def _end(policy, x, r_start, r_end, shift, substeps, method, max_length, start=N
     few = int(most / 2) + 1 if window else bound
     steps = max(math.ceil(most / SAVING - 1e-6), min(few, FEWEST))
     return _multistep(policy, x, r_start, r_end, shift, steps, 3, start)
-  rounding = RELEASES.get(method, jnp.round)
-  if rounding is jnp.ceil:
+  rounds_up = RELEASES.get(method, False)
+  if rounds_up:
     # In float32 the difference of two times may exceed the length that it stands for, and be one step more.
     bound = min(math.floor(most + 1e-6 * substeps) + 1, substeps)
-  count = jnp.clip(rounding((r_start - r_end) * substeps), 1, bound)
+  length = (r_start - r_end) * substeps
+  count = jnp.clip(jnp.ceil(length) if rounds_up else jnp.round(length), 1, bound)
   return _euler(policy, x, r_start, r_end, shift, count, bound, start)
 
 
