@@ -1,4 +1,6 @@
-"""Why consistency models get worse with more steps and flow maps do not, on a Gaussian where all is known exactly.
+"""Of an error that is the same everywhere more steps make more in a consistency model, and not in a flow map.
+
+On a Gaussian, where all is known exactly.
 
     python benchmarks/consistency_steps.py [--plot docs/images/consistency_steps.png]
 
