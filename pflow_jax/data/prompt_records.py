@@ -96,6 +96,9 @@ MODELS = {
 MAX_LENGTHS = {"flux": 512, "qwen_image": 512, "minilm": 0}
 
 
+MAX_TOKENS = 2**15  # of a text, as many as Qwen2.5-VL has positions
+
+
 @dataclasses.dataclass(frozen=True)
 class Index:
   """What the records of a folder are.
@@ -114,6 +117,13 @@ class Index:
   num_records: PositiveInt
   shard_records: PositiveInt
   made: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if self.max_length > MAX_TOKENS or self.longest > max(self.max_length, 1):
+      raise ValueError(
+        f"expected max_length of up to {MAX_TOKENS} tokens and longest of no more, got {shown(self.max_length)} and "
+        f"{shown(self.longest)}"
+      )
 
   def as_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -196,7 +196,10 @@ def test_refusals(tmp_path):
     ({"fields": {"text_width": -1}}, "fields.text_width: .*got -1"),
     ({"fields": {"shape": [0]}}, "fields.shape.0: .*greater than 0, got 0"),
     ({"fields": {"text_width": 6, "masked": 1}}, "fields.masked: .*got 1"),
-    ({"longest": 10**12}, r"an embedding with texts of \(1000000000000,\) tokens: takes .* of memory"),
+    (
+      {"longest": 10**12},
+      r"expected max_length of up to 32768 tokens and longest of no more, got 16 and 1000000000000",
+    ),
     ({"longest": 3}, "expected texts of 0 to 3 tokens as in index.json, got"),
     ({"fields": {"text_width": 7, "masked": True, "shape": [4, 4, 2]}}, "record [0-9]+: [0-9]+ bytes cannot hold"),
     ({"extra": 1, "made": []}, "made: .*got \\[\\]"),

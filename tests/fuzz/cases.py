@@ -92,12 +92,12 @@ def check_cases(
 @contextlib.contextmanager
 def _little_memory() -> Iterator[None]:
   """Has the process end in a MemoryError that asks for more than MEMORY on top of what it has."""
-  before = resource.getrlimit(resource.RLIMIT_AS)
-  resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY, before[1]))
+  before = resource.getrlimit(resource.RLIMIT_DATA)  # what is allocated, without files that are mapped
+  resource.setrlimit(resource.RLIMIT_DATA, (psutil.Process().memory_info().data + MEMORY, before[1]))
   try:
     yield
   finally:
-    resource.setrlimit(resource.RLIMIT_AS, before)
+    resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
