@@ -21,6 +21,7 @@ class ArrayLeaf:
   array: np.ndarray
   stacked: bool
   fails_at: int = -1
+  error: Exception = dataclasses.field(default_factory=lambda: OSError("this tensor cannot be read"))
   layers: list = dataclasses.field(default_factory=list)
   parts: list = dataclasses.field(default_factory=list)
 
@@ -34,7 +35,7 @@ class ArrayLeaf:
 
   def layer(self, index):
     if index == self.fails_at:
-      raise ValueError("this tensor cannot be read")
+      raise self.error
     self.layers.append(index)
     return self.array if index is None else self.array[index].T.copy().T  # in another memory order
 
@@ -131,14 +132,14 @@ def test_devices_are_given_their_parts_and_no_more_is_read():
 
 
 def test_a_failure_leaves_no_checkpoint_and_is_said_once(tmp_path, caplog):
-  with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="this tensor cannot be read"):
+  with caplog.at_level(logging.ERROR), pytest.raises(OSError, match="this tensor cannot be read"):
     save_leaves(tmp_path, {"params": leaves(fails_at=1)})
   assert newest_step(tmp_path) is None
   assert not caplog.records
 
 
 def test_what_was_written_is_not_read_again(tmp_path):
-  with pytest.raises(ValueError, match="cannot be read"):
+  with pytest.raises(OSError, match="cannot be read"):
     save_leaves(tmp_path, {"params": leaves(fails_at=1)})
   tree = leaves()
   save_leaves(tmp_path, {"params": tree}, resume=True)
@@ -149,13 +150,25 @@ def test_what_was_written_is_not_read_again(tmp_path):
 
 
 def test_without_resume_all_is_written_anew(tmp_path):
-  with pytest.raises(ValueError, match="cannot be read"):
+  with pytest.raises(OSError, match="cannot be read"):
     save_leaves(tmp_path, {"params": leaves(fails_at=1)})
   tree = leaves()
   tree["blocks"]["kernel"].array = tree["blocks"]["kernel"].array[:, ::-1]
   save_leaves(tmp_path, {"params": tree})
   assert_same(load_params(tmp_path, which="params"), tree)
   assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def test_of_what_is_refused_nothing_is_left(tmp_path):
+  """What an earlier call wrote neither: the leaves are wrong."""
+  with pytest.raises(OSError, match="cannot be read"):
+    save_leaves(tmp_path / "run", {"params": leaves(fails_at=2)})
+  assert (tmp_path / "run").exists()
+  wrong = leaves(fails_at=2)
+  wrong["blocks"]["other"].error = ValueError("two that differ")
+  with pytest.raises(ValueError, match="two that differ"):
+    save_leaves(tmp_path / "run", {"params": wrong}, resume=True)
+  assert not (tmp_path / "run").exists()
 
 
 def test_sizes_of_what_is_written_at_once():
