@@ -198,14 +198,18 @@ def _difference(model: ModelInput, folder: str) -> str | None:
 def digest_of_files(folder: str, step: int | None) -> str:
   """Digest of the checksums of a checkpoint's files; "" where it has none.
 
-  In an object store, where there are no checksums, of names and sizes: those of data are drawn anew at every save.
+  In an object store, where there are no checksums, of the names of files of data, which are drawn anew at every save.
   """
   path = epath.Path(folder) / CHECKPOINTS / str(step)
   if foreign.is_remote(folder):
-    files = sorted(path.rglob("*")) if path.exists() else []
-    sizes = {str(file.relative_to(path)): file.stat().length for file in files if not file.is_dir()}
-    return _digest(sizes) if sizes else ""
+    return _digest_of_names(path)
   return _digest(foreign.read_json(path / CHECKSUMS)) if (path / CHECKSUMS).exists() else ""
+
+
+def _digest_of_names(path: epath.Path) -> str:
+  """Digest of the names of the files that have the arrays of a checkpoint; "" if there are none."""
+  found = [file for pattern in ("*/d/*", "*/*/d/*") for file in path.glob(pattern)] if path.exists() else []
+  return _digest(sorted(str(file.relative_to(path)) for file in found)) if found else ""
 
 
 def digest_of_parameters(folder: str, step: int | None, which: str) -> str:

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from pflow_jax import inputs as module
 from pflow_jax import workdir
+from pflow_jax.checkpoint import Checkpointer
 from pflow_jax.checkpoint_stream import save_leaves
 from pflow_jax.experiment import build
-from pflow_jax.inputs import INPUTS, digest_of_parameters, joined, locate, read_inputs, relative_path
+from pflow_jax.inputs import INPUTS, digest_of_files, digest_of_parameters, joined, locate, read_inputs, relative_path
 from pflow_jax.merge import merge
 from pflow_jax.origins import inputs_of
 from pflow_jax.sharding import MeshSettings, make_layout
@@ -236,3 +238,28 @@ def test_a_merged_run_says_the_same_of_itself(moved, tmp_path):
   assert kept.models["teacher"].workdir == str(moved / "teacher")
   assert joined(tmp_path / "far" / "merged", kept.models["teacher"].relative) == str(moved / "teacher")
   assert workdir.load_config(tmp_path / "far" / "merged").teacher.workdir == str(moved / "teacher")
+
+
+def test_checkpoints_in_a_bucket_are_told_apart_by_names(bucket):
+  root = epath.Path(bucket) / "checkpoints" / "3"
+  assert digest_of_files(bucket, 3) == ""
+  root.mkdir(parents=True)
+  assert digest_of_files(bucket, 3) == ""
+  (root / "state" / "d").mkdir(parents=True)
+  (root / "state" / "d" / "0a1b").write_text("abc")
+  first = digest_of_files(bucket, 3)
+  assert first == digest_of_files(bucket, 3) != ""
+  (root / "state" / "d" / "0a1b").unlink()
+  (root / "state" / "ocdbt.process_0" / "d").mkdir(parents=True)
+  (root / "state" / "ocdbt.process_0" / "d" / "2c3d").write_text("abc")
+  assert digest_of_files(bucket, 3) not in (first, "")
+
+
+def test_every_save_has_names_of_its_own_that_a_copy_keeps(tmp_path):
+  for name in ("one", "two"):
+    with Checkpointer(tmp_path / name) as checkpointer:
+      checkpointer.save(3, {"w": jnp.ones((4, 4))})
+  shutil.copytree(tmp_path / "one", tmp_path / "copy")
+  one, two, copy = (module._digest_of_names(epath.Path(tmp_path / name / "3")) for name in ("one", "two", "copy"))
+  assert one == copy != ""
+  assert two not in (one, "")
