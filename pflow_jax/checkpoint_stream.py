@@ -249,9 +249,14 @@ def _quiet() -> Iterator[None]:
     logging.disable(before)
 
 
+def _unfinished(directory: epath.Path, step: int) -> tuple[epath.Path, epath.Path]:
+  """Where an unfinished step lies: as Orbax writes it, and moved out of the way of Orbax."""
+  return directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}", directory / f"{step}.{_INTERRUPTED}"
+
+
 def _set_aside(directory: epath.Path, step: int, resume: bool) -> pathlib.Path | None:
   """Moves what an interrupted call left out of the way of Orbax, which removes it; its new place, or None."""
-  left, aside = (directory / f"{step}{end}" for end in (ocp.utils.TMP_DIR_SUFFIX, f".{_INTERRUPTED}"))
+  left, aside = _unfinished(directory, step)
   if is_remote(directory):
     return None  # nothing can be moved there
   if left.exists() and any(left.glob(f"{STATE}*/ocdbt.process_*")):
@@ -268,8 +273,8 @@ def _set_aside(directory: epath.Path, step: int, resume: bool) -> pathlib.Path |
 
 def _discard(directory: epath.Path, step: int) -> None:
   """Removes what was written of a step that will not be finished, and its folder if that has nothing else."""
-  for end in (ocp.utils.TMP_DIR_SUFFIX, f".{_INTERRUPTED}"):
-    if (left := directory / f"{step}{end}").exists():
+  for left in _unfinished(directory, step):
+    if left.exists():
       left.rmtree()
   if directory.exists() and not any(directory.iterdir()):
     directory.rmdir()

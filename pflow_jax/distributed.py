@@ -118,7 +118,10 @@ def from_first(value: Any) -> Any:
 
 
 def agreed(compute: Callable[[], Any]) -> Any:
-  """What `compute` returns in the first process, which alone calls it, in plain JSON; what it raises, all raise."""
+  """Calls `compute` in the first process alone, and returns its value, in plain JSON, in all of them.
+
+  Raises: what `compute` raises, in the others by its kind and its words.
+  """
   if jax.process_count() == 1:
     return compute()
   answer: dict[str, Any] = {}

@@ -80,7 +80,7 @@ def sample_prompts(
   layout = layout_of(config)  # what these devices cannot run is better said before the encoders are read
   # In the dtype that the network computes in, or better.
   dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
-  # A teacher is guided away from the empty prompt, which comes last.
+  # A teacher is guided away from the empty prompt, which then comes last; else nothing is, whatever `null` holds.
   asked = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
   cond = text.encode_prompts(model, pipeline, asked, config.data.get("max_length"), dtype=dtype)
   null = {name: value[-1] for name, value in cond.items()}

@@ -115,3 +115,40 @@ def test_a_slurm_allocation_without_a_step_is_a_process_alone(monkeypatch, tasks
   monkeypatch.setitem(os.environ, "SLURM_PROCID", "0")
   monkeypatch.setitem(os.environ, "SLURM_STEP_NUM_TASKS", tasks)
   distributed.join()
+
+
+@pytest.mark.parametrize(
+  "error", [ValueError("a mistake"), FileNotFoundError(2, "no file"), MemoryError("none"), KeyError("odd"), None]
+)
+def test_what_the_first_process_finds_or_raises_all_have(error, monkeypatch):
+  """The others take part in the exchange whatever the first one raises, or they would wait for ever."""
+  told, others = [], None
+
+  def compute():
+    if error is not None:
+      raise error
+    return [3, [[1, "damaged"]]]
+
+  def from_first(value):
+    told.append(value)
+    return value if others is None else next(others)
+
+  monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(distributed, "from_first", from_first)
+
+  def outcome(first):
+    monkeypatch.setattr(distributed, "is_first", lambda: first)
+    try:
+      return distributed.agreed(compute if first else lambda: pytest.fail("called"))
+    except Exception as raised:
+      return raised
+
+  mine = outcome(True)
+  assert len(told) == 2
+  others = iter(list(told))
+  theirs = outcome(False)
+  if error is None:
+    assert mine == theirs == [3, [[1, "damaged"]]]
+  else:
+    kind = next((k for k in (ValueError, MemoryError, OSError) if isinstance(error, k)), RuntimeError)
+    assert (mine, type(theirs), str(theirs)) == (error, kind, str(error))

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import pytest
 from annotated_types import Ge
+from ml_collections import ConfigDict
 from PIL import Image
 
 from pflow_jax import checksums, command, foreign, workdir
@@ -247,6 +248,7 @@ def test_arguments_have_the_types_of_their_annotations():
 
 
 def test_foreign_values_are_shown_escaped_and_short():
+  assert "\n" not in foreign.shown(ConfigDict({"kind": "dit", "width": 3}))
   assert foreign.shown("\x1b[2J\n\u202e") == r"'\x1b[2J\n\u202e'"
   assert len(foreign.shown("x" * 10**6)) == 60
   assert len(foreign.shown(10**5000)) < 60

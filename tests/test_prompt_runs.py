@@ -55,6 +55,26 @@ def test_a_run_with_buckets_is_trained_sampled_and_measured(config, tmp_path, ca
   assert "alignment" in (folder / "evaluation" / "evaluation.md").read_text()
 
 
+def test_a_teacher_of_texts_is_guided_away_from_its_datas_empty_prompt(tmp_path):
+  """What a run carries of its data has none, so that it is read from there."""
+  config = quick("emoji", "teacher", steps=2)
+  folder = write(tmp_path / "prompts", "minilm", prompts=PROMPTS, shape=(8, 8, 3))
+  config.data = dict(name=f"prompts:{folder}")
+  config.optimizer.update(learning_rate=0.5)  # its output begins as zeros
+  train(config, tmp_path / "run")
+  own, drawn = workdir.load_config(tmp_path / "run"), {}
+  for strength in (None, 1.0, 3.0):
+    own.sample.guidance = strength
+    with np.load(sample(own, tmp_path / "run", num=3, nfe=1, out=tmp_path / str(strength)).with_suffix(".npz")) as file:
+      drawn[strength] = file["x0_nfe1"]
+  np.testing.assert_array_equal(drawn[1.0], drawn[None])
+  assert np.abs(drawn[3.0] - drawn[1.0]).max() > 1e-3
+  write(tmp_path / "without", "minilm", prompts=PROMPTS, shape=(8, 8, 3), null=False)
+  own.data.name = f"prompts:{tmp_path}/without"
+  with pytest.raises(ValueError, match="needs the empty prompt's embedding, which prompts:.*without lacks"):
+    sample(own, tmp_path / "run", num=3, nfe=1, out=tmp_path / "no")
+
+
 def test_prompts_alone_are_no_data_to_start_from(config, tmp_path):
   folder = write(tmp_path / "alone", prompts=PROMPTS, shape=None)
   config.data = dict(name=f"prompts:{folder}", model="qwen_image", shape=SHAPE)
