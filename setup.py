@@ -15,7 +15,8 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["pflow_jax", "pflow_jax.*"]),
-  entry_points={"console_scripts": ["pflow=pflow_jax.cli:main"]},
+  package_data={"pflow_jax": ["py.typed"]},
+  entry_points={"console_scripts": ["pflow=pflow_jax.commands.cli:main"]},
   install_requires=[
     "absl-py>=2.0",
     "array-record>=0.8",

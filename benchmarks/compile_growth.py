@@ -16,9 +16,9 @@ import time
 import jax
 import numpy as np
 
-from pflow_jax.compare import read_config
-from pflow_jax.experiment import build
-from pflow_jax.step import make_program
+from pflow_jax.evaluation.compare import read_config
+from pflow_jax.training.experiment import build
+from pflow_jax.training.step import make_program
 
 
 def seconds(depth: int) -> tuple[float, float]:

@@ -26,11 +26,11 @@ import time
 import ml_dtypes
 import numpy as np
 
-from pflow_jax.convert import flux
-from pflow_jax.convert.models import Model, model_of_torch
-from pflow_jax.convert.shards import ModelFolder, Planned
-from pflow_jax.convert.table import same_bits
-from pflow_jax.convert.tensors import open_tensors
+from pflow_jax.conversion.models import Model, model_of_torch
+from pflow_jax.families.flux import names as flux
+from pflow_jax.torch_io.shards import ModelFolder, Planned
+from pflow_jax.torch_io.table import same_bits
+from pflow_jax.torch_io.tensors import open_tensors
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MB = 2**20
@@ -39,7 +39,7 @@ MB = 2**20
 RUN = """
 import json, pathlib, re, sys
 import jax, torch, safetensors
-from pflow_jax.convert.program import convert
+from pflow_jax.conversion.program import convert
 source, out, mesh, warm = json.loads(sys.argv[1])
 status = lambda: pathlib.Path("/proc/self/status").read_text()
 resident = lambda name: int(re.search(name + r":\\s+(\\d+) kB", status())[1]) * 1024

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from pflow_jax.metrics import markdown_table
+from pflow_jax.evaluation.metrics import markdown_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = ("alignment_ratio", "fd_ratio", "fd_pixels_ratio", "diversity_ratio", "precision", "recall", "accuracy")
@@ -22,7 +22,7 @@ KEYS = ("alignment_ratio", "fd_ratio", "fd_pixels_ratio", "diversity_ratio", "pr
 
 def pflow(*args):
   start = time.time()
-  command = [sys.executable, "-c", "from pflow_jax.cli import main; main()", *map(str, args)]
+  command = [sys.executable, "-c", "from pflow_jax.commands.cli import main; main()", *map(str, args)]
   subprocess.run(command, check=True, cwd=ROOT)
   return time.time() - start
 

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-from pflow_jax.compare import read_config
-from pflow_jax.train import train
+from pflow_jax.evaluation.compare import read_config
+from pflow_jax.training.train import train
 
 
 def busy_intervals(folder: str) -> np.ndarray:

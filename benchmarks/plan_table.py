@@ -21,9 +21,9 @@ import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from pflow_jax import plan
-from pflow_jax.compare import read_config
-from pflow_jax.plan_report import EFFICIENCY
+from pflow_jax.evaluation.compare import read_config
+from pflow_jax.planning import plan
+from pflow_jax.planning.report import EFFICIENCY
 
 GIB = 2**30
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from pflow_jax import GMFlowPolicy, rollout, segment_grid, shift_time  # noqa: E402
-from pflow_jax.integrate import SAVING  # noqa: E402
+from pflow_jax.core.rollout import SAVING  # noqa: E402
 
 STDS, SHIFTS = (0.05, 0.1, 0.3), (1.0, 3.2)
 EVALUATIONS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)

@@ -34,9 +34,9 @@ import numpy as np
 import optax
 
 import pflow_jax as pf
-from pflow_jax.experiment import make_student
-from pflow_jax.flops import count_flops
-from pflow_jax.networks import Network
+from pflow_jax.training.experiment import make_student
+from pflow_jax.training.flops import count_flops
+from pflow_jax.training.network import Network
 
 CLASSES = 10
 

@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pflow_jax.analytic import analytic_step_flops
-from pflow_jax.compare import read_config
-from pflow_jax.experiment import build
-from pflow_jax.flops import count_flops
-from pflow_jax.objectives.imitation import imitation_loss
-from pflow_jax.policies import GMFlowPolicy
-from pflow_jax.sharding import per_example
-from pflow_jax.step import make_program
+from pflow_jax.core.objectives.imitation import imitation_loss
+from pflow_jax.core.policies import GMFlowPolicy
+from pflow_jax.evaluation.compare import read_config
+from pflow_jax.mesh.sharding import per_example
+from pflow_jax.planning.analytic import analytic_step_flops
+from pflow_jax.training.experiment import build
+from pflow_jax.training.flops import count_flops
+from pflow_jax.training.step import make_program
 
 
 def median_seconds(run, count: int) -> float:

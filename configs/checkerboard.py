@@ -7,8 +7,8 @@ pflow evaluate --workdir runs/board1
 
 from ml_collections import ConfigDict
 
-from pflow_jax.defaults import default_config, parse_variant
-from pflow_jax.experiment import FLOW_MAPS
+from pflow_jax.settings.defaults import default_config, parse_variant
+from pflow_jax.training.experiment import FLOW_MAPS
 
 VARIANTS = (
   *("teacher", "flow_teacher", "gmflow", "dx", "arc"),

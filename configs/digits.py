@@ -24,8 +24,8 @@ is 0.014, so differences of 0.02 are no findings:
 
 from ml_collections import ConfigDict
 
-from pflow_jax.defaults import default_config, parse_variant
-from pflow_jax.experiment import FLOW_MAPS
+from pflow_jax.settings.defaults import default_config, parse_variant
+from pflow_jax.training.experiment import FLOW_MAPS
 
 VARIANTS = (
   *("teacher", "flow_teacher", "gmflow", "gmflow_2nfe", "gmflow_4nfe", "gmflow_long", "dx", "arc", "arc_adapters"),

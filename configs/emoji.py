@@ -12,7 +12,7 @@ step of the teacher takes 0.6 s, one of the student 1.4 s; the README shows what
 
 from ml_collections import ConfigDict
 
-from pflow_jax.defaults import default_config, parse_variant
+from pflow_jax.settings.defaults import default_config, parse_variant
 
 VARIANTS = ("teacher", "gmflow", "gmflow_1nfe")
 

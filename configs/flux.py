@@ -19,7 +19,7 @@ results of π-Flow, distance to the teacher's samples on HPSv2 prompts (FID / pa
 
 from ml_collections import ConfigDict
 
-from pflow_jax.defaults import default_config, parse_variant
+from pflow_jax.settings.defaults import default_config, parse_variant
 
 VARIANTS = ("gm", "gm_8nfe", "gm_data_free", "gm_8nfe_data_free", "dx", "arc")
 

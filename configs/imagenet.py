@@ -17,7 +17,7 @@ has been trained at this size with this code: what a run needs and would take is
 
 from ml_collections import ConfigDict
 
-from pflow_jax.defaults import default_config, parse_variant
+from pflow_jax.settings.defaults import default_config, parse_variant
 
 VARIANTS = ("teacher", "flow_teacher", "gmflow", "gmflow_2nfe", "dx", "arc_adapters", "ayf_emd")
 

@@ -14,7 +14,7 @@ evaluations): 12.8 / 16.6, without data 12.9 / 16.8.
 
 from ml_collections import ConfigDict
 
-from pflow_jax.defaults import default_config, parse_variant
+from pflow_jax.settings.defaults import default_config, parse_variant
 
 VARIANTS = ("gm", "gm_data_free", "dx", "arc")
 

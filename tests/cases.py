@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy
+from pflow_jax.core.policies import ArcPolicy, DXPolicy, GMFlowPolicy
 
 # Compiled once for each shape: a bound class method is a new function at every access.
 _create_gmflow = jax.jit(GMFlowPolicy.create)

@@ -68,7 +68,7 @@ def float32():
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory):
   """Workdir of a tiny teacher on digits, trained for three steps."""
-  from pflow_jax.train import train
+  from pflow_jax.training.train import train
   from tests.programs import quick
 
   folder = tmp_path_factory.mktemp("teacher")
@@ -80,7 +80,7 @@ def teacher_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def student_run(tmp_path_factory, teacher_run):
   """Workdir of a tiny GMFlow student of `teacher_run`."""
-  from pflow_jax.train import train
+  from pflow_jax.training.train import train
   from tests.programs import quick
 
   folder = tmp_path_factory.mktemp("student")

@@ -9,7 +9,7 @@ import string
 import ml_dtypes
 import numpy as np
 
-from pflow_jax.data.prompt_records import MODELS, Fields
+from pflow_jax.data.prompts.records import MODELS, Fields
 
 WORDS = ["a", "cat", "dog", "red", "blue", "photo", "of", "the", "two", "cats"]
 CLIP_WIDTH, T5_WIDTH, QWEN_WIDTH, BERT_WIDTH = 16, 24, 32, 12
@@ -57,7 +57,7 @@ def write_qwen_image(folder):
   import torch
   import transformers
 
-  from pflow_jax.text import QwenImageEncoder
+  from pflow_jax.families.text import QwenImageEncoder
 
   torch.manual_seed(0)
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE())

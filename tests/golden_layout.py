@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy
+from pflow_jax.core.policies import ArcPolicy, DXPolicy, GMFlowPolicy
 
 
 def channels_last(array):

@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 
-from pflow_jax import workdir
-from pflow_jax.checkpoint import Checkpointer
-from pflow_jax.experiment import build
-from pflow_jax.inputs import digest_of_parameters
-from pflow_jax.origins import inputs_of
+from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
+from pflow_jax.training.inputs import digest_of_parameters
+from pflow_jax.training.origins import inputs_of
 from tests.programs import quick
 
 NAMES = ("circle", "red square", "a star of seven points")

@@ -12,9 +12,10 @@ import numpy as np
 import psutil
 from ml_collections import ConfigDict
 
-from pflow_jax import data, workdir
-from pflow_jax.checkpoint import Checkpointer
-from pflow_jax.networks import make_network
+from pflow_jax import data
+from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.training import workdir
+from pflow_jax.training.network import make_network
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -46,7 +47,7 @@ def pflow(*args, check=True, **options):
 
 
 def command(*args):
-  return [sys.executable, "-c", "from pflow_jax.cli import main; main()", *map(str, args)]
+  return [sys.executable, "-c", "from pflow_jax.commands.cli import main; main()", *map(str, args)]
 
 
 def environment():

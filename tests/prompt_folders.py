@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from pflow_jax.data.prompt_records import INDEX, TABLE, Index, prompt_hashes, without_x0
+from pflow_jax.data.prompts.records import INDEX, TABLE, Index, prompt_hashes, without_x0
 from tests.encoders import StubEncoder
 
 PROMPTS = ["a", "bb", "a cat", "the dog", "two red cats", "a photo of the dog"]

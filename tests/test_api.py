@@ -63,7 +63,7 @@ def test_public_names_are_pinned():
 
 def test_import_starts_no_backend_and_loads_no_plotting():
   code = (
-    "import sys, pflow_jax, pflow_jax.train, pflow_jax.evaluate\n"
+    "import sys, pflow_jax, pflow_jax.training.train, pflow_jax.evaluation.evaluate\n"
     "from jax._src import xla_bridge\n"
     "assert not xla_bridge._backends, 'a backend was started'\n"
     "heavy = {'matplotlib', 'tensorflow', 'torch', 'tensorboardX', 'sklearn', 'mlxtend'} & set(sys.modules)\n"

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from pflow_jax import data
-from pflow_jax.experiment import build
-from pflow_jax.train import train
+from pflow_jax.training.experiment import build
+from pflow_jax.training.train import train
 from tests.programs import CONFIGS, ROOT, load_module, quick, write_pretrained
 
 TEACHERS = ("teacher", "flow_teacher")
@@ -66,7 +66,7 @@ def test_full_size_config_is_read_whole(config, variant, tmp_path, monkeypatch):
   if not values.data.name.startswith("prompts:"):  # whose shapes are known without the data
     monkeypatch.setattr(data, "load", lambda **kw: quick_dataset(config, variant))
   if variant not in TEACHERS:
-    from pflow_jax import experiment
+    from pflow_jax.training import experiment
 
     monkeypatch.setattr(experiment, "load_teacher", lambda *_, **__: None)
     values.teacher.workdir = "a teacher"

@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from pflow_jax.checkpoint import newest_step
-from pflow_jax.lock import LOCK
-from pflow_jax.output import LOG
+from pflow_jax.checkpoints.checkpoint import newest_step
+from pflow_jax.files.lock import LOCK
+from pflow_jax.files.output import LOG
 from tests.programs import ROOT, command, environment, pflow
 from tests.test_processes import FLAGS, MINUTE, steps_logged, wait_for
 

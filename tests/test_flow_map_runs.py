@@ -9,22 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from pflow_jax import sample as program
-from pflow_jax import workdir
-from pflow_jax.checkpoint import Checkpointer, load_params
-from pflow_jax.evaluate import evaluate
-from pflow_jax.experiment import _flow_map, build
-from pflow_jax.networks import Network
-from pflow_jax.objectives import flow_map
-from pflow_jax.partition import path_of
-from pflow_jax.state import create_state
-from pflow_jax.step import abstract_batch
-from pflow_jax.train import train
-from pflow_jax.workdir import CHECKPOINTS, load_config
-from tests.models.test_dit import equations
+from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
+from pflow_jax.core.objectives import flow_map
+from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.mesh.partition import path_of
+from pflow_jax.training import sample as program
+from pflow_jax.training import workdir
+from pflow_jax.training.experiment import _flow_map, build
+from pflow_jax.training.network import Network
+from pflow_jax.training.state import create_state
+from pflow_jax.training.step import abstract_batch
+from pflow_jax.training.train import train
+from pflow_jax.training.workdir import CHECKPOINTS, load_config
+from tests.networks.test_dit import equations
 from tests.programs import quick
-from tests.test_networks import leaves_of
-from tests.test_teachers import MODEL, write_teacher
+from tests.training.test_network import leaves_of
+from tests.training.test_teachers import MODEL, write_teacher
 
 pytestmark = pytest.mark.usefixtures("float32")
 

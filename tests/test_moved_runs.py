@@ -6,15 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from pflow_jax import data, workdir
-from pflow_jax.cli import main
-from pflow_jax.convert.program import convert
-from pflow_jax.evaluate import evaluate
-from pflow_jax.experiment import build
-from pflow_jax.inputs import INPUTS
-from pflow_jax.merge import merge
-from pflow_jax.sample import sample
-from pflow_jax.workdir import load_config
+from pflow_jax import data
+from pflow_jax.commands.cli import main
+from pflow_jax.conversion.merge import merge
+from pflow_jax.conversion.program import convert
+from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
+from pflow_jax.training.inputs import INPUTS
+from pflow_jax.training.sample import sample
+from pflow_jax.training.workdir import load_config
 from tests.moved_runs import NAMES, write_student, write_tree
 
 pytestmark = pytest.mark.usefixtures("float32")

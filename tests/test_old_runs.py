@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from pflow_jax.checkpoint import load_params
-from pflow_jax.cli import main
-from pflow_jax.train import train
-from pflow_jax.workdir import load_config
+from pflow_jax.checkpoints.checkpoint import load_params
+from pflow_jax.commands.cli import main
+from pflow_jax.training.train import train
+from pflow_jax.training.workdir import load_config
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("float32")

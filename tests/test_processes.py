@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from pflow_jax.checkpoint import load_params, newest_step
+from pflow_jax.checkpoints.checkpoint import load_params, newest_step
 from tests.programs import ROOT, command, environment, listening
 
 FLAGS = (

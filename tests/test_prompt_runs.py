@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from pflow_jax import data, workdir
-from pflow_jax.checkpoint import load_params
-from pflow_jax.evaluate import evaluate
-from pflow_jax.experiment import build
-from pflow_jax.merge import merge
-from pflow_jax.sample import sample
-from pflow_jax.train import train
+from pflow_jax import data
+from pflow_jax.checkpoints.checkpoint import load_params
+from pflow_jax.conversion.merge import merge
+from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
+from pflow_jax.training.sample import sample
+from pflow_jax.training.train import train
 from tests.programs import quick, write_pretrained
 from tests.prompt_folders import write
 from tests.test_processes import Processes
@@ -97,7 +98,8 @@ def test_two_processes_train_what_one_does(config, tmp_path):
   config.train.update(steps=2, sample_every=0, accumulation=1)
   config.mesh.update(fsdp=2, min_size=64)
   workdir.claim(tmp_path / "shared", config)
-  code = f"from pflow_jax.workdir import load_config\nget_config = lambda: load_config({str(tmp_path / 'shared')!r})\n"
+  read = f"get_config = lambda: load_config({str(tmp_path / 'shared')!r})"
+  code = f"from pflow_jax.training.workdir import load_config\n{read}\n"
   (tmp_path / "config.py").write_text(code)
   for count in (1, 2):
     flags = (f"--config={tmp_path / 'config.py'}",)

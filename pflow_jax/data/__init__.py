@@ -1,6 +1,5 @@
 """Data sets and the batches drawn from them (NumPy and grain; no JAX)."""
 
-from pflow_jax.data.buckets import BucketRecords as BucketRecords
 from pflow_jax.data.dataset import Dataset as Dataset
 from pflow_jax.data.dataset import Embedding as Embedding
 from pflow_jax.data.dataset import from_arrays as from_arrays
@@ -14,8 +13,9 @@ from pflow_jax.data.latents import write_latents as write_latents
 from pflow_jax.data.pipeline import batches as batches
 from pflow_jax.data.pipeline import examples as examples
 from pflow_jax.data.points import checkerboard_density as checkerboard_density
-from pflow_jax.data.prompt_files import read_prompts as read_prompts
-from pflow_jax.data.prompts import pinned as pinned
+from pflow_jax.data.prompts.buckets import BucketRecords as BucketRecords
+from pflow_jax.data.prompts.dataset import pinned as pinned
+from pflow_jax.data.prompts.files import read_prompts as read_prompts
 from pflow_jax.data.records import ArrayRecords as ArrayRecords
 from pflow_jax.data.records import GeneratedRecords as GeneratedRecords
 from pflow_jax.data.records import SourceRecords as SourceRecords

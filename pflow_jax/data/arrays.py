@@ -7,10 +7,10 @@ import os
 
 import numpy as np
 
-from pflow_jax.array_files import read_npz
 from pflow_jax.data.dataset import Dataset, check_labels, from_arrays, split_rows
 from pflow_jax.data.records import ArrayRecords
-from pflow_jax.foreign import decoding, shown
+from pflow_jax.files.array_files import read_npz
+from pflow_jax.files.foreign import decoding, shown
 
 
 def npz(path: str, *, split: str = "train", held_out: int = 0) -> Dataset:

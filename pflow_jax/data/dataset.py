@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from pflow_jax.data.records import ArrayRecords, Records
-from pflow_jax.foreign import check_memory, shown
+from pflow_jax.files.foreign import check_memory, shown
 
 MAX_CLASSES = 2**20  # each has a name, and a row of the network's table
 TEXT_DTYPE = np.dtype(ml_dtypes.bfloat16)

@@ -18,8 +18,8 @@ import pydantic
 
 from pflow_jax.data.dataset import Dataset, from_arrays, split_rows
 from pflow_jax.data.pixels import over_white
-from pflow_jax.data.prompts import with_embeddings
-from pflow_jax.foreign import in_bytes, open_image, read_json, regular_file
+from pflow_jax.data.prompts.dataset import with_embeddings
+from pflow_jax.files.foreign import in_bytes, open_image, read_json, regular_file
 
 _PACKAGE = "emoji-datasource-google"
 _VERSION = "16.0.0"

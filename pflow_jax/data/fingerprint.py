@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from pflow_jax.data.buckets import BucketRecords
 from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.folder import FolderSource
+from pflow_jax.data.prompts.buckets import BucketRecords
 from pflow_jax.data.records import ArrayRecords, GeneratedRecords, SourceRecords
 from pflow_jax.data.tfds_source import TfdsSource
-from pflow_jax.foreign import regular_file
+from pflow_jax.files.foreign import regular_file
 
 MOST_BYTES = 2**28  # read of arrays in memory
 RECORDS = 64  # read of a set in files

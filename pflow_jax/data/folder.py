@@ -16,7 +16,7 @@ from PIL import Image
 from pflow_jax.data.dataset import Dataset, check_classes, split_rows
 from pflow_jax.data.pixels import check_image_options, read_pixels, to_unit
 from pflow_jax.data.records import Record, SourceRecords
-from pflow_jax.foreign import available_formats, decoding, real_folder, shown
+from pflow_jax.files.foreign import available_formats, decoding, real_folder, shown
 
 _NAMES_SHOWN = 10
 _File = tuple[pathlib.Path, int]  # and its label

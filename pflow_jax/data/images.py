@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from pflow_jax.data.dataset import Dataset, check_classes, from_arrays, split_rows
-from pflow_jax.foreign import check_memory, shown
+from pflow_jax.files.foreign import check_memory, shown
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 

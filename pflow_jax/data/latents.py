@@ -21,7 +21,7 @@ import pydantic
 from pflow_jax.data.dataset import Dataset, check_classes
 from pflow_jax.data.records import Record, SourceRecords
 from pflow_jax.data.shards import Shards
-from pflow_jax.foreign import is_there, read_json, shown
+from pflow_jax.files.foreign import is_there, read_json, shown
 
 INFO = "info.json"
 LABEL, VALUES = np.dtype("<i4"), np.dtype("<f2")

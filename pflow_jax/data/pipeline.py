@@ -9,7 +9,7 @@ import numpy as np
 
 from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.records import ENDLESS
-from pflow_jax.foreign import check_memory, shown
+from pflow_jax.files.foreign import check_memory, shown
 
 MAX_READERS = 128  # threads, or processes
 

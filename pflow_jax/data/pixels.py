@@ -7,7 +7,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from pflow_jax.foreign import check_memory, open_image, shown
+from pflow_jax.files.foreign import check_memory, open_image, shown
 
 MODES = {1: "L", 3: "RGB"}
 

@@ -14,9 +14,9 @@ from pflow_jax.data.folder import folder
 from pflow_jax.data.images import digits, mnist5k, synthetic
 from pflow_jax.data.latents import latents
 from pflow_jax.data.points import checkerboard
-from pflow_jax.data.prompts import prompts, synthetic_prompts
+from pflow_jax.data.prompts.dataset import prompts, synthetic_prompts
 from pflow_jax.data.tfds_source import tfds_images
-from pflow_jax.foreign import check_arguments
+from pflow_jax.files.foreign import check_arguments
 
 _SOURCES: dict[str, Callable[..., Dataset]] = {
   "digits": digits,

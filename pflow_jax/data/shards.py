@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import SupportsIndex
 
-from pflow_jax.foreign import decoding, regular_file
+from pflow_jax.files.foreign import decoding, regular_file
 
 _OPTIONS = dict(options="readahead_buffer_size:0", file_reader_buffer_size=32768)
 _THREADS = 16

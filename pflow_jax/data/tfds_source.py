@@ -15,7 +15,7 @@ from PIL import Image
 from pflow_jax.data.dataset import Dataset, check_classes
 from pflow_jax.data.pixels import MODES, check_image_options, to_pixels, to_unit
 from pflow_jax.data.records import Record, SourceRecords
-from pflow_jax.foreign import MAX_JSON, decoding, in_bytes, open_image, read_json, regular_file, shown
+from pflow_jax.files.foreign import MAX_JSON, decoding, in_bytes, open_image, read_json, regular_file, shown
 
 _FILE_MODES = MODES | {4: "RGBA"}  # of images that are taken as they are
 

@@ -87,7 +87,7 @@ def test_texts_follow_the_records_of_a_split(cache):
 
 
 def test_names_can_be_the_condition(cache, tmp_path, monkeypatch):
-  from pflow_jax import cache as program
+  from pflow_jax.conversion import cache as program
   from tests.encoders import StubEncoder
 
   monkeypatch.setattr(program, "load_encoder", lambda *args, **options: StubEncoder("minilm"))

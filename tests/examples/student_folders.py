@@ -7,14 +7,16 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from pflow_jax.convert import dit, flux, qwen_image
-from pflow_jax.convert.table import to_torch
-from pflow_jax.models import heads
-from pflow_jax.models.dit import DiT
-from pflow_jax.models.flux import Flux
-from pflow_jax.models.lora import Adapter, init_adapters
-from pflow_jax.models.qwen_image import QwenImage
-from pflow_jax.partition import combine
+from pflow_jax.families.dit import names as dit
+from pflow_jax.families.flux import names as flux
+from pflow_jax.families.flux.network import Flux
+from pflow_jax.families.qwen_image import names as qwen_image
+from pflow_jax.families.qwen_image.network import QwenImage
+from pflow_jax.mesh.partition import combine
+from pflow_jax.networks import heads
+from pflow_jax.networks.dit import DiT
+from pflow_jax.networks.lora import Adapter, init_adapters
+from pflow_jax.torch_io.table import to_torch
 
 CHANNELS, BATCH = 4, 2
 WEIGHTS = "diffusion_pytorch_model.safetensors"

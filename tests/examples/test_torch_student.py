@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from pflow_jax.integrate import RELEASES
-from pflow_jax.models.lora import adapted
-from pflow_jax.policies import ArcPolicy, DXPolicy, GMFlowPolicy
-from pflow_jax.sampler import sample_student
+from pflow_jax.core.policies import ArcPolicy, DXPolicy, GMFlowPolicy
+from pflow_jax.core.rollout import RELEASES
+from pflow_jax.core.samplers import sample_student
+from pflow_jax.networks.lora import adapted
 from tests.examples.student_folders import (
   ADAPTED,
   RELEASE,

@@ -20,16 +20,17 @@ import jax
 import numpy as np
 import torch
 
-from pflow_jax import workdir
-from pflow_jax.autoencoder import load_autoencoder
-from pflow_jax.checkpoint import Checkpointer
-from pflow_jax.convert import program, shards
-from pflow_jax.convert.models import Model
-from pflow_jax.defaults import default_config
-from pflow_jax.experiment import build
-from pflow_jax.text import load_encoder
+from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.conversion import program
+from pflow_jax.conversion.models import Model
+from pflow_jax.families.autoencoder import load_autoencoder
+from pflow_jax.families.text import load_encoder
+from pflow_jax.settings.defaults import default_config
+from pflow_jax.torch_io import shards
+from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
 from tests import encoders
-from tests.convert.folders import make_torch, write_torch
+from tests.conversion.folders import make_torch, write_torch
 
 Seed = tuple[pathlib.Path, Callable[[], Any]]
 

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from pflow_jax import data
-from pflow_jax.array_files import read_npy
 from pflow_jax.data import emoji
 from pflow_jax.data.latents import write_latents
 from pflow_jax.data.pixels import read_pixels
+from pflow_jax.files.array_files import read_npy
 from tests import prompt_folders
 from tests.data.test_emoji import write_package
 
@@ -171,7 +171,7 @@ def _tfds_seed(file_format: str) -> Callable[[pathlib.Path], Seed]:
 
 def encoder(folder: pathlib.Path) -> Seed:
   """The folder of a text encoder, without its weights, which are PyTorch's."""
-  from pflow_jax.text import load_encoder
+  from pflow_jax.families.text import load_encoder
   from tests.encoders import write_minilm
 
   write_minilm(folder)

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from pflow_jax import workdir
-from pflow_jax.checkpoint import Checkpointer
-from pflow_jax.experiment import build
-from pflow_jax.step import make_step
+from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
+from pflow_jax.training.step import make_step
 from tests.programs import quick
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def flags_of(command, capsys):
-  from pflow_jax.cli import main
+  from pflow_jax.commands.cli import main
 
   main([command, "--help"])
   return re.findall(r"^ +--(?:\[no\])?(\w+):", capsys.readouterr().out, re.M)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pflow_jax import workdir
+from pflow_jax.training import workdir
 from tests.fuzz.cases import check_cases
 from tests.fuzz.commands import problem_of, stop_at_border
 from tests.fuzz.mutations import OF_FILES, damage, place

@@ -1,0 +1,388 @@
+"""Checkpoints of the training state. The only file that knows Orbax.
+
+Layout: <directory>/<step>/{state, checksums.json}; where a run was in its data follows from the
+step. Orbax writes a step into a temporary folder in the background and renames it when it is
+complete, so a killed process leaves the old or the new checkpoint. Before the rename what was
+written is opened as a restore would. Orbax does not check array data (every flipped bit that we
+tried came back as a wrong number), so the rename carries a checksum of each file with it, and
+restoring verifies them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from pflow_jax.files.checksums import CHECKSUMS, checksums, damage
+from pflow_jax.files.folders import absolute, is_remote
+from pflow_jax.mesh.distributed import agreed, is_first
+from pflow_jax.mesh.sharding import Layout
+
+PyTree = Any
+
+logger = logging.getLogger(__name__)
+
+STATE = "state"
+_CENTURY = 100 * 365 * 86400  # seconds: Orbax takes them by a clock that may be set while it saves
+
+
+class Checkpointer:
+  """Saves in the background, restores the newest checkpoint that is intact.
+
+  Making one, or only restoring, writes nothing to disk. Use it as a context manager, or call
+  `close`, so that the last save is complete when the program ends.
+
+  Args:
+    directory: made at the first save; an object store's address (gs://...) works too, there
+      without checksums, because such stores keep their own.
+    max_to_keep: newest checkpoints to keep; None keeps all.
+    keep_period: also keep every step that is a multiple of this.
+  """
+
+  _save_args: Callable[[PyTree], Any] = staticmethod(ocp.args.StandardSave)
+  _item_handlers: dict[str, ocp.CheckpointHandler] | None = None
+
+  def __init__(
+    self,
+    directory: str | epath.PathLike,
+    *,
+    max_to_keep: int | None = 2,
+    keep_period: int | None = None,
+  ):
+    if max_to_keep is not None and max_to_keep < 1:
+      raise ValueError(f"max_to_keep must be >= 1, or None for all, got {max_to_keep}")
+    self._directory = absolute(directory)
+    self._max_to_keep = max_to_keep
+    self._keep_period = keep_period
+    self._manager: ocp.CheckpointManager | None = None
+    self._writing: int | None = None
+    self._shapes: PyTree = None  # of what is written
+    self._damaged: dict[int, str] = {}
+
+  def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
+    """Starts saving; blocks for the previous save and the copy to the host only.
+
+    A step that is already saved is left as it is. Newer checkpoints that `restore` found damaged
+    are first renamed to <step>.damaged, out of the way of the steps to come.
+
+    Args:
+      state: pytree of arrays; may be donated to the next training step right after.
+      force: also save a step older than the newest checkpoint.
+    Returns: whether a save was started.
+    Raises: ValueError for such an older step; a failure of the previous save.
+    """
+    with _storage(self._directory):
+      manager = self._open()
+      manager.wait_until_finished()  # `_writing` is its step; a failure shows now
+    if step in manager.all_steps():
+      return False
+    newest = manager.latest_step()
+    if newest is not None and step < newest and not force:
+      raise ValueError(
+        f"step {step} is older than the newest checkpoint, {newest}, in {self._directory}: remove "
+        "the newer ones to go back, train in another folder, or pass force=True"
+      )
+    self._writing, self._shapes = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    items = {STATE: self._save_args(state)}
+    with _storage(self._directory):
+      return manager.save(step, args=ocp.args.Composite(**items), force=force)
+
+  def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, int] | None:
+    """The newest intact checkpoint, or that of `step`; None where nothing has been saved.
+
+    Args:
+      abstract_state: pytree of jax.ShapeDtypeStruct or arrays. Arrays are placed by its shardings,
+        on the first device where it has none.
+    Returns: (state, step).
+    Raises:
+      ValueError: leaves that differ in name, shape or dtype, all named; no such step; there are checkpoints, and every
+        one (or the one asked for) is damaged.
+    """
+    self.wait()
+    found, damaged = _agreed(self._directory, step)
+    self._damaged.update(damaged)
+    if found is None:
+      return None
+    path = self._directory / str(found)
+    target = jax.tree.map(_abstract, abstract_state)
+    _check_leaves(target, _metadata(path), path)
+    with _storage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+      state = reader.restore(path / STATE, args=ocp.args.StandardRestore(target))
+    return state, found
+
+  def all_steps(self) -> list[int]:
+    """Steps with a complete checkpoint, ascending, less those found damaged."""
+    self.wait()
+    return [step for step in _steps(self._directory) if step not in self._damaged]
+
+  def latest_step(self) -> int | None:
+    """The last of `all_steps`, None if there is none."""
+    return max(self.all_steps(), default=None)
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the job is told to stop; True in every process at the same step."""
+    return ocp.utils.reached_preemption(step)
+
+  def wait(self) -> None:
+    """Blocks until the save in progress is complete. Raises what made it fail."""
+    if self._manager is not None:
+      with _storage(self._directory):
+        self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and ends the background threads."""
+    if self._manager is not None:
+      with _storage(self._directory):
+        self._manager.close()
+      self._manager = None
+
+  def __enter__(self) -> Checkpointer:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    try:
+      self.close()
+    except Exception as later:
+      if error is None:
+        raise
+      logger.warning("the last save has failed as well: %s", in_short(later))  # the error on its way came first
+
+  def _open(self) -> ocp.CheckpointManager:
+    """The manager; made at the first save, because it makes and tidies the folder."""
+    if self._damaged:
+      self._set_aside()
+    if self._manager is None:
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=self._max_to_keep,
+        keep_period=self._keep_period,
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,  # reading every step's metadata fails on a damaged one
+        async_options=ocp.AsyncOptions(
+          timeout_secs=_CENTURY,
+          create_directories_asynchronously=False,  # else it waits for them, by that clock, for minutes at most
+          post_finalization_callback=self._finish,
+        ),
+      )
+      self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._item_handlers)
+    return self._manager
+
+  def _finish(self) -> None:
+    """Called by Orbax in the background, when all is written and before the rename."""
+    path = self._written()
+    try:
+      _check_leaves(self._shapes, _metadata(path), path)
+    except ValueError as error:
+      raise OSError(f"what was saved cannot be read back: {error}") from error
+    if not is_remote(path):
+      self._write_checksums()
+
+  def _write_checksums(self) -> None:
+    path = pathlib.Path(self._written())
+    (path / CHECKSUMS).write_text(json.dumps(checksums(path), indent=1))
+
+  def _written(self) -> epath.Path:
+    """The folder of the save that is going on."""
+    final = self._directory / str(self._writing)
+    temporary = self._directory / (final.name + ocp.utils.TMP_DIR_SUFFIX)
+    return temporary if temporary.exists() else final
+
+  def _set_aside(self) -> None:
+    if is_first():
+      for step in self._damaged:
+        aside = self._directory / f"{step}.damaged"
+        while aside.exists():
+          aside = aside.with_name(aside.name + "+")
+        (self._directory / str(step)).rename(aside)
+    multihost_utils.sync_global_devices("pflow_jax.checkpoints.checkpoint: damaged set aside")
+    self._damaged.clear()
+    if self._manager is not None:
+      self._manager.reload()
+
+
+def load_params(
+  directory: str | epath.PathLike,
+  *,
+  which: Literal["ema", "params"] = "ema",
+  step: int | None = None,
+  layout: Layout | None = None,
+  dtype: Any = None,
+) -> PyTree:
+  """Only the parameters (or their average) of a checkpoint, without knowing the model.
+
+  Args:
+    directory: the folder given to Checkpointer.
+    step: None for the newest intact checkpoint.
+    layout: where they go on the devices, each of which is given its part alone; None is to the host.
+    dtype: of floating leaves; None is as saved.
+  Returns: nested dict of NumPy arrays, or with a `layout` of global arrays.
+  Raises: ValueError if there is no checkpoint, no such step or no such part in it, or the layout does not fit,
+    or all are damaged.
+  """
+  path, item = saved_part(directory, which, step)
+  as_saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
+  if layout is None:
+    args = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), as_saved)
+  else:
+    place = lambda leaf, sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=leaf.dtype)
+    args = jax.tree.map(place, as_saved, layout.shardings(as_saved))
+  with _storage(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    restored = reader.restore(
+      path / STATE,
+      args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
+    )
+  return restored[which]
+
+
+def params_shapes(
+  directory: str | epath.PathLike,
+  *,
+  which: Literal["ema", "params"] = "ema",
+  step: int | None = None,
+  dtype: Any = None,
+) -> PyTree:
+  """Shapes and dtypes of what `load_params` returns; errors as there."""
+  item = saved_part(directory, which, step)[1][which]
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
+
+
+def saved_part(directory: str | epath.PathLike, which: str, step: int | None) -> tuple[epath.Path, dict[str, Any]]:
+  """Folder of a checkpoint, and {which: what is known of its leaves}; errors as of `load_params`."""
+  directory = absolute(directory)
+  found, _ = _newest_intact(directory, step)
+  if found is None:
+    raise ValueError(
+      f"no checkpoint in {directory}: expected folders named by their step; train first, or give "
+      "the checkpoints folder of a run"
+    )
+  path = directory / str(found)
+  saved = _metadata(path)
+  if which not in saved:
+    raise ValueError(f"{path}: which must be one of {sorted(saved)}, got {which!r}")
+  return path, {which: saved[which]}
+
+
+def _as_dtype(own: Any, wanted: Any) -> Any:
+  return own if wanted is None or not jnp.issubdtype(own, jnp.floating) else jnp.dtype(wanted)
+
+
+def newest_step(directory: str | epath.PathLike) -> int | None:
+  """Step of the newest intact checkpoint in `directory`, for all processes the same; None if there is none.
+
+  Raises: ValueError if all are damaged.
+  """
+  return _agreed(absolute(directory), None)[0]
+
+
+@contextlib.contextmanager
+def _storage(path: epath.Path) -> Iterator[None]:
+  """What storage refuses as an OSError: Orbax and tensorstore raise a ValueError for it, as for a mistake."""
+  try:
+    yield
+  except (OSError, RuntimeError, MemoryError):
+    raise
+  except Exception as error:  # of a file that was changed by hand, any
+    raise OSError(f"{path} cannot be written or read: {in_short(error)}") from error
+
+
+def in_short(error: BaseException) -> str:
+  """What tensorstore says of an error, without the specification of the array and the lines of its source."""
+  text = re.split(r" \[(?:tensorstore_spec|source locations)=|\n", str(error), maxsplit=1)[0]
+  return text or type(error).__name__
+
+
+def _steps(directory: epath.Path) -> list[int]:
+  return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+
+
+def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:
+  """(newest intact step or None if there is none saved, reasons by damaged newer step)."""
+  steps = _steps(directory)
+  if step is not None and step not in steps:
+    raise ValueError(f"no checkpoint of step {step} in {directory}, there are {steps}")
+  damaged: dict[int, str] = {}
+  for candidate in reversed(steps) if step is None else [step]:
+    reason = None if is_remote(path := directory / str(candidate)) else damage(pathlib.Path(path))
+    if reason is None:
+      return candidate, damaged
+    damaged[candidate] = reason
+    logger.warning("skipping the damaged checkpoint %s: %s", directory / str(candidate), reason)
+  if damaged:
+    reasons = "; ".join(f"{s}: {reason}" for s, reason in damaged.items())
+    raise ValueError(
+      f"no intact checkpoint among those looked at in {directory} ({reasons}); bring one back, or remove the folder to "
+      "start over"
+    )
+  return None, damaged
+
+
+def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:
+  """`_newest_intact`, in every process what the first one found: folders on a network look alike only after a while."""
+
+  def compute() -> list[Any]:
+    found, damaged = _newest_intact(directory, step)
+    return [found, list(damaged.items())]
+
+  found, damaged = agreed(compute)
+  return found, dict(map(tuple, damaged))
+
+
+def _metadata(path: epath.Path) -> dict[str, Any]:
+  """Shape and dtype of every saved leaf, as nested dicts and lists; opens every leaf, and reads none.
+
+  Raises: ValueError for what cannot be opened; OSError where storage may be at fault.
+  """
+  try:
+    return ocp.PyTreeCheckpointHandler().metadata(path / STATE).tree
+  except OSError:
+    raise
+  except Exception as error:
+    kind = OSError if is_remote(path) else ValueError
+    raise kind(f"the checkpoint {path} cannot be opened: {in_short(error)}") from error
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_leaves(target: PyTree, saved: PyTree, path: epath.Path) -> None:
+  """Raises ValueError that names the leaves that differ. Orbax would cast them silently."""
+
+  def describe(tree):
+    return {
+      jax.tree_util.keystr(keys, simple=True, separator="/"): f"{np.dtype(x.dtype)}{list(x.shape)}"
+      for keys, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  expected, got = describe(target), describe(saved)
+  differing = [
+    f"\n  {name}: expected {expected.get(name, 'no such leaf')}, got {got.get(name, 'none')}"
+    for name in sorted(expected | got)
+    if expected.get(name) != got.get(name)
+  ]
+  if differing:
+    raise ValueError(
+      f"the checkpoint {path} does not fit the state of this run, {len(differing)} leaves differ:"
+      f"{''.join(differing)}\nuse the model and optimizer settings it was saved with, or another "
+      "folder"
+    )

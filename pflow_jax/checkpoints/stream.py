@@ -1,0 +1,331 @@
+"""Checkpoints larger than the memory: written and read a layer at a time, by Orbax and the store below it.
+
+What is written is a checkpoint like those of `checkpoint.Checkpointer`, restored by the same functions. Knows Orbax as
+that module does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import logging
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from pflow_jax.checkpoints.checkpoint import STATE, Checkpointer, _storage, absolute, is_remote, saved_part
+from pflow_jax.files import foreign
+from pflow_jax.mesh.sharding import Layout
+
+PyTree = Any
+Index = tuple[slice, ...]
+
+CHUNK_BYTES = 8 * 2**20  # of what is written at once, beside the layer that it is a part of
+_INTERRUPTED = "interrupted"
+
+
+class Leaf(Protocol):
+  """An array that is made a layer at a time.
+
+  Attributes:
+    stacked: whether its first axis is one of layers; if not, the only layer is the array.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  stacked: bool
+
+  def layer(self, index: int | None) -> np.ndarray:
+    """Layer `index`, None for the only one; in any memory order and dtype."""
+
+  def read(self, index: Index) -> np.ndarray:
+    """A part of the array."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Streamed:
+  """A leaf as Orbax's machinery sees it, an array that has not been read."""
+
+  leaf: Leaf
+  chunk: tuple[int, ...]
+  report: Callable[[int], None]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.leaf.shape
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self.leaf.dtype
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    return self.size * self.dtype.itemsize
+
+  async def write(self, store: ts.TensorStore, written: set[str], directory: epath.Path) -> None:
+    """Writes the chunks that are not `written`, some at a time, reading every layer once."""
+    leaf, chunk, slab = self.leaf, self.chunk, slab_shape(self.leaf, self.chunk)
+    for first in range(0, leaf.shape[0] if leaf.stacked else 1, chunk[0] if leaf.stacked else 1):
+      parts = [index for index in _grid(self.shape, slab) if not leaf.stacked or index[0].start == first]
+      missing = [index for index in parts if not _keys(index, chunk) <= written]
+      layers = self._layers(first) if missing else None
+      for index in parts:
+        if index in missing:
+          part = _part(layers, leaf, index)  # what a leaf raises is no fault of the storage
+          with _storage(directory):
+            await store[index].write(part, can_reference_source_data_indefinitely=True)
+        self.report(math.prod(s.stop - s.start for s in index) * self.dtype.itemsize)
+      del layers
+
+  def _layers(self, first: int) -> list[np.ndarray]:
+    if not self.leaf.stacked:
+      return [self.leaf.layer(None)]
+    return [self.leaf.layer(i) for i in range(first, min(first + self.chunk[0], self.shape[0]))]
+
+
+def _part(layers: list[np.ndarray] | None, leaf: Leaf, index: Index) -> np.ndarray:
+  assert layers is not None
+  rest = index[1:] if leaf.stacked else index
+  parts = [np.asarray(layer[rest], leaf.dtype, order="C") for layer in layers]
+  return np.stack(parts) if leaf.stacked else parts[0]
+
+
+def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
+  """Every chunk of an array, in C order."""
+  axes = [
+    [slice(i, min(i + step, size)) for i in range(0, size, step)] for size, step in zip(shape, chunk, strict=True)
+  ]
+  return itertools.product(*axes)
+
+
+def _keys(index: Index, chunk: tuple[int, ...]) -> set[str]:
+  """Names, in a Zarr array, of the chunks of a part."""
+  axes = [range(s.start // step, -(-s.stop // step)) for s, step in zip(index, chunk, strict=True)]
+  return {".".join(map(str, numbers)) or "0" for numbers in itertools.product(*axes)}
+
+
+def chunk_shape(leaf: Leaf, part: tuple[int, ...]) -> tuple[int, ...]:
+  """Chunk of a leaf of which a device holds `part`: one layer of the part or, of a small one, all layers of it.
+
+  A chunk larger than CHUNK_BYTES is cut further, along the last axis that can be.
+  """
+  chunk = list(part)
+  if leaf.stacked and _bytes(chunk, leaf) > CHUNK_BYTES:
+    chunk[0] = 1
+  axis = max((i for i, size in enumerate(chunk) if size > 1), default=0)
+  while _bytes(chunk, leaf) > CHUNK_BYTES and chunk[axis] > 1:
+    size = chunk[axis]
+    chunk[axis] = size // next(divisor for divisor in range(2, size + 1) if size % divisor == 0)
+  return tuple(chunk)
+
+
+def slab_shape(leaf: Leaf, chunk: tuple[int, ...]) -> tuple[int, ...]:
+  """Shape of what is written at once: a chunk, or as many neighbours in its layers as CHUNK_BYTES have room for."""
+  slab = list(chunk)
+  for axis in reversed(range(1 if leaf.stacked else 0, len(slab))):
+    room = CHUNK_BYTES // max(_bytes(slab, leaf), 1)
+    slab[axis] = min(slab[axis] * max(room, 1), -(-leaf.shape[axis] // chunk[axis]) * chunk[axis])
+  return tuple(slab)
+
+
+def _bytes(shape: list[int], leaf: Leaf) -> int:
+  return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+
+class _Handler(ocp.type_handlers.NumpyHandler):
+  """Writes leaves that are read while they are written, one at a time; to Orbax they are NumPy arrays."""
+
+  def __init__(self, directory: epath.Path, interrupted: pathlib.Path | None):
+    super().__init__(deepcopy_host_arrays=False)
+    self._directory, self._interrupted = directory, interrupted
+    self._lock = asyncio.Lock()
+    self.error: Exception | None = None
+
+  async def _background_serialize(self, values, infos, args=None):
+    await infos[0].await_path_creation()
+    if self._interrupted is not None:
+      for folder in self._interrupted.glob(f"{STATE}*/ocdbt.process_*"):
+        folder.rename(infos[0].parent_dir / folder.name)
+      shutil.rmtree(self._interrupted)
+    await super()._background_serialize(values, infos, args)
+
+  async def _open_and_write(self, value, tspec, ts_context):
+    tspec["metadata"]["chunks"] = list(value.chunk)
+    async with self._lock:  # all leaves are asked for at once
+      if self.error is not None:
+        return
+      try:
+        with _storage(self._directory):
+          store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+          written = {key.decode() for key in await store.kvstore.list()}  # type: ignore[union-attr]
+        await value.write(store, written, self._directory)
+      except Exception as error:
+        self.error = error
+        raise
+
+
+class _StreamCheckpointer(Checkpointer):
+  """A Checkpointer of trees of `_Streamed`."""
+
+  def __init__(self, directory: str | epath.PathLike, handler: _Handler):
+    super().__init__(directory, max_to_keep=None)
+    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, handler))
+    self._item_handlers = {STATE: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+
+  def _save_args(self, state: PyTree) -> Any:
+    return ocp.args.PyTreeSave(state)
+
+
+def save_leaves(
+  directory: str | epath.PathLike,
+  state: Mapping[str, PyTree],
+  *,
+  step: int = 0,
+  layout: Layout | None = None,
+  resume: bool = False,
+  report: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+  """Saves nested dicts of leaves as the checkpoint of `step`; of no leaf more than a layer is in memory.
+
+  In a job of several processes the devices hold the leaves in between, each process's its parts.
+
+  Args:
+    directory: as of a Checkpointer.   state: such as {"params": leaves}.
+    layout: chunks of the arrays on disk are the parts that its devices hold (it may be one without devices); None is
+      whole layers.
+    resume: go on with what an interrupted call wrote, which must have been of the same leaves and layout.
+    report: called with the number of bytes written since.
+  Raises: what the leaves raise; then there is no checkpoint, and what was written waits for `resume`, but after a
+    ValueError, which another try would only repeat: then nothing of it is left.
+  """
+  if jax.process_count() > 1:
+    if layout is None:
+      raise ValueError("expected a layout on the devices of all processes")
+    arrays = {name: place_leaves(tree, layout) for name, tree in state.items()}
+    with Checkpointer(directory) as checkpointer:
+      checkpointer.save(step, arrays)
+    return
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(state))
+  if layout is None:
+    parts = jax.tree.map(lambda leaf: leaf.shape, shapes)
+  else:
+    parts = jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), shapes, layout.shardings(shapes))
+  stream = lambda leaf, part: _Streamed(leaf, chunk_shape(leaf, tuple(part)), report)
+  streamed = jax.tree.map(stream, dict(state), parts)
+  handler = _Handler(absolute(directory), _set_aside(absolute(directory), step, resume))
+  try:
+    with _quiet(), _StreamCheckpointer(directory, handler) as checkpointer:
+      checkpointer.save(step, streamed)
+  except Exception as error:
+    cause = handler.error or error
+    if isinstance(cause, ValueError):
+      _discard(absolute(directory), step)
+    raise cause from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without Orbax's reports of an error, one from each of its threads: the error itself is raised."""
+  before = logging.root.manager.disable
+  logging.disable(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.disable(before)
+
+
+def _unfinished(directory: epath.Path, step: int) -> tuple[epath.Path, epath.Path]:
+  """Where an unfinished step lies: as Orbax writes it, and moved out of the way of Orbax."""
+  return directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}", directory / f"{step}.{_INTERRUPTED}"
+
+
+def _set_aside(directory: epath.Path, step: int, resume: bool) -> pathlib.Path | None:
+  """Moves what an interrupted call left out of the way of Orbax, which removes it; its new place, or None."""
+  left, aside = _unfinished(directory, step)
+  if is_remote(directory):
+    return None  # nothing can be moved there
+  if left.exists() and any(left.glob(f"{STATE}*/ocdbt.process_*")):
+    if aside.exists():
+      aside.rmtree()
+    left.rename(aside)
+  if not aside.exists():
+    return None
+  if resume:
+    return pathlib.Path(aside)
+  aside.rmtree()
+  return None
+
+
+def _discard(directory: epath.Path, step: int) -> None:
+  """Removes what was written of a step that will not be finished, and its folder if that has nothing else."""
+  for left in _unfinished(directory, step):
+    if left.exists():
+      left.rmtree()
+  if directory.exists() and not any(directory.iterdir()):
+    directory.rmdir()
+
+
+def place_leaves(leaves: PyTree, layout: Layout) -> PyTree:
+  """Global arrays of nested leaves on the devices of a layout; each process reads what its devices hold, no more."""
+  shardings = layout.shardings(leaves)
+
+  def place(leaf: Leaf, sharding: Any) -> jax.Array:
+    whole = lambda index: tuple(slice(*s.indices(size)) for s, size in zip(index, leaf.shape, strict=True))
+    part = lambda index: np.asarray(leaf.read(whole(index)), leaf.dtype, order="C")
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+  return jax.tree.map(place, leaves, shardings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A leaf of a checkpoint, read in parts."""
+
+  store: ts.TensorStore
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  folder: epath.Path
+
+  @property
+  def chunk(self) -> tuple[int, ...]:
+    """Shape of the parts that are read as a whole."""
+    return tuple(self.store.chunk_layout.read_chunk.shape)  # type: ignore[arg-type]
+
+  def read(self, index: Index) -> np.ndarray:
+    with _storage(self.folder):
+      return self.store[index].read().result() if index else self.store.read().result()
+
+
+def open_leaves(directory: str | epath.PathLike, *, which: str = "ema", step: int | None = None) -> dict[str, Stored]:
+  """The leaves of a checkpoint by their "/"-joined paths, of which nothing is read yet.
+
+  Args and errors: as of `checkpoint.load_params`.
+  """
+  path, item = saved_part(directory, which, step)
+  folder = path / STATE
+  zarr3 = bool(foreign.read_json(str(folder / "_METADATA")).get("use_zarr3"))
+  leaves, context = {}, ocp.type_handlers.get_ts_context()
+  for keys, leaf in flatten_dict(item).items():
+    info = ocp.type_handlers.ParamInfo(
+      name=".".join(keys), parent_dir=folder, is_ocdbt_checkpoint=True, use_zarr3=zarr3, ts_context=context
+    )
+    spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+    with _storage(folder):
+      store = ts.open(ts.Spec(spec), open=True, context=context).result()
+    leaves["/".join(keys[1:])] = Stored(store, tuple(leaf.shape), np.dtype(leaf.dtype), folder)
+  return leaves

@@ -1,0 +1,256 @@
+"""What all commands share: usage, flags that several have, and mistakes in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+  from absl import flags
+  from ml_collections import ConfigDict
+
+from pflow_jax.files.foreign import may_pass
+from pflow_jax.files.output import without_tracebacks
+
+USAGE = """usage: pflow COMMAND [flags]
+
+  pflow train    --config configs/digits.py:teacher --workdir runs/teacher   train, or resume the run in the workdir
+  pflow sample   --workdir runs/student --num 16 --nfe 1                     pictures and arrays from a run
+  pflow evaluate --workdir runs/student                                      measure a student beside its teacher
+  pflow merge    --workdir runs/adapters --out runs/merged                   a run with adapters as one without
+  pflow compare  --config configs/compare/digits.py --workdir runs/compare   train and measure methods side by side
+  pflow plan     --config configs/imagenet.py:gmflow --topology v5e-256      does it fit on these TPUs, and the cost
+  pflow data     emoji                                                       fetch a data set that is not in a package
+  pflow convert  --source FLUX.1-dev/transformer --out runs/flux             weights from PyTorch, or a run to PyTorch
+  pflow cache    --prompts prompts.txt --model flux --encoders FLUX.1-dev --out prompts    embed prompts once
+
+Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags, and with
+--config FILE, or --workdir of a run, every key with its value.
+
+A config file is a program, which runs with your rights: read one that is not yours before you name it.
+"""
+MAX_SEED = 2**32 - 1  # JAX takes no more bits of one
+CONFIG_HELP = "config file, a Python program that is executed; its variant after a colon"
+
+
+class ConfigSource(NamedTuple):
+  """Where a command has its config from, every key of which is a flag of its own, --config.key.
+
+  Attributes:
+    flag: whose value says it.
+    read: that value -> the config.
+    describe: a config, or None where no value is given -> what --help says of its keys.
+  """
+
+  flag: str
+  read: Callable[[str], ConfigDict]
+  describe: Callable[[ConfigDict | None], str]
+
+
+def run_command(define: Callable, body: Callable, argv: list[str], source: ConfigSource | None = None) -> None:
+  """Parses `argv` with the flags that `define` makes and calls `body(flags)`; for mistakes see `one_sentence`."""
+  from absl import flags, logging
+  from ml_collections import config_flags
+
+  values, name = flags.FlagValues(), f"pflow {body.__name__}"
+  try:
+    if any(re.match("--?flagfile(=|$)", argument) for argument in argv):
+      raise ValueError("--flagfile: files of flags are not read; give the flags themselves")
+    define(values)
+    config, is_file = None, source is not None and source.flag == "config"
+    if source is not None:
+      given, others = _taken(argv, source.flag)
+      config = None if given is None else _read(source, given)
+      argv = others if is_file else argv
+    asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
+    if is_file and (config is None or asks_for_help):
+      flags.DEFINE_string("config", None, CONFIG_HELP, required=True, flag_values=values)
+    if asks_for_help:
+      print(USAGE, f"\nFlags of {name}:\n", values.get_help(include_special_flags=False), sep="")
+      print(source.describe(config) if source else "")
+      return
+    if config is not None:
+      config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[name, *argv])
+    rest = _parsed(values, [name, *argv], config)
+  except Exception as error:  # flags, and the config that they change: whatever fails here is not to be restarted
+    if os.environ.get("PFLOW_TRACEBACK"):
+      raise
+    fail(2, _one_line(error))
+  if len(rest) > 1:
+    fail(2, f"unexpected argument {rest[1]!r}; flags are given as --name value")
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.WARNING)
+  logging.get_absl_handler().addFilter(without_tracebacks)
+  _cache_compilations()
+  if "coordinator" in values:
+    from pflow_jax.mesh.distributed import join
+
+    join(values.coordinator, values.num_processes, values.process_id, timeout=values.join_timeout)
+    if body.__name__ != "train":  # which alone asks JAX's handler whether it was told to stop
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  body(values)
+  if _among_others():
+    from pflow_jax.mesh.distributed import finish
+
+    finish()
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+  """Ends the program with one sentence and the right code for whatever is raised; see `cli` for the codes."""
+  try:
+    yield
+  except KeyboardInterrupt as stopped:
+    fail(130, str(stopped) or "stopped")
+  except Exception as error:
+    if os.environ.get("PFLOW_TRACEBACK"):
+      raise
+    fail(*_verdict(error))
+
+
+def _verdict(error: Exception) -> tuple[int, str]:
+  """The exit code for an error, and the sentence."""
+  text, more = str(error), "(set PFLOW_TRACEBACK=1 for the traceback)"
+  if isinstance(error, ImportError):
+    advice = f"{sys.executable} -m pip install it (gs://: gcsfs, then gcloud auth application-default login)"
+    return 2, text if "pip install" in text else f"{text}; {advice}"
+  if isinstance(error, (ValueError, ArithmeticError)):
+    return 2, text
+  if isinstance(error, OSError):
+    return 1 if error.errno is None or may_pass(error) else 2, f"{text}\n{more}"
+  if isinstance(error, RecursionError):
+    return 2, f"something that was given is nested too deeply ({text})\n{more}"
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    first = next(iter(text.splitlines()), "")
+    return 1, f"out of memory; lower the batch size, or raise config.train.accumulation or config.mesh.fsdp ({first})"
+  if isinstance(error, RuntimeError):
+    return 1, f"{text}\n{more}"
+  first = next(iter(text.splitlines()), "")
+  return 1, f"a bug of pflow_jax, or of a library: {type(error).__name__}: {first}\n{more}"
+
+
+def fail(code: int, message: str) -> NoReturn:
+  # A value that somebody made up may be of any length, and steer the terminal.
+  message = "".join(sign if sign == "\n" or sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+  message = re.sub(r"\S{300,}", lambda m: f"{m[0][:200]}...", message)
+  print(f"pflow: {message}", file=sys.stderr, flush=True)
+  if _among_others():
+    # Python's own exit would wait for the others, who wait for this process; they notice that it is gone.
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
+
+
+def stop(message: str) -> NoReturn:
+  """Ends a run that all processes have agreed to stop: together, so that none takes another for dead."""
+  print(f"pflow: {message}", file=sys.stderr, flush=True)
+  sys.exit(130)
+
+
+def _among_others() -> bool:
+  """Whether this process has joined others; asked without starting JAX."""
+  jax = sys.modules.get("jax")
+  return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def define_join_flags(values) -> None:
+  """How this process finds the others of its program, where JAX cannot know."""
+  from absl import flags
+
+  flags.DEFINE_string("coordinator", None, "host:port of process 0, a free port there", flag_values=values)
+  flags.DEFINE_integer("num_processes", None, "processes of this program", lower_bound=1, flag_values=values)
+  flags.DEFINE_integer("process_id", None, "which of them this one is", lower_bound=0, flag_values=values)
+  flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", lower_bound=1, flag_values=values)
+
+
+def define_teacher_flag(values) -> None:
+  """Where the teacher of a run is."""
+  from absl import flags
+
+  flags.DEFINE_string("teacher", None, "workdir of the run's teacher, if it has moved", flag_values=values)
+
+
+def _read(source: ConfigSource, given: str) -> ConfigDict:
+  try:
+    return source.read(given)
+  except ValueError as error:
+    raise ValueError(f"--{source.flag}: {error}") from error
+
+
+def _parsed(values: flags.FlagValues, argv: list[str], config: ConfigDict | None) -> list[str]:
+  """Gives flags their values, and returns the other arguments.
+
+  Raises: ValueError for a flag that is not known, with the nearest one that is, or missing.
+  """
+  from absl import flags
+
+  try:
+    return values(argv)
+  except flags.UnrecognizedFlagError as error:
+    known = {name: name for name in values}
+    for section, keys in config.items() if config is not None else ():
+      known |= {key: f"config.{section}.{key}" for key in keys if key not in known} if hasattr(keys, "keys") else {}
+    near = difflib.get_close_matches(error.flagname, known, n=1, cutoff=0.6)
+    hint = f"; did you mean --{known[near[0]]}?" if near else "; `--help` lists them"
+    raise ValueError(f"there is no flag --{error.flagname}{hint}") from error
+  except flags.IllegalFlagValueError as error:
+    if missing := re.findall(r"flag --(\w+)=None: ", str(error)):
+      raise ValueError(f"{' and '.join(f'--{name}' for name in missing)} must be given") from error
+    raise
+
+
+def _one_line(error: Exception) -> str:
+  # KeyErrors print their message quoted, line breaks and all.
+  text = str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+  return f"the config has no key {text}" if isinstance(error, (AttributeError, KeyError)) else text
+
+
+def _taken(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+  """The value of a flag, the last one if it is given several times, and the other arguments."""
+  value, others, rest = None, [], iter(argv)
+  for argument in rest:
+    name, equals, text = argument.partition("=")
+    if name in (f"--{flag}", f"-{flag}"):
+      value = text if equals else next(rest, "")
+    else:
+      others.append(argument)
+  return value, others
+
+
+def _cache_compilations() -> None:
+  """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR moves the folder."""
+  import jax
+
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  # A user whom the system has no home for keeps none.
+  if jax.config.jax_compilation_cache_dir is None and not base.startswith("~"):  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", os.path.join(base, "pflow_jax", "xla"))
+
+
+def mesh_sizes(sizes: list[str]) -> dict[str, int]:
+  """{"data": 4} of --mesh=data=4."""
+  from pflow_jax.mesh.sharding import AXES
+
+  for size in sizes:
+    axis, _, number = size.partition("=")
+    if axis not in AXES or not re.fullmatch("-?[0-9]{1,9}", number):
+      raise ValueError(f"--mesh: expected sizes of {AXES} such as data=4,fsdp=64, got {size!r}")
+  return {size.partition("=")[0]: int(size.partition("=")[2]) for size in sizes}
+
+
+def whole_numbers(flag: str, texts: list[str]) -> list[int]:
+  """The numbers of a list of seeds.
+
+  Raises: ValueError for none, and for what is none from 0 to MAX_SEED.
+  """
+  if not texts or not all(re.fullmatch("[0-9]{1,10}", text) and int(text) <= MAX_SEED for text in texts):
+    raise ValueError(
+      f"{flag}: expected whole numbers from 0 to {MAX_SEED}, separated by commas, got {','.join(texts)!r}"
+    )
+  return [int(text) for text in texts]

@@ -1,0 +1,124 @@
+"""What `--help` says of a config: every key with its value, its type and its owner's words for it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import textwrap
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pflow_jax import data
+from pflow_jax.core.objectives.adversarial import Adversarial
+from pflow_jax.core.objectives.flow_map import FlowMap
+from pflow_jax.evaluation.evaluate import EvaluateSettings
+from pflow_jax.files import foreign
+from pflow_jax.mesh.sharding import MeshSettings
+from pflow_jax.training import optim
+from pflow_jax.training.experiment import FLOW_MAPS, OBJECTIVES, SECTIONS, StartSettings
+from pflow_jax.training.network import HEADS, MODULES, AdapterSettings, Denoiser
+from pflow_jax.training.sample import SampleSettings
+from pflow_jax.training.step import TrainSettings
+from pflow_jax.training.teachers import TeacherSettings
+
+OWNERS: dict[str, tuple[Callable, ...]] = {
+  "adapters": (AdapterSettings,),
+  "teacher": (TeacherSettings,),
+  "start": (StartSettings,),
+  "adversarial": (Adversarial,),
+  "optimizer": (optim.make_optimizer, optim.make_schedule),
+  "ema": (optim.make_ema_decay,),
+  "train": (TrainSettings,),
+  "sample": (SampleSettings,),
+  "evaluate": (EvaluateSettings,),
+  "mesh": (MeshSettings,),
+}
+# Those of the sections whose key `kind`, of data `name`, chooses one.
+KINDS: dict[str, Mapping[str, Callable]] = {
+  "data": data.sources(),
+  "model": MODULES,
+  "policy": {**HEADS, "denoiser": Denoiser},
+  "objective": {**OBJECTIVES, **dict.fromkeys(FLOW_MAPS, FlowMap)},
+}
+# What is no key: the rest of a data set's name, and what follows from other sections.
+_HIDDEN = (
+  *("parent", "name", "path", "head", "channels", "num_classes", "pooled_width", "layout", "use_bias", "total_steps"),
+)
+
+
+def describe(config: ConfigDict | None) -> str:
+  """Lists the keys of a config with their values; without one, the sections and whose settings they are."""
+  if config is None:
+    lines = ["Keys of a config, --config.SECTION.KEY; with a config, --help gives values and explains them.", ""]
+    for section in SECTIONS:
+      if section in KINDS:
+        lines.append(_wrapped(f"{section}: by its {'name' if section == 'data' else 'kind'}", 2))
+        lines += [_wrapped(f"{kind}: {', '.join(_keys(owner))}", 4) for kind, owner in KINDS[section].items()]
+      elif section in OWNERS:
+        lines.append(_wrapped(f"{section}: {', '.join(key for owner in OWNERS[section] for key in _keys(owner))}", 2))
+    return "\n".join(["", *lines])
+  lines = []
+  for section, values in config.items():
+    if not isinstance(values, ConfigDict):
+      lines += ["", _line(section, values, "", "")]
+      continue
+    owners = _owners(section, values)
+    lines += ["", f"{section}, see {' and '.join(map(_place, owners))}" if owners else section]
+    hints: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    for owner in owners:
+      hints |= typing.get_type_hints(owner)
+      words = _words(owner) | words
+    for key, value in values.items():
+      kind = re.sub(r"\b(typing|collections\.abc)\.", "", inspect.formatannotation(hints[key])) if key in hints else ""
+      lines.append(_line(f"{section}.{key}", value, kind, words.get(key, "")))
+  return "\n".join(["", "Keys of this config:", *lines])
+
+
+def _owners(section: str, values: ConfigDict) -> tuple[Callable, ...]:
+  """Whose settings the values of a section are; () where nobody's, as in a comparison."""
+  if section not in KINDS:
+    return OWNERS.get(section, ())
+  name = str(values.get("name" if section == "data" else "kind"))
+  owner = KINDS[section].get(name.partition(":")[0])
+  return (owner,) if owner else ()
+
+
+def _keys(owner: Callable) -> list[str]:
+  return [name for name in inspect.signature(owner).parameters if name not in _HIDDEN]
+
+
+def _place(owner: Callable) -> str:
+  return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def _line(key: str, value: Any, kind: str, words: str) -> str:
+  text = f"--config.{key}" + (f"={value if isinstance(value, str) else foreign.shown(value, 100)}")
+  flag = f'"{text}"' if "'" in text and not re.search(r'["$`!\\]', text) else shlex.quote(text)
+  if value is None:
+    flag = f"--config.{key}  (not set)"
+  return _wrapped(f"{flag}{f'  {kind}' if kind else ''}{f': {words}' if words else ''}", 2)
+
+
+def _wrapped(text: str, indent: int) -> str:
+  return textwrap.fill(
+    text, 120, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4), break_long_words=False
+  )
+
+
+def _words(owner: Callable) -> dict[str, str]:
+  """What the docstrings of a class, or a function, say of its attributes or arguments."""
+  found: dict[str, str] = {}
+  for one in reversed(inspect.getmro(owner) if inspect.isclass(owner) else (owner,)):
+    block = re.search(r"^(?:Attributes|Args):(.*?)(?:\n\S|\Z)", inspect.cleandoc(one.__doc__ or ""), re.M | re.S)
+    # An entry starts on a line that is not indented further than the first, or three spaces after another.
+    entries = re.split(r"\n {2}(?! )|(?<=\S) {3}(?=\w)", block[1]) if block else ()
+    for entry in entries:
+      names, colon, text = " ".join(entry.split()).partition(": ")
+      if colon and re.fullmatch(r"\w+(, \w+)*", names):
+        found |= dict.fromkeys(names.split(", "), text)
+  return found

@@ -1,0 +1,182 @@
+"""The models that are converted, by their PyTorch classes and by our names, and the shapes of their parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from pflow_jax.data import ArrayRecords, Dataset, Embedding
+from pflow_jax.families.dit import names as dit
+from pflow_jax.families.flux import names as flux
+from pflow_jax.families.head_names import policy_from_config
+from pflow_jax.families.qwen_image import names as qwen_image
+from pflow_jax.files import foreign
+from pflow_jax.torch_io.fields import check_sizes, read_fields
+from pflow_jax.torch_io.places import Tensors
+from pflow_jax.torch_io.table import Row, is_lora, torch_shapes_of
+from pflow_jax.torch_io.tensors import CONFIG
+from pflow_jax.training.network import MODULES as NETWORKS
+from pflow_jax.training.network import make_network, module_defaults
+
+MODULES: dict[str, ModuleType] = {"dit": dit, "flux": flux, "qwen_image": qwen_image}
+# Attributes of our modules that a config takes from its data, and what is no attribute at all.
+_FROM_DATA = ("channels", "num_classes", "sample_size", "out_channels")
+_OF_HEADS = ("num_gaussians", "logstd_inner_dim", "n_grid", "p_order")  # fields that the output layers have
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A network that both sides have.
+
+  Attributes:
+    kind: as config.model.kind.   attributes: of its module, see the modules' `model_from_config`.
+    policy: as the section of a config.
+  """
+
+  kind: str
+  attributes: Mapping[str, Any]
+  policy: Mapping[str, Any]
+
+  @property
+  def rows(self) -> tuple[Row, ...]:
+    return MODULES[self.kind].rows(self.attributes, self.policy)
+
+  @property
+  def section(self) -> dict[str, Any]:
+    """The section `model` of a config."""
+    return {"kind": self.kind} | {key: value for key, value in self.attributes.items() if key not in _FROM_DATA}
+
+  @property
+  def torch_config(self) -> dict[str, Any]:
+    """A config.json."""
+    return MODULES[self.kind].config_from_model(self.attributes, self.policy)
+
+  @property
+  def learns_variance(self) -> bool:
+    """Whether the PyTorch model has channels that are not wanted here."""
+    return "out_channels" in self.attributes
+
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Shapes of our network's parameters by path, without making any."""
+    network = make_network(self.section, self.policy, self._dataset())
+    return flat_shapes(network.shapes(self._dataset()))
+
+  def torch_shapes(self) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that make them, by name."""
+    shapes = self.shapes()
+    return {name: shape for row in self.rows for name, shape in torch_shapes_of(row, shapes[row.flax]).items()}
+
+  def _dataset(self) -> Dataset:
+    """A set of examples of the smallest shape that the network takes."""
+    attributes = self.attributes
+    embedding = None
+    if "text_width" in attributes:
+      embedding = Embedding((1,), attributes["text_width"], True, attributes.get("pooled_width") or 0)
+    side, classes = attributes["patch_size"], attributes.get("num_classes", 0)
+    records = ArrayRecords(np.zeros((0, 0)), np.zeros(0))
+    shape = (side, side, attributes["channels"])
+    return Dataset("none", shape, classes, (), records, embedding=embedding)
+
+
+def read_config(source: pathlib.Path) -> dict[str, Any]:
+  """The config.json of a model folder, or beside a file.
+
+  Raises: ValueError if there is none, or its class is not known.
+  """
+  folder = source if source.is_dir() else source.parent
+  known = [name for module in MODULES.values() for name in module.CLASS_NAMES]
+  path = folder / CONFIG
+  if not path.exists():
+    raise ValueError(
+      f"{folder}: expected {CONFIG} with the class and the sizes of the model, as diffusers writes it; for π-Flow's "
+      f'teachers on ImageNet {{"_class_name": "{dit.FLOW}"}} is enough, with "num_timesteps": 1 too for those of REPA '
+      f'and SiT, and "flip_model_timesteps": true for that of SiT'
+    )
+  config = foreign.read_json(path)
+  name = config.get("_class_name")
+  if name not in known:
+    raise ValueError(f"{path}: _class_name must be one of {known}, got {foreign.shown(name)}")
+  return config
+
+
+def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tensors: Tensors | None = None) -> Model:
+  """The model that a config.json and the metadata of its files describe.
+
+  Args:
+    tensors: in those files, which bound its sizes; those of an adapter are its teacher's.
+  Raises: ValueError naming what in the config this package's network does not do, or its tensors cannot have.
+  """
+  name = config["_class_name"]
+  kind = next(kind for kind, module in MODULES.items() if name in module.CLASS_NAMES)
+  module, schema = MODULES[kind], MODULES[kind].FIELDS[name]
+  full = read_fields(config, schema)
+  policy = policy_from_config(module.CLASS_NAMES[name], full | {"_class_name": name}, metadata)
+  attributes = module.model_from_config(config, policy)
+  if kind == "dit":
+    attributes["sample_size"] = full["sample_size"]
+  if tensors is not None:
+    check_sizes(full, schema, tensors, _OF_HEADS if any(map(is_lora, tensors.places)) else None)
+  return Model(kind, attributes, policy)
+
+
+def model_of_run(
+  config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], data: Mapping[str, Any] | None = None
+) -> Model:
+  """The model that a run of ours trained.
+
+  Args:
+    config: of the run.   shapes: of the parameters in its checkpoint, by path; those of the output layers at least.
+    data: what a DiT takes from its data and its parameters do not tell: "sample_size", and "num_classes" where they do
+      not have the table of them.
+  Raises: ValueError for a network that PyTorch has no class for.
+  """
+  section, policy = dict(config["model"]), dict(config["policy"])
+  if section["kind"] not in MODULES:
+    raise ValueError(
+      f"config.model.kind: PyTorch has no class for {section['kind']!r}, expected one of {list(MODULES)}"
+    )
+  attributes = module_defaults(section) | {key: value for key, value in section.items() if key != "kind"}
+  missing = [name for name in _required(section["kind"]) if attributes.get(name) is None]
+  if missing:
+    raise ValueError(f"config.model: {', '.join(missing)} must be set")
+  maps = policy.get("num_components", 8) if policy["kind"] in ("gmflow", "arc") else 1
+  maps = policy.get("num_coefficients", 10) if policy["kind"] == "dx" else maps
+  layer = "proj_out_means" if policy["kind"] in ("gmflow", "arc") else "proj_out"
+  bias = shapes.get(f"head/{layer}/bias", ())
+  if len(bias) != 1:
+    raise ValueError(f"the checkpoint has no output layer {layer!r}, expected that of the policy {policy['kind']!r}")
+  attributes["channels"] = bias[0] // (attributes["patch_size"] ** 2 * maps)
+  if section["kind"] == "dit":
+    attributes |= data or {}
+    classes = classes_of(shapes)
+    attributes |= {} if classes is None else {"num_classes": classes}
+    if attributes.get("num_classes") is None:
+      raise ValueError(
+        "config.data.num_classes: PyTorch's DiT is conditioned on classes, and neither the run's config nor its "
+        "checkpoint tells how many there are; set it, unless the run is conditioned on texts"
+      )
+  return Model(section["kind"], attributes, policy)
+
+
+def _required(kind: str) -> list[str]:
+  """Attributes of a network that a config must have."""
+  given = ("channels", "num_classes", "head", "parent", "name")
+  fields = dataclasses.fields(NETWORKS[kind])  # type: ignore[arg-type]
+  return [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in given]
+
+
+def classes_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+  """Classes of a DiT by the shapes of its parameters, if those are told that the table of them is among."""
+  table = shapes.get("class_embed/embedding", ())
+  return table[0] - 1 if len(table) == 2 else None
+
+
+def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """Shapes of nested leaves by their "/"-joined paths."""
+  return {"/".join(keys): tuple(leaf.shape) for keys, leaf in flatten_dict(tree).items()}

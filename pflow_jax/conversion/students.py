@@ -1,0 +1,186 @@
+"""Students of PyTorch's releases as runs of ours: an adapter on a teacher, or a model of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from pflow_jax.checkpoints.checkpoint import newest_step, params_shapes
+from pflow_jax.conversion.leaves import TensorLeaf, dtype_of
+from pflow_jax.conversion.models import Model, flat_shapes, model_of_run
+from pflow_jax.conversion.runs import check_leaves, read_run
+from pflow_jax.core.rollout import NEWEST
+from pflow_jax.families.head_names import sampling_of
+from pflow_jax.files.foreign import shown
+from pflow_jax.torch_io.check import check_tensors
+from pflow_jax.torch_io.places import Tensors
+from pflow_jax.torch_io.table import Row, is_lora, lora_rows, torch_shapes_of
+from pflow_jax.training import workdir
+from pflow_jax.training.network import module_defaults
+from pflow_jax.training.teachers import which_of
+
+Shape = tuple[int, ...]
+Leaves = dict[str, TensorLeaf]
+
+TEXT_SHIFT = 3.2  # of the text-to-image students
+TEXT_SIZE = 128  # latents a side, of pictures of 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+  """What an adapter's files are, on a network of ours.
+
+  Attributes:
+    leaves: that train, by path.   table, train: as of the section `adapters` of a config.
+  """
+
+  leaves: Leaves
+  table: tuple[tuple[Any, ...], ...]
+  train: tuple[str, ...]
+
+
+def read_adapters(model: Model, tensors: Tensors, where: str, dtype: np.dtype | None) -> Adapters:
+  """The leaves of an adapter of `model`, the student.
+
+  Raises: ValueError with all tensors that are missing, unexpected or mis-shaped.
+  """
+  shapes, rows = model.shapes(), {row.flax: row for row in model.rows}
+  owners = {name: path for path, row in rows.items() for name in torch_shapes_of(row, shapes[path])}
+  whole = {path for path in rows if path.startswith("head/")}
+  whole |= {owners[name] for name in tensors.places if name in owners}
+  of_path = {path: torch_shapes_of(rows[path], shapes[path]) for path in rows if path in whole}
+  expected = {name: shape for names in of_path.values() for name, shape in names.items()}
+  pairs = {name: _stem(name) for name in tensors.places if is_lora(name)}
+  ranks: dict[str, int] = {}
+  for name, stem in pairs.items():
+    path = owners.get(f"{stem}.weight")
+    if path is not None and name.endswith(".lora_A.weight"):
+      ranks.setdefault(path, tensors.places[name].shape[0])
+  low_rank: dict[str, tuple[Row, Shape]] = {}
+  for path, rank in ranks.items():
+    *lead, inputs, outputs = shapes[path]
+    a, b = lora_rows(rows[path])
+    low_rank |= {a.flax: (a, (*lead, inputs, rank)), b.flax: (b, (*lead, rank, outputs))}
+    names = torch_shapes_of(a, low_rank[a.flax][1]) | torch_shapes_of(b, low_rank[b.flax][1])
+    present = {stem for stem in pairs.values() if owners.get(f"{stem}.weight") == path}
+    expected |= {name: shape for name, shape in names.items() if _stem(name) in present}
+  check_tensors(expected, tensors.shapes, where)
+  leaves = {path: leaf_of(rows[path], shapes[path], tensors, dtype) for path in rows if path in whole}
+  leaves |= {path: leaf_of(row, shape, tensors, dtype, partly=True) for path, (row, shape) in low_rank.items()}
+  table = tuple((re.escape(path.removesuffix("/kernel")), rank, float(rank), 0.0) for path, rank in ranks.items())
+  body = [path for path in rows if path in whole and not path.startswith("head/")]
+  norm = [path for path in rows if path.startswith("final_norm/")]
+  return Adapters(leaves, table, ("final_norm/.*",) if body == norm else tuple(re.escape(path) for path in body))
+
+
+def _stem(name: str) -> str:
+  return re.sub(r"\.lora_[AB]\.weight$", "", name)
+
+
+def leaf_of(row: Row, shape: Shape, tensors: Tensors, dtype: np.dtype | None, partly: bool = False) -> TensorLeaf:
+  """The leaf of a row.
+
+  Args:
+    dtype: of floating leaves; None is the tensors'.   partly: layers that the files lack are zeros.
+  """
+  layers: list[int | None] = list(range(shape[0])) if row.stacked else [None]
+  absent = frozenset(i for i in layers if i is not None and partly and not any(n in tensors.places for n in row.at(i)))
+  names = [name for i in layers if i not in absent for name in row.at(i)]
+  return TensorLeaf(row, tensors, shape, dtype_of(row, names, tensors, dtype), absent)
+
+
+def base_of(folder: str, model: Model) -> Model:
+  """`model`, a student, as one of the teacher in the workdir `folder`.
+
+  Raises: ValueError if that has another network.
+  """
+  config = read_run(folder)
+  if config.policy.kind != "velocity":
+    raise ValueError(
+      f"--base {folder} holds a {shown(config.policy.kind)}, expected a teacher, whose policy is 'velocity'"
+    )
+  shapes = flat_shapes(params_shapes(f"{folder}/{workdir.CHECKPOINTS}", which=which_of(config)))  # type: ignore[arg-type]
+  teacher = model_of_run(workdir.as_plain(config), shapes)
+  check_leaves(teacher, shapes, f"--base {folder}")
+  # How it is computed may differ, and the scale and the direction of time are not in PyTorch's files.
+  free = (*workdir.COMPUTED, "dtype", "out_channels", "sample_size", "time_scale", "flip_time")
+  theirs, ours = ({k: _plain(v) for k, v in one.attributes.items() if k not in free} for one in (teacher, model))
+  ours = {k: _plain(v) for k, v in module_defaults(model.section).items() if k not in free} | ours
+  differing = [
+    f"{key}: the teacher has {theirs.get(key)!r}, the student {ours.get(key)!r}"
+    for key in sorted(theirs | ours)
+    if theirs.get(key) != ours.get(key)
+  ]
+  if teacher.kind != model.kind or differing:
+    raise ValueError(f"--base {folder} is a {teacher.kind}, the student a {model.kind}; {'; '.join(differing)}")
+  size = {"sample_size": model.attributes["sample_size"]} if "sample_size" in model.attributes else {}
+  return dataclasses.replace(model, attributes={**teacher.attributes, **size})
+
+
+def _plain(value: Any) -> Any:
+  return list(value) if isinstance(value, tuple) else value
+
+
+def sampling_of_teacher(model: Model) -> tuple[ConfigDict, ConfigDict]:
+  """The sections `sample` and `mesh` of a converted teacher."""
+  from pflow_jax.settings.defaults import default_config
+
+  config = default_config("flow_matching")
+  if model.kind != "dit":
+    config.sample.update(nfe=(50,), batch_size=16)
+  return config.sample, config.mesh
+
+
+def data_of(model: Model) -> dict[str, Any]:
+  """The section `data` of a converted run: random data of the shapes that the network takes."""
+  attributes = model.attributes
+  side = attributes.get("sample_size", TEXT_SIZE)
+  shape = (side, side, attributes["channels"])
+  if model.kind == "dit":
+    return {"name": "synthetic", "shape": shape, "num_classes": attributes["num_classes"]}
+  prompts = {"name": "synthetic_prompts", "model": model.kind, "shape": shape, "num_records": 1}
+  pooled = {"pooled": attributes["pooled_width"]} if attributes.get("pooled_width") else {}
+  return prompts | {"text": (512, attributes["text_width"])} | pooled
+
+
+def student_config(
+  model: Model, base: str | None, adapters: Adapters | None, metadata: Mapping[str, str], name: str, dtype: str
+) -> ConfigDict:
+  """The config of a run that has this student.
+
+  What the files do not tell is taken from the releases' recipes, and from the name of the folder, such as
+  "gmflux_k8_piid_8step"; the data are random ones of the network's shapes. All can be changed when it is used.
+  """
+  from pflow_jax.settings.defaults import default_config
+
+  config = default_config("imitation")
+  is_dit = model.kind == "dit"
+  config.data = data_of(model)
+  config.model = model.section | {"dtype": dtype}
+  config.policy = dict(model.policy)
+  told = sampling_of(metadata)
+  if not told:
+    stated = re.search(r"(\d+)[-_]?(?:step|nfe)", name)
+    nfe = 1 if is_dit else 2 if model.policy["kind"] == "arc" else 4
+    whole = is_dit or model.policy["kind"] == "arc"
+    told = {"nfe": int(stated[1]) if stated else nfe, "final_scale": 1.0 if whole else 0.5}
+    told["shift"] = 1.0 if is_dit else TEXT_SHIFT
+  temperature = told.pop("temperature", "auto" if model.policy["kind"] == "gmflow" and not is_dit else 1.0)
+  if temperature == "auto":  # as π-Flow's pipelines sample their GMFlow students
+    config.sample.auto_temperature = True
+  else:
+    config.sample.temperature = temperature
+  release = told.pop("release", NEWEST)
+  if release != NEWEST:  # asked for by whoever exported it
+    config.sample.method = release
+  config.objective.update(told)
+  if base is not None:
+    config.teacher.update(workdir=base, step=newest_step(f"{base}/{workdir.CHECKPOINTS}"))
+  if adapters is not None:
+    config.adapters.update(table=adapters.table, train=adapters.train)
+  return config

@@ -1,0 +1,397 @@
+"""`pflow compare`: methods side by side, with one teacher, its data and network, and one budget of training compute.
+
+A comparison is a ConfigDict, such as configs/compare/digits.py makes:
+
+  teacher: dict(config="path/of/config.py:variant", overrides=dict(train=dict(steps=...))), the latter optional.
+  weak: the same for a weaker teacher, where a method wants one (autoguidance).
+  flops: operations that every student is trained with, its teacher's evaluations included; see `step_flops`.
+  methods: a tuple of the arguments of `Method`.
+
+Runs live in <workdir>/seed<S>/<run>, and what is finished there is not repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import pydantic
+from ml_collections import ConfigDict
+
+from pflow_jax.evaluation.compare_report import TEACHER, write_report
+from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.files import foreign
+from pflow_jax.files.folders import checked_folder
+from pflow_jax.files.lock import Lock
+from pflow_jax.settings.config_file import read_config_file
+from pflow_jax.settings.sections import as_section, call, check_sections, refuse_unknown
+from pflow_jax.training.experiment import SECTIONS
+from pflow_jax.training.step import step_flops
+from pflow_jax.training.train import train
+from pflow_jax.training.workdir import as_plain
+
+RESULT = "result.json"
+KEYS = ("teacher", "weak", "flops", "methods")
+WEAK = "weak"
+NEEDED = ("data", "model", "policy", "objective", "train", "sample", "evaluate")  # sections of a run's config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """Of a row of an evaluation, what the table is made from: a measure perhaps with its standard error."""
+
+  name: str
+  nfe: int
+  images_per_second: Annotated[float, pydantic.Field(gt=0)]
+  alignment_ratio: float | tuple[float, float] = 0.0
+  fd_ratio: float | tuple[float, float] = 0.0
+  diversity_ratio: float | tuple[float, float] = 0.0
+  recall: float | tuple[float, float] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+  """A run's result as it is kept in its folder, as far as the report reads it."""
+
+  spent: dict[str, float]
+  rows: tuple[_Row, ...] = ()
+  num_samples: int = 0
+  data: str = ""
+  features: str = ""
+  device: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """One method of a comparison.
+
+  Attributes:
+    name: of its folder, and for `only`.   title: in the table and the picture; by default the name.
+    config: "path/of/config.py:variant", the path as for `pflow train`.
+    students: the numbers of evaluations that each student is sampled with: ((1,), (2,)) are two students,
+      ((1, 2),) is one. A policy student with one number is also trained for it, objective.nfe.
+    overrides: nested keys of the config, dict(objective=dict(dropout=0.1)).
+    start: name of an earlier method, from whose student of the same numbers of evaluations this one starts.
+    weak: guided by the weak teacher.
+  """
+
+  name: str
+  config: str
+  students: tuple[tuple[int, ...], ...]
+  title: str = ""
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  start: str | None = None
+  weak: bool = False
+
+  def __post_init__(self):
+    if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in (TEACHER, WEAK):
+      raise ValueError(
+        f"config.methods: expected a name of letters, digits, '_', '.' and '-' other than {TEACHER!r} and {WEAK!r}, "
+        f"got {self.name!r}"
+      )
+    numbers = [nfe for student in self.students for nfe in student]
+    if not all(self.students) or not numbers or len(set(numbers)) < len(numbers):
+      raise ValueError(
+        f"config.methods, {self.name}: students: expected groups of numbers of evaluations, none of them twice, such "
+        f"as ((1,), (2,)) or ((1, 2),), got {self.students}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training and, of a student, its evaluation.
+
+  Attributes:
+    name: its folder below the seed's.   method: its method's name, or "teacher", or "weak".
+    config: complete but for the workdirs of the runs it needs and, with a budget, train.steps.
+    nfe: numbers of evaluations; () is a teacher, which its students' evaluations measure.
+    flops: budget in operations; None trains for config.train.steps.
+    needs: runs to be finished before, by the key of the config that takes their folder.
+  """
+
+  name: str
+  method: str
+  config: ConfigDict
+  nfe: tuple[int, ...] = ()
+  flops: float | None = None
+  needs: Mapping[str, Run] = dataclasses.field(default_factory=dict)
+
+  def described(self) -> dict[str, Any]:
+    """All that its result depends on, as JSON gives it back."""
+    needs = {key: run.described() for key, run in self.needs.items()}
+    return {"config": as_plain(self.config), "flops": self.flops, "needs": needs}
+
+
+def compare(
+  config: ConfigDict, folder: str | os.PathLike, *, seeds: Sequence[int] = (0,), only: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Trains and evaluates what is missing of the comparison in `folder`; writes compare.json, .md and .png there.
+
+  A run that fails is reported in the table and tried again by the next call.
+
+  Args:
+    seeds: one teacher and one student of everything for each.
+    only: methods to work on, and what they start from; the table shows the others as far as they are finished.
+  Returns: what compare.json holds.
+  Raises: ValueError for a comparison that does not fit, before any work; KeyboardInterrupt when told to stop.
+  """
+  folder = checked_folder(folder)
+  methods = read_methods(config)
+  refuse_unknown(dict.fromkeys(only), list(methods), "--only")
+  plans = {seed: plan(config, seed) for seed in dict.fromkeys(seeds)}
+  roots = {seed: pathlib.Path(folder) / f"seed{seed}" for seed in plans}
+  results = {
+    seed: {run.name: result for run in runs if (result := _finished(run, roots[seed]))} for seed, runs in plans.items()
+  }
+
+  def write() -> dict[str, Any]:
+    runs = [
+      {"seed": seed, "run": run.name, "method": run.method, "nfe": run.nfe} | results[seed][run.name]
+      for seed in plans
+      for run in plans[seed]
+      if run.name in results[seed]
+    ]
+    titles = {name: method.title or name for name, method in methods.items()}
+    return write_report(pathlib.Path(folder), config.flops, titles, runs)
+
+  todo = [
+    (seed, run)
+    for seed, runs in plans.items()
+    for run in _in_order(run for run in runs if run.method in (only or methods))
+  ]
+  with _stopped_by_signals(), Lock(folder, "pflow compare"):
+    for i, (seed, run) in enumerate(todo, 1):
+      done = run.name in results[seed]
+      print(f"run {i} of {len(todo)}: seed {seed}, {run.name}{', finished before' if done else ''}", flush=True)
+      if not done:
+        try:
+          results[seed][run.name] = _attempt(run, roots[seed], results[seed])
+        except KeyboardInterrupt as stopped:
+          where = f" ({stopped})" if str(stopped) else ""
+          raise KeyboardInterrupt(
+            f"stopped in run {i} of {len(todo)}: seed {seed}, {run.name}{where}; the same command goes on"
+          ) from stopped
+        write()
+    return write()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+  """SIGTERM, and SIGHUP if it counts, as a KeyboardInterrupt between trainings; a training has a way that saves."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+  numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+  previous = {number: signal.signal(number, stop) for number in numbers}
+  try:
+    yield
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def read_methods(config: ConfigDict) -> dict[str, Method]:
+  """The methods of a comparison by name.
+
+  Raises: ValueError for keys that are unknown or missing.
+  """
+  refuse_unknown(config, KEYS, "config")
+  missing = [key for key in KEYS if key != "weak" and not config.get(key)]
+  if missing:
+    raise ValueError(f"config: {', '.join(missing)} must be set")
+  given = foreign.check_arguments(_comparison, {key: config[key] for key in ("flops", "methods")}, where="config")
+  if given["flops"] <= 0:
+    raise ValueError(f"config.flops: expected a number of operations > 0, got {config.flops}")
+  methods: dict[str, Method] = {}
+  for values in given["methods"]:
+    rest = as_section(values, "config.methods")
+    name = str(rest.pop("name", ""))
+    method = call(Method, f"methods, {name}", rest, name=name)
+    if name in methods:
+      raise ValueError(f"config.methods: expected every name once, got {name!r} twice")
+    if method.start is not None:
+      refuse_unknown({method.start: None}, list(methods), f"config.methods, {name}: start: the list before it")
+      strangers = set(method.students) - set(methods[method.start].students)
+      if strangers:
+        raise ValueError(
+          f"config.methods, {name}: expected students of {method.start} to start from, "
+          f"{methods[method.start].students}, got {method.students}"
+        )
+    if method.weak and not config.get("weak"):
+      raise ValueError(f"config.methods, {name}: weak needs the section config.weak")
+    methods[name] = method
+  return methods
+
+
+def _comparison(flops: float, methods: tuple[Any, ...]) -> None:
+  """Types of the keys of a comparison that are no sections."""
+
+
+def plan(config: ConfigDict, seed: int) -> list[Run]:
+  """All runs of one seed, each after those it needs.
+
+  Raises: ValueError for configs that cannot be read, or whose students are measured against different teachers.
+  """
+  methods = read_methods(config)
+  numbers = {nfe for method in methods.values() for student in method.students for nfe in student}
+
+  def teacher(section: str) -> Run:
+    own = call(read_config, section, config[section])
+    own.seed = seed
+    return Run(section, section, own)
+
+  strong = teacher(TEACHER)
+  steps = sorted({*strong.config.evaluate.teacher_steps, *numbers})
+  runs = {TEACHER: strong} | ({WEAK: teacher(WEAK)} if any(m.weak for m in methods.values()) else {})
+  for method in methods.values():
+    for nfe in method.students:
+      student = call(read_config, f"methods, {method.name}", {"config": method.config})
+      for section in ("data", "model", "evaluate"):
+        student[section] = copy.deepcopy(strong.config[section])
+      student.seed = seed
+      student.evaluate.teacher_steps = tuple(steps)
+      student.sample.update(nfe=nfe, batch_size=strong.config.sample.batch_size)  # times are those of one batch size
+      if "nfe" in student.objective and len(nfe) == 1:
+        student.objective.nfe = nfe[0]
+      _override(student, method.overrides, f"config.methods, {method.name}")
+      needs = {"teacher.workdir": strong}
+      if method.weak:
+        needs["teacher.weak_workdir"] = runs[WEAK]
+      if method.start:
+        needs["start.workdir"] = runs[_run_name(method.start, nfe)]
+      name = _run_name(method.name, nfe)
+      runs[name] = Run(name, method.name, student, nfe, config.flops, needs)
+  _check_reference([run for run in runs.values() if run.nfe])
+  return list(runs.values())
+
+
+def read_config(config: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """What get_config returns for "path/of/config.py:variant", with nested keys changed.
+
+  Raises: ValueError for a file that fails, and sections or keys that the config does not have.
+  """
+  values = read_config_file(config)
+  check_sections(values, SECTIONS, required=NEEDED, where=config)
+  _override(values, overrides or {}, config)
+  return values
+
+
+def _override(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
+  refuse_unknown(overrides, SECTIONS, f"{where}: overrides")
+  try:
+    config.update(overrides)
+  except (KeyError, AttributeError, TypeError) as error:
+    raise ValueError(f"{where}: overrides: {error.args[0]}") from error
+
+
+def _run_name(method: str, nfe: tuple[int, ...]) -> str:
+  return f"{method}/nfe{'-'.join(map(str, nfe))}"
+
+
+def _check_reference(runs: Sequence[Run]) -> None:
+  """Raises ValueError unless all students have one teacher, guided and walked alike: what the ratios refer to."""
+
+  def reference(run: Run) -> str:
+    t = run.config.get("teacher", {})
+    weak = f", weak teacher {'teacher.weak_workdir' in run.needs}" if t.get("guidance", 1.0) != 1 else ""
+    keys = ("guidance", "interval", "orthogonal", "which")
+    return ", ".join(f"{key} {t.get(key)}" for key in keys) + f"{weak}, shift {run.config.objective.get('shift')}"
+
+  references = {run.name: reference(run) for run in runs}
+  if len(set(references.values())) > 1:
+    listing = "".join(f"\n  {name}: {text}" for name, text in references.items())
+    raise ValueError(f"methods that are compared must share a teacher's guidance and shift, got:{listing}")
+
+
+def _in_order(runs: Iterable[Run]) -> list[Run]:
+  """`runs` and all that they need, each once and after what it needs."""
+  ordered: dict[str, Run] = {}
+
+  def add(run: Run) -> None:
+    for needed in run.needs.values():
+      add(needed)
+    ordered.setdefault(run.name, run)
+
+  for run in runs:
+    add(run)
+  return list(ordered.values())
+
+
+def _finished(run: Run, root: pathlib.Path) -> dict[str, Any] | None:
+  """The result of an earlier call, if it is of exactly this run."""
+  path = root / run.name / RESULT
+  if not path.exists():
+    return None
+  try:
+    saved = foreign.read_json(path)
+    if saved.get("described") != run.described():
+      return None
+    foreign.parse_json(json.dumps(saved.get("result")), _Result, where=str(path))
+    return saved["result"]
+  except ValueError as error:
+    print(f"{path} cannot be read ({error}): the run is looked at again", flush=True)
+    return None
+
+
+def _attempt(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """The result of `run`, kept in its folder; an error is one too, but is not kept."""
+  failed = [needed.name for needed in run.needs.values() if "error" in results[needed.name]]
+  if failed:
+    return {"error": f"it needs {failed[0]}, which failed"}
+  try:
+    result = _train_and_evaluate(run, root, results)
+  except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+    print(f"{run.name} failed: {error}", flush=True)
+    return {"error": f"{type(error).__name__}: {error}"}
+  path = root / run.name / RESULT
+  partial = path.with_suffix(".partial")
+  text = json.dumps({"described": run.described(), "result": result}, indent=2)
+  partial.write_text(text + "\n", encoding="utf-8")
+  partial.replace(path)
+  return result
+
+
+def _train_and_evaluate(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  config, folder = copy.deepcopy(run.config), root / run.name
+  for key, needed in run.needs.items():
+    section, name = key.split(".")
+    config.update({section: {name: str(root / needed.name)}})
+  flops = step_flops(config)
+  if run.flops is not None:
+    config.train.steps = affordable_steps(run.flops, flops)
+  steps = config.train.steps
+  print(f"{run.name}: {steps:,} steps of {flops:.3g} operations, {steps * flops:.3g} in all", flush=True)
+  state = train(config, folder)
+  if int(state.step) < steps:
+    raise KeyboardInterrupt(f"{folder}: stopped at step {int(state.step)} of {steps}")
+  # What it costs to have this run besides the teacher: others that it needs are counted once in a method.
+  spent = {run.name: steps * flops}
+  for needed in run.needs.values():
+    spent |= results[needed.name]["spent"] if needed.method != TEACHER else {}
+  report = evaluate(config, folder) if run.nfe else {}
+  return {"steps": steps, "step_flops": flops, "flops": steps * flops, "spent": spent, **report}
+
+
+def affordable_steps(budget: float, flops: float) -> int:
+  """Whole optimizer steps of `flops` operations each within `budget`.
+
+  Raises: ValueError where there is none.
+  """
+  steps = int(budget // flops)
+  if steps < 1:
+    raise ValueError(f"config.flops: a step takes {flops:.3g} operations, expected a budget of at least that: {budget}")
+  return steps

@@ -1,0 +1,163 @@
+"""`pflow sample --prompt`: pictures of prompts from a student that is conditioned on texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, PngImagePlugin
+
+from pflow_jax import data
+from pflow_jax.checkpoints.checkpoint import newest_step
+from pflow_jax.evaluation import figures
+from pflow_jax.families import text
+from pflow_jax.families.autoencoder import Codec, load_autoencoder
+from pflow_jax.files.folders import checked_folder, expanded
+from pflow_jax.mesh.distributed import is_first
+from pflow_jax.settings.sections import call
+from pflow_jax.training.experiment import build, layout_of
+from pflow_jax.training.origins import use_teacher
+from pflow_jax.training.sample import (
+  SampleSettings,
+  as_saved,
+  check_local,
+  check_room,
+  evaluations,
+  in_batches,
+  make_sampler,
+  warn_of_gaps,
+)
+from pflow_jax.training.teachers import which_of
+from pflow_jax.training.workdir import CHECKPOINTS
+
+SHOWN = 64  # pictures in the overview
+
+
+def sample_prompts(
+  config: ConfigDict,
+  folder: str | os.PathLike,
+  prompts: Sequence[str],
+  *,
+  pipeline: str | os.PathLike | None = None,
+  height: int | None = None,
+  width: int | None = None,
+  nfe: int | None = None,
+  seed: int = 0,
+  which: str = "ema",
+  teacher: str | os.PathLike | None = None,
+  out: str | os.PathLike | None = None,
+) -> pathlib.Path:
+  """Pictures of `prompts` from the run in `folder`, with their settings in each file.
+
+  Args:
+    pipeline: folder of the model as it was published, whose text encoders and autoencoder are used; not needed for
+      a run on MiniLM's embeddings and pixels.
+    height, width: in pixels; by default those that the run was trained for.
+    nfe: network evaluations, by default those of config.sample.nfe; of several the first.
+    seed: picture i starts from noise that depends on it and i alone.   which: "ema" or "params".
+    teacher: workdir of its teacher, if that has moved; only adapters need it.
+    out: folder for 0000.png, ... (a file a prompt), overview.png and samples.npz: noise, prompts, the condition and the
+      result "x0", what it takes to sample the same elsewhere. Default: <folder>/samples/prompts_seed<seed>.
+  Returns: `out`.
+  Raises: ValueError for a run, a folder or a size that does not fit.
+  """
+  folder = expanded(folder)
+  check_local(out, folder)
+  out = pathlib.Path(checked_folder(f"{folder}/samples/prompts_seed{seed}" if out is None else out, "--out"))
+  settings = call(SampleSettings, "sample", config.get("sample", {}))
+  model = encoders_of(config)
+  if pipeline is None and model != "minilm":
+    raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
+  if model == "minilm" and (height or width):
+    raise ValueError("--height, --width: this run samples pictures of the size that it was trained on")
+  layout = layout_of(config)  # what these devices cannot run is better said before the encoders are read
+  # In the dtype that the network computes in, or better.
+  dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
+  # A teacher is guided away from the empty prompt, which then comes last; else nothing is, whatever `null` holds.
+  asked = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
+  cond = text.encode_prompts(model, pipeline, asked, config.data.get("max_length"), dtype=dtype)
+  null = {name: value[-1] for name, value in cond.items()}
+  cond = {name: value[: len(prompts)] for name, value in cond.items()}
+  codec = load_autoencoder(pipeline) if model != "minilm" and pipeline is not None else None
+  use_teacher(config, teacher)
+  dataset = _shapes(config, cond, codec, height, width) if codec else None
+  experiment = build(config, dataset=dataset, run=folder)
+  dataset = experiment.dataset
+  assert dataset.embedding is not None
+  dataset = dataclasses.replace(dataset, embedding=dataclasses.replace(dataset.embedding, null=null))
+  experiment = dataclasses.replace(experiment, dataset=dataset)
+  check_room(dataset, len(prompts), 2, "prompts")
+  nfe = nfe or evaluations(experiment, settings)[0]
+  params = experiment.load(folder, which_of(config, which), layout)
+  key = jax.random.key(seed)
+  draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
+  noise = np.asarray(draw(jnp.arange(len(prompts))))
+  keys = jax.random.split(jax.random.key(seed + 1), len(prompts))
+  run = functools.partial(make_sampler(experiment, settings, nfe), params)
+  x0 = in_batches(run, layout, settings.batch_size, noise, cond, keys)
+  warn_of_gaps(f"{nfe} NFE", x0, params)
+  if is_first():
+    pictures = x0 if codec is None else codec.decode(x0)
+    told = {"model": config.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
+    told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": settings.temperature_of_segments}
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "samples.npz", x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **as_saved(cond))  # type: ignore[arg-type]
+    _write(out, pictures, prompts, told)
+  return out
+
+
+def encoders_of(config: ConfigDict) -> str:
+  """Which text encoders the run of `config` is conditioned on, see `text.ENCODERS`.
+
+  Raises: ValueError for a run that is conditioned on classes.
+  """
+  kind = config.model.get("kind")
+  if kind in ("flux", "qwen_image"):
+    return kind
+  if config.data.get("embeddings"):
+    return "minilm"
+  raise ValueError(f"--prompt: this run ({kind} on {config.data.get('name')}) knows classes, not texts; use --labels")
+
+
+def _shapes(
+  config: ConfigDict, cond: dict[str, Any], codec: Codec, height: int | None, width: int | None
+) -> data.Dataset:
+  """A set without records: what is sampled, and on what."""
+  trained = tuple(config.data.shape)
+  sizes = {"--height": (height, trained[0]), "--width": (width, trained[1])}
+  patch = config.model.get("patch_size", 2) * codec.factor
+  for flag, (given, _) in sizes.items():
+    if given is not None and (given < patch or given % patch):
+      raise ValueError(f"{flag}: expected a multiple of {patch} pixels, got {given}")
+  if codec.module.latent_channels != trained[-1]:
+    raise ValueError(
+      f"--pipeline: its autoencoder has {codec.module.latent_channels} channels, the run's latents {trained[-1]}; give "
+      "the folder of the model that the run was made from"
+    )
+  space = tuple(default if given is None else given // codec.factor for given, default in sizes.values())
+  embedding = data.Embedding(
+    lengths=(cond["text"].shape[1],),
+    text_width=cond["text"].shape[2],
+    masked="mask" in cond,
+    pooled_width=cond["pooled"].shape[1] if "pooled" in cond else 0,
+  )
+  return data.Dataset("prompts", (*space, trained[-1]), 0, (), records=None, embedding=embedding)  # type: ignore[arg-type]
+
+
+def _write(out: pathlib.Path, pictures: np.ndarray, prompts: Sequence[str], told: dict[str, Any]) -> None:
+  for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+    info = PngImagePlugin.PngInfo()
+    about = {"prompt": prompt, "index": i, "height": picture.shape[0], "width": picture.shape[1], **told}
+    info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
+    pixels = figures.to_bytes(picture)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(out / f"{i:04d}.png", pnginfo=info)
+  figures.captioned_images(out / "overview.png", pictures[:SHOWN], prompts[:SHOWN])

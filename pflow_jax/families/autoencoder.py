@@ -1,0 +1,97 @@
+"""The autoencoder of a latent model, read from the folder of its pipeline: latents to pictures, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pflow_jax.conversion.models import flat_shapes
+from pflow_jax.data.pixels import read_pixels, to_unit
+from pflow_jax.families import kl_names as vae
+from pflow_jax.families.qwen_image import vae_names as qwen_vae
+from pflow_jax.families.qwen_image.vae import QwenVAE
+from pflow_jax.files.foreign import check_memory, is_there, read_json, real_folder, shown
+from pflow_jax.networks.vae import AutoencoderKL
+from pflow_jax.torch_io.check import check_tensors
+from pflow_jax.torch_io.fields import check_sizes, read_fields
+from pflow_jax.torch_io.table import to_flax, torch_shapes_of
+from pflow_jax.torch_io.tensors import open_tensors
+
+# Classes in config.json: our module, and the module of its table.
+CLASSES: dict[str, tuple[Any, Any]] = {
+  **dict.fromkeys(vae.CLASS_NAMES, (AutoencoderKL, vae)),
+  **dict.fromkeys(qwen_vae.CLASS_NAMES, (QwenVAE, qwen_vae)),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codec:
+  """An autoencoder with its parameters; one picture at a time, so that its memory does not grow with their number."""
+
+  module: Any
+  params: Any
+
+  @property
+  def factor(self) -> int:
+    """Pixels of a picture a pixel of its latents, along each axis."""
+    return self.module.down_factor
+
+  def decode(self, z: np.ndarray) -> np.ndarray:
+    """Pictures (B, H, W, 3), about [-1, 1], of latents (B, h, w, C)."""
+    return np.concatenate([np.asarray(self._run("decode")(self.params, one[None])) for one in z])
+
+  def encode(self, x: np.ndarray) -> np.ndarray:
+    """Latents (B, h, w, C), of about unit variance, of pictures (B, H, W, 3) in [-1, 1]; the mean, not a draw."""
+    return np.concatenate([np.asarray(self._run("encode")(self.params, one[None])) for one in x])
+
+  @functools.cache  # noqa: B019 (of the one autoencoder of a program)
+  def _run(self, method: str) -> Any:
+    return jax.jit(lambda params, x: self.module.apply({"params": params}, x, method=method))
+
+  def read(self, paths: Sequence[str | os.PathLike], size: tuple[int, int]) -> np.ndarray:
+    """Latents of picture files, cut to the shape of `size` (H, W) around their middle and scaled to it.
+
+    Raises: ValueError for a file that is no picture, or a size that the machine cannot hold.
+    """
+    check_memory(f"pictures of {shown(size)} pixels", 20 * size[0] * size[1], "ask for fewer")
+    return np.concatenate([self.encode(to_unit(read_pixels(path, size, 3))[None]) for path in paths])
+
+
+def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Codec:
+  """The autoencoder in `folder`, or in its folder "vae".
+
+  Args:
+    dtype: to compute in. Parameters are float32.
+  Raises: ValueError for a folder without one, of a class that is not known, or whose tensors do not fit its config.
+  """
+  path = real_folder(folder)
+  path = path / "vae" if is_there(path / "vae") else path
+  file = path / "config.json"
+  if not is_there(file):
+    raise ValueError(f"{folder}: expected an autoencoder of diffusers, config.json here or in the folder vae")
+  config = read_json(file)
+  name = config.get("_class_name")
+  if not isinstance(name, str) or name not in CLASSES:
+    raise ValueError(f"{file}: expected an autoencoder of {sorted(CLASSES)}, got {shown(name)}")
+  kind, table = CLASSES[name]
+  attributes = table.model_from_config(config)
+  module = kind(**attributes, dtype=jnp.dtype(dtype))
+  rows = table.rows(attributes)
+  tensors = open_tensors(path)
+  rename = getattr(table, "current_name", lambda name: name)
+  tensors = tensors.renamed({rename(name): name for name in tensors.shapes})
+  check_sizes(read_fields(config, table.FIELDS[name]), table.FIELDS[name], tensors)
+  factor = module.down_factor
+  shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, factor, factor, 3), jnp.float32))
+  by_path = flat_shapes(shapes["params"])
+  expected = {name: shape for row in rows for name, shape in torch_shapes_of(row, by_path[row.flax]).items()}
+  check_tensors(expected, tensors.shapes, str(path))
+  params = to_flax(rows, {name: tensors.read(name).astype(np.float32) for name in expected})
+  return Codec(module, jax.device_put(params))

@@ -1,0 +1,74 @@
+"""FLUX.1: a transformer over text and image tokens, double blocks first, then single ones.
+
+References: FLUX.1-dev and -schnell (Black Forest Labs), as released in diffusers' FluxTransformer2DModel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from pflow_jax.mesh.sharding import BATCH, constrain
+from pflow_jax.networks.layers import FinalNorm, TimeEmbed, VectorEmbed, accumulation_dtype, patchify
+from pflow_jax.networks.mmdit import DoubleBlock, SingleBlock, Transformer, image_positions, rope_tables
+
+
+class Flux(Transformer):
+  """FLUX.1's transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns. Defaults are FLUX.1-dev's.
+
+  Attributes: those of `Transformer`, and
+    depth, single_depth: double and single blocks.
+    text_width, pooled_width: of cond["text"] (B, L, .) and cond["pooled"] (B, .).
+    guidance: strength that a guidance-distilled model is asked for; None for a model without that input (schnell).
+  """
+
+  depth: int = 19
+  single_depth: int = 38
+  text_width: int = 4096
+  pooled_width: int = 768
+  guidance: float | None = 3.5
+
+  def setup(self) -> None:
+    self._check_settings()
+    wide = accumulation_dtype(self.dtype)
+    self.img_in = self._tokens_in()
+    self.txt_in = self._tokens_in()
+    self.time_embed = TimeEmbed(self.width, dtype=wide)
+    self.guidance_embed = TimeEmbed(self.width, dtype=wide)
+    self.pooled_embed = VectorEmbed(self.width, dtype=wide)
+    self.double_blocks = self._blocks(DoubleBlock, self.depth)
+    self.single_blocks = self._blocks(SingleBlock, self.single_depth)
+    self.final_norm = FinalNorm(jnp.dtype(self.dtype))
+
+  def embed_condition(self, t: jax.Array, pooled: jax.Array, guidance: jax.Array | None = None) -> jax.Array:
+    """The conditioning embedding (B, D) of t (B,), pooled text (B, P) and a strength (B,), default the attribute."""
+    embedding = self.time_embed(t) + self.pooled_embed(pooled)
+    if self.guidance is not None:
+      embedding += self.guidance_embed(jnp.full(t.shape, self.guidance, t.dtype) if guidance is None else guidance)
+    return constrain(embedding, BATCH, None)
+
+  def __call__(self, x: jax.Array, t: jax.Array, cond: dict[str, jax.Array], guidance: jax.Array | None = None) -> Any:
+    """x (B, H, W, C) latents, t (B,) flow time in [0, 1] (1 is noise).
+
+    Args:
+      cond: "text" (B, L, text_width) and "pooled" (B, pooled_width); every text token is attended to, padding too, as
+        in the released model.
+      guidance: strength an example (B,), in place of the attribute.
+    Raises: ValueError for shapes that do not fit.
+    """
+    grid = self._grid(x, cond, {"text": self.text_width, "pooled": self.pooled_width})
+    length = cond["text"].shape[1]
+    img = self.img_in(patchify(x, self.patch_size, "flux"))
+    txt = self.txt_in(cond["text"])
+    embedding = self.embed_condition(t, cond["pooled"], guidance)
+    condition = nn.silu(embedding)
+    img_rope = rope_tables(image_positions(grid), self.rope_axes)
+    txt_rope = rope_tables(np.zeros((length, 3)), self.rope_axes)
+    (img, txt), _ = self.double_blocks((img, txt), condition, (img_rope, txt_rope), None)
+    rope = tuple(np.concatenate(pair) for pair in zip(txt_rope, img_rope, strict=True))
+    both, _ = self.single_blocks(jnp.concatenate([txt, img], axis=1), condition, rope, None)
+    return self.head(self.final_norm(both[:, length:], embedding), embedding, grid)

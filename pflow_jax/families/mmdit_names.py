@@ -1,0 +1,130 @@
+"""What the tables of FLUX.1 and Qwen-Image share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pflow_jax.torch_io.fields import Depth, Number, Size, check_outputs
+from pflow_jax.torch_io.table import Row, dense
+
+PATCH = 2  # side of a patch, which PyTorch counts among the channels
+SUB_PIXELS = PATCH**2
+
+_ATTENTION = (
+  *(("to_q", "img_q"), ("to_k", "img_k"), ("to_v", "img_v"), ("to_out.0", "img_out")),
+  *(("add_q_proj", "txt_q"), ("add_k_proj", "txt_k"), ("add_v_proj", "txt_v"), ("to_add_out", "txt_out")),
+)
+_NORMS = (
+  *(("norm_q", "img_q_norm"), ("norm_k", "img_k_norm")),
+  *(("norm_added_q", "txt_q_norm"), ("norm_added_k", "txt_k_norm")),
+)
+
+
+def double_block_rows(others: Iterable[tuple[str, str]]) -> tuple[Row, ...]:
+  """Rows of the double blocks: of the attention, and of the Linear layers `others`, (PyTorch's name, ours)."""
+  torch, flax = "transformer_blocks.{i}", "double_blocks"
+  rows = [row for theirs, ours in _ATTENTION for row in dense(f"{torch}.attn.{theirs}", f"{flax}/{ours}")]
+  rows += [Row(f"{torch}.attn.{theirs}.weight", f"{flax}/{ours}/scale") for theirs, ours in _NORMS]
+  rows += [row for theirs, ours in others for row in dense(f"{torch}.{theirs}", f"{flax}/{ours}")]
+  return tuple(rows)
+
+
+def embedding_rows(torch: str, flax: str) -> tuple[Row, ...]:
+  """Rows of an embedding's two Linear layers."""
+  return (*dense(f"{torch}.linear_1", f"{flax}/in"), *dense(f"{torch}.linear_2", f"{flax}/out"))
+
+
+def final_norm_rows() -> tuple[Row, ...]:
+  """Rows of the last adaLN, whose scale comes before its shift in PyTorch."""
+  return dense("norm_out.linear", "final_norm/adaln", layout="swap_linear")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+  """Fields of a config.json that FLUX.1 and Qwen-Image share; a class of either has the defaults."""
+
+  num_layers: Depth
+  joint_attention_dim: Size
+  in_channels: Size = 64
+  out_channels: Size | None = None
+  num_attention_heads: Size = 24
+  attention_head_dim: Size = 128
+  axes_dims_rope: tuple[Size, Size, Size] = (16, 56, 56)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArcFields:
+  """What an ArcFlow student has besides."""
+
+  num_gaussians: Size = 16
+  logweights_channels: Literal[4] = 4
+  patch_size: Literal[2] = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GMFields(ArcFields):
+  """What a GMFlow student has besides."""
+
+  constant_logstd: Number | None = None
+  logstd_inner_dim: Size = 1024
+  gm_num_logstd_layers: Literal[2] = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DXFields:
+  """What a DX student has besides; π-Flow's files tell its coefficients by their channels."""
+
+  n_grid: Size = 1
+  p_order: Size = 1
+
+
+def sizes_from_config(full: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
+  """Attributes that both networks have, of all fields of a config.json.
+
+  Raises: ValueError for sizes that do not fit, or a latent that is no image's, which this package has no network for.
+  """
+  inputs, axes = full["in_channels"], full["axes_dims_rope"]
+  channels, rest = divmod(inputs, SUB_PIXELS)
+  if rest:
+    raise ValueError(f"config.json: expected in_channels a multiple of {SUB_PIXELS}, got {inputs}")
+  if sum(axes) != full["attention_head_dim"] or any(axis % 2 for axis in axes):
+    raise ValueError(
+      f"config.json: axes_dims_rope: expected even numbers that add up to attention_head_dim "
+      f"{full['attention_head_dim']}, got {list(axes)}"
+    )
+  outputs = full["out_channels"]
+  if policy["kind"] in ("velocity", "dx"):  # of which diffusers may count patches apart
+    outputs = full["patch_size"] ** 2 * (outputs or inputs * max(full.get("n_grid", 1), full.get("p_order", 1)))
+  check_outputs(outputs or inputs, inputs, policy)
+  return {
+    "channels": channels,
+    "patch_size": PATCH,
+    "depth": full["num_layers"],
+    "num_heads": full["num_attention_heads"],
+    "head_dim": full["attention_head_dim"],
+    "text_width": full["joint_attention_dim"],
+    "rope_axes": axes,
+    "mlp_ratio": 4.0,
+  }
+
+
+def config_from_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
+  """The way back.
+
+  Raises: ValueError for sizes that the PyTorch classes do not have.
+  """
+  if model["patch_size"] != PATCH or model["mlp_ratio"] != 4:
+    raise ValueError(
+      f"config.model: PyTorch's class has patch_size {PATCH} and mlp_ratio 4, got {model['patch_size']} and "
+      f"{model['mlp_ratio']}"
+    )
+  return {
+    "in_channels": model["channels"] * SUB_PIXELS,
+    "num_layers": model["depth"],
+    "num_attention_heads": model["num_heads"],
+    "attention_head_dim": model["head_dim"],
+    "joint_attention_dim": model["text_width"],
+    "axes_dims_rope": list(model["rope_axes"]),
+  }

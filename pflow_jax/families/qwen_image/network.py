@@ -1,0 +1,64 @@
+"""Qwen-Image: a transformer of double blocks over text and image tokens.
+
+References: Qwen-Image, arXiv:2508.02324, as released in diffusers' QwenImageTransformer2DModel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from pflow_jax.mesh.sharding import BATCH, constrain
+from pflow_jax.networks.layers import FinalNorm, RMSNorm, TimeEmbed, accumulation_dtype, patchify
+from pflow_jax.networks.mmdit import DoubleBlock, Transformer, image_positions, rope_tables
+
+
+class QwenImage(Transformer):
+  """Qwen-Image's transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns. Defaults are the release's.
+
+  Attributes: those of `Transformer`, and
+    depth: blocks.   text_width: of cond["text"] (B, L, .).
+  """
+
+  depth: int = 60
+  text_width: int = 3584
+
+  def setup(self) -> None:
+    self._check_settings()
+    self.img_in = self._tokens_in()
+    self.txt_norm = RMSNorm()
+    self.txt_in = self._tokens_in()
+    self.time_embed = TimeEmbed(self.width, dtype=accumulation_dtype(self.dtype))
+    self.double_blocks = self._blocks(DoubleBlock, self.depth)
+    self.final_norm = FinalNorm(jnp.dtype(self.dtype))
+
+  def __call__(self, x: jax.Array, t: jax.Array, cond: dict[str, jax.Array]) -> Any:
+    """x (B, H, W, C) latents, t (B,) flow time in [0, 1] (1 is noise).
+
+    Args:
+      cond: "text" (B, L, text_width) and perhaps "mask" (B, L) bool, True where there is a token.
+    Raises: ValueError for shapes that do not fit.
+    """
+    grid = self._grid(x, cond, {"text": self.text_width})
+    img = self.img_in(patchify(x, self.patch_size, "flux"))
+    txt = self.txt_in(self.txt_norm(cond["text"].astype(self.dtype)))
+    embedding = constrain(self.time_embed(t), BATCH, None)
+    # Counted from the picture's middle, so that a picture of any size looks alike there.
+    middle = (grid[0] - grid[0] // 2, grid[1] - grid[1] // 2)
+    positions = image_positions(grid, middle), text_positions(grid, txt.shape[1])
+    ropes = [rope_tables(one, self.rope_axes) for one in positions]
+    mask = cond.get("mask")
+    if mask is not None:
+      mask = jnp.concatenate([mask.astype(bool), jnp.ones(img.shape[:2], bool)], axis=1)
+    (img, _), _ = self.double_blocks((img, txt), nn.silu(embedding), ropes, mask)
+    return self.head(self.final_norm(img, embedding), embedding, grid)
+
+
+def text_positions(grid: tuple[int, ...], length: int) -> np.ndarray:
+  """Positions of text tokens, after the last of the image on all three axes: (L, 3)."""
+  start = max(side // 2 for side in grid)
+  return np.repeat(start + np.arange(length)[:, None], 3, axis=1)

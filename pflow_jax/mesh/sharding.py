@@ -1,0 +1,344 @@
+"""Where arrays lie: the device mesh, the tables that shard parameters over it, and batches split over it.
+
+The mesh has four axes. "slice" (pod slices, joined by a slow network), "data" and "fsdp" split the batch; "fsdp" also
+splits parameters, which are gathered where they are used; "tensor" splits the work on one example. GSPMD does the rest,
+but for what is wrapped in `per_example`.
+
+Code that runs on a mesh is traced in its context (`Layout.context`); there `per_example` and `constrain` mean
+something, elsewhere they change nothing, so nothing below the programs has to be given a mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.custom_derivatives import linear_call
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pflow_jax.mesh.partition import first_match, path_of
+
+PyTree = Any
+Rule = tuple[str, tuple[Any, ...]]
+F = TypeVar("F", bound=Callable)
+
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH = ("slice", "data", "fsdp")  # the axes that split the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+  """The section `mesh` of a config.
+
+  Attributes:
+    slice, data, fsdp, tensor: sizes of the axes; one of them may be -1, the devices that the others leave. On TPUs
+      slice 1 is as many as there are.
+    rules: rows (pattern, spec) that come before the network's own table, see `Layout`.
+    min_size: parameters of fewer elements are kept whole on every device.
+  """
+
+  slice: int = 1
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  rules: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+  min_size: int = 2**14
+
+  def __post_init__(self):
+    sizes = self.sizes
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+      raise ValueError(f"expected sizes of at least 1, one of them perhaps -1 for the rest, got {sizes}")
+    if self.min_size < 0:
+      raise ValueError(f"min_size: expected at least 0, got {self.min_size}")
+    for row in self.rules:
+      if not (isinstance(row, Sequence) and len(row) == 2 and isinstance(row[0], str) and _is_spec(row[1])):
+        raise ValueError(
+          f"rules: expected rows (pattern, spec), a spec a tuple with None, one of {AXES} or a tuple of them for each "
+          f"of the last dimensions, got {row!r}"
+        )
+      first_match([row[0]], "")  # a pattern that is none is refused here
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    return {axis: getattr(self, axis) for axis in AXES}
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+  """Mesh axes of one entry of a spec."""
+  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _is_spec(spec: Any) -> bool:
+  return (
+    isinstance(spec, Sequence)
+    and not isinstance(spec, str)
+    and all(entry is None or isinstance(entry, (str, Sequence)) for entry in spec)
+    and all(axis in AXES for entry in spec for axis in _axes(entry))
+  )
+
+
+def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, ...]:
+  """Sizes of AXES over `count` devices.
+
+  Raises: ValueError if they do not multiply to it.
+  """
+  sizes = settings.sizes
+  known = math.prod(size for size in sizes.values() if size != -1)
+  shape = tuple(count // known if size == -1 else size for size in sizes.values())
+  if -1 in sizes.values() and math.prod(shape) != count:
+    free = next(axis for axis, size in sizes.items() if size == -1)
+    raise ValueError(
+      f"config.mesh: expected sizes other than {free} that multiply to a divisor of the number of devices, {count}, "
+      f"got {sizes}, which multiply to {known}; set config.mesh.fsdp, tensor or slice lower"
+    )
+  if math.prod(shape) != count:
+    raise ValueError(
+      f"config.mesh: expected sizes whose product is the number of devices, {count}, got {sizes}; set one of them to "
+      "-1 for the rest"
+    )
+  return shape
+
+
+def make_mesh(settings: MeshSettings = MeshSettings(), devices: Sequence[Any] | None = None) -> Mesh:
+  """Mesh of the axes AXES over `devices` (default: those of all processes).
+
+  Neighbours in a slice's mesh are neighbours in its network. Devices other than TPUs are dealt out in the order of
+  their processes: what JAX calls their slice is the machine they are in.
+
+  Raises: ValueError for sizes that do not fit the devices, or their slices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  shape = mesh_shape(settings, len(devices))
+  is_tpu = devices[0].platform == "tpu"
+  slices = {getattr(device, "slice_index", None) for device in devices} if is_tpu else {None}
+  if is_tpu and settings.slice == 1 and len(slices) > 1:
+    # The config of one slice runs on several as it is.
+    shape = mesh_shape(dataclasses.replace(settings, slice=len(slices)), len(devices))
+  if is_tpu and shape[0] != len(slices):
+    raise ValueError(f"config.mesh.slice: expected the number of slices, {len(slices)}, got {shape[0]}")
+  if len(slices) > 1:
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (1, *shape[1:]), (shape[0], 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+  elif is_tpu:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    grid = np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh, and where parameters lie on it.
+
+  A rule is (pattern, spec). The pattern is a regular expression for the whole "/"-joined path of a parameter, or for
+  the end of it from a "/" on: one row serves a parameter, its average, its moments and the teacher's frozen copy. The
+  spec has an entry for each of the last dimensions: None, a mesh axis, or a tuple of axes; dimensions before them, such
+  as the depth of an nn.scan, and with () all, stay whole. The first row that matches decides. Leaves of fewer than
+  `min_size` elements are kept whole without asking the table.
+  """
+
+  mesh: Mesh | AbstractMesh  # an abstract one has no devices: shapes can be laid out on it, arrays cannot
+  rules: tuple[Rule, ...] = ()
+  min_size: int = 2**14
+
+  @property
+  def batch(self) -> NamedSharding:
+    """Sharding of arrays whose leading axis is the batch."""
+    return NamedSharding(self.mesh, PartitionSpec(BATCH))
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """Sharding that keeps a whole copy on every device."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  @property
+  def batch_parts(self) -> int:
+    """Parts that a batch is split in."""
+    return math.prod(self.mesh.shape[axis] for axis in BATCH)
+
+  @property
+  def platform(self) -> str | None:
+    """Kind of the devices, such as "tpu"; None without devices."""
+    return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
+
+  def context(self) -> contextlib.AbstractContextManager[Any]:
+    """In which what runs on the mesh is to be traced."""
+    return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+  def shardings(self, tree: PyTree) -> PyTree:
+    """Sharding of every leaf of a tree of parameters, or of what goes with them (arrays or shapes).
+
+    Raises: ValueError that names every leaf that no row covers, or whose shape its row does not fit.
+    """
+    problems: list[str] = []
+
+    def place(keys, leaf):
+      spec = self._spec(path_of(keys), tuple(leaf.shape), problems)
+      return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    if problems:
+      listing = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
+      raise ValueError(
+        f"config.mesh: the table of shardings does not fit {len(problems)} arrays on the mesh "
+        f"{dict(self.mesh.shape)}:{listing}\nchange config.mesh.fsdp or tensor, or put a row (pattern, spec) in "
+        "config.mesh.rules; spec () keeps an array whole"
+      )
+    return shardings
+
+  def _spec(self, path: str, shape: tuple[int, ...], problems: list[str]) -> tuple[Any, ...]:
+    if not shape or math.prod(shape) < self.min_size:
+      return ()
+    row = first_match((f"(?:.*/)?(?:{pattern})" for pattern, _ in self.rules), path)
+    if row is None:
+      problems.append(f"{path} {shape}: no row covers it")
+      return ()
+    pattern, spec = self.rules[row]
+    if len(spec) > len(shape):
+      problems.append(f"{path} {shape}: row ({pattern!r}, {spec}) has {len(spec)} entries, too many")
+      return ()
+    full = (None,) * (len(shape) - len(spec)) + spec
+    for size, entry in zip(shape, full, strict=True):
+      parts = math.prod(self.mesh.shape[axis] for axis in _axes(entry))
+      if size % parts:
+        problems.append(f"{path} {shape}: row ({pattern!r}, {spec}) splits {size} in {parts} parts, which do not fit")
+        return ()
+    return full
+
+  def abstract(self, tree: PyTree) -> PyTree:
+    """Shapes of a tree of parameters, with their shardings."""
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, tree, self.shardings(tree))
+
+  def place(self, tree: PyTree) -> PyTree:
+    """Parameters on the devices; of host arrays, which every process has whole, each device gets its part alone."""
+
+    def put(leaf, sharding):
+      leaf = np.asarray(leaf)
+      return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree, self.shardings(tree))
+
+  @functools.lru_cache(maxsize=8)  # noqa: B019 (of the few layouts of a program)
+  def local_rows(self, size: int) -> np.ndarray:
+    """Positions (n,), ascending, of the rows of a batch of `size` that this process's devices hold.
+
+    Raises: ValueError if the batch does not split evenly.
+    """
+    if size % self.batch_parts:
+      raise ValueError(
+        f"expected a batch that {self.batch_parts} parts (mesh axes {', '.join(BATCH)}) divide, got {size}"
+      )
+    slices = self.batch.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in slices]))  # type: ignore[index]
+
+  def shard_batch(self, batch: PyTree, size: int) -> PyTree:
+    """Global arrays (size, ...) of a batch, of which each process has the rows that `local_rows` says, as NumPy.
+
+    Raises: ValueError for another number of rows.
+    """
+    rows = self.local_rows(size)
+
+    def put(keys, x):
+      x = np.asarray(x)
+      if x.shape[:1] != rows.shape:
+        raise ValueError(f"{path_of(keys) or 'batch'}: expected {len(rows)} rows, got shape {x.shape}")
+      part = lambda index: x[np.searchsorted(rows, np.arange(size)[index[0]])]
+      return jax.make_array_from_callback((size, *x.shape[1:]), self.batch, part)
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+  def spread(self, rows: Any) -> jax.Array:
+    """A global array, split along the leading axis, of rows that every process has whole; PRNG keys too."""
+    return _global(rows, self.batch)
+
+  def everywhere(self, x: Any) -> jax.Array:
+    """A global array with the whole of `x`, which every process has, on every device; PRNG keys too."""
+    return _global(x, self.replicated)
+
+  def described(self) -> str:
+    """The mesh in words: "8 devices: data 4 x fsdp 2"."""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
+    return f"{self.mesh.size} device{'s' * (self.mesh.size > 1)}" + (f": {sizes}" if sizes else "")
+
+
+def _global(x: Any, sharding: NamedSharding) -> jax.Array:
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(_global(jax.random.key_data(x), sharding))
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def make_layout(settings: MeshSettings, rules: Sequence[Rule], devices: Sequence[Any] | int | None = None) -> Layout:
+  """The layout that `config.mesh` and a network's table describe, over `devices` (default: all).
+
+  A number of devices gives one on an abstract mesh.
+  """
+  if isinstance(devices, int):
+    shape = mesh_shape(settings, devices)
+    mesh: Mesh | AbstractMesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  else:
+    mesh = make_mesh(settings, devices)
+  own = tuple(
+    (pattern, tuple(entry if entry is None or isinstance(entry, str) else tuple(entry) for entry in spec))
+    for pattern, spec in settings.rules
+  )
+  return Layout(mesh, (*own, *rules), settings.min_size)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """The whole of a global array, in every process."""
+  return np.asarray(x if jax.process_count() == 1 else multihost_utils.process_allgather(x, tiled=True))
+
+
+def per_example(function: F) -> F:
+  """`function` of arrays with a leading batch axis, each example on its own: under a mesh, a shard_map over the batch.
+
+  Every leaf of its arguments and results has the batch as its leading axis. What is wrapped is work that no device has
+  to share with another; GSPMD, which cannot know that, is kept from moving any of it.
+  """
+
+  @functools.wraps(function)
+  def run(*args):
+    mesh = current_mesh()
+    if mesh is None:
+      return function(*args)
+    spec = PartitionSpec(BATCH)
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(*args)
+
+  return run  # type: ignore[return-value]
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+  """`x`, under a mesh laid out as `spec` says, an entry a dimension."""
+  return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def gather(w: jax.Array, *spec: Any) -> jax.Array:
+  """A parameter that lies as `spec` says, whole but for "tensor": its parts are brought together over "fsdp".
+
+  Its gradient is summed into the parts again. Left to itself the constraint's own transpose would make it whole, on
+  every device.
+  """
+  mesh = current_mesh()
+  if mesh is None:
+    return w
+  used = tuple("tensor" if "tensor" in _axes(entry) else None for entry in spec)
+  parts = [math.prod(mesh.shape[axis] for axis in _axes(entry)) for entry in spec]
+  if any(size % count for size, count in zip(w.shape, parts, strict=True)):
+    return constrain(w, *used)  # too small to lie in parts
+  return linear_call(lambda _, w: constrain(w, *used), lambda _, ct: constrain(ct, *spec), (), w)
+
+
+def current_mesh() -> AbstractMesh | None:
+  """The mesh whose context this is traced in, if it is one of ours, and not inside of a shard_map already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if not mesh.empty and set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes else None

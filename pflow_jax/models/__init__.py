@@ -1,1 +1,0 @@
-"""Networks (Flax linen) behind `apply({"params": params}, x, t, cond)`."""

@@ -1,0 +1,137 @@
+"""Attention behind one dispatch function, so that a network never names a kernel.
+
+"xla" runs everywhere and has derivatives of every order and mode. The fused kernels never hold the scores, and are
+reverse mode only, so a program whose objective differentiates forward (jvp) asks `supports_jvp` first: "cudnn" for
+NVIDIA GPUs, "splash" for TPUs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from pflow_jax.mesh.sharding import BATCH, current_mesh
+
+# Implementation -> whether jvp works. The fused kernels carry a custom_vjp and nothing else.
+IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False}
+PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # that have no other, of devices as JAX names them
+
+LANES = 128  # of a TPU register: splash works on blocks of a multiple of it
+BLOCKS = (512, 384, 256, 128)  # sizes of splash's blocks, the largest that divides a sequence first
+
+
+def _check(implementation: str) -> None:
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"attention implementation: expected one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
+
+
+def supports_jvp(implementation: str) -> bool:
+  """Returns whether `jax.jvp` works through `attention(..., implementation=implementation)`."""
+  _check(implementation)
+  return IMPLEMENTATIONS[implementation]
+
+
+def check_platform(implementation: str, platform: str) -> None:
+  """Raises ValueError if devices of `platform` do not have this implementation."""
+  _check(implementation)
+  if platform not in PLATFORMS.get(implementation, (platform,)):
+    able = [name for name in IMPLEMENTATIONS if platform in PLATFORMS.get(name, (platform,))]
+    raise ValueError(
+      f"config.model.attention: {implementation!r} is for {PLATFORMS[implementation][0].upper()}s, and this runs on "
+      f"{platform}; set config.model.attention to one of {able}"
+    )
+
+
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *, implementation: str = "xla"
+) -> jax.Array:
+  """Full (bidirectional) scaled dot-product attention, softmax in float32 (or wider).
+
+  Args:
+    q: queries, (B, T, H, D).   k, v: keys and values, (B, S, H, D).
+    mask: which keys are attended to, (B, S) bool, at least one an example; None is all.
+    implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, float16 or bfloat16 inputs only; "splash" on TPUs.
+
+  Returns: (B, T, H, D) in the dtype of `q`.
+  Raises: ValueError for an unknown implementation.
+  """
+  _check(implementation)
+  if implementation == "splash":
+    return _splash(q, k, v, mask)
+  if implementation == "cudnn":
+    keys = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=keys, implementation="cudnn")
+  # Not jax.nn's "xla" path: it is the same formula and as fast, but rounds a float64 softmax to
+  # float32, which spoils every check of a derivative.
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
+  if mask is not None:
+    scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
+  weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1).astype(v.dtype)
+  return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, interpret: bool = False) -> jax.Array:
+  """The TPU kernel, on each device's examples and heads; sequences are padded to whole blocks, which are masked."""
+  mesh = current_mesh()
+  batch, queries, _, width = q.shape
+  keys = k.shape[1]
+  q_pad, k_pad = -queries % LANES, -keys % LANES
+  if mask is None and k_pad:
+    mask = jnp.ones((batch, keys), bool)
+  segments = None if mask is None else jnp.pad(mask, ((0, 0), (0, k_pad))).astype(jnp.int32)
+  # The kernel does not scale.
+  q, k, v = (
+    jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
+    for a, pad in ((q * width**-0.5, q_pad), (k, k_pad), (v, k_pad))
+  )
+
+  def local(q, k, v, segments):
+    kernel = _splash_kernel(q.shape[1], q.shape[2], k.shape[2], interpret)
+    return jax.vmap(kernel)(q, k, v, _segment_ids(q.shape[2], segments))
+
+  if mesh is not None:
+    # GSPMD cannot split a kernel; the heads of an example are as independent as the examples.
+    heads = PartitionSpec(BATCH, "tensor")
+    specs = (heads, heads, heads, None if segments is None else PartitionSpec(BATCH))
+    local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+  return local(q, k, v, segments).swapaxes(1, 2)[:, :queries]
+
+
+def _segment_ids(queries: int, segments: jax.Array | None) -> Any:
+  """Queries see keys of the same segment: all are of segment 1, the keys that nobody sees of 0."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+  return None if segments is None else SegmentIds(jnp.ones((segments.shape[0], queries), jnp.int32), segments)
+
+
+@functools.lru_cache(maxsize=16)
+def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Any:
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  block_q, block_kv = (next(size for size in BLOCKS if length % size == 0) for length in (queries, keys))
+  blocks = splash.BlockSizes(
+    block_q=block_q,
+    block_kv=block_kv,
+    block_q_dkv=block_q,
+    block_kv_dkv=block_kv,
+    block_kv_dkv_compute=block_kv,
+    block_q_dq=block_q,
+    block_kv_dq=block_kv,
+  )
+  mask = splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads)
+
+  def make() -> Any:
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret)
+    return jax.tree.map(np.asarray, kernel)
+
+  # Its tables are constants, not values of the trace that asked first: another thread knows of none.
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    return thread.submit(make).result()

@@ -1,0 +1,236 @@
+"""Blocks of transformers over text and image tokens, of which FLUX.1 and Qwen-Image are made.
+
+A double block has weights of its own for text and for image tokens, which meet in the attention alone; a single block
+has one set for both, and its attention and MLP side by side. Residual streams have the network's compute dtype, as in
+the released models; norms are float32 within.
+
+References: MMDiT, arXiv:2403.03206; FLUX.1 (Black Forest Labs); Qwen-Image, arXiv:2508.02324.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from pflow_jax.mesh.sharding import BATCH, constrain
+from pflow_jax.networks.attention import attention
+from pflow_jax.networks.layers import (
+  COLUMNS,
+  Dtype,
+  RMSNorm,
+  accumulation_dtype,
+  check_head,
+  gathered,
+  grid_of,
+  in_parts,
+  layer_norm,
+  modulate,
+  scanned,
+)
+
+# Where the parameters lie on a mesh, see `sharding.Layout`.
+SHARDING = (
+  (r"(double|single)_blocks/((img|txt)_)?mod/kernel", (None, COLUMNS)),
+  (r"(double|single)_blocks/((img|txt)_)?(q|k|v|mlp_in)/kernel", ("fsdp", "tensor")),
+  (r"(double|single)_blocks/((img|txt)_)?(out|mlp_out)/kernel", ("tensor", "fsdp")),
+  (r"(img|txt)_in/kernel", (None, "fsdp")),
+)
+
+ROPE_BASE = 10_000.0
+
+
+def rope_tables(positions: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+  """Cosines and sines (T, D) of rotary positions (T, n) whose axis i turns `axes[i]` of the D channels.
+
+  Every pair of neighbouring channels turns by one angle. Float32, of angles in float64.
+  """
+  angles = []
+  for i, width in enumerate(axes):
+    frequencies = ROPE_BASE ** (-np.arange(0, width, 2) / width)
+    angles.append(np.repeat(positions[:, i, None] * frequencies, 2, axis=1))
+  table = np.concatenate(angles, axis=1)
+  return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+
+
+def rotate(x: jax.Array, rope: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+  """Turns the channels of x (B, T, H, D) by their positions' angles, see `rope_tables`."""
+  cos, sin = (jnp.asarray(table, accumulation_dtype(x.dtype))[:, None, :] for table in rope)
+  wide = x.astype(cos.dtype)
+  # (a, b) -> (-b, a) by rolling: a reshape to pairs would leave two of a register's lanes at work.
+  even = np.arange(x.shape[-1]) % 2 == 0
+  turned = jnp.where(even, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+  return (wide * cos[None] + turned * sin[None]).astype(x.dtype)
+
+
+class _Block(nn.Module):
+  """What both kinds of block share.
+
+  Attributes:
+    num_heads: of `head_dim` channels each.   mlp_ratio: width of the MLP over that of the tokens.
+    dtype: compute dtype.   attention: implementation, see `models.attention`.
+  """
+
+  num_heads: int
+  head_dim: int
+  mlp_ratio: float
+  dtype: Dtype
+  attention: str
+
+  @property
+  def width(self) -> int:
+    return self.num_heads * self.head_dim
+
+  def _dense(self, features: int, name: str, *split: Any) -> nn.Dense:
+    return nn.Dense(features, dtype=self.dtype, dot_general=gathered(*split), name=name)
+
+  def _modulation(self, condition: jax.Array, parts: int, name: str) -> list[jax.Array]:
+    """Shifts, scales and gates (B, D) from SiLU(embedding); zero at the start."""
+    zeros = nn.initializers.zeros
+    dense = nn.Dense(parts * self.width, dtype=self.dtype, kernel_init=zeros, dot_general=in_parts, name=name)
+    return jnp.split(dense(condition), parts, axis=-1)
+
+  def _norm(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    wide = accumulation_dtype(self.dtype)
+    return modulate(layer_norm(x.astype(wide)), shift.astype(wide), scale.astype(wide)).astype(self.dtype)
+
+  def _heads(self, x: jax.Array, prefix: str, rope: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values (B, T, H, D) of tokens (B, T, H D); the first two normalised and turned."""
+
+    def project(name: str) -> jax.Array:
+      h = self._dense(self.width, f"{prefix}{name}", "fsdp", "tensor")(x)
+      return constrain(h.reshape(*x.shape[:2], self.num_heads, self.head_dim), BATCH, None, "tensor", None)
+
+    q, k = (rotate(RMSNorm(name=f"{prefix}{name}_norm")(project(name)), rope) for name in ("q", "k"))
+    return q, k, project("v")
+
+  def _mlp_in(self, x: jax.Array, prefix: str) -> jax.Array:
+    hidden = self._dense(int(self.width * self.mlp_ratio), f"{prefix}mlp_in", "fsdp", "tensor")(x)
+    return nn.gelu(hidden, approximate=True)
+
+
+class DoubleBlock(_Block):
+  """Image and text tokens with weights of their own, one attention over both."""
+
+  @nn.compact
+  def __call__(
+    self, carry: tuple[jax.Array, jax.Array], condition: jax.Array, ropes: Any, mask: jax.Array | None
+  ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    """carry: image (B, T, D) and text (B, L, D) tokens.
+
+    Args:
+      condition: SiLU of the embedding, (B, D).   ropes: of image and text, see `rope_tables`.
+      mask: which tokens are attended to, (B, L + T), text first; None is all.
+    """
+    tokens = [constrain(x, BATCH, None, None) for x in carry]
+    prefixes = ("img_", "txt_")
+    mods = [self._modulation(condition, 6, f"{prefix}mod") for prefix in prefixes]
+    heads = [
+      self._heads(self._norm(x, mod[0], mod[1]), prefix, rope)
+      for x, mod, prefix, rope in zip(tokens, mods, prefixes, ropes, strict=True)
+    ]
+    q, k, v = (jnp.concatenate([txt, img], axis=1) for img, txt in zip(*heads, strict=True))
+    mixed = attention(q, k, v, mask, implementation=self.attention)
+    mixed = mixed.reshape(*mixed.shape[:2], self.width)
+    length = tokens[1].shape[1]
+    out = []
+    for x, part, mod, prefix in zip(tokens, (mixed[:, length:], mixed[:, :length]), mods, prefixes, strict=True):
+      x = x + mod[2][:, None] * self._dense(self.width, f"{prefix}out", "tensor", "fsdp")(part)
+      hidden = self._mlp_in(self._norm(x, mod[3], mod[4]), prefix)
+      x = x + mod[5][:, None] * self._dense(self.width, f"{prefix}mlp_out", "tensor", "fsdp")(hidden)
+      out.append(constrain(x, BATCH, None, None))
+    return (out[0], out[1]), None
+
+
+class SingleBlock(_Block):
+  """All tokens with the same weights; attention and MLP see the same input and leave by one layer."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, condition: jax.Array, rope: Any, mask: jax.Array | None) -> tuple[jax.Array, None]:
+    """x (B, L + T, D), text first; other arguments as in `DoubleBlock`."""
+    x = constrain(x, BATCH, None, None)
+    shift, scale, gate = self._modulation(condition, 3, "mod")
+    h = self._norm(x, shift, scale)
+    mixed = attention(*self._heads(h, "", rope), mask, implementation=self.attention)
+    both = jnp.concatenate([mixed.reshape(x.shape), self._mlp_in(h, "")], axis=-1)
+    return constrain(
+      x + gate[:, None] * self._dense(self.width, "out", "tensor", "fsdp")(both), BATCH, None, None
+    ), None
+
+
+class Transformer(nn.Module):
+  """What the networks made of these blocks share: settings, their checks, and what a picture's tokens are.
+
+  Attributes:
+    head: module of `pflow_jax.networks.heads` in layout "flux"; its parameters live under "head".
+    channels, patch_size: of the latents; the head must have the same.
+    num_heads, head_dim: their product is the width.
+    rope_axes: channels of a head that turn with a token's frame, row and column.
+    dtype: compute dtype and that of the residual stream. Norms, embeddings and outputs stay float32.
+    remat, scan_unroll: see `layers.scanned`.   attention: see `models.attention`.
+  """
+
+  head: nn.Module
+  channels: int = 16
+  patch_size: int = 2
+  num_heads: int = 24
+  head_dim: int = 128
+  rope_axes: tuple[int, ...] = (16, 56, 56)
+  mlp_ratio: float = 4.0
+  dtype: Dtype = jnp.float32
+  remat: str = "none"
+  attention: str = "xla"
+  scan_unroll: int = 1
+
+  @property
+  def width(self) -> int:
+    return self.num_heads * self.head_dim
+
+  def _check_settings(self) -> None:
+    check_head(self.head, self.channels, self.patch_size)
+    check_rope(self.rope_axes, self.head_dim)
+
+  def _tokens_in(self) -> nn.Dense:
+    """A layer that makes tokens, of image or text."""
+    return nn.Dense(self.width, dtype=jnp.dtype(self.dtype), dot_general=gathered(None, "fsdp"))
+
+  def _blocks(self, block: Any, depth: int) -> Any:
+    size = (self.num_heads, self.head_dim, self.mlp_ratio, jnp.dtype(self.dtype), self.attention)
+    return scanned(block, depth, self.remat, self.scan_unroll)(*size)
+
+  def _grid(self, x: jax.Array, cond: Any, widths: dict[str, int]) -> tuple[int, int]:
+    """Rows and columns of patches of x (B, H, W, C); ValueError if it or `cond`, see `check_text`, does not fit."""
+    if x.ndim != 4 or x.shape[-1] != self.channels:
+      raise ValueError(f"x: expected shape (B, H, W, {self.channels}), got {x.shape}")
+    check_text(cond, widths, x.shape[0])
+    rows, columns = grid_of(x.shape[1:-1], self.patch_size)
+    return rows, columns
+
+
+def image_positions(grid: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> np.ndarray:
+  """Frame 0, row and column of every token of a grid, row-major, counted from the one at `origin`: (T, 3)."""
+  rows, columns = np.indices(grid).reshape(2, -1)
+  return np.stack([np.zeros_like(rows), rows - origin[0], columns - origin[1]], axis=1)
+
+
+def check_text(cond: Any, widths: dict[str, int], batch: int) -> None:
+  """Raises ValueError unless `cond` has embeddings of these widths for `batch` examples, and a mask if it has one.
+
+  "text" is (B, L, width), any other (B, width); "mask" is (B, L).
+  """
+  got = {name: tuple(value.shape) for name, value in cond.items()} if isinstance(cond, dict) else {}
+  length = (got.get("text") or (batch, 1))[1]
+  expected = {name: (batch, length, width) if name == "text" else (batch, width) for name, width in widths.items()}
+  if "mask" in got:
+    expected["mask"] = (batch, length)
+  if any(got.get(name) != shape for name, shape in expected.items()):
+    raise ValueError(f"cond: expected a dict of arrays of shapes {expected}, got {got or cond}")
+
+
+def check_rope(axes: tuple[int, ...], head_dim: int) -> None:
+  """Raises ValueError unless three even `axes` share the channels of a head."""
+  if len(axes) != 3 or sum(axes) != head_dim or any(width % 2 for width in axes):
+    raise ValueError(f"rope_axes: expected three even widths that sum to head_dim {head_dim}, got {axes}")

@@ -1,0 +1,379 @@
+"""What a compiled program moves, read from XLA's own text (`compiled.as_text()`): between devices, and to memory.
+
+XLA's cost analysis counts the body of a loop once and says nothing of communication; here loops count their length.
+Written for the text of the CPU and the TPU compiler, whose forms differ: see `_groups`, `_collective`, `_is_running`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from pflow_jax.planning.hlo_module import Computation, Instruction, Module, Scope
+
+KINDS = (
+  *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
+  *("ragged-all-to-all", "collective-broadcast", "send"),
+)
+
+# Instructions that move no bytes.
+_FREE = frozenset(
+  (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "domain"),
+    *("opt-barrier", "partition-id", "replica-id", "recv"),
+  )
+)
+_FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """What the collectives of one kind move in one execution of the program.
+
+  Attributes:
+    count: executions.
+    payload: bytes of one device's share, summed over the executions: what an all-gather gives out, what the others
+      take in.
+    sent: bytes that each device sends if groups of n are rings: all-gather and reduce-scatter (n - 1) / n of the
+      payload, all-reduce twice that (a reduce-scatter, then an all-gather), all-to-all (n - 1) / n, the others all
+      of it.
+  """
+
+  count: int = 0
+  payload: int = 0
+  sent: int = 0
+
+  def __add__(self, other: Traffic) -> Traffic:
+    return Traffic(self.count + other.count, self.payload + other.payload, self.sent + other.sent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+  """Traffic between devices in one execution of a program, by kind.
+
+  Attributes:
+    ici: within a slice; everything, where slices are not told apart.
+    dcn: of groups that reach across slices, and what the TPU compiler hands to the hosts for another slice.
+    unknown_loops: while loops whose length could not be read off and counts as 1, in bodies too.
+  """
+
+  ici: dict[str, Traffic]
+  dcn: dict[str, Traffic]
+  unknown_loops: int
+
+
+def collectives(text: str, devices_per_slice: int | None = None) -> Collectives:
+  """Traffic between devices that one execution of a compiled program causes.
+
+  A loop multiplies its body by its length, nested loops multiply; of a conditional the branch that sends most counts.
+  Asynchronous pairs, and the TPU's collectives that run inside several fusions, count once. An all-reduce that the TPU
+  compiler fuses with the slice of its result is the reduce-scatter that it stands for.
+
+  Args:
+    text: of `compiled.as_text()`.
+    devices_per_slice: splits the traffic of a program over several slices, if the devices of the mesh are listed slice
+      by slice. The TPU compiler needs no such hint: its program is one slice's, and says what leaves it.
+  Raises: ValueError for a text without an entry computation, or collectives of an unknown form.
+  """
+  module = Module(text)
+  totals, unknown = _walk(Scope(module, module.entry, {}), devices_per_slice)
+  split: dict[bool, dict[str, Traffic]] = {False: {}, True: {}}
+  for (kind, across), traffic in totals.items():
+    split[across][kind] = traffic
+  return Collectives(split[False], split[True], unknown)
+
+
+def within(text: str, scope: str) -> list[str]:
+  """Names of the operations, as JAX wrote them, that became collectives and hold `scope`, in order, without repeats.
+
+  `within(text, "shard_map")` lists the collectives of what ran under `jax.shard_map`. A collective without a name of
+  its own has that of the fusion or call around it; one without any is not listed. A program from JAX's persistent cache
+  may carry the names of an equal one that was compiled before.
+  """
+  module = Module(text)
+  names: dict[str, None] = {}
+
+  def visit(computation: Computation, outer: str) -> None:
+    for ins in computation.instructions.values():
+      name = ins.op_name or outer
+      if scope in name and _collective(module, computation, ins, None):
+        names[name] = None
+      for called in ins.calls:
+        visit(module[called], name)
+
+  visit(module.entry, "")
+  return list(names)
+
+
+def memory_traffic(text: str) -> int:
+  """Estimate of the bytes that one execution of a compiled program moves to and from a device's main memory.
+
+  Every instruction that is not inside a fusion reads its operands and writes its result; loops multiply. Of an operand
+  that a fusion only slices the slice counts, of a dynamic-update-slice, which XLA does in place, the update. Arrays in
+  a TPU's on-chip memory (S(1) and the like in the layout) are free, and others have the size that their tiling pads
+  them to.
+
+  Limits: reads that hit a cache (CPU, GPU) and the tiles that a fused product reads again are not seen, nor what a
+  kernel (custom call) moves beyond its operands and results. Gathers count their results, scatters whole operands; a
+  loop of unknown length counts once, a conditional its largest branch. It agrees with XLA's "bytes accessed" where
+  there is no loop or on-chip memory, but for the ends of copies, which XLA counts again; no profile was compared.
+  """
+  module = Module(text)
+  return _memory(Scope(module, module.entry, {}))
+
+
+# Collectives.
+
+_Totals = dict[tuple[str, bool], Traffic]  # (kind, whether it leaves the slice) -> traffic
+
+
+def _walk(scope: Scope, devices_per_slice: int | None) -> tuple[_Totals, int]:
+  """Traffic of one execution of a computation, and its loops of unknown length."""
+  totals: _Totals = {}
+  unknown = 0
+
+  def add(more: _Totals, times: int = 1) -> None:
+    for key, t in more.items():
+      totals[key] = totals.get(key, Traffic()) + Traffic(t.count * times, t.payload * times, t.sent * times)
+
+  for ins in scope.computation.instructions.values():
+    if found := _collective(scope.module, scope.computation, ins, devices_per_slice):
+      add({found[:2]: found[2]})
+      continue
+    inner = []
+    for name in ins.calls:
+      trips, below = scope.called(ins, name)
+      part, missing = _walk(below, devices_per_slice)
+      inner.append((part, 1 if trips is None else trips))
+      unknown += missing + (trips is None)
+    if ins.opcode == "conditional" and inner:
+      inner = [max(inner, key=lambda branch: sum(t.sent for t in branch[0].values()))]
+    for part, times in inner:
+      add(part, times)
+  return totals, unknown
+
+
+def _collective(
+  module: Module, computation: Computation, ins: Instruction, devices_per_slice: int | None
+) -> tuple[str, bool, Traffic] | None:
+  """(kind, whether it leaves the slice, traffic) of an instruction that starts a collective, else None."""
+  kind = ins.opcode.removesuffix("-start")
+  if kind not in KINDS or _is_running(computation, ins):
+    return None
+  taken = sum(a.logical for name in ins.operands for a in computation.instructions[name].arrays)
+  if kind == "send":
+    # The TPU's compiler has the hosts carry collectives between slices: it writes one slice's program.
+    if name := re.search(r'_xla_megascale_transfer_type="(\w+)"', ins.attributes):
+      kind = name[1].lower().replace("_", "-")
+      return kind, True, _ring(kind, taken, _num_slices(ins.attributes))
+    return None if "is_host_transfer=true" in ins.attributes else (kind, False, Traffic(1, taken, taken))
+  if kind == "all-reduce" and _is_scattered(computation, ins):
+    kind = "reduce-scatter"
+  groups = _groups(ins.attributes, module.num_devices)
+  across = bool(devices_per_slice) and bool(np.any(np.ptp(groups // (devices_per_slice or 1), axis=1)))
+  if kind == "collective-permute":  # the groups are pairs, of which each device is the source of one
+    moves = bool(np.any(np.ptp(groups, axis=1)))
+    return kind, across, Traffic(1, taken, taken if moves else 0)
+  return kind, across, _ring(kind, taken, groups.shape[1])
+
+
+def _ring(kind: str, taken: int, size: int) -> Traffic:
+  payload = taken * size if kind == "all-gather" else taken
+  factor = 2 if kind == "all-reduce" else 1
+  ringed = kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+  return Traffic(1, payload, factor * payload * (size - 1) // size if ringed else payload)
+
+
+def _num_slices(attributes: str) -> int:
+  """Slices that a transfer over the hosts joins: "{1,2}x{0:15}", or groups of devices 100000 * slice + index."""
+  if among := re.search(r'_xla_megascale_target="\{([^}]*)\}', attributes):
+    bounds = [_integers(part) for part in among[1].split(",")]
+    return sum(part[-1] - part[0] + 1 for part in bounds)
+  groups = re.findall(r"_xla_megascale_target=\{\{([\d,]+)\}", attributes)
+  if not groups:
+    raise ValueError("transfer between slices: expected a list of slices or groups of devices as its target, got none")
+  return len({device // 100_000 for device in _integers(groups[0])})
+
+
+def _is_running(computation: Computation, ins: Instruction) -> bool:
+  """Whether a collective in a fusion was started in another one.
+
+  The TPU's compiler spreads one asynchronous collective over fusions that compute meanwhile: each repeats it, with a
+  "chain_id", and the first holds the custom call "AsyncCollectiveStart".
+  """
+  if "chain_id=" not in ins.attributes:
+    return False
+  return all(i.target != "AsyncCollectiveStart" for i in computation.instructions.values())
+
+
+def _is_scattered(computation: Computation, ins: Instruction) -> bool:
+  """Whether an all-reduce is the TPU compiler's fusion "all-reduce-scatter", which sends what a reduce-scatter does."""
+  return computation.name.startswith("all-reduce-scatter") and all(
+    user.opcode in ("dynamic-slice", "bitcast") for user in computation.users(ins.name)
+  )
+
+
+def _groups(attributes: str, num_devices: int) -> np.ndarray:
+  """Groups of devices (groups, size) of a collective, from any of the forms in which they are written.
+
+  {{0,1},{2,3}}, or {} for all; [2,4]<=[8] or [4,2]<=[2,4]T(1,0), a reshaped (and transposed) count; and
+  mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, or {'a':(2)2} for a part of an axis: all that differ there.
+  References: openxla/xla, hlo/ir/replica_group.cc and mesh_and_axis.cc.
+  """
+  if pairs := re.search(r"source_target_pairs=(\{[{}\d,\s]*\})", attributes):
+    return _lists(pairs[1], num_devices)
+  if "replica_groups=" not in attributes:
+    return np.arange(num_devices)[None]
+  found = re.search(r"replica_groups=(\{\}|\{[{}\d,\s]*\}\}|\[\S*|mesh\[.*?\{[^}]*\})", attributes)
+  form = found[1].rstrip(",") if found else attributes.partition("replica_groups=")[2][:80]
+  if form.startswith("{"):
+    return _lists(form, num_devices)
+  if form.startswith("["):
+    shape, rest = form.split("<=")
+    return _iota(rest).reshape(_integers(shape))
+  mesh = re.fullmatch(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", re.sub(r"['\"]", "", form))
+  if not mesh:
+    raise ValueError(f"replica groups: expected lists, a reshaped count or axes of a mesh, got {form}")
+  sizes = {name: int(size) for name, size in (axis.split("=") for axis in mesh[1].split(","))}
+  ids = np.arange(math.prod(sizes.values()))
+  if mesh[2]:
+    ids = _iota(mesh[2]) if mesh[2].startswith("[") else np.array(_integers(mesh[2]))
+  # Split every axis where a part of it begins or ends, then move the parts that are named to the back.
+  named: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
+  for axis in filter(None, mesh[3].split(",")):
+    name, _, part = axis.partition(":")
+    before, size = _integers(part) if part else (1, sizes[name])
+    named[name].append((before, before * size))
+  shape, chosen = [], []
+  for name, size in sizes.items():
+    cuts = sorted({1, size, *(cut for part in named[name] for cut in part)})
+    for start, end in itertools.pairwise(cuts):
+      chosen.append(any(low <= start and end <= high for low, high in named[name]))
+      shape.append(end // start)
+  back = [i for i, is_chosen in enumerate(chosen) if is_chosen]
+  order = [i for i, is_chosen in enumerate(chosen) if not is_chosen] + back
+  return ids.reshape(shape).transpose(order).reshape(-1, math.prod(shape[i] for i in back))
+
+
+def _lists(form: str, num_devices: int) -> np.ndarray:
+  groups = [_integers(group) for group in re.findall(r"\{([\d,\s]+)\}", form)]
+  if not groups:
+    return np.arange(num_devices)[None]
+  size = max(map(len, groups))  # groups of unequal size wait for the largest
+  return np.array([group + group[-1:] * (size - len(group)) for group in groups])
+
+
+def _iota(form: str) -> np.ndarray:
+  """[2,4]T(1,0) -> the numbers 0 to 7 in shape (2, 4), transposed, in one row."""
+  shape, _, order = form.partition("T")
+  ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+  return (ids.transpose(_integers(order)) if order else ids).reshape(-1)
+
+
+def _integers(text: str) -> list[int]:
+  return [int(n) for n in re.findall(r"\d+", text)]
+
+
+# Memory.
+
+
+def _memory(scope: Scope) -> int:
+  """Bytes that one execution of a computation moves."""
+  total = 0
+  for ins in scope.computation.instructions.values():
+    if ins.opcode in ("fusion", "fusion-start"):
+      total += _fusion_memory(scope.module, scope.computation, ins)
+    elif ins.calls:
+      parts = []
+      for name in ins.calls:
+        trips, below = scope.called(ins, name)
+        parts.append((1 if trips is None else trips) * _memory(below))
+      total += max(parts, default=0) if ins.opcode == "conditional" else sum(parts)
+    elif ins.opcode not in _FREE and not ins.opcode.endswith(("-done", "-update")) and ins.target not in _FREE_TARGETS:
+      total += sum(_moved(scope.computation, ins))
+  return total
+
+
+def _moved(computation: Computation, ins: Instruction) -> Iterator[int]:
+  """Bytes of one instruction on its own: its reads, then its writes."""
+  operands = [computation.instructions[name] for name in ins.operands]
+  kind, results = ins.opcode.removesuffix("-start"), ins.arrays
+  if kind != ins.opcode and kind not in ("all-reduce", "send"):
+    # A start returns its operands again, the result, and flags; copy-start has the result in front.
+    place = 0 if kind == "copy" else sum(len(operand.arrays) for operand in operands)
+    results = results[place : place + max(1, place)] if kind in KINDS else results[place : place + 1]
+  if kind in ("dynamic-slice", "slice", "gather"):
+    if any(a.in_memory for a in operands[0].arrays):
+      yield from (result.size for result in results)
+  elif kind == "dynamic-update-slice":
+    update = operands[1].arrays
+    yield from (a.size for a in update if a.in_memory)
+    yield from (a.size for a in update if results[0].in_memory)
+    return
+  else:
+    yield from (a.size for operand in operands for a in operand.arrays if a.in_memory)
+  yield from (a.size for a in results if a.in_memory)
+
+
+# In a fusion these hand their operand on, element by element: what is not asked of their result is not read.
+_VIEWS = frozenset(("bitcast", "copy", "convert", "reshape", "transpose"))
+
+
+def _fusion_memory(module: Module, computation: Computation, ins: Instruction) -> int:
+  """Bytes of a fusion, of which nothing inside is ever in memory."""
+  fused = module[ins.calls[0]]
+  total = 0
+  for i, name in enumerate(ins.operands):
+    size = sum(a.size for a in computation.instructions[name].arrays if a.in_memory)
+    total += math.ceil(size * _share(module, fused, fused.parameters[i])) if size else 0
+  root = fused.root
+  if root.opcode == "custom-call":  # an asynchronous collective; its start returns operand, result and flags
+    return total + sum(a.size for a in ins.arrays[1:2] if a.in_memory and root.target == "AsyncCollectiveStart")
+  roots = [fused.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+  spaces = ins.arrays if len(ins.arrays) == len(roots) else [r.arrays[0] for r in roots]
+  return total + sum(
+    _written(module, fused, part) for space, part in zip(spaces, roots, strict=True) if space.in_memory
+  )
+
+
+def _share(module: Module, fused: Computation, source: Instruction, of_result: float = 1.0) -> float:
+  """Share of the elements of `source` that a fusion reads, if `of_result` of its own result is read."""
+  elements, total = sum(a.elements for a in source.arrays), 0.0
+  if source is fused.root:
+    return of_result
+  for user in fused.users(source.name):
+    first = user.operands[0] == source.name
+    if first and user.opcode in ("dynamic-slice", "slice", "gather"):
+      total += sum(a.elements for a in user.arrays) / max(elements, 1)
+    elif user.opcode in _VIEWS:
+      total += _share(module, fused, user, of_result)
+    elif user.opcode == "fusion":
+      inner, below = module[user.calls[0]], _share(module, fused, user, of_result)
+      places = [i for i, name in enumerate(user.operands) if name == source.name]
+      total += sum(_share(module, inner, inner.parameters[i], below) for i in places)
+    elif first and user.opcode == "dynamic-update-slice":
+      continue  # written in place
+    elif source.opcode == "parameter" and user.opcode in ("tuple", "custom-call"):
+      continue  # passed on
+    elif not _is_running(fused, user):
+      return 1.0
+  return min(total, 1.0)
+
+
+def _written(module: Module, fused: Computation, root: Instruction) -> int:
+  """Bytes that a fusion writes of the result that `root` makes."""
+  if root.opcode == "parameter" or _is_running(fused, root):
+    return 0
+  inner = root
+  while inner.opcode in _VIEWS:
+    inner = fused.operand(inner, 0)
+  if inner.opcode == "dynamic-update-slice":
+    return sum(a.size for a in fused.operand(inner, 1).arrays)
+  if inner.opcode == "fusion" and module[inner.calls[0]].root.opcode != "tuple":
+    return _written(module, module[inner.calls[0]], module[inner.calls[0]].root)
+  return sum(a.size for a in root.arrays)

@@ -1,0 +1,57 @@
+"""Config files: programs in Python, which run with the rights of who names them; their `get_config` is the config."""
+
+from __future__ import annotations
+
+import traceback
+import types
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from pflow_jax.files import foreign
+
+MAX_BYTES = 2**20
+
+
+def read_config_file(config: str) -> ConfigDict:
+  """Runs a config file and returns what its `get_config` does.
+
+  Args:
+    config: "path/of/config.py" or "path/of/config.py:variant"; get_config takes the variant, if there is one.
+  Raises: ValueError for what is no Python file, or fails, with the line.
+  """
+  path, _, variant = config.partition(":")
+  expected = "expected a Python file, and perhaps a variant after a colon, such as configs/digits.py:teacher"
+  if not path.endswith(".py"):
+    raise ValueError(f"{foreign.shown(path)}: {expected}")
+  try:
+    program = foreign.read_bytes(path, MAX_BYTES)
+  except ValueError as error:
+    raise ValueError(f"{error}; {expected}") from error
+  module = types.ModuleType("pflow_config")
+  module.__file__ = path
+  try:
+    # Not imported, which would leave compiled files beside it, and take those that lie there.
+    exec(compile(program, path, "exec", dont_inherit=True), module.__dict__)
+    if not callable(getattr(module, "get_config", None)):
+      raise TypeError("expected a function get_config")
+    values = module.get_config(*([variant] if variant else []))
+  except (Exception, SystemExit) as error:
+    raise ValueError(f"{path}{_line(error, path)}: {_said(error)}") from error
+  if not isinstance(values, ConfigDict):
+    raise ValueError(f"{path}: expected a ConfigDict from get_config, got {foreign.shown(values)}")
+  return ConfigDict(values) if isinstance(values, FrozenConfigDict) else values
+
+
+def _line(error: BaseException, path: str) -> str:
+  """Where in the file the error came up: ", line 3"; nothing where it did not."""
+  if isinstance(error, SyntaxError) and error.filename == path:
+    return f", line {error.lineno}"
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+  return f", line {lines[-1]}" if lines else ""
+
+
+def _said(error: BaseException) -> str:
+  """The error on one line; a ValueError, which is how configs refuse a variant, without its name."""
+  text = error.msg if isinstance(error, SyntaxError) else str(error.args[0] if error.args else error)
+  text = " ".join(text.split())
+  return text if type(error) is ValueError else f"{type(error).__name__}: {text}"

@@ -1,0 +1,97 @@
+"""Fields of a model's config.json: their types, and what this package's networks do with each.
+
+A class of PyTorch has a dataclass here or beside its table of names, with a field for each of its constructor's
+arguments, and the same defaults. A type of one value is one that our network has no other for. `Any` is for what says
+nothing of a network's output. A field that the dataclass does not have is refused, since it may change the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, Len
+
+from pflow_jax.files.foreign import in_bytes, parse_json, shown
+from pflow_jax.torch_io.places import Tensors
+
+# Sizes of tensors, which the files must hold too, see `check_sizes`.
+Size = Annotated[int, Ge(1), Le(2**20)]
+Depth = Annotated[int, Ge(1), Le(1024)]  # layers of a transformer; those that are published have up to 60
+Blocks = Annotated[int, Ge(1), Le(64)]  # of one resolution of an autoencoder
+Sizes = Annotated[tuple[Size, ...], Len(1, 16)]
+Side = Annotated[int, Ge(1), Le(2**14)]  # of latents, which no tensor has
+# Numbers that float32 computes with.
+Number = Annotated[float, Ge(-1e6), Le(1e6)]
+Positive = Annotated[float, Gt(0), Le(1e6)]
+Epsilon = Annotated[float, Gt(0), Le(1)]
+
+_NO_SIZES = ("Any", "Side")
+_COUNTS = ("Depth", "Blocks")
+
+
+def read_fields(config: Mapping[str, Any], schema: type, name: str | None = None) -> dict[str, Any]:
+  """The fields of a config.json by name, those that it leaves unsaid too.
+
+  Names that begin with an underscore are about the file. An unknown field that is null is as good as absent.
+
+  Args:
+    schema: dataclass of the fields.
+    name: of the class, where the config need not tell.
+  Raises: ValueError naming every field of another type or value, or that the schema does not have.
+  """
+  where = f"config.json of {config.get('_class_name', name)}"
+  said = {key: value for key, value in config.items() if not key.startswith("_")}
+  known = {field.name for field in dataclasses.fields(schema)}
+  unknown = sorted(key for key in said.keys() - known if said[key] is not None)
+  if unknown:
+    got = ", ".join(f"{shown(key).strip(chr(39))} = {shown(said[key])}" for key in unknown[:8])
+    raise ValueError(
+      f"{where}: got fields that this package does not know, and that may change what the model computes: {got}; "
+      "remove those that do not"
+    )
+  fields = parse_json(json.dumps({key: said[key] for key in said.keys() & known}), schema, where=where)
+  return {field.name: getattr(fields, field.name) for field in dataclasses.fields(schema)}
+
+
+def check_sizes(
+  config: Mapping[str, Any], schema: type, tensors: Tensors, names: Collection[str] | None = None
+) -> None:
+  """Refuses sizes that the tensors cannot have: before anything is built, the files bound what a config says.
+
+  Args:
+    config: all fields of a config.json, see `read_fields`.
+    names: of the fields that the tensors have; None is all.
+  Raises: ValueError naming the field.
+  """
+  count, nbytes = len(tensors.places), tensors.nbytes
+
+  def check(name: str, size: int, limit: int, held: str) -> None:
+    if size > limit:
+      raise ValueError(f"config.json: {name}: {size} cannot be in files of {held}")
+
+  for field in dataclasses.fields(schema):
+    value = config[field.name]
+    sizes = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) is int]
+    if sizes and field.type not in _NO_SIZES and (names is None or field.name in names):
+      if field.type in _COUNTS:
+        check(field.name, max(sizes), count, f"{count} tensors")
+      check(field.name, max(sizes), nbytes, f"{in_bytes(nbytes)} of tensors")
+  if names is None and "attention_head_dim" in config:  # there are square matrices of the network's width
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    check("the square of num_attention_heads x attention_head_dim", width**2, nbytes, f"{in_bytes(nbytes)} of tensors")
+
+
+def check_outputs(outputs: int, inputs: int, policy: Mapping[str, Any], other: str = "") -> None:
+  """Refuses another number of output channels than inputs and policy ask for.
+
+  Args:
+    other: words for what else is expected.
+  Raises: ValueError naming the field.
+  """
+  count = policy["num_coefficients"] if policy["kind"] == "dx" else 1
+  if outputs != count * inputs:
+    what = f"{count} times in_channels, {count * inputs}" if count > 1 else f"in_channels, {inputs}"
+    raise ValueError(f"config.json: out_channels: expected {what}{other}, got {outputs}")

@@ -1,0 +1,119 @@
+"""The adversarial stage of a flow map: a discriminator that trains in the same step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from pflow_jax.core.objectives.adversarial import Adversarial, adaptive_weight, discriminator_loss, generator_loss
+from pflow_jax.core.objectives.flow_map import FlowMap
+from pflow_jax.core.schedule import add_noise, over_space
+from pflow_jax.networks.discriminator import make_discriminator
+from pflow_jax.settings.sections import call
+from pflow_jax.training.experiment import Experiment
+from pflow_jax.training.optim import make_optimizer, skipped
+
+Array = jax.Array
+LAST_LAYERS = ("head", "out_conv")  # whose gradients the adaptive weight balances; a network has one of them
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Opponent:
+  """What trains of the discriminator."""
+
+  params: Any
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversary:
+  """Adversarial loss on jumps to the data, and the discriminator's own step.
+
+  Attributes:
+    module: discriminator, apply(params, x, cond) -> logits (B,).
+    generate: (params, frozen, x0, cond, key) -> samples like x0.
+    shape: of an example.
+  """
+
+  settings: Adversarial
+  module: nn.Module
+  optimizer: optax.GradientTransformation
+  generate: Callable[..., Array]
+  shape: tuple[int, ...]
+
+  def init(self, key: Array) -> Opponent:
+    params = self.module.init(key, jnp.zeros((1, *self.shape), jnp.float32), jnp.zeros((1,), jnp.int32))["params"]
+    return Opponent(params, self.optimizer.init(params))
+
+  def step(
+    self, opponent: Opponent, params: Any, frozen: Any, grads: Any, batch: dict[str, Array], key: Array
+  ) -> tuple[Any, Opponent, dict[str, Array]]:
+    """Adds the generator's adversarial gradient to `grads`, and trains the discriminator on the same samples."""
+    s, real, cond = self.settings, batch["x0"], batch["cond"]
+    key = jax.random.fold_in(key, 0xAD)  # split, which the loss uses, makes the small numbers
+
+    def judge(judge_params: Any) -> Callable[[Array, Any], Any]:
+      return lambda x, cond: self.module.apply({"params": judge_params}, x, cond)
+
+    def fool(params):
+      fake = self.generate(params, frozen, real, cond, key)
+      logits = judge(opponent.params)
+      return jnp.mean(generator_loss(logits(real, cond), logits(fake, cond))), fake
+
+    def discriminate(judge_params):
+      loss, aux = discriminator_loss(judge(judge_params), real, fake, cond, r1=s.r1, r2=s.r2)
+      return jnp.mean(loss), jax.tree.map(jnp.mean, aux)
+
+    (fooling, fake), adversarial = jax.value_and_grad(fool, has_aux=True)(params)
+    last = next(name for name in LAST_LAYERS if name in grads)
+    adaptive = adaptive_weight(grads[last], adversarial[last])
+    # A weight of 0 stands for a gradient that is not finite, which 0 times it would not take away.
+    grads = jax.tree.map(lambda g, a: jnp.where(adaptive > 0, g + s.weight * adaptive * a, g), grads, adversarial)
+    (judging, aux), gradient = jax.value_and_grad(discriminate, has_aux=True)(opponent.params)
+    updates, opt_state = self.optimizer.update(gradient, opponent.opt_state, opponent.params)
+    opponent = Opponent(optax.apply_updates(opponent.params, updates), opt_state)
+    metrics = {"generator_loss": fooling, "discriminator_loss": judging, "adaptive_weight": adaptive}
+    metrics["discriminator_skipped"] = skipped(opt_state)[1]
+    return grads, opponent, metrics | {f"discriminator_{name}": value for name, value in aux.items()}
+
+
+def make_adversary(config: ConfigDict, experiment: Experiment) -> Adversary | None:
+  """The adversary that the section `adversarial` of a config describes; None without one, or with weight 0.
+
+  Raises: ValueError for a run that is no flow map's.
+  """
+  if "adversarial" not in config:
+    return None
+  settings = call(Adversarial, "adversarial", config.adversarial)
+  if settings.weight == 0:
+    return None
+  objective, dataset = experiment.objective, experiment.dataset
+  if not isinstance(objective, FlowMap):
+    raise ValueError(
+      f"config.adversarial: expected the objective of a flow map, got {config.objective.kind!r}; set "
+      "adversarial.weight=0"
+    )
+  module = make_discriminator(dataset.shape, dataset.num_classes, width=settings.width, max_width=settings.max_width)
+
+  def generate(params, frozen, x0, cond, key):
+    """One jump to the data, from states at uniform times."""
+    key_time, key_noise, key_dropout, key_guidance = jax.random.split(key, 4)
+    t = jax.random.uniform(key_time, x0.shape[:1])
+    x = add_noise(x0, jax.random.normal(key_noise, x0.shape), t)
+    named = {}
+    if objective.guided:
+      named = {"guidance": jax.random.uniform(key_guidance, t.shape, t.dtype, *objective.guidance)}
+    full = experiment.complete(params, frozen)
+    average = experiment.network(full, x, t, cond, s=jnp.zeros_like(t), key=key_dropout, **named)
+    return x - over_space(t, x) * average
+
+  optimizer = make_optimizer(learning_rate=settings.learning_rate, b1=settings.b1, b2=settings.b2)
+  return Adversary(settings, module, optimizer, generate, dataset.shape)

@@ -1,0 +1,108 @@
+"""The models that a run is made from: where their parameters are, and what the run keeps of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pflow_jax import data
+from pflow_jax.checkpoints.checkpoint import load_params, params_shapes
+from pflow_jax.files import foreign
+from pflow_jax.mesh.distributed import agreed
+from pflow_jax.mesh.sharding import Layout
+from pflow_jax.training import workdir
+from pflow_jax.training.inputs import (
+  INPUTS,
+  DataInput,
+  Inputs,
+  ModelInput,
+  absolute_path,
+  digest_of_files,
+  digest_of_parameters,
+  read_inputs,
+)
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+  """Parameters in a workdir, of which no more is read than asked for."""
+
+  workdir: str
+  which: str
+  step: int | None
+  dtype: str | None = None
+
+  def shapes(self) -> Params:
+    return params_shapes(self._folder, **self._where)
+
+  def load(self, layout: Layout | None = None) -> Params:
+    return load_params(self._folder, layout=layout, **self._where)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Of the content, wherever it is and however it is kept, see `inputs.digest_of_parameters`."""
+    return digest_of_parameters(self.workdir, self.step, self.which)
+
+  def described(self, known: ModelInput | None = None) -> ModelInput:
+    """What a run keeps of a model; `known` is what it has kept, with which less is read."""
+    files = digest_of_files(self.workdir, self.step)
+    parameters = known.parameters if known and files and files == known.files else self.digest
+    plain = workdir.as_plain(workdir.load_config(self.workdir))
+    about = {str(name): plain[name] for name in ("objective", "policy", "model", "source") if name in plain}
+    return ModelInput(self.workdir, None, int(self.step or 0), self.which, about, parameters, files)
+
+  @property
+  def _folder(self) -> str:
+    return f"{self.workdir}/{workdir.CHECKPOINTS}"
+
+  @property
+  def _where(self) -> dict[str, Any]:
+    return {"which": self.which, "step": self.step, "dtype": self.dtype}
+
+
+def inputs_of(
+  config: ConfigDict, dataset: data.Dataset, saved: Mapping[str, Saved], folder: str | os.PathLike
+) -> Inputs:
+  """What the run of `config`, pinned (see `workdir.pin`), in the workdir `folder` is made from.
+
+  Args:
+    saved: its teachers, by what they are to it, see `ROLES`.
+  """
+  start = config.get("start", {})
+
+  def compute() -> Inputs:
+    is_old = workdir.has_checkpoint(folder)
+    kept = read_inputs(folder) if is_old else None
+    known = kept.models if kept else {}
+    models = {name: one.described(known.get(name)) for name, one in saved.items()}
+    if "start" in known:
+      models["start"] = known["start"]  # a run that goes on has its own of it, and it may be gone
+    elif start.get("workdir") and not is_old:
+      models["start"] = Saved(start["workdir"], start["which"], start["step"]).described()
+    description = data.Description.of(dataset, workdir.as_plain(config)["data"])
+    return Inputs(DataInput(description, data.fingerprint(dataset)), models)
+
+  told = agreed(lambda: json.dumps(dataclasses.asdict(compute())))
+  return foreign.parse_json(told, Inputs, where=INPUTS)
+
+
+def use_teacher(config: ConfigDict, folder: str | os.PathLike | None) -> None:
+  """Says in the config of a run where its teacher is, if anybody says so.
+
+  Raises: ValueError for a run that has none.
+  """
+  if folder is None:
+    return
+  if "teacher" not in config:
+    raise ValueError(f"--teacher: expected a student, {config.objective.kind!r} has no teacher; leave it out")
+  if not os.fspath(folder).strip():
+    raise ValueError(f"--teacher: expected the workdir of the teacher, got {os.fspath(folder)!r}")
+  config.teacher.workdir = absolute_path(folder)

@@ -1,0 +1,275 @@
+"""One optimizer step, pure, and the program that runs it on a mesh: what `train` and `plan` compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from pflow_jax.files import foreign
+from pflow_jax.mesh.sharding import Layout, MeshSettings, make_layout
+from pflow_jax.settings.sections import call
+from pflow_jax.training import optim
+from pflow_jax.training.adversary import Adversary, make_adversary
+from pflow_jax.training.experiment import Experiment, LossFn, build, layout_of, make_optimizer
+from pflow_jax.training.flops import count_flops
+from pflow_jax.training.network import SHARDING
+from pflow_jax.training.state import TrainState, create_state
+
+POSITION_BYTES = 64  # that an example's place in a batch takes while batches are made
+WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """The section `train` of a config.
+
+  Attributes:
+    steps: optimizer steps of the whole run.
+    batch_size: examples a step, over all processes.
+    accumulation: micro-batches that a step's batch is cut into, one after the other.
+    log_every, checkpoint_every, sample_every: in steps; 0 never (checkpoints: only at the end).
+    keep_checkpoints: newest checkpoints to keep.
+    keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
+    max_skipped: non-finite updates in a row after which the run stops with an error.
+    profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
+    num_workers: processes that read data; 0 reads in this one.
+  """
+
+  steps: int
+  batch_size: int
+  accumulation: int = 1
+  log_every: int = 50
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+  keep_every: int = 0
+  sample_every: int = 0
+  max_skipped: int = 20
+  profile: tuple[int, int] = (0, 0)
+  tensorboard: bool = True
+  num_workers: int = 0
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints", "max_skipped"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"config.train.{name}: expected at least 1, got {getattr(self, name)}")
+    for name in ("checkpoint_every", "keep_every", "sample_every", "num_workers"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
+    workers = self.num_workers * WORKER_BYTES
+    foreign.check_memory(f"config.train.num_workers={self.num_workers}", workers, "ask for fewer")
+    if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
+      raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The parts of a step; call it, or compile it, as a function of arrays.
+
+  Attributes:
+    loss_fn: (params, frozen, batch, key, step) -> loss (B,) and metrics.
+    accumulation: micro-batches that the batch is cut into, one after the other.
+    project: of the parameters after an update, where a network's must stay on a surface.
+    adversary: adds an adversarial loss and trains its own network in the same step.
+    schedule: learning rate by the number of updates, for the metrics.
+  """
+
+  loss_fn: LossFn
+  optimizer: optax.GradientTransformation
+  ema_decay: Callable[[Array], Array]
+  accumulation: int = 1
+  project: Callable[[Any], Any] | None = None
+  adversary: Adversary | None = None
+  schedule: optax.Schedule | None = None
+
+  def init(self, key: Array, params: Any) -> TrainState:
+    """State at step 0; `key` is for the adversary's network."""
+    opponent = self.adversary.init(key) if self.adversary else None
+    return create_state(params, self.optimizer, opponent)
+
+  def __call__(
+    self, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array
+  ) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step.
+
+    Args:
+      state: what trains.   frozen: what does not, the teacher's parameters: an argument, not part of the state.
+      batch: pytree of arrays with a leading axis of examples.
+      key: the run's key; the step's own is folded from it, so a resumed run draws the same numbers.
+    Returns: the new state, and scalar metrics.
+    """
+    key = jax.random.fold_in(key, state.step)
+    loss, aux, grads = self._gradient(state, frozen, batch, key)
+    opponent = state.opponent
+    if self.adversary is not None:
+      grads, opponent, more = self.adversary.step(opponent, state.params, frozen, grads, batch, key)
+      aux = aux | more
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if self.project is not None:
+      params = self.project(params)
+    ema = optim.update_ema(state.ema, params, self.ema_decay(state.step))
+    in_a_row, total = optim.skipped(opt_state)
+    metrics = {
+      "loss": loss,
+      **aux,
+      "gradient_norm": optax.global_norm(grads),
+      "skipped_in_a_row": in_a_row,
+      "skipped": total,
+    }
+    if self.schedule is not None:
+      # Here, not on the host: there it would be one more program, which waits for the steps on their way.
+      metrics["learning_rate"] = self.schedule(jnp.maximum(state.step - total, 0))
+    return TrainState(state.step + 1, params, ema, opt_state, opponent), metrics
+
+  def _gradient(self, state, frozen, batch, key):
+    """Mean loss, mean metrics and gradient over the batch."""
+
+    def mean_loss(params, batch, key):
+      loss, aux = self.loss_fn(params, frozen, batch, key, state.step)
+      return jnp.mean(loss), jax.tree.map(jnp.mean, aux)
+
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    if self.accumulation == 1:
+      out = gradient(state.params, batch, key)
+    else:
+      # Every micro-batch takes every accumulation-th example, so that examples stay on their devices.
+      micro = jax.tree.map(lambda x: x.reshape(-1, self.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+
+      def micro_step(total, inputs):
+        micro_batch, i = inputs
+        one = gradient(state.params, micro_batch, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda a, b: a + b / self.accumulation, total, one), None
+
+      shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro), key)
+      start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      out, _ = jax.lax.scan(micro_step, start, (micro, jnp.arange(self.accumulation)))
+    (loss, aux), grads = out
+    return loss, aux, grads
+
+
+def make_step(config: ConfigDict, experiment: Experiment) -> Step:
+  """The step that `config` describes."""
+  accumulation = call(TrainSettings, "train", config.get("train", {})).accumulation
+  optimizer, schedule = make_optimizer(config)
+  ema_decay = call(optim.make_ema_decay, "ema", config.get("ema", {}))
+  adversary = make_adversary(config, experiment)
+  if adversary and accumulation > 1:
+    raise ValueError(
+      f"config.train.accumulation: an adversarial run takes its batch whole, expected 1, got {accumulation}"
+    )
+  project = experiment.network.project
+  return Step(experiment.loss_fn, optimizer, ema_decay, accumulation, project, adversary, schedule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A run's step laid out over a mesh.
+
+  Attributes:
+    layout: where arrays lie.
+    state, frozen, batch: shapes of the step's arguments, with their shardings; of the longest texts.
+  """
+
+  experiment: Experiment
+  step: Step
+  layout: Layout
+  state: TrainState
+  frozen: Any
+  batch: dict[str, Any]
+
+  def init(self, key: Array, frozen: Any, start: Any = ()) -> TrainState:
+    """The state at step 0, made where it lies; `start`: parameters to start from, on the devices."""
+    shardings = jax.tree.map(lambda s: s.sharding, self.state)
+    make = lambda key, frozen, start: self.step.init(key, self.experiment.init(key, frozen, start))
+    with self.layout.context():
+      return jax.jit(make, out_shardings=shardings)(key, frozen, start)
+
+  def check_memory(self) -> None:
+    """Raises ValueError for arguments that this machine cannot hold, whatever else a step needs."""
+    devices: Any = self.layout.mesh.local_devices  # type: ignore[union-attr]
+    size = jax.tree.leaves(self.batch)[0].shape[0]
+    batch = len(devices) * bytes_of_device(self.batch)
+    # Of a batch its reader has the records, NumPy the arrays and JAX a copy; every process has all positions in it.
+    foreign.check_memory(f"config.train.batch_size={size}", 3 * batch + POSITION_BYTES * size, "lower it")
+    arguments, have = bytes_of_device((self.state, self.frozen, self.batch)), None
+    if devices[0].platform == "cpu":  # whose devices share the machine's memory
+      arguments *= len(devices)
+    elif (have := (devices[0].memory_stats() or {}).get("bytes_limit")) is None:
+      return  # a device that does not tell
+    advice = "make the network or the batch smaller, or split it over more devices (config.mesh.fsdp)"
+    foreign.check_memory("config.model: what is trained, the teacher and a batch", arguments, advice, have=have)
+
+  def trace(self, length: int | None = None) -> jax.stages.Traced:
+    """The step as (state, frozen, batch, key) -> (state, metrics), for all devices; its old state is donated.
+
+    Args:
+      length: of the batch's texts, by default the longest.
+    """
+    batch = self.batch
+    if length is not None:
+      size = jax.tree.leaves(batch)[0].shape[0]
+      batch = abstract_batch(self.experiment, size, self.layout.batch, length)
+    shardings = jax.tree.map(lambda s: s.sharding, self.state), self.layout.replicated
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self.layout.replicated)
+    with self.layout.context():
+      step = jax.jit(self.step, donate_argnums=0, out_shardings=shardings)
+      return step.trace(self.state, self.frozen, batch, key)
+
+
+def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | None = None) -> Program:
+  """The step that `config` describes, on `layout`.
+
+  Args:
+    layout: by default the one that `config.mesh` describes, of this machine's devices, which must be able to hold it.
+  Raises: ValueError for a mesh, a table or a batch that does not fit.
+  """
+  here, layout = layout is None, layout or layout_of(config)
+  batch_size = call(TrainSettings, "train", config.get("train", {})).batch_size
+  step = make_step(config, experiment)
+  if batch_size % (layout.batch_parts * step.accumulation):
+    raise ValueError(
+      "config.train.batch_size: expected a multiple of the mesh's slice x data x fsdp x accumulation = "
+      f"{layout.batch_parts} x {step.accumulation}, got {batch_size}"
+    )
+  key = jax.random.key(0)
+  state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, experiment.frozen)
+  batch = abstract_batch(experiment, batch_size, layout.batch)
+  program = Program(experiment, step, layout, layout.abstract(state), layout.abstract(experiment.frozen), batch)
+  if here:
+    program.check_memory()
+  return program
+
+
+def abstract_batch(
+  experiment: Experiment, batch_size: int, sharding: Any = None, length: int | None = None
+) -> dict[str, Any]:
+  """Shapes of a batch, of texts of `length` tokens where there are texts, by default the longest."""
+  dataset = experiment.dataset
+  shapes: dict[str, Any] = {"cond": dataset.cond_shapes(batch_size, length)}
+  if dataset.has_x0:
+    shapes["x0"] = jax.ShapeDtypeStruct((batch_size, *dataset.shape), jnp.float32)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def step_flops(config: ConfigDict) -> int:
+  """Operations of one optimizer step of the run that `config` describes, teacher included; see `count_flops`."""
+  single = make_layout(MeshSettings(), SHARDING, jax.local_devices()[:1])
+  program = make_program(config, build(config), single)
+  program.check_memory()
+  return count_flops(program.trace().jaxpr)
+
+
+def bytes_of_device(tree: Any) -> int:
+  """Bytes of a tree of shapes with shardings on one device."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+  )

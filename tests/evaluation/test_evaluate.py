@@ -1,0 +1,250 @@
+"""The evaluation of tiny runs: files, numbers that must agree, refusals."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from etils import epath
+
+from pflow_jax.evaluation import evaluate as program
+from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.training.experiment import build
+from pflow_jax.training.train import train
+from pflow_jax.training.workdir import load_config
+from tests.programs import quick
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@pytest.fixture(scope="module")
+def report(student_run):
+  import jax
+
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    config = load_config(student_run)
+    config.sample.nfe = (1, 2)
+    return evaluate(config, student_run)
+
+
+def test_rows_and_files(report, student_run, teacher_run):
+  folder = student_run / "evaluation"
+  assert json.loads((folder / "evaluation.json").read_text()) == json.loads(json.dumps(report))
+  names = [row["name"] for row in report["rows"]]
+  assert names == ["teacher, 4 steps", "teacher, 128 steps", "student, 1 NFE", "student, 2 NFE"]
+  table = (folder / "evaluation.md").read_text()
+  assert all(name in table for name in names)
+  assert (folder / "samples.png").stat().st_size > 5000
+  assert (teacher_run / "evaluation" / "classifier_5_steps.npz").exists(), "kept with the teacher, for all its students"
+
+
+def test_yardsticks_are_one_and_nothing_is_missing(report):
+  rows = {row["name"]: row for row in report["rows"]}
+  assert rows["teacher, 4 steps"]["alignment_ratio"][0] == 1.0
+  assert rows["teacher, 128 steps"]["fd_ratio"] == rows["teacher, 128 steps"]["diversity_ratio"] == 1.0
+  assert "alignment" not in rows["teacher, 128 steps"]
+  for name in ("student, 1 NFE", "student, 2 NFE"):
+    row = rows[name]
+    keys = ("alignment", "alignment_ratio", "fd", "fd_ratio", "fd_pixels_ratio", "diversity", "precision", "recall")
+    assert all(np.all(np.isfinite(row[key])) for key in (*keys, "accuracy", "images_per_second"))
+
+
+def test_student_that_is_its_teacher_is_measured_as_such(teacher_run, tmp_path):
+  """An untrained student, without noise on its biases and with hardly any variance, is the teacher's one Euler step."""
+  config = quick("digits", "gmflow", teacher_run, steps=1)
+  config.teacher.bias_noise = 0.0
+  config.policy.log_std = -10.0
+  config.optimizer.update(learning_rate=1e-30, schedule="constant")
+  config.evaluate.teacher_steps = (1, 4, 128)
+  config.sample.nfe = (1,)
+  train(config, tmp_path)
+  rows = {row["name"]: row for row in evaluate(load_config(tmp_path), tmp_path)["rows"]}
+  for key in ("alignment", "fd", "diversity"):
+    np.testing.assert_allclose(rows["student, 1 NFE"][key], rows["teacher, 1 step"][key], rtol=1e-2)
+
+
+def test_students_of_one_teacher_share_a_table(report, student_run, teacher_run, tmp_path):
+  config = quick("digits", "gmflow", teacher_run, steps=2)
+  config.objective.nfe = 2
+  train(config, tmp_path / "two")
+  both = load_config(student_run)
+  both.evaluate.nearest_k = 100
+  few = report
+  report = evaluate(both, student_run, others=[tmp_path / "two"], out=tmp_path / "both")
+  # Larger balls hold more; of 5 neighbours they were.
+  for one, other in zip(few["rows"][:2], report["rows"][:2], strict=True):
+    assert one["name"] == other["name"]
+    assert one["precision"] + one["recall"] < other["precision"] + other["recall"]
+  names = [row["name"] for row in report["rows"]]
+  assert names[-2:] == [f"student, 1 NFE ({student_run.name})", "student, 2 NFE (two)"]
+  train(quick("digits", "teacher", steps=2), tmp_path / "teacher")
+  train(quick("digits", "gmflow", tmp_path / "teacher", steps=2), tmp_path / "stranger")
+  with pytest.raises(ValueError, match=r"(?s)share a teacher.*stranger"):
+    evaluate(load_config(student_run), student_run, others=[tmp_path / "stranger"])
+
+
+def test_points_have_trajectories_and_no_classifier(tmp_path):
+  train(quick("checkerboard", "teacher"), tmp_path / "teacher")
+  train(quick("checkerboard", "gmflow", tmp_path / "teacher"), tmp_path / "student")
+  report = evaluate(load_config(tmp_path / "student"), tmp_path / "student")
+  assert report["features"] == "coordinates"
+  assert all("accuracy" not in row for row in report["rows"])
+  folder = tmp_path / "student" / "evaluation"
+  assert (folder / "trajectories.png").stat().st_size > 5000
+  assert (folder / "samples.png").stat().st_size > 5000
+
+
+def test_too_few_samples_are_refused_before_any_are_drawn(student_run, capsys):
+  config = load_config(student_run)
+  config.evaluate.num_samples = 50
+  with pytest.raises(ValueError, match=r"num_samples.*at least 96.*got 50"):
+    evaluate(config, student_run)
+  assert "sampling" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("k", [0, 128])
+def test_there_are_as_many_neighbours_as_asked_for(k, student_run):
+  config = load_config(student_run)
+  config.evaluate.nearest_k = k
+  with pytest.raises(ValueError, match=r"nearest_k: expected 1 to 127"):
+    evaluate(config, student_run)
+
+
+def test_yardsticks_cannot_be_left_out(student_run):
+  config = load_config(student_run)
+  config.evaluate.teacher_steps = (1, 128)
+  with pytest.raises(ValueError, match="4 and 128"):
+    evaluate(config, student_run)
+
+
+def test_damaged_classifier_is_named(student_run, teacher_run, tmp_path, report):
+  shutil.copytree(teacher_run, tmp_path / "teacher")
+  path = tmp_path / "teacher" / "evaluation" / "classifier_5_steps.npz"
+  path.write_bytes(path.read_bytes()[:100])
+  config = load_config(student_run)
+  config.teacher.workdir = str(tmp_path / "teacher")
+  with pytest.raises(ValueError, match=r"classifier_5_steps\.npz"):
+    evaluate(config, student_run, out=tmp_path / "out")
+
+
+def test_a_teachers_samples_are_drawn_once(report, student_run, capsys):
+  again = evaluate(load_config(student_run), student_run)
+  out = capsys.readouterr().out
+  assert "sampling: teacher" not in out
+  assert "sampling: student, 1 NFE" in out
+  assert again["rows"][:2] == report["rows"][:2]
+  config = load_config(student_run)
+  config.evaluate.seed = 1
+  evaluate(config, student_run)
+  assert "sampling: teacher, 128 steps" in capsys.readouterr().out, "other noise, other samples"
+
+
+def test_kept_samples_belong_to_the_teachers_content(student_run, teacher_run, tmp_path):
+  """Not to its folder, where another may be trained."""
+  experiment = build(load_config(student_run), run=student_run)
+  shutil.copytree(teacher_run, tmp_path / "teacher")
+  config = load_config(student_run)
+  config.teacher.workdir = str(tmp_path / "teacher")
+  assert program._reference(build(config, run=student_run)) == program._reference(experiment)
+  assert str(teacher_run) not in program._reference(experiment)
+  config.teacher.which = "params"
+  assert program._reference(build(config, run=student_run)) != program._reference(experiment)
+
+
+SHAPE = (6, 2, 2, 1)
+
+
+def kept(path, **changes):
+  """A file of kept samples, as an evaluation writes one, with other arrays."""
+  values = {"what": "this", "samples": np.ones(SHAPE, np.float32), "images_per_second": 2.5} | changes
+  np.savez(path, **values)
+
+
+def lying(path, shape):
+  """A file whose header says that there are more samples than it holds."""
+  kept(path)
+  with zipfile.ZipFile(path) as archive:
+    members = {name: archive.read(name) for name in archive.namelist()}
+  header = io.BytesIO()
+  np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+  members["samples.npy"] = header.getvalue() + bytes(4 * 24)
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, content in members.items():
+      archive.writestr(name, content)
+
+
+def bad_samples(value):
+  samples = np.ones(SHAPE, np.float32)
+  samples[3, 0, 0, 0] = value
+  return samples
+
+
+UNUSABLE = {
+  "nan": lambda path: kept(path, samples=bad_samples(np.nan)),
+  "infinite": lambda path: kept(path, samples=bad_samples(np.inf)),
+  "shape": lambda path: kept(path, samples=np.ones((6, 4), np.float32)),
+  "fewer": lambda path: kept(path, samples=np.ones((5, 2, 2, 1), np.float32)),
+  "more": lambda path: kept(path, samples=np.ones((7, 2, 2, 1), np.float32)),
+  "double": lambda path: kept(path, samples=np.ones(SHAPE)),
+  "strings": lambda path: kept(path, samples=np.full(SHAPE, "x")),
+  "objects": lambda path: kept(path, samples=np.full(SHAPE, None)),
+  "no samples": lambda path: np.savez(path, what="this", images_per_second=1.0),
+  "speed": lambda path: kept(path, images_per_second=np.nan),
+  "speeds": lambda path: kept(path, images_per_second=np.ones(3)),
+  "no speed": lambda path: kept(path, images_per_second=0.0),
+  "title": lambda path: kept(path, what=np.array([1])),
+  "cut": lambda path: (kept(path), path.write_bytes(path.read_bytes()[:-40])),
+  "empty": lambda path: path.write_bytes(b""),
+  "text": lambda path: path.write_text("samples"),
+  "pickled": lambda path: path.write_bytes(pickle.dumps(np.ones(SHAPE))),
+  "large": lambda path: kept(path, samples=np.ones((2**19,), np.float32)),
+  "lies": lambda path: lying(path, (10**9, 2, 2, 1)),
+  "folder": lambda path: path.mkdir(),
+  "pipe": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("name", list(UNUSABLE))
+def test_kept_samples_that_are_none_are_drawn_anew_with_a_word(name, tmp_path, capsys):
+  path = tmp_path / "samples.npz"
+  UNUSABLE[name](path)
+  drawn = np.zeros(SHAPE, np.float32), 9.0
+  samples, speed = program._draw_once(lambda: drawn, epath.Path(path), "this", SHAPE)
+  assert speed == 9.0
+  np.testing.assert_array_equal(samples, drawn[0])
+  said = capsys.readouterr().out
+  assert f"{path} cannot be used (" in said
+  assert "drawn anew" in said
+  if name not in ("folder", "pipe"):
+    again, speed = program._draw_once(lambda: pytest.fail("drawn"), epath.Path(path), "this", SHAPE)
+    np.testing.assert_array_equal(again, drawn[0])
+    assert speed == 9.0
+
+
+def test_kept_samples_of_others_are_drawn_anew_without_a_word(tmp_path, capsys):
+  path = tmp_path / "deep" / "samples.npz"
+  first = program._draw_once(lambda: (np.zeros(SHAPE, np.float32), 1.0), epath.Path(path), "this", SHAPE)
+  other = program._draw_once(lambda: (np.ones(SHAPE, np.float32), 2.0), epath.Path(path), "that", SHAPE)
+  assert (first[1], other[1]) == (1.0, 2.0)
+  assert not capsys.readouterr().out
+
+
+def test_samples_that_cannot_be_kept_are_returned(tmp_path, capsys):
+  (tmp_path / "evaluation").write_text("no folder")
+  path = epath.Path(tmp_path / "evaluation" / "samples.npz")
+  assert program._draw_once(lambda: (np.ones(SHAPE, np.float32), 2.0), path, "this", SHAPE)[1] == 2.0
+  assert "cannot be written" in capsys.readouterr().out
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = epath.Path(tmp_path / "evaluation.json")
+  program._write_bytes(path, b"first")
+  monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+  with pytest.raises(OSError, match="full"):
+    program._write_bytes(path, b"second")
+  assert path.read_bytes() == b"first"
+  assert [one.name for one in tmp_path.iterdir()] == ["evaluation.json"]

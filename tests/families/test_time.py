@@ -1,0 +1,89 @@
+"""Teachers that count time otherwise: π-Flow's SiT from noise to data, in its config or in nothing but its name."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import Timesteps
+
+from pflow_jax.checkpoints.checkpoint import load_params
+from pflow_jax.conversion import models
+from pflow_jax.conversion.program import convert
+from pflow_jax.families.dit import names as dit
+from pflow_jax.training import workdir
+from pflow_jax.training.network import make_network
+from tests.conversion.folders import make_torch
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+FIELDS = dict(num_layers=2, num_attention_heads=2, attention_head_dim=16, num_embeds_ada_norm=5, sample_size=8)
+FIELDS |= {"_class_name": "DiTTransformer2DModelMod", "num_timesteps": 1}
+
+
+def write_teacher(folder, name="teacher.pth", **fields):
+  """A state dict as π-Flow's release has them, and its network."""
+  folder.mkdir(exist_ok=True)
+  model = make_torch("dit")
+  state = {}
+  for key, tensor in model.state_dict().items():
+    block, _, rest = key.partition(".norm1.emb.")
+    if not rest or block == "transformer_blocks.0":
+      state[f"emb.{rest}" if rest else key] = tensor
+  state.pop("pos_embed.pos_embed", None)
+  torch.save(state, folder / name)
+  (folder / "config.json").write_text(json.dumps(FIELDS | fields))
+  for block in model.transformer_blocks:  # whose sinusoid is that of the original DiT
+    block.norm1.emb.time_proj = Timesteps(256, True, downscale_freq_shift=0)
+  return model
+
+
+def velocity_of(folder, x, t, labels):
+  config = workdir.load_config(folder)
+  params = load_params(folder / workdir.CHECKPOINTS, which="params")
+  model = models.model_of_run(workdir.as_plain(config), models.flat_shapes(params), {"sample_size": 8})
+  return np.asarray(make_network(config.model, config.policy, model._dataset())(params, x, t, labels))
+
+
+def relative(got, want):
+  return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def test_time_that_runs_from_noise_to_data_is_honoured_there_and_back(tmp_path, capsys):
+  model = write_teacher(tmp_path / "sit", flip_model_timesteps=True)
+  write_teacher(tmp_path / "repa")
+  x, labels = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32), np.array([1, 5])
+  t = np.array([0.1, 0.8], np.float32)
+  with torch.no_grad():
+    want = model(torch.tensor(x).movedim(-1, 1), torch.tensor(1 - t), torch.tensor(labels)).sample.movedim(1, -1)
+  for name in ("sit", "repa"):
+    convert(tmp_path / name / "teacher.pth", tmp_path / f"{name}_run")
+    noted = "taken to be given time from data, 0, to noise, 1, and to return eps - x0" in capsys.readouterr().out
+    assert noted == (name == "repa")
+  assert relative(velocity_of(tmp_path / "sit_run", x, t, labels), want.numpy()) < 1e-5
+  assert relative(velocity_of(tmp_path / "repa_run", x, t, labels), want.numpy()) > 0.005
+  convert(tmp_path / "sit_run", tmp_path / "back")
+  config = json.loads((tmp_path / "back" / "config.json").read_text())
+  assert (config["num_timesteps"], config["flip_model_timesteps"]) == (1, True)
+  convert(tmp_path / "back", tmp_path / "again")
+  assert workdir.load_config(tmp_path / "again").model == workdir.load_config(tmp_path / "sit_run").model
+
+
+def test_a_file_of_sit_that_does_not_tell_its_time_is_refused(tmp_path):
+  for name in ("sit_imagenet.pth", "SiT-XL-2.pth"):
+    write_teacher(tmp_path / "torch", name)
+    with pytest.raises(ValueError, match=r'SiT counts time from noise to data.*"flip_model_timesteps": true') as error:
+      convert(tmp_path / "torch" / name, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+  assert dit.time_note(FIELDS | {"flip_model_timesteps": False}, "sit_imagenet.pth") == ""
+  assert dit.time_note({"_class_name": "DiTTransformer2DModel"}, "sit") == ""
+
+
+@pytest.mark.parametrize(
+  "fields", [{"flip_model_timesteps": 1}, {"num_timesteps": 0}, {"num_timesteps": "1"}, {"denoising_mean_mode": "X0"}]
+)
+def test_times_that_make_no_sense_are_refused(tmp_path, fields):
+  write_teacher(tmp_path / "torch", **fields)
+  with pytest.raises(ValueError, match=next(iter(fields))):
+    convert(tmp_path / "torch" / "teacher.pth", tmp_path / "run")

@@ -1,0 +1,238 @@
+"""Logs that stay valid and clean over kills and resumes, and the two progress reports."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from tensorboardX.proto.event_pb2 import Event
+
+from pflow_jax import data
+from pflow_jax.training import sample, workdir
+from pflow_jax.training.writer import MetricsWriter, parameter_table, progress
+from tests.programs import quick
+
+
+def lines(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder):
+  """Events in all files: length (8 bytes), its checksum (4), payload, its checksum (4)."""
+  found = []
+  for file in sorted((folder / "tensorboard").iterdir()):
+    rest = file.read_bytes()
+    while rest:
+      size = int.from_bytes(rest[:8], "little")
+      found.append(Event.FromString(rest[12 : 12 + size]))
+      rest = rest[16 + size :]
+  return found
+
+
+def test_scalars_reach_both_files(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(3, {"loss": jnp.float32(0.5), "count": np.int64(7), "half": jnp.bfloat16(0.25)})
+  (line,) = lines(tmp_path)
+  assert line.pop("time") > 1e9
+  assert line == {"step": 3, "loss": 0.5, "count": 7, "half": 0.25}
+  scalars = {v.tag: v.simple_value for e in events(tmp_path) for v in e.summary.value}
+  assert scalars == {"loss": 0.5, "count": 7, "half": 0.25}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, jnp.float32(-math.inf)])
+def test_non_finite_is_null(tmp_path, value):
+  with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(0, {"loss": value})
+  text = (tmp_path / "metrics.jsonl").read_text()
+  assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["loss"] is None
+  assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("value", [np.ones(2), "text", None, 1j])
+def test_refuses_what_is_not_one_number(tmp_path, value):
+  with (
+    MetricsWriter(tmp_path, tensorboard=False) as writer,
+    pytest.raises(ValueError, match="'loss'"),
+  ):
+    writer.write(0, {"loss": value})
+
+
+def test_lines_are_on_disk_before_closing(tmp_path):
+  writer = MetricsWriter(tmp_path, tensorboard=False)
+  writer.write(1, {"loss": 1.0})
+  assert len(lines(tmp_path)) == 1
+  writer.close()
+
+
+@pytest.mark.parametrize(("resume_step", "expected"), [(None, [1, 2, 3, 9]), (2, [1, 2, 9]), (0, [9])])
+def test_resume_drops_later_lines_and_a_torn_one(tmp_path, resume_step, expected):
+  with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, {"loss": step})
+  with (tmp_path / "metrics.jsonl").open("a") as f:
+    f.write('{"step": 2, "lo')
+  with MetricsWriter(tmp_path, tensorboard=False, resume_step=resume_step) as writer:
+    writer.write(9, {"loss": 9})
+  assert [line["step"] for line in lines(tmp_path)] == expected
+  assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+STRANGE = [
+  *('{"step": "2"}', '{"step": null}', '{"step": [1]}', '{"step": 1.5}', '{"step": true}', '{"step": 1e999}', "{}"),
+  *("[]", "3", "null", '"step"', "\\0", "[" * 100_000, '{"step": ' + "9" * 5000 + "}", "\udcff", "x" * 100_000),
+]
+
+
+def test_lines_that_are_no_metrics_are_left_out_and_counted(tmp_path, caplog):
+  good = '{"step": 1, "loss": 0.5, "note": "a\\u2028b"}'
+  text = "\n".join([STRANGE[0], good, *STRANGE[1:]])
+  (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+  with MetricsWriter(tmp_path, tensorboard=False, resume_step=5):
+    pass
+  assert (tmp_path / "metrics.jsonl").read_text() == good + "\n"
+  assert f"{len(STRANGE)} lines are no metrics" in caplog.text
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_metrics_that_are_no_file_are_refused(tmp_path, make):
+  make(tmp_path / "metrics.jsonl")
+  with pytest.raises(ValueError, match="is no file, expected the metrics of an earlier run"):
+    MetricsWriter(tmp_path, tensorboard=False, resume_step=5)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_an_error_where_it_is_written_and_nothing_waits(tmp_path, name):
+  """tensorboardX's own thread died of it, and the eleventh row after that waited for ever."""
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 1.0})
+  file = writer._log._file if name == "metrics.jsonl" else writer._events._file._py_recordio_writer._writer
+  with open("/dev/full", "wb", buffering=0) as full:
+    os.dup2(full.fileno(), file.fileno())
+  with pytest.raises(OSError, match="No space left"), writer:
+    writer.write(2, {"loss": 1.0})
+
+
+def test_all_that_is_written_is_written_in_the_context_that_was_given(tmp_path):
+  seen = []
+
+  @contextlib.contextmanager
+  def writing():
+    seen.append(sorted(path.name for path in tmp_path.iterdir()))
+    yield
+
+  with MetricsWriter(tmp_path, writing=writing) as writer:
+    assert seen.pop() == []
+    for write in (lambda: writer.write(1, {"x": 1}), lambda: writer.image(1, "x", np.zeros((1, 1, 3), np.uint8))):
+      write()
+      assert len(seen) == 1
+      seen.clear()
+  assert len(seen) == 1
+
+
+def test_resume_purges_tensorboard(tmp_path):
+  for resume_step in (None, 2):
+    with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
+      writer.write(3, {"loss": 1.0})
+  starts = [e.step for e in events(tmp_path) if e.session_log.status == 1]
+  assert starts == [3]
+
+
+def test_images(tmp_path):
+  from PIL import Image
+
+  picture = np.zeros((4, 5, 3), np.uint8)
+  Image.fromarray(picture).save(tmp_path / "grid.png")
+  with MetricsWriter(tmp_path) as writer:
+    writer.image(1, "array", picture)
+    writer.image(2, "path", tmp_path / "grid.png")
+    with pytest.raises(ValueError, match=r"'float'.*uint8.*float64 \(4, 5, 3\)"):
+      writer.image(3, "float", picture / 2)
+  shapes = {v.tag: (v.image.height, v.image.width) for e in events(tmp_path) for v in e.summary.value}
+  assert shapes == {"array": (4, 5), "path": (4, 5)}
+
+
+def test_inactive_writes_nothing(tmp_path):
+  with MetricsWriter(tmp_path / "run", active=False) as writer:
+    writer.write(1, {"loss": 1.0})
+    writer.image(1, "x", np.zeros((1, 1, 3), np.uint8))
+    writer.flush()
+  assert not (tmp_path / "run").exists()
+
+
+def test_plain_lines_come_at_intervals(capsys, monkeypatch):
+  now = iter([0.0, 1.0, 4.0, 10.0, 11.0, 12.0])
+  monkeypatch.setattr("pflow_jax.training.writer.time.monotonic", lambda: next(now))
+  with progress(26, initial=20, description="teacher", interval=10) as report:
+    for step in range(21, 27):
+      report.update(step, loss=0.5)
+  out = capsys.readouterr().out.splitlines()
+  assert out == [
+    "teacher 21/26 loss 0.5",
+    "teacher 24/26 0.3 steps/s  left 0:07  loss 0.5",
+    "teacher 26/26 0.4 steps/s  left 0:00  loss 0.5",
+  ]
+
+
+def test_terminal_shows_a_bar(capsys, monkeypatch):
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+  with progress(3, description="student") as report:
+    for step in (1, 2, 3):
+      report.update(step, loss=0.25)
+  out = capsys.readouterr().out
+  assert "student" in out
+  assert "3/3" in out
+  assert "loss 0.25" in out
+
+
+def test_disabled_progress_is_silent(capsys):
+  with progress(3, disable=True) as report:
+    report.update(1)
+    report.update(3)
+  assert capsys.readouterr().out == ""
+
+
+def test_parameter_table():
+  table = parameter_table({"dense": {"kernel": jnp.ones((20, 3)), "bias": jnp.ones(3)}})
+  assert "dense/kernel" in table
+  assert "Total: 63" in table
+
+
+def test_a_log_in_an_object_store_is_stored_whole_and_resumed(bucket):
+  with MetricsWriter(bucket, tensorboard=False) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, {"loss": 1.0 / step})
+  with MetricsWriter(bucket, tensorboard=False, resume_step=2) as writer:
+    writer.write(3, {"loss": 9.0})
+  rows = [json.loads(line) for line in (epath.Path(bucket) / "metrics.jsonl").read_text().splitlines()]
+  assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_a_log_in_an_object_store_is_stored_at_most_every_half_minute(bucket, monkeypatch):
+  stored = []
+  monkeypatch.setattr(epath.Path(bucket).__class__, "write_text", lambda self, text: stored.append(text))
+  with MetricsWriter(bucket, tensorboard=False) as writer:
+    for step in range(100):
+      writer.write(step, {"loss": 1.0})
+    assert len(stored) == 1
+  assert len(stored) == 2
+  assert stored[-1].count("\n") == 100
+
+
+def test_pictures_and_configs_in_an_object_store(bucket):
+  rows = {"1 NFE": np.zeros((4, 2), np.float32)}
+  points = types.SimpleNamespace(dataset=data.load("checkerboard"))
+  sample.save_picture(points, rows, np.zeros(4, int), f"{bucket}/samples/1.png")
+  assert (epath.Path(bucket) / "samples" / "1.png").read_bytes().startswith(b"\x89PNG")
+  with MetricsWriter(bucket, tensorboard=False) as writer:
+    writer.image(1, "samples", f"{bucket}/samples/1.png")
+  config = quick("digits", "teacher")
+  workdir.claim(bucket, config)
+  assert workdir.load_config(bucket).model.width == config.model.width
+  with pytest.raises(ValueError, match="--out: expected a folder of this machine"):
+    sample.check_local(None, bucket)
