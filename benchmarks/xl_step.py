@@ -61,7 +61,7 @@ def matrix_rate(size: int, count: int = 20) -> float:
 def policy_seconds(program, batch, count: int) -> float:
   """Seconds of the gradient of the loss in the outputs of the student's last layer."""
   experiment, layout = program.experiment, program.layout
-  x0, cond = batch["x0"], batch["label"]
+  x0, cond = batch["x0"], batch["cond"]
   params, frozen = program.state.params, program.frozen
   full = jax.eval_shape(experiment.complete, params, frozen)
   shapes = jax.eval_shape(lambda p: experiment.network(p, x0, jnp.ones(len(x0)), cond), full)
@@ -113,7 +113,7 @@ def main() -> None:
   rng = np.random.default_rng(0)
   x0, label = rng.normal(size=(size, 32, 32, 4)).astype(np.float32), rng.integers(0, 1000, size, np.int32)
   rows = layout.local_rows(size)
-  batch = layout.shard_batch({"x0": x0[rows], "label": label[rows]}, size)
+  batch = layout.shard_batch({"x0": x0[rows], "cond": label[rows]}, size)
 
   def step():
     nonlocal state
