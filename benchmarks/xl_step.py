@@ -28,7 +28,6 @@ from pflow_jax.core.objectives.imitation import imitation_loss
 from pflow_jax.core.policies import GMFlowPolicy
 from pflow_jax.evaluation.compare import read_config
 from pflow_jax.mesh.sharding import per_example
-from pflow_jax.planning.analytic import analytic_step_flops
 from pflow_jax.training.experiment import build
 from pflow_jax.training.flops import count_flops
 from pflow_jax.training.step import make_program
@@ -123,7 +122,7 @@ def main() -> None:
   seconds = median_seconds(step, args.steps)
   flops, devices = count_flops(traced.jaxpr), jax.device_count()
   config.model.remat = "none"
-  useful = analytic_step_flops(build(config, abstract=True), size)
+  useful = count_flops(make_program(config, build(config, abstract=True)).trace().jaxpr)
   rate = matrix_rate(512 if args.quick else 8192)
   policy = policy_seconds(program, batch, args.steps)
   achieved = flops / seconds / devices

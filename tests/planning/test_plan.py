@@ -50,16 +50,16 @@ def verdicts(compiler, monkeypatch):
   return fits, asked
 
 
-def test_without_a_compiler_the_analytic_part_is_there(no_compiler):
+def test_without_a_compiler_what_is_counted_is_there(no_compiler):
   report = plan.plan(config(fsdp=4), V5E)
   assert report["note"] == "install it"
   assert report["mesh"] == {"slice": 1, "data": 2, "fsdp": 4, "tensor": 1}
-  assert report["flops"]["counted"] > report["flops"]["analytic"] > 0  # policies' own products are no small part here
+  assert report["flops"] > 0
   assert report["estimate"]["limit"] == "compute"
   assert "peak" not in report["memory"]
   text = as_text(report)
   assert "install it" in text
-  assert "from the closed form" in text
+  assert f"operations a step: {report['flops'] / 1e12:,.1f} TFLOP" in text
   json.dumps(report)
 
 
