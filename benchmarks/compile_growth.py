@@ -16,18 +16,18 @@ import time
 import jax
 import numpy as np
 
-from pflow_jax.evaluation.compare import read_config
+from pflow_jax.settings.config_file import read_config_file
 from pflow_jax.training.experiment import build
 from pflow_jax.training.step import make_program
 
 
 def seconds(depth: int) -> tuple[float, float]:
   """(tracing and lowering, compiling)."""
-  config = read_config("configs/imagenet.py:gmflow")
+  config = read_config_file("configs/imagenet.py:gmflow")
   config.model.update(width=384, depth=depth, num_heads=6)
   config.train.batch_size = 8 * jax.device_count()
   config.mesh.fsdp = 1
-  program = make_program(config, build(config, abstract=True))
+  program = make_program(build(config, abstract=True))
   jax.clear_caches()
   start = time.perf_counter()
   lowered = program.trace().lower()

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-from pflow_jax.evaluation.compare import read_config
+from pflow_jax.settings.config_file import read_config_file
 from pflow_jax.training.train import train
 
 
@@ -63,7 +63,7 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=4)
   parser.add_argument("--idle", type=float, default=0.02, help="share of idle time to compare with")
   args = parser.parse_args()
-  config = read_config("configs/imagenet.py:teacher")
+  config = read_config_file("configs/imagenet.py:teacher")
   config.data = dict(name="synthetic", shape=(32, 32, 4), num_classes=1000)
   config.model.update(width=384, depth=12, num_heads=6, dtype="float32", remat="none")
   config.mesh.fsdp = 1

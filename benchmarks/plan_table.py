@@ -21,9 +21,9 @@ import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from pflow_jax.evaluation.compare import read_config
 from pflow_jax.planning import plan
 from pflow_jax.planning.report import EFFICIENCY
+from pflow_jax.settings.config_file import read_config_file
 
 GIB = 2**30
 
@@ -66,7 +66,7 @@ TABLES = {
 
 def fitting(config_name: str, where: plan.Slice, most: int, fast: bool) -> dict:
   """The report of the first accumulation that fits, a power of 2; the last report if none does."""
-  config = read_config(f"configs/{config_name}")
+  config = read_config_file(f"configs/{config_name}")
   # Parameters in parts over at most 16 chips: more parts are smaller than what is gained by them.
   config.mesh.update(data=-1, fsdp=min(16, where.num_devices))
   config.train.accumulation = max(1, config.train.batch_size // (where.num_devices * most))

@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pflow_jax.core.batches import per_example
 from pflow_jax.core.objectives.imitation import imitation_loss
 from pflow_jax.core.policies import GMFlowPolicy
-from pflow_jax.evaluation.compare import read_config
-from pflow_jax.mesh.sharding import per_example
+from pflow_jax.settings.config_file import read_config_file
 from pflow_jax.training.experiment import build
 from pflow_jax.training.flops import count_flops
 from pflow_jax.training.step import make_program
@@ -71,7 +71,7 @@ def policy_seconds(program, batch, count: int) -> float:
     create = per_example(jax.vmap(lambda x, t, out: GMFlowPolicy.create(x, t, **out)))
     student = lambda x, t, cond: create(x, t, outputs)
     teacher = lambda x, t, cond: 0.5 * x
-    return jnp.mean(imitation_loss(student, teacher, x0, cond, key, jnp.asarray(0), experiment.objective)[0])
+    return jnp.mean(imitation_loss(student, teacher, x0, cond, key, jnp.asarray(0), experiment.method.objective)[0])
 
   key = layout.everywhere(jax.random.key(1))
   with layout.context():
@@ -90,14 +90,14 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=10)
   parser.add_argument("--quick", action="store_true")
   args = parser.parse_args()
-  config = read_config(f"configs/imagenet.py:{args.variant}" + ",quicktest" * args.quick)
+  config = read_config_file(f"configs/imagenet.py:{args.variant}" + ",quicktest" * args.quick)
   config.data = dict(name="synthetic", shape=(32, 32, 4), num_classes=1000)
   config.model.update(remat=args.remat, attention=args.attention)
   config.mesh.fsdp = args.fsdp
   config.train.accumulation = args.accumulation
   size = config.train.batch_size = args.batch * args.accumulation * jax.device_count()
   experiment = build(config, abstract=True)
-  program = make_program(config, experiment)
+  program = make_program(experiment)
   layout = program.layout
   traced = program.trace()
   start = time.perf_counter()
@@ -122,7 +122,7 @@ def main() -> None:
   seconds = median_seconds(step, args.steps)
   flops, devices = count_flops(traced.jaxpr), jax.device_count()
   config.model.remat = "none"
-  useful = count_flops(make_program(config, build(config, abstract=True)).trace().jaxpr)
+  useful = count_flops(make_program(build(config, abstract=True)).trace().jaxpr)
   rate = matrix_rate(512 if args.quick else 8192)
   policy = policy_seconds(program, batch, args.steps)
   achieved = flops / seconds / devices

@@ -7,62 +7,114 @@ pflow evaluate --workdir runs/board1
 
 from ml_collections import ConfigDict
 
-from pflow_jax.settings.defaults import default_config, parse_variant
-from pflow_jax.training.experiment import FLOW_MAPS
+from pflow_jax.settings.defaults import default_config, pick
 
-VARIANTS = (
-  *("teacher", "flow_teacher", "gmflow", "dx", "arc"),
-  *("ayf_emd", "ayf_emd_adversarial", "ayf_lmd", "mean_flow", "consistency"),
-)
+
+def base(objective: str, time_scale: float = 1000.0) -> ConfigDict:
+  config = default_config(objective)
+  config.data = dict(name="checkerboard")
+  config.model = dict(kind="mlp", width=128, depth=4, time_scale=time_scale, dtype="float32")
+  config.head = dict(kind="velocity")
+  config.sample.batch_size = 10_000
+  config.evaluate.num_samples = 5_000
+  config.train.update(steps=4000, batch_size=512, log_every=100, checkpoint_every=1000)
+  config.optimizer.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine")
+  return config
+
+
+# Teachers
+
+
+def teacher() -> ConfigDict:
+  return base("flow_matching")
+
+
+def flow_teacher() -> ConfigDict:
+  """Of flow maps, see digits.py."""
+  return base("flow_matching", time_scale=1.0)
+
+
+# Students that predict a policy
+
+
+def policy(**head) -> ConfigDict:
+  config = base("imitation")
+  config.head = head
+  config.objective.num_states = 2
+  config.train.steps = 800
+  return config
+
+
+def gmflow() -> ConfigDict:
+  config = policy(kind="gmflow", num_components=32)
+  config.objective.update(dropout=0.05, substeps=64)
+  return config
+
+
+def dx() -> ConfigDict:
+  config = policy(kind="dx", num_coefficients=10, basis="grid")
+  config.objective.window = 10.0
+  return config
+
+
+def arc() -> ConfigDict:
+  config = policy(kind="arc", num_components=8)
+  config.objective.update(window=3.0, dropout=0.1)
+  return config
+
+
+# Flow maps, of flow_teacher
+
+
+def flow_map(objective: str) -> ConfigDict:
+  config = base(objective, time_scale=1.0)
+  config.optimizer.learning_rate = 5e-4
+  config.objective.warmup_steps = 1000
+  return config
+
+
+def ayf_emd() -> ConfigDict:
+  config = flow_map("ayf_emd")
+  config.objective.anchor = 0.25
+  return config
+
+
+def ayf_emd_adversarial() -> ConfigDict:
+  config = ayf_emd()
+  config.adversarial.update(weight=0.1, width=64)
+  return config
+
+
+def ayf_lmd() -> ConfigDict:
+  config = flow_map("ayf_lmd")
+  config.objective.anchor = 0.25
+  return config
+
+
+def mean_flow() -> ConfigDict:
+  config = flow_map("mean_flow")
+  config.objective.update(warmup_steps=0, kappa=0.0, cond_dropout=0.0)  # there are no classes
+  return config
+
+
+def consistency() -> ConfigDict:
+  config = flow_map("consistency")
+  config.sample.gamma = 1.0  # it only knows jumps to the data
+  return config
+
+
+def quicktest(config: ConfigDict) -> None:
+  config.model.update(width=16, depth=1)
+  config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
+  config.optimizer.warmup_steps = 1
+  config.evaluate.update(num_samples=128, teacher_steps=(4, 128), num_resamples=2)
+  config.sample.batch_size = 64
+
+
+FLOW_MAPS = (ayf_emd, ayf_emd_adversarial, ayf_lmd, mean_flow, consistency)
+VARIANTS = {variant.__name__: variant for variant in (teacher, flow_teacher, gmflow, dx, arc, *FLOW_MAPS)}
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
   """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
-  name, quicktest = parse_variant(variant, VARIANTS)
-  objective = name.removesuffix("_adversarial") if name.startswith(tuple(FLOW_MAPS)) else "imitation"
-  if name in ("teacher", "flow_teacher"):
-    objective = "flow_matching"
-  config = default_config(objective)
-  config.data = dict(name="checkerboard")
-  config.model = dict(kind="mlp", width=128, depth=4, time_scale=1000.0, dtype="float32")
-  config.sample.update(batch_size=10_000)
-  config.evaluate.num_samples = 5_000
-  config.train.update(steps=4000, batch_size=512, log_every=100, checkpoint_every=1000)
-  config.optimizer.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine")
-  if objective in ("flow_matching", *FLOW_MAPS) and name != "teacher":
-    config.model.time_scale = 1.0  # see configs/digits.py
-  if objective == "flow_matching":
-    config.policy = dict(kind="velocity")
-  else:
-    config.train.steps = 800
-  if objective == "imitation":
-    config.objective.num_states = 2
-  if objective in FLOW_MAPS:
-    config.policy = dict(kind="velocity")
-    config.train.steps = 4000
-    config.optimizer.learning_rate = 5e-4
-    config.objective.warmup_steps = 1000 if name != "mean_flow" else 0
-  if objective in ("ayf_emd", "ayf_lmd"):
-    config.objective.anchor = 0.25
-  if name == "gmflow":
-    config.policy = dict(kind="gmflow", num_components=32)
-    config.objective.update(dropout=0.05, substeps=64)
-  if name == "dx":
-    config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
-    config.objective.window = 10.0
-  if name == "mean_flow":
-    config.objective.update(kappa=0.0, cond_dropout=0.0)  # there are no classes
-  if name == "consistency":
-    config.sample.gamma = 1.0  # it only knows jumps to the data
-  if name == "arc":
-    config.policy = dict(kind="arc", num_components=8)
-    config.objective.update(window=3.0, dropout=0.1)
-  if name == "ayf_emd_adversarial":
-    config.adversarial.update(weight=0.1, width=64)
-  if quicktest:
-    config.model.update(width=16, depth=1)
-    config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
-    config.optimizer.warmup_steps = 1
-    config.evaluate.update(num_samples=128, teacher_steps=(4, 128), num_resamples=2)
-    config.sample.batch_size = 64
-  return config
+  return pick(variant, VARIANTS, quicktest)

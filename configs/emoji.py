@@ -12,15 +12,11 @@ step of the teacher takes 0.6 s, one of the student 1.4 s; the README shows what
 
 from ml_collections import ConfigDict
 
-from pflow_jax.settings.defaults import default_config, parse_variant
-
-VARIANTS = ("teacher", "gmflow", "gmflow_1nfe")
+from pflow_jax.settings.defaults import default_config, pick
 
 
-def get_config(variant: str = "teacher") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
-  name, quicktest = parse_variant(variant, VARIANTS)
-  config = default_config("flow_matching" if name == "teacher" else "imitation")
+def base(objective: str) -> ConfigDict:
+  config = default_config(objective)
   config.data = dict(name="emoji", size=32, embeddings="runs/emoji_names")
   config.model = dict(kind="dit", patch_size=4, width=128, depth=6, num_heads=4, scan_unroll=1, time_scale=1000.0)
   config.model.update(dtype="float32", remat="none", attention="xla")
@@ -28,22 +24,44 @@ def get_config(variant: str = "teacher") -> ConfigDict:
   config.optimizer.update(learning_rate=1e-3, warmup_steps=200, schedule="cosine")
   config.sample.batch_size = 64
   config.evaluate.num_samples = 2000
-  if name == "teacher":
-    config.policy = dict(kind="velocity")
-    config.objective.cond_dropout = 0.1
-    config.train.steps = 6000
-  else:
-    config.policy = dict(kind="gmflow", num_components=8)
-    config.teacher.update(guidance=3.0)
-    config.objective.update(nfe=4, num_states=2, dropout=0.05, substeps=64)
-    config.train.steps = 1500
-  if name == "gmflow_1nfe":
-    config.objective.nfe = 1
-    config.train.steps = 3000
-  if quicktest:
-    config.data = dict(name="synthetic_prompts", model="minilm", shape=(8, 8, 3), pooled=12)
-    config.model.update(patch_size=2, width=16, depth=1, num_heads=2)
-    config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
-    config.optimizer.warmup_steps = 1
-    config.sample.batch_size = 8
   return config
+
+
+def teacher() -> ConfigDict:
+  config = base("flow_matching")
+  config.head = dict(kind="velocity")
+  config.objective.cond_dropout = 0.1
+  config.train.steps = 6000
+  return config
+
+
+def gmflow() -> ConfigDict:
+  config = base("imitation")
+  config.head = dict(kind="gmflow", num_components=8)
+  config.teacher.guidance = 3.0
+  config.objective.update(nfe=4, num_states=2, dropout=0.05, substeps=64)
+  config.train.steps = 1500
+  return config
+
+
+def gmflow_1nfe() -> ConfigDict:
+  config = gmflow()
+  config.objective.nfe = 1
+  config.train.steps = 3000
+  return config
+
+
+def quicktest(config: ConfigDict) -> None:
+  config.data = dict(name="synthetic_prompts", model="minilm", shape=(8, 8, 3), pooled=12)
+  config.model.update(patch_size=2, width=16, depth=1, num_heads=2)
+  config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
+  config.optimizer.warmup_steps = 1
+  config.sample.batch_size = 8
+
+
+VARIANTS = {variant.__name__: variant for variant in (teacher, gmflow, gmflow_1nfe)}
+
+
+def get_config(variant: str = "teacher") -> ConfigDict:
+  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  return pick(variant, VARIANTS, quicktest)

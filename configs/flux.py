@@ -19,15 +19,11 @@ results of π-Flow, distance to the teacher's samples on HPSv2 prompts (FID / pa
 
 from ml_collections import ConfigDict
 
-from pflow_jax.settings.defaults import default_config, parse_variant
-
-VARIANTS = ("gm", "gm_8nfe", "gm_data_free", "gm_8nfe_data_free", "dx", "arc")
+from pflow_jax.settings.defaults import default_config, pick
 
 
-def get_config(variant: str = "gm") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
-  name, quicktest = parse_variant(variant, VARIANTS)
-  config = default_config("imitation_data_free" if name.endswith("data_free") else "imitation")
+def base() -> ConfigDict:
+  config = default_config("imitation")
   config.data = dict(name="prompts:/data/flux_prompts", model="flux", shape=(128, 128, 16))
   config.model = dict(kind="flux", guidance=3.5, dtype="bfloat16", remat="full", attention="splash", scan_unroll=1)
   config.teacher.dtype = "bfloat16"
@@ -43,24 +39,62 @@ def get_config(variant: str = "gm") -> ConfigDict:
   config.mesh.update(data=-1, fsdp=16)
   config.sample.batch_size = 16
   config.evaluate.num_samples = 256
-  if name.startswith("gm"):
-    config.policy = dict(kind="gmflow", num_components=8)
-    config.sample.auto_temperature = True
-  if name.startswith("gm_8nfe"):
-    config.objective.nfe = 8
-  if name == "dx":
-    config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
-    config.objective.dropout = 0.0
-  if name == "arc":
-    config.policy = dict(kind="arc", num_components=16)
-    config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
-    config.objective.update(nfe=2, final_scale=1.0)
-    config.train.update(steps=10_000, batch_size=64)
-  if quicktest:
-    config.data = dict(name="synthetic_prompts", model="flux", shape=(8, 8, 16), text=(6, 12), pooled=10)
-    config.model.update(depth=1, single_depth=1, num_heads=2, head_dim=16, text_width=12, pooled_width=10)
-    config.model.update(rope_axes=(4, 6, 6), attention="xla", dtype="float32", remat="none")
-    config.adapters.table = tuple((pattern, 8, 8.0, rate) for pattern, _, _, rate in config.adapters.table)
-    config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
-    config.mesh.fsdp = 1
   return config
+
+
+def gm() -> ConfigDict:
+  config = base()
+  config.head = dict(kind="gmflow", num_components=8)
+  config.sample.auto_temperature = True
+  return config
+
+
+def gm_8nfe() -> ConfigDict:
+  config = gm()
+  config.objective.nfe = 8
+  return config
+
+
+def gm_data_free() -> ConfigDict:
+  config = gm()
+  config.objective.data_free = True
+  return config
+
+
+def gm_8nfe_data_free() -> ConfigDict:
+  config = gm_8nfe()
+  config.objective.data_free = True
+  return config
+
+
+def dx() -> ConfigDict:
+  config = base()
+  config.head = dict(kind="dx", num_coefficients=10, basis="grid")
+  config.objective.dropout = 0.0
+  return config
+
+
+def arc() -> ConfigDict:
+  config = base()
+  config.head = dict(kind="arc", num_components=16)
+  config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
+  config.objective.update(nfe=2, final_scale=1.0)
+  config.train.update(steps=10_000, batch_size=64)
+  return config
+
+
+def quicktest(config: ConfigDict) -> None:
+  config.data = dict(name="synthetic_prompts", model="flux", shape=(8, 8, 16), text=(6, 12), pooled=10)
+  config.model.update(depth=1, single_depth=1, num_heads=2, head_dim=16, text_width=12, pooled_width=10)
+  config.model.update(rope_axes=(4, 6, 6), attention="xla", dtype="float32", remat="none")
+  config.adapters.table = tuple((pattern, 8, 8.0, rate) for pattern, _, _, rate in config.adapters.table)
+  config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
+  config.mesh.fsdp = 1
+
+
+VARIANTS = {variant.__name__: variant for variant in (gm, gm_8nfe, gm_data_free, gm_8nfe_data_free, dx, arc)}
+
+
+def get_config(variant: str = "gm") -> ConfigDict:
+  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  return pick(variant, VARIANTS, quicktest)

@@ -17,20 +17,18 @@ has been trained at this size with this code: what a run needs and would take is
 
 from ml_collections import ConfigDict
 
-from pflow_jax.settings.defaults import default_config, parse_variant
-
-VARIANTS = ("teacher", "flow_teacher", "gmflow", "gmflow_2nfe", "dx", "arc_adapters", "ayf_emd")
+from pflow_jax.settings.defaults import default_config, pick
 
 
-def get_config(variant: str = "gmflow") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
-  name, quicktest = parse_variant(variant, VARIANTS)
-  objective = {"teacher": "flow_matching", "flow_teacher": "flow_matching", "ayf_emd": "ayf_emd"}.get(name, "imitation")
+def base(objective: str, time_scale: float = 1000.0) -> ConfigDict:
   config = default_config(objective)
   config.data = dict(name="latents:/data/imagenet256", shape=(32, 32, 4), num_classes=1000)
-  config.model = dict(kind="dit", patch_size=2, width=1152, depth=28, num_heads=16, scan_unroll=1, time_scale=1000.0)
-  config.model.update(norm_eps=1e-6, flip_time=False)  # as its converted teacher's: 1e-5 of most, True of SiT
+  config.model = dict(kind="dit", patch_size=2, width=1152, depth=28, num_heads=16, scan_unroll=1)
+  config.model.update(
+    time_scale=time_scale, norm_eps=1e-6, flip_time=False
+  )  # as its teacher's: 1e-5 of most, True of SiT
   config.model.update(dtype="bfloat16", remat="full", attention="xla")
+  config.head = dict(kind="velocity")
   config.train.update(batch_size=4096, log_every=100, checkpoint_every=1000, keep_every=20_000)
   config.optimizer.update(learning_rate=5e-5, warmup_steps=1000, clip_norm=50.0)
   config.ema.gamma = 7.0
@@ -38,47 +36,92 @@ def get_config(variant: str = "gmflow") -> ConfigDict:
   config.sample.batch_size = 512
   config.evaluate.num_samples = 5000
   config.evaluate.nearest_k = 3  # as in the published figures (the evaluation suite of ADM)
-  if name in ("flow_teacher", "ayf_emd"):
-    config.model.time_scale = 1.0  # see configs/digits.py
-  if objective == "flow_matching":
-    config.policy = dict(kind="velocity")
-    config.objective.cond_dropout = 0.1
-    config.optimizer.learning_rate = 1e-4
-    config.train.update(steps=1_000_000, batch_size=1024)
-  if objective == "imitation":
-    config.teacher.update(guidance=2.7, interval=(0.0, 0.6))
-    config.objective.update(num_states=2, loss_scale=3.0)
-    config.train.steps = 140_000
-  if name.startswith("gmflow"):
-    config.policy = dict(kind="gmflow", num_components=32)
-    config.objective.dropout = 0.05
-  if name == "gmflow_2nfe":
-    config.objective.nfe = 2
-    config.train.steps = 24_000
-  if name == "dx":
-    config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
-    config.objective.window = 10.0
-    config.train.steps = 40_000
-  if name == "arc_adapters":
-    config.policy = dict(kind="arc", num_components=16)
-    config.adapters.table = (("blocks/(mlp_in|mlp_out)|time_embed/.*", 96),)
-    config.optimizer.update(learning_rate=1e-4, rates=(("head/proj_out_loggamma/.*", 0.1), (".*", 1.0)))
-    config.objective.update(nfe=2, num_states=4, window=3.0, dropout=0.1)
-    config.train.steps = 24_000
-  if name == "ayf_emd":
-    config.policy = dict(kind="velocity")
-    config.teacher.update(guidance=2.0)
-    config.objective.update(guidance=(1.0, 3.0), warmup_steps=10_000)
-    config.optimizer.learning_rate = 1e-4
-    config.train.update(steps=50_000, batch_size=2048)
-  if quicktest:
-    config.data = dict(name="synthetic", shape=(8, 8, 4), num_classes=10)
-    config.model.update(width=16, depth=2, num_heads=2)
-    config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, keep_every=0)
-    config.optimizer.warmup_steps = 1
-    config.mesh.fsdp = 1
-    config.evaluate.update(num_samples=128, teacher_steps=(4, 128), classifier_steps=5, num_resamples=2)
-    config.sample.batch_size = 64
-    if name == "arc_adapters":
-      config.adapters.table = (("blocks/(mlp_in|mlp_out)|time_embed/.*", 8),)
   return config
+
+
+# Teachers
+
+
+def teacher(time_scale: float = 1000.0) -> ConfigDict:
+  config = base("flow_matching", time_scale)
+  config.objective.cond_dropout = 0.1
+  config.optimizer.learning_rate = 1e-4
+  config.train.update(steps=1_000_000, batch_size=1024)
+  return config
+
+
+def flow_teacher() -> ConfigDict:
+  """Of flow maps, see digits.py."""
+  return teacher(time_scale=1.0)
+
+
+# Students
+
+
+def policy(**head) -> ConfigDict:
+  config = base("imitation")
+  config.head = head
+  config.teacher.update(guidance=2.7, interval=(0.0, 0.6))
+  config.objective.update(num_states=2, loss_scale=3.0)
+  config.train.steps = 140_000
+  return config
+
+
+def gmflow() -> ConfigDict:
+  config = policy(kind="gmflow", num_components=32)
+  config.objective.dropout = 0.05
+  return config
+
+
+def gmflow_2nfe() -> ConfigDict:
+  config = gmflow()
+  config.objective.nfe = 2
+  config.train.steps = 24_000
+  return config
+
+
+def dx() -> ConfigDict:
+  config = policy(kind="dx", num_coefficients=10, basis="grid")
+  config.objective.window = 10.0
+  config.train.steps = 40_000
+  return config
+
+
+def arc_adapters() -> ConfigDict:
+  config = policy(kind="arc", num_components=16)
+  config.adapters.table = (("blocks/(mlp_in|mlp_out)|time_embed/.*", 96),)
+  config.optimizer.update(learning_rate=1e-4, rates=(("head/proj_out_loggamma/.*", 0.1), (".*", 1.0)))
+  config.objective.update(nfe=2, num_states=4, window=3.0, dropout=0.1)
+  config.train.steps = 24_000
+  return config
+
+
+def ayf_emd() -> ConfigDict:
+  config = base("ayf_emd", time_scale=1.0)
+  config.teacher.guidance = 2.0
+  config.objective.update(guidance=(1.0, 3.0), warmup_steps=10_000)
+  config.optimizer.learning_rate = 1e-4
+  config.train.update(steps=50_000, batch_size=2048)
+  return config
+
+
+def quicktest(config: ConfigDict) -> None:
+  config.data = dict(name="synthetic", shape=(8, 8, 4), num_classes=10)
+  config.model.update(width=16, depth=2, num_heads=2)
+  config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, keep_every=0)
+  config.optimizer.warmup_steps = 1
+  config.mesh.fsdp = 1
+  config.evaluate.update(num_samples=128, teacher_steps=(4, 128), classifier_steps=5, num_resamples=2)
+  config.sample.batch_size = 64
+  if config.get("adapters"):
+    config.adapters.table = tuple((pattern, 8) for pattern, _ in config.adapters.table)
+
+
+VARIANTS = {
+  variant.__name__: variant for variant in (teacher, flow_teacher, gmflow, gmflow_2nfe, dx, arc_adapters, ayf_emd)
+}
+
+
+def get_config(variant: str = "gmflow") -> ConfigDict:
+  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  return pick(variant, VARIANTS, quicktest)

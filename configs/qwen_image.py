@@ -14,15 +14,11 @@ evaluations): 12.8 / 16.6, without data 12.9 / 16.8.
 
 from ml_collections import ConfigDict
 
-from pflow_jax.settings.defaults import default_config, parse_variant
-
-VARIANTS = ("gm", "gm_data_free", "dx", "arc")
+from pflow_jax.settings.defaults import default_config, pick
 
 
-def get_config(variant: str = "gm") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
-  name, quicktest = parse_variant(variant, VARIANTS)
-  config = default_config("imitation_data_free" if name.endswith("data_free") else "imitation")
+def base() -> ConfigDict:
+  config = default_config("imitation")
   config.data = dict(name="prompts:/data/qwen_prompts", model="qwen_image", shape=(128, 128, 16))
   config.data.buckets = (128, 256, 512)
   config.model = dict(kind="qwen_image", dtype="bfloat16", remat="full", attention="splash", scan_unroll=1)
@@ -37,22 +33,50 @@ def get_config(variant: str = "gm") -> ConfigDict:
   config.mesh.update(data=-1, fsdp=16)
   config.sample.batch_size = 16
   config.evaluate.num_samples = 256
-  if name.startswith("gm"):
-    config.policy = dict(kind="gmflow", num_components=8)
-    config.sample.auto_temperature = True
-  if name == "dx":
-    config.policy = dict(kind="dx", num_coefficients=10, basis="grid")
-    config.objective.dropout = 0.0
-  if name == "arc":
-    config.policy = dict(kind="arc", num_components=16)
-    config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
-    config.objective.update(nfe=2, num_states=4, final_scale=1.0, ratio_decay=1000)
-    config.train.update(steps=15_000, batch_size=64)
-  if quicktest:
-    config.data = dict(name="synthetic_prompts", model="qwen_image", shape=(8, 8, 16), text=(6, 12))
-    config.model.update(depth=2, num_heads=2, head_dim=16, text_width=12, rope_axes=(4, 6, 6))
-    config.model.update(attention="xla", dtype="float32", remat="none")
-    config.adapters.table = tuple((pattern, 8, 8.0, rate) for pattern, _, _, rate in config.adapters.table)
-    config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
-    config.mesh.fsdp = 1
   return config
+
+
+def gm() -> ConfigDict:
+  config = base()
+  config.head = dict(kind="gmflow", num_components=8)
+  config.sample.auto_temperature = True
+  return config
+
+
+def gm_data_free() -> ConfigDict:
+  config = gm()
+  config.objective.data_free = True
+  return config
+
+
+def dx() -> ConfigDict:
+  config = base()
+  config.head = dict(kind="dx", num_coefficients=10, basis="grid")
+  config.objective.dropout = 0.0
+  return config
+
+
+def arc() -> ConfigDict:
+  config = base()
+  config.head = dict(kind="arc", num_components=16)
+  config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
+  config.objective.update(nfe=2, num_states=4, final_scale=1.0, ratio_decay=1000)
+  config.train.update(steps=15_000, batch_size=64)
+  return config
+
+
+def quicktest(config: ConfigDict) -> None:
+  config.data = dict(name="synthetic_prompts", model="qwen_image", shape=(8, 8, 16), text=(6, 12))
+  config.model.update(depth=2, num_heads=2, head_dim=16, text_width=12, rope_axes=(4, 6, 6))
+  config.model.update(attention="xla", dtype="float32", remat="none")
+  config.adapters.table = tuple((pattern, 8, 8.0, rate) for pattern, _, _, rate in config.adapters.table)
+  config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
+  config.mesh.fsdp = 1
+
+
+VARIANTS = {variant.__name__: variant for variant in (gm, gm_data_free, dx, arc)}
+
+
+def get_config(variant: str = "gm") -> ConfigDict:
+  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  return pick(variant, VARIANTS, quicktest)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
 from pflow_jax.training.inputs import digest_of_parameters
@@ -24,12 +25,16 @@ def write_student(folder, root, variant, seed=0):
   """A run of configs/digits.py:<variant> on <root>/data.npz, of the teacher <root>/teacher, with random parameters."""
   config = quick("digits", variant, None if variant == "teacher" else root / "teacher", steps=5)
   config.data = dict(name=f"npz:{root / 'data.npz'}")
-  workdir.pin(folder, config)
+  config = workdir.pinned(folder, Settings.of(config))
   experiment = build(config)
   shapes = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
   rng = np.random.default_rng(seed)
   params = jax.tree.map(lambda s: rng.normal(scale=0.1, size=s.shape).astype(s.dtype), shapes)
-  workdir.claim(folder, config, inputs_of(config, experiment.dataset, experiment.saved, folder))
+  workdir.claim(
+    folder,
+    Settings.of(config, converted=True),
+    inputs_of(Settings.of(config), experiment.dataset, experiment.saved, folder),
+  )
   with Checkpointer(folder / workdir.CHECKPOINTS) as checkpointer:
     checkpointer.save(2, {"params": params, "ema": params})
 

@@ -10,12 +10,12 @@ import sys
 import jax
 import numpy as np
 import psutil
-from ml_collections import ConfigDict
 
 from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
-from pflow_jax.training.network import make_network
+from pflow_jax.training.network import COMPUTED, make_network
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -75,15 +75,15 @@ def listening(*processes):
 def write_pretrained(values, folder, seed=0):
   """A workdir as `pflow convert` writes one, of a random network that `values`, a student's config, starts from."""
   # How it is computed is a student's own: no file of PyTorch tells it.
-  model = {key: value for key, value in values.model.to_dict().items() if key not in workdir.COMPUTED}
-  config = ConfigDict(
-    {"seed": 0, "model": model, "policy": {"kind": "velocity"}, "objective": {"kind": "pretrained"}, "source": {}}
-  )
+  model = {key: value for key, value in values.model.to_dict().items() if key not in COMPUTED}
+  config = {"seed": 0, "model": model, "data": values.data.to_dict(), "source": {}}
+  config |= {"head": {"kind": "velocity"}, "objective": {"kind": "pretrained"}}
+  settings = Settings.of(config, converted=True)
   dataset = data.load(**values.data)
-  shapes = make_network(model, config.policy, dataset).shapes(dataset)
+  shapes = make_network(settings.model, settings.head, dataset).shapes(dataset)
   rng = np.random.default_rng(seed)
   params = jax.tree.map(lambda leaf: rng.normal(scale=0.1, size=leaf.shape).astype("float32"), shapes)
-  workdir.claim(folder, config)
+  workdir.claim(folder, settings)
   with Checkpointer(f"{folder}/{workdir.CHECKPOINTS}") as checkpointer:
     checkpointer.save(0, {"params": params})
   return folder

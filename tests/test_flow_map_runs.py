@@ -1,5 +1,6 @@
 """Flow maps as runs: their start, training to the same bits, samples at any step count, and what is refused."""
 
+import dataclasses
 import functools
 import json
 
@@ -12,10 +13,13 @@ import pytest
 from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
 from pflow_jax.core.objectives import flow_map
 from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.evaluation.sample import sample
 from pflow_jax.mesh.partition import path_of
+from pflow_jax.settings.sample import SampleSettings
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import sample as program
 from pflow_jax.training import workdir
-from pflow_jax.training.experiment import _flow_map, build
+from pflow_jax.training.experiment import build
 from pflow_jax.training.network import Network
 from pflow_jax.training.state import create_state
 from pflow_jax.training.step import abstract_batch
@@ -78,7 +82,7 @@ def starts_as_its_teacher(experiment, trained):
 
   def outputs(trained):
     params = experiment.complete(trained, experiment.load_frozen())
-    return [experiment.flow_map(params, w)(x, t, s, label) for s, w in ((t / 2, 1.0), (0 * t, 1.0), (t / 2, 1.5))]
+    return [experiment.method.jump(params, w)(x, t, s, label) for s, w in ((t / 2, 1.0), (0 * t, 1.0), (t / 2, 1.5))]
 
   outputs = jax.jit(outputs)
   for average in outputs(trained):
@@ -126,9 +130,9 @@ def test_objective_gets_the_network_and_its_teacher_at_the_strength_it_drew(teac
   def outputs(frozen):
     start = experiment.init(jax.random.key(0), frozen)
     params = jax.tree_util.tree_map_with_path(lambda keys, p: p + ("embed/out" in path_of(keys)), start)
-    experiment.loss_fn(params, frozen, {"x0": x, "cond": label}, jax.random.key(0), 0)
+    experiment.loss(params, frozen, {"x0": x, "cond": label}, jax.random.key(0), 0)
     averages = [given["network"](x, t, s, label, jnp.full(4, w)) for s, w in cases]
-    expected = [experiment.flow_map(params, w)(x, t, s, label) for s, w in cases]
+    expected = [experiment.method.jump(params, w)(x, t, s, label) for s, w in cases]
     guided, plain = (experiment.teacher.velocity(frozen, w)(x, t, label) for w in (strengths, 1.0))
     return averages, expected, given["velocity"](x, t, label, strengths), guided, plain
 
@@ -156,7 +160,7 @@ def test_resumed_run_ends_in_the_same_bits(teacher, guided_run, tmp_path):
 def drawn(folder, out, **sample):
   config = load_config(folder)
   config.sample.update(sample)
-  program.sample(config, folder, num=6, out=out / "x")
+  sample(config, folder, num=6, out=out / "x")
   with np.load(out / "x.npz") as arrays:
     return dict(arrays)
 
@@ -164,16 +168,18 @@ def drawn(folder, out, **sample):
 def test_samples_at_any_step_count_and_strength(guided_run, tmp_path):
   folder, _ = guided_run
   experiment = build(load_config(folder))
-  assert program.evaluations(experiment, program.SampleSettings()) == (1, 2, 4, 8)
+  assert program.evaluations(experiment.method, SampleSettings()) == (1, 2, 4, 8)
   own = drawn(folder, tmp_path, nfe=(1, 3))
   assert (tmp_path / "x.png").stat().st_size > 1000
   assert set(own) == {"label", "noise", "x0_nfe1", "x0_nfe3"}
   assert all(np.isfinite(own[name]).all() for name in own)
   assert np.abs(own["x0_nfe1"] - own["x0_nfe3"]).max() > 0.01
   # One evaluation is one jump from noise to data at the strength of the teacher, unless told otherwise.
-  noise, labels = program.draw_noise(experiment, 6, seed=0)
+  noise, labels = program.draw_noise(experiment.dataset, 6, seed=0)
   params = experiment.load(folder)
-  jump = jax.jit(lambda x: [experiment.flow_map(params, w)(x, jnp.ones(6), jnp.zeros(6), labels) for w in (1.0, 2.0)])
+  jump = jax.jit(
+    lambda x: [experiment.method.jump(params, w)(x, jnp.ones(6), jnp.zeros(6), labels) for w in (1.0, 2.0)]
+  )
   weak, strong = (noise - average for average in jump(noise))
   assert np.abs(weak - strong).max() > 1e-4
   np.testing.assert_allclose(own["x0_nfe1"], weak, rtol=1e-5, atol=1e-5)
@@ -182,7 +188,7 @@ def test_samples_at_any_step_count_and_strength(guided_run, tmp_path):
   config = load_config(folder)
   config.sample.guidance = 2.5
   with pytest.raises(ValueError, match=r"sample\.guidance.*\[1\.0, 2\.0\].*2\.5"):
-    program.sample(config, folder, num=1)
+    sample(config, folder, num=1)
 
 
 def test_evaluation_measures_every_step_count(tmp_path):
@@ -194,7 +200,7 @@ def test_evaluation_measures_every_step_count(tmp_path):
   config.evaluate.teacher_steps = (1, 4, 128)
   experiment = build(config)
   state = create_state(jax.jit(experiment.init)(jax.random.key(0), experiment.load_frozen()), optax.identity())
-  workdir.claim(tmp_path / "student", config)
+  workdir.claim(tmp_path / "student", Settings.of(config, converted=True))
   with Checkpointer(tmp_path / "student" / workdir.CHECKPOINTS) as checkpointer:
     checkpointer.save(1, state)
   rows = {row["name"]: row for row in evaluate(config, tmp_path / "student")["rows"]}
@@ -246,7 +252,7 @@ def test_derivative_is_taken_in_float32_whatever_the_network_computes_in(dtype, 
 
   monkeypatch.setattr(flow_map.jax, "jvp", noted)
   batch = abstract_batch(experiment, 4)
-  whole = jax.make_jaxpr(experiment.loss_fn)(params, {}, batch, jax.random.key(0), 0)
+  whole = jax.make_jaxpr(experiment.loss)(params, {}, batch, jax.random.key(0), 0)
   assert derived == {"float32"}
   assert dtype in dot_dtypes(whole)
 
@@ -280,11 +286,11 @@ def test_attention_without_a_forward_rule_is_refused_by_name(tmp_path):
 
 def test_configs_that_do_not_fit_are_refused(teacher):
   config = guided_config(teacher)
-  config.policy = dict(kind="gmflow", num_components=2)
-  refused(config, r"objective\.kind 'ayf_emd' does not train the policy 'gmflow'.*'velocity'")
+  config.head = dict(kind="gmflow", num_components=2)
+  refused(config, r"objective\.kind 'ayf_emd' does not train the head 'gmflow'.*'velocity'")
   config = guided_config(teacher)
   config.objective.kind = "imitation"
-  refused(config, "'imitation' does not train the policy 'velocity'")
+  refused(config, "'imitation' does not train the head 'velocity'")
   config = guided_config(teacher)
   with config.objective.unlocked():
     config.objective.anchr = 0.5
@@ -347,7 +353,7 @@ def test_the_derivative_counts_more_with_every_step(teacher):
   @jax.jit
   def warmup(frozen, step):
     trained = experiment.init(jax.random.key(0), frozen)
-    return experiment.loss_fn(trained, frozen, batch, jax.random.key(0), step)[1]["warmup"]
+    return experiment.loss(trained, frozen, batch, jax.random.key(0), step)[1]["warmup"]
 
   got = [warmup(experiment.load_frozen(), step) for step in (0, 5, 100)]
   np.testing.assert_allclose(got, [0, 0.5, 0.99], rtol=1e-6)
@@ -365,11 +371,11 @@ def test_adapters_drop_out_alike_in_both_evaluations_of_a_step(teacher):
       keys.append(key)
       return super().__call__(*args, key=key, **named)
 
-  network = Noted(experiment.network.module, experiment.network.adapters)
-  loss_fn = _flow_map(network, experiment.dataset, experiment.teacher, experiment.objective)
+  noted = Noted(**{field.name: getattr(experiment.network, field.name) for field in dataclasses.fields(Network)})
+  experiment = dataclasses.replace(experiment, method=dataclasses.replace(experiment.method, network=noted))
   trained = experiment.init(jax.random.key(0), experiment.load_frozen())
   batch = {"x0": jnp.ones((2, 8, 8, 1)), "cond": jnp.arange(2)}
-  loss_fn(trained, experiment.load_frozen(), batch, jax.random.key(0), 0)
+  experiment.loss(trained, experiment.load_frozen(), batch, jax.random.key(0), 0)
   assert len(keys) == 2
   np.testing.assert_array_equal(*map(jax.random.key_data, keys))
 
@@ -380,9 +386,7 @@ def test_the_derivative_asks_for_products_in_float32(teacher):
   experiment = build(config)
   batch = {"x0": jnp.ones((2, 8, 8, 1)), "cond": jnp.arange(2)}
   init = jax.eval_shape(experiment.init, jax.random.key(0), experiment.load_frozen())
-  traced = jax.make_jaxpr(lambda p: experiment.loss_fn(p, experiment.load_frozen(), batch, jax.random.key(0), 0)[0])(
-    init
-  )
+  traced = jax.make_jaxpr(lambda p: experiment.loss(p, experiment.load_frozen(), batch, jax.random.key(0), 0)[0])(init)
   dots = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
   precise = [e for e in dots if "HIGHEST" in str(e.params["precision"])]
   assert precise
@@ -394,18 +398,18 @@ def test_edm2_network_trains_and_stays_normalised(tmp_path):
   """A teacher in EDM's preconditioning and a flow map of it, with EDM2's U-Net."""
   model = dict(kind="edm2", model_channels=8, channel_mult=(1, 2), num_blocks=0, attn_levels=(1,), channels_per_head=8)
   config = quick("digits", "flow_teacher", steps=2)
-  config.model, config.policy = model, dict(kind="denoiser", sigma_data=0.5)
+  config.model, config.head = model, dict(kind="denoiser", sigma_data=0.5)
   state = train(config, tmp_path / "teacher")
   student = quick("digits", "ayf_emd", tmp_path / "teacher", steps=2)
   student.model = model
-  with pytest.raises(ValueError, match=r"policy\.kind: the teacher has 'denoiser', the student 'velocity'"):
+  with pytest.raises(ValueError, match=r"head\.kind: the teacher has 'denoiser', the student 'velocity'"):
     build(student)
-  student.policy = dict(kind="denoiser", sigma_data=0.5)
+  student.head = dict(kind="denoiser", sigma_data=0.5)
   experiment = build(student)
   starts = jax.jit(experiment.init)(jax.random.key(1), experiment.load_frozen())
   x, t, label = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.3, 1, 4), jnp.arange(4)
   expected = experiment.teacher.velocity(experiment.load_frozen())(x, t, label)
-  np.testing.assert_allclose(experiment.flow_map(starts)(x, t, t / 2, label), expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(experiment.method.jump(starts)(x, t, t / 2, label), expected, rtol=1e-4, atol=1e-5)
   for trained in (state.params, train(student, tmp_path / "student").params):
     for path, leaf in leaves_of(trained).items():
       if path.endswith("mp_kernel"):

@@ -11,10 +11,10 @@ from pflow_jax.commands.cli import main
 from pflow_jax.conversion.merge import merge
 from pflow_jax.conversion.program import convert
 from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.evaluation.sample import sample
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
 from pflow_jax.training.inputs import INPUTS
-from pflow_jax.training.sample import sample
 from pflow_jax.training.workdir import load_config
 from tests.moved_runs import NAMES, write_student, write_tree
 

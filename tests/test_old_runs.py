@@ -42,7 +42,7 @@ def assert_close(got, expected, atol):
     np.testing.assert_allclose(got[name], value, atol=atol, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["board_teacher", "digits_teacher", *STUDENTS])
+@pytest.mark.parametrize("name", ["board_teacher", "digits_teacher", "imported_teacher", "imported_arc", *STUDENTS])
 def test_they_draw_what_they_drew(name, runs, expected):
   numbers = {"board_ayf": "(1,2)"}.get(name, "(4,)" if name.endswith("teacher") else "(1,)")
   argv = ["sample", "--workdir", str(runs / name), f"--config.sample.nfe={numbers}", "--num=4", "--seed=3"]

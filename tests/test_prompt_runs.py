@@ -10,9 +10,10 @@ from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.conversion.merge import merge
 from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.evaluation.sample import sample
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
-from pflow_jax.training.sample import sample
 from pflow_jax.training.train import train
 from tests.programs import quick, write_pretrained
 from tests.prompt_folders import write
@@ -86,7 +87,7 @@ def test_prompts_alone_are_no_data_to_start_from(config, tmp_path):
 def test_adapters_on_a_teacher_in_low_precision_are_not_merged(config, tmp_path):
   for dtype, message in {"float32": "no checkpoint yet", "bfloat16": "its teacher is kept in bfloat16"}.items():
     config.teacher.dtype = dtype
-    workdir.claim(tmp_path / dtype, config)
+    workdir.claim(tmp_path / dtype, Settings.of(config, converted=True))
     with pytest.raises(ValueError, match=message):
       merge(tmp_path / dtype, tmp_path / "merged")
   assert not (tmp_path / "merged").exists()
@@ -97,7 +98,7 @@ def test_two_processes_train_what_one_does(config, tmp_path):
   config.data.buckets = (512,)
   config.train.update(steps=2, sample_every=0, accumulation=1)
   config.mesh.update(fsdp=2, min_size=64)
-  workdir.claim(tmp_path / "shared", config)
+  workdir.claim(tmp_path / "shared", Settings.of(config, converted=True))
   read = f"get_config = lambda: load_config({str(tmp_path / 'shared')!r})"
   code = f"from pflow_jax.training.workdir import load_config\n{read}\n"
   (tmp_path / "config.py").write_text(code)

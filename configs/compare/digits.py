@@ -29,47 +29,12 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-HERE = pathlib.Path(__file__).parents[1]
-ALONE, TOGETHER = ((1,), (2,), (4,), (8,)), ((1, 2, 4, 8),)  # a student for each NFE, or one for all
+from pflow_jax.evaluation.comparison import all_methods
+
+PATH = pathlib.Path(__file__).parents[1] / "digits.py"
 
 
 def get_config(variant: str = "full") -> ConfigDict:
   """`variant` is "full", or "quicktest" for a smoke test."""
-  if variant not in ("full", "quicktest"):
-    raise ValueError(f"variant: expected 'full' or 'quicktest', got {variant!r}")
-  quicktest = variant == "quicktest"
-
-  def digits(name: str) -> str:
-    return f"{HERE}/digits.py:{name}{',quicktest' if quicktest else ''}"
-
-  config = ConfigDict()
-  config.teacher = dict(config=digits("flow_teacher"))
-  config.weak = dict(config=digits("flow_teacher"), overrides=dict(train=dict(steps=2 if quicktest else 300)))
-  config.flops = 3e8 if quicktest else 4e12
-  config.methods = (
-    dict(name="gmflow", title="π-Flow, GMFlow", config=digits("gmflow"), students=ALONE),
-    dict(name="dx", title="π-Flow, DX", config=digits("dx"), students=ALONE),
-    dict(name="arc", title="ArcFlow, all weights", config=digits("arc"), students=ALONE),
-    dict(name="arc_adapters", title="ArcFlow, adapters", config=digits("arc_adapters"), students=ALONE),
-    dict(name="ayf_emd", title="AYF-EMD", config=digits("ayf_emd"), students=TOGETHER),
-    dict(
-      name="ayf_emd_autoguided",
-      title="AYF-EMD + autoguidance",
-      config=digits("ayf_emd"),
-      students=TOGETHER,
-      weak=True,
-      overrides=dict(objective=dict(guidance=(1.0, 2.0)), sample=dict(guidance=1.5)),
-    ),
-    dict(
-      name="ayf_emd_adversarial",
-      title="AYF-EMD + adversarial",
-      config=digits("ayf_emd_adversarial"),
-      students=TOGETHER,
-      start="ayf_emd",
-      overrides=dict(objective=dict(warmup_steps=0)),  # it starts where the derivative counts in full
-    ),
-    dict(name="ayf_lmd", title="AYF-LMD", config=digits("ayf_lmd"), students=TOGETHER),
-    dict(name="mean_flow", title="MeanFlow", config=digits("mean_flow"), students=TOGETHER),
-    dict(name="consistency", title="consistency", config=digits("consistency"), students=TOGETHER),
-  )
-  return config
+  flops = 3e8 if variant == "quicktest" else 4e12
+  return all_methods(PATH, variant, flops=flops, weak_steps=300, adapters=True)

@@ -63,18 +63,20 @@ def _train(argv: list[str]) -> None:
     define_join_flags(values)
 
   def train(values):
+    from pflow_jax.evaluation.sample import preview_size, save_picture
     from pflow_jax.files.lock import TakenOver
+    from pflow_jax.settings.tree import Settings
     from pflow_jax.training.origins import use_teacher
     from pflow_jax.training.rescue import Rescued
     from pflow_jax.training.train import train as run
 
-    use_teacher(values.config, values.teacher)
+    settings = use_teacher(Settings.of(values.config), values.teacher)
     try:
-      state = run(values.config, values.workdir, force=values.force)
+      state = run(settings, values.workdir, force=values.force, picture=(save_picture, preview_size))
     except (Rescued, TakenOver) as error:
       # Another try would begin anew where nothing can be saved, or, with --force, take the workdir back.
       raise ValueError(str(error)) from error
-    if int(state.step) < values.config.train.steps:
+    if int(state.step) < settings.need("train").steps:
       stop(f"stopped at step {int(state.step)}, which is saved; the same command resumes")
 
   run_command(define, train, argv, _config_file())
@@ -89,17 +91,15 @@ def _config_file() -> ConfigSource:
 
 def _config_of_run(converted: bool) -> ConfigSource:
   """--workdir names a run, whose config it is; `converted`: perhaps a teacher that was converted, not trained here."""
-  from pflow_jax.training.teachers import PRETRAINED
-  from pflow_jax.training.workdir import load_config
+  from pflow_jax.training.workdir import load_config, load_settings
 
   def read(folder: str):
-    config = load_config(folder)
-    if config.get("objective", {}).get("kind") == PRETRAINED:
-      if not converted:
-        raise ValueError(f"{folder} holds a converted teacher, which has no data to compare with; evaluate its student")
-      if "data" not in config:
-        raise ValueError(f"{folder} was converted before such teachers could be sampled; convert it again")
-    return config
+    settings = load_settings(folder)
+    if settings.converted and not converted:
+      raise ValueError(f"{folder} holds a converted teacher, which has no data to compare with; evaluate its student")
+    if not settings.data:
+      raise ValueError(f"{folder} was converted before such teachers could be sampled; convert it again")
+    return load_config(folder)
 
   return ConfigSource("workdir", read, _describe)
 
@@ -141,8 +141,8 @@ def _sample(argv: list[str]) -> None:
     define_join_flags(values)
 
   def sample(values):
+    from pflow_jax.evaluation.sample import sample as run
     from pflow_jax.mesh.distributed import is_first
-    from pflow_jax.training.sample import sample as run
 
     if values.prompt or values.prompts:
       _sample_prompts(values)
@@ -260,23 +260,23 @@ def _plan(argv: list[str]) -> None:
     from pflow_jax.files.folders import checked_file
     from pflow_jax.planning import plan as planner
     from pflow_jax.planning import report as plan_report
+    from pflow_jax.settings.tree import Settings
 
-    config, where = values.config, planner.Slice(values.topology, values.slices)
-    if values.slices > 1:
-      config.mesh.slice = values.slices
-    config.mesh.update(mesh_sizes(values.mesh))
+    settings, where = Settings.of(values.config), planner.Slice(values.topology, values.slices)
+    sizes = ({"slice": values.slices} if values.slices > 1 else {}) | mesh_sizes(values.mesh)
+    settings = settings.changed("mesh", **sizes)
     if values.batch:
-      config.train.batch_size = values.batch
+      settings = settings.changed("train", batch_size=values.batch)
     if values.json is not None and not pathlib.Path(checked_file(values.json, "--json")).absolute().parent.is_dir():
       raise ValueError(f"--json: there is no folder for {values.json}")
     result: object
     if values.sweep:
-      result = reports = planner.sweep(config, where)
+      result = reports = planner.sweep(settings, where)
       print(plan_report.as_table(reports))
     else:
       if planner.has_compiler():
         print(f"planning for {where.num_chips} chips; compiling takes a minute or a few", flush=True)
-      result = report = planner.plan(config, where, fast=values.fast, search=values.search, sampling=values.sampling)
+      result = report = planner.plan(settings, where, fast=values.fast, search=values.search, sampling=values.sampling)
       print(plan_report.as_text(report))
     if values.json:
       plan_report.write_json(values.json, result)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 from pflow_jax.files.foreign import may_pass
 from pflow_jax.files.output import without_tracebacks
+from pflow_jax.settings.renamed import renewed_flag
 
 USAGE = """usage: pflow COMMAND [flags]
 
@@ -67,7 +68,8 @@ def run_command(define: Callable, body: Callable, argv: list[str], source: Confi
     if source is not None:
       given, others = _taken(argv, source.flag)
       config = None if given is None else _read(source, given)
-      argv = others if is_file else argv
+      others = [renewed_flag(argument) for argument in others]
+      argv = others if is_file else [*others, *([] if given is None else [f"--{source.flag}={given}"])]
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
     if is_file and (config is None or asks_for_help):
       flags.DEFINE_string("config", None, CONFIG_HELP, required=True, flag_values=values)
@@ -235,7 +237,7 @@ def _cache_compilations() -> None:
 
 def mesh_sizes(sizes: list[str]) -> dict[str, int]:
   """{"data": 4} of --mesh=data=4."""
-  from pflow_jax.mesh.sharding import AXES
+  from pflow_jax.core.batches import AXES
 
   for size in sizes:
     axis, _, number = size.partition("=")

@@ -13,36 +13,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pflow_jax import data
-from pflow_jax.core.objectives.adversarial import Adversarial
-from pflow_jax.core.objectives.flow_map import FlowMap
-from pflow_jax.evaluation.evaluate import EvaluateSettings
+from pflow_jax.core.objectives import OBJECTIVES, PRETRAINED, settings_of
+from pflow_jax.families.registry import NETWORKS
 from pflow_jax.files import foreign
-from pflow_jax.mesh.sharding import MeshSettings
-from pflow_jax.training import optim
-from pflow_jax.training.experiment import FLOW_MAPS, OBJECTIVES, SECTIONS, StartSettings
-from pflow_jax.training.network import HEADS, MODULES, AdapterSettings, Denoiser
-from pflow_jax.training.sample import SampleSettings
-from pflow_jax.training.step import TrainSettings
-from pflow_jax.training.teachers import TeacherSettings
+from pflow_jax.networks.heads import HEADS
+from pflow_jax.settings.tree import OWNERS, SECTIONS
 
-OWNERS: dict[str, tuple[Callable, ...]] = {
-  "adapters": (AdapterSettings,),
-  "teacher": (TeacherSettings,),
-  "start": (StartSettings,),
-  "adversarial": (Adversarial,),
-  "optimizer": (optim.make_optimizer, optim.make_schedule),
-  "ema": (optim.make_ema_decay,),
-  "train": (TrainSettings,),
-  "sample": (SampleSettings,),
-  "evaluate": (EvaluateSettings,),
-  "mesh": (MeshSettings,),
-}
 # Those of the sections whose key `kind`, of data `name`, chooses one.
 KINDS: dict[str, Mapping[str, Callable]] = {
   "data": data.sources(),
-  "model": MODULES,
-  "policy": {**HEADS, "denoiser": Denoiser},
-  "objective": {**OBJECTIVES, **dict.fromkeys(FLOW_MAPS, FlowMap)},
+  "model": {name: kind.module for name, kind in NETWORKS.items()},
+  "head": HEADS,
+  "objective": {name: settings_of(name) for name in OBJECTIVES if name != PRETRAINED},
 }
 # What is no key: the rest of a data set's name, and what follows from other sections.
 _HIDDEN = (
@@ -59,7 +41,7 @@ def describe(config: ConfigDict | None) -> str:
         lines.append(_wrapped(f"{section}: by its {'name' if section == 'data' else 'kind'}", 2))
         lines += [_wrapped(f"{kind}: {', '.join(_keys(owner))}", 4) for kind, owner in KINDS[section].items()]
       elif section in OWNERS:
-        lines.append(_wrapped(f"{section}: {', '.join(key for owner in OWNERS[section] for key in _keys(owner))}", 2))
+        lines.append(_wrapped(f"{section}: {', '.join(key for key in _keys(OWNERS[section]))}", 2))
     return "\n".join(["", *lines])
   lines = []
   for section, values in config.items():
@@ -82,7 +64,7 @@ def describe(config: ConfigDict | None) -> str:
 def _owners(section: str, values: ConfigDict) -> tuple[Callable, ...]:
   """Whose settings the values of a section are; () where nobody's, as in a comparison."""
   if section not in KINDS:
-    return OWNERS.get(section, ())
+    return (OWNERS[section],) if section in OWNERS else ()
   name = str(values.get("name" if section == "data" else "kind"))
   owner = KINDS[section].get(name.partition(":")[0])
   return (owner,) if owner else ()

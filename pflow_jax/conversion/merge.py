@@ -31,13 +31,13 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, teacher: str | o
   Raises: ValueError for a run without adapters, or with a teacher in low precision, or an `out` that holds a run.
   """
   folder, out = expanded(folder), checked_folder(out, "--out")
-  config = workdir.load_config(folder)
-  if not config.get("adapters", {}).get("table"):
+  settings = workdir.load_settings(folder)
+  if not settings.adapters.table:
     raise ValueError(f"{folder}: expected a run with adapters (config.adapters.table), this one trains in full already")
   if workdir.has_checkpoint(out):
     raise ValueError(f"{out} holds a run already; give another --out")
-  use_teacher(config, teacher)
-  experiment = build(config, run=folder)
+  settings = use_teacher(settings, teacher)
+  experiment = build(settings, run=folder)
   low = {leaf.dtype.name for leaf in jax.tree.leaves(experiment.frozen["strong"]) if leaf.dtype.itemsize < 4}
   if low:
     raise ValueError(
@@ -49,18 +49,17 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, teacher: str | o
     raise ValueError(f"{folder} has no checkpoint yet; train it first")
   saved, kept = experiment.saved, read_inputs(folder)
   for name, key in (("teacher", "workdir"), ("weak", "weak_workdir")):
-    if config.teacher[key]:
-      config.teacher[key] = saved[name].workdir  # which may have moved
+    if getattr(settings.teacher, key):
+      settings = settings.changed("teacher", **{key: saved[name].workdir})  # which may have moved
   folders = {name: one.workdir for name, one in saved.items()}
-  inputs = kept.moved(folders) if kept else inputs_of(config, experiment.dataset, saved, out)
+  inputs = kept.moved(folders) if kept else inputs_of(settings, experiment.dataset, saved, out)
   frozen = experiment.load_frozen()
   whole = (experiment.load(folder, which, frozen=frozen) for which in ("params", "ema"))
   params, ema = map(experiment.network.merged, whole)
-  config.adapters.table = ()
-  plain = build(config, run=folder)
-  state = make_step(config, plain).init(jax.random.key(0), params)
+  settings = settings.changed("adapters", table=())
+  state = make_step(build(settings, run=folder)).init(jax.random.key(0), params)
   state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
   with Lock(out, "pflow merge"), Checkpointer(f"{out}/{workdir.CHECKPOINTS}") as checkpointer:
-    workdir.claim(out, config, inputs)
+    workdir.claim(out, settings, inputs)
     checkpointer.save(step, state)
   return step

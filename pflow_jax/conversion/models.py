@@ -9,20 +9,20 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from pflow_jax.data import ArrayRecords, Dataset, Embedding
 from pflow_jax.families.dit import names as dit
 from pflow_jax.families.flux import names as flux
 from pflow_jax.families.head_names import policy_from_config
 from pflow_jax.families.qwen_image import names as qwen_image
+from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
+from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.fields import check_sizes, read_fields
 from pflow_jax.torch_io.places import Tensors
-from pflow_jax.torch_io.table import Row, is_lora, torch_shapes_of
+from pflow_jax.torch_io.table import Row, flat_shapes, is_lora, torch_shapes_of
 from pflow_jax.torch_io.tensors import CONFIG
-from pflow_jax.training.network import MODULES as NETWORKS
-from pflow_jax.training.network import make_network, module_defaults
+from pflow_jax.training.network import head_class, make_network
 
 MODULES: dict[str, ModuleType] = {"dit": dit, "flux": flux, "qwen_image": qwen_image}
 # Attributes of our modules that a config takes from its data, and what is no attribute at all.
@@ -35,27 +35,28 @@ class Model:
   """A network that both sides have.
 
   Attributes:
-    kind: as config.model.kind.   attributes: of its module, see the modules' `model_from_config`.
-    policy: as the section of a config.
+    kind: as config.model.kind.
+    attributes: of its module, see the modules' `model_from_config`.
+    head: its output layer.
   """
 
   kind: str
   attributes: Mapping[str, Any]
-  policy: Mapping[str, Any]
+  head: Choice
 
   @property
   def rows(self) -> tuple[Row, ...]:
-    return MODULES[self.kind].rows(self.attributes, self.policy)
+    return MODULES[self.kind].rows(self.attributes, self.head.plain())
 
   @property
-  def section(self) -> dict[str, Any]:
-    """The section `model` of a config."""
-    return {"kind": self.kind} | {key: value for key, value in self.attributes.items() if key not in _FROM_DATA}
+  def options(self) -> dict[str, Any]:
+    """Options of the network in a run's settings."""
+    return {key: value for key, value in self.attributes.items() if key not in _FROM_DATA}
 
   @property
   def torch_config(self) -> dict[str, Any]:
     """A config.json."""
-    return MODULES[self.kind].config_from_model(self.attributes, self.policy)
+    return MODULES[self.kind].config_from_model(self.attributes, self.head.plain())
 
   @property
   def learns_variance(self) -> bool:
@@ -64,7 +65,7 @@ class Model:
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """Shapes of our network's parameters by path, without making any."""
-    network = make_network(self.section, self.policy, self._dataset())
+    network = make_network(Choice(self.kind, self.options), self.head, self._dataset())
     return flat_shapes(network.shapes(self._dataset()))
 
   def torch_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,37 +123,40 @@ def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tenso
     attributes["sample_size"] = full["sample_size"]
   if tensors is not None:
     check_sizes(full, schema, tensors, _OF_HEADS if any(map(is_lora, tensors.places)) else None)
-  return Model(kind, attributes, policy)
+  head = {key: value for key, value in policy.items() if key != "kind"}
+  return Model(kind, attributes, Choice(policy["kind"], head))
 
 
 def model_of_run(
-  config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], data: Mapping[str, Any] | None = None
+  settings: Settings, shapes: Mapping[str, tuple[int, ...]], data: Mapping[str, Any] | None = None
 ) -> Model:
   """The model that a run of ours trained.
 
   Args:
-    config: of the run.   shapes: of the parameters in its checkpoint, by path; those of the output layers at least.
+    settings: of the run.
+    shapes: of the parameters in its checkpoint, by path; those of the output layers at least.
     data: what a DiT takes from its data and its parameters do not tell: "sample_size", and "num_classes" where they do
       not have the table of them.
-  Raises: ValueError for a network that PyTorch has no class for.
+
+  Raises:
+    ValueError: PyTorch has no class for the network.
   """
-  section, policy = dict(config["model"]), dict(config["policy"])
-  if section["kind"] not in MODULES:
-    raise ValueError(
-      f"config.model.kind: PyTorch has no class for {section['kind']!r}, expected one of {list(MODULES)}"
-    )
-  attributes = module_defaults(section) | {key: value for key, value in section.items() if key != "kind"}
-  missing = [name for name in _required(section["kind"]) if attributes.get(name) is None]
+  kind, head = settings.model.kind, settings.head
+  if kind not in MODULES:
+    raise ValueError(f"config.model.kind: PyTorch has no class for {kind!r}, expected one of {list(MODULES)}")
+  attributes = {**network_kind(kind).defaults, **settings.model.options}
+  missing = [name for name in _required(kind) if attributes.get(name) is None]
   if missing:
     raise ValueError(f"config.model: {', '.join(missing)} must be set")
-  maps = policy.get("num_components", 8) if policy["kind"] in ("gmflow", "arc") else 1
-  maps = policy.get("num_coefficients", 10) if policy["kind"] == "dx" else maps
-  layer = "proj_out_means" if policy["kind"] in ("gmflow", "arc") else "proj_out"
-  bias = shapes.get(f"head/{layer}/bias", ())
+  patch = attributes["patch_size"]
+  made = head_class(head)(channels=1, patch_size=patch, **head.options)
+  bias = shapes.get(f"head/{made.velocity_layer}/bias", ())
   if len(bias) != 1:
-    raise ValueError(f"the checkpoint has no output layer {layer!r}, expected that of the policy {policy['kind']!r}")
-  attributes["channels"] = bias[0] // (attributes["patch_size"] ** 2 * maps)
-  if section["kind"] == "dit":
+    raise ValueError(
+      f"the checkpoint has no output layer {made.velocity_layer!r}, expected that of the head {head.kind!r}"
+    )
+  attributes["channels"] = bias[0] // (patch**2 * made.maps)
+  if "classes" in network_kind(kind).conditions:
     attributes |= data or {}
     classes = classes_of(shapes)
     attributes |= {} if classes is None else {"num_classes": classes}
@@ -161,13 +165,13 @@ def model_of_run(
         "config.data.num_classes: PyTorch's DiT is conditioned on classes, and neither the run's config nor its "
         "checkpoint tells how many there are; set it, unless the run is conditioned on texts"
       )
-  return Model(section["kind"], attributes, policy)
+  return Model(kind, attributes, head)
 
 
 def _required(kind: str) -> list[str]:
   """Attributes of a network that a config must have."""
   given = ("channels", "num_classes", "head", "parent", "name")
-  fields = dataclasses.fields(NETWORKS[kind])  # type: ignore[arg-type]
+  fields = dataclasses.fields(network_kind(kind).module)  # type: ignore[arg-type]
   return [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in given]
 
 
@@ -175,8 +179,3 @@ def classes_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
   """Classes of a DiT by the shapes of its parameters, if those are told that the table of them is among."""
   table = shapes.get("class_embed/embedding", ())
   return table[0] - 1 if len(table) == 2 else None
-
-
-def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Shapes of nested leaves by their "/"-joined paths."""
-  return {"/".join(keys): tuple(leaf.shape) for keys, leaf in flatten_dict(tree).items()}

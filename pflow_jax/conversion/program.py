@@ -17,36 +17,38 @@ import jax
 import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
-from ml_collections import ConfigDict
 
 from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import newest_step, params_shapes
 from pflow_jax.checkpoints.stream import Stored, open_leaves, save_leaves
 from pflow_jax.conversion import students
 from pflow_jax.conversion.leaves import Exporter, TensorLeaf
-from pflow_jax.conversion.models import Model, classes_of, flat_shapes, model_of_run, model_of_torch, read_config
+from pflow_jax.conversion.models import Model, classes_of, model_of_run, model_of_torch, read_config
 from pflow_jax.conversion.runs import check_leaves, is_run, read_run
-from pflow_jax.core.objectives.imitation import Imitation
+from pflow_jax.core.objectives import PRETRAINED, FlowMatching
 from pflow_jax.families.dit import names as dit
 from pflow_jax.families.head_names import policy_metadata, release_of, sampling_metadata
+from pflow_jax.families.registry import network_kind, sharding_rules
 from pflow_jax.files import foreign
 from pflow_jax.files.checksums import CHECKSUMS
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.files.lock import Lock
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.partition import first_match
-from pflow_jax.mesh.sharding import Layout, MeshSettings, make_layout
-from pflow_jax.networks.lora import Adapter
+from pflow_jax.mesh.sharding import Layout, make_layout
+from pflow_jax.settings.adapters import Adapter
+from pflow_jax.settings.mesh import MeshSettings
+from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.sections import call
+from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.shards import ModelFolder
-from pflow_jax.torch_io.table import is_lora, rows_for, strip_prefix
+from pflow_jax.torch_io.table import flat_shapes, is_lora, rows_for, strip_prefix
 from pflow_jax.torch_io.tensors import open_tensors
 from pflow_jax.training import workdir
-from pflow_jax.training.network import SHARDING, AdapterSettings
-from pflow_jax.training.sample import SampleSettings
-from pflow_jax.training.teachers import PRETRAINED, at_hand, inputs_of_import, which_of
+from pflow_jax.training.network import head_class
+from pflow_jax.training.teachers import at_hand, inputs_of_import, which_of
 from pflow_jax.training.writer import progress
 
 SOURCE = "source.json"  # of a workdir that was converted: of what
@@ -115,10 +117,10 @@ def convert(
 
 @dataclasses.dataclass(frozen=True)
 class _Import:
-  """What is to be written: state of the checkpoint, by part and path, and the config of the workdir."""
+  """What is to be written: state of the checkpoint, by part and path, and the settings of the workdir."""
 
   state: dict[str, dict[str, TensorLeaf]]
-  config: ConfigDict
+  settings: Settings
   title: str
   notes: tuple[str, ...] = ()
 
@@ -137,7 +139,7 @@ def _to_jax(
   tensors = tensors.renamed(strip_prefix(tensors.places))
   model = model_of_torch(config, tensors.metadata, tensors)
   name = (path if path.is_dir() else path.parent).resolve().name
-  if model.policy["kind"] == "velocity":
+  if not head_class(model.head).has_policy:
     if base is not None:
       raise ValueError("--base is for adapters, the source is a model of its own; leave it out")
     plan = _import_teacher(path, model, tensors, config, dtype, name)
@@ -173,9 +175,9 @@ def _to_jax(
         if is_first():
           mark.unlink(missing_ok=True)
         raise
-      inputs = inputs_of_import(plan.config, out)  # in all processes, which agree on it
+      inputs = inputs_of_import(plan.settings, out)  # in all processes, which agree on it
       if is_first():
-        workdir.claim(out, plan.config, inputs)
+        workdir.claim(out, plan.settings, inputs)
   except ValueError:
     if is_first() and mark.parent.exists() and not any(mark.parent.iterdir()):
       mark.parent.rmdir()
@@ -193,16 +195,19 @@ def _import_teacher(
       "model first"
     )
   leaves = _all_leaves(path, model, tensors, dtype)
-  own = ConfigDict()
-  own.data = students.data_of(model)
-  own.model = model.section | {"dtype": _compute_dtype(leaves)}
-  own.policy = dict(model.policy)
-  own.objective = {"kind": PRETRAINED, "shift": 1.0 if model.kind == "dit" else students.TEXT_SHIFT}
-  own.sample, own.mesh = students.sampling_of_teacher(model)
-  own.seed = 0
-  own.source = {"class": config["_class_name"], "folder": name}
+  of_texts = "text" in network_kind(model.kind).conditions
+  source = {"class": config["_class_name"], "folder": name}
   if "sample_size" in model.attributes:
-    own.source.sample_size = model.attributes["sample_size"]
+    source["sample_size"] = model.attributes["sample_size"]
+  own = Settings(
+    data=students.data_of(model),
+    model=Choice(model.kind, model.options | {"dtype": _compute_dtype(leaves)}),
+    head=model.head,
+    kind=PRETRAINED,
+    objective=FlowMatching(shift=students.TEXT_SHIFT if of_texts else 1.0),
+    sample=SampleSettings(nfe=(50,), batch_size=16) if of_texts else SampleSettings(),
+    source=source,
+  )
   notes = tuple(filter(None, [dit.time_note(config, path.name)]))
   if model.learns_variance:
     channels = model.attributes["channels"]
@@ -229,13 +234,13 @@ def _import_student(
   else:
     leaves = _all_leaves(path, model, tensors, dtype)
   compute = read_run(base).model.get("dtype", "float32") if base else _compute_dtype(leaves)
-  config = students.student_config(model, base, adapters, tensors.metadata, name, compute)
-  objective = config.objective
+  settings = students.student_settings(model, base, adapters, tensors.metadata, name, compute)
+  objective = settings.objective
   notes = (
     f"taken to be trained for {objective.nfe} evaluations, the last {objective.final_scale} as long as the others, at "
     f"shift {objective.shift}; sample with --config.objective.nfe=... and so on if it was not",
   )
-  return _Import({"params": leaves, "ema": leaves}, config, f"a {model.policy['kind']} student", notes)
+  return _Import({"params": leaves, "ema": leaves}, settings, f"a {model.head.kind} student", notes)
 
 
 def _all_leaves(path: pathlib.Path, model: Model, tensors: Tensors, dtype: np.dtype | None) -> dict[str, TensorLeaf]:
@@ -273,13 +278,13 @@ def _mark(source: str) -> str:
 def _layout(mesh: Mapping[str, int] | None) -> Layout | None:
   """The layout that `mesh` describes: of all devices in a job of several processes, else without devices."""
   if jax.process_count() > 1:
-    return make_layout(call(MeshSettings, "mesh", mesh or {}), SHARDING)
+    return make_layout(call(MeshSettings, "mesh", mesh or {}), sharding_rules())
   if not mesh:
     return None
   settings = call(MeshSettings, "mesh", {"data": 1} | dict(mesh))
   if any(size < 1 for size in settings.sizes.values()):
     raise ValueError(f"--mesh: expected sizes of at least 1, got {dict(mesh)}")
-  return make_layout(settings, SHARDING, int(np.prod(list(settings.sizes.values()))))
+  return make_layout(settings, sharding_rules(), int(np.prod(list(settings.sizes.values()))))
 
 
 # ---- To PyTorch ----
@@ -292,30 +297,27 @@ def _to_torch(
   dtype: np.dtype | None,
   max_bytes: int,
   options: Mapping[str, Any],
-  known: ConfigDict,
+  known: Settings,
 ) -> bool:
-  config = read_run(folder)
-  which = which_of(config, which)
+  settings = read_run(folder)
+  which = which_of(settings, which)
   checkpoints = f"{folder}/{workdir.CHECKPOINTS}"
   step = newest_step(checkpoints)
   leaves = open_leaves(checkpoints, which=which, step=step)
-  adapters = call(AdapterSettings, "adapters", config.get("adapters", {}))
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  model = model_of_run(workdir.as_plain(config), shapes, _data_of(known))
+  model = model_of_run(settings, shapes, _data_of(known))
   check_leaves(model, shapes, folder)
   torch_config = model.torch_config
   rows = rows_for(model.rows, leaves)
   metadata: dict[str, str] = {}
-  if model.policy["kind"] != "velocity":
-    values = {key: value for key, value in config.objective.items() if key != "kind"}
-    objective = call(Imitation, "objective", values)
-    metadata = policy_metadata(model.policy, objective.max_segment, objective.shift)
-    sampling = call(SampleSettings, "sample", config.get("sample", {}))
+  objective, sampling = settings.objective, settings.sample
+  if head_class(model.head).has_policy:
+    metadata = policy_metadata(model.head.plain(), objective.max_segment, objective.shift)
     grid = objective.nfe, objective.final_scale, objective.shift
     metadata |= sampling_metadata(*grid, sampling.temperature_of_segments, sampling.method)
-  exporter = Exporter(leaves, rows, dtype, _scales(leaves, adapters.rows), _unused(leaves))
+  exporter = Exporter(leaves, rows, dtype, _scales(leaves, settings.adapters.rows), _unused(leaves))
   identity = {"folder": os.path.abspath(folder), "step": step, "sums": _sums(checkpoints, step)}
-  source = _digest({"config": workdir.as_plain(config), **identity, **options, "max_bytes": max_bytes})
+  source = _digest({"config": settings.plain(), **identity, **options, "max_bytes": max_bytes})
   target = ModelFolder(out, torch_config, exporter.planned, source, metadata, max_bytes)
   if target.is_complete():
     print(f"{out} holds this model already")
@@ -359,20 +361,20 @@ def _unused(leaves: Mapping[str, Stored]) -> set[tuple[str, int]]:
   return unused
 
 
-def _data_of(config: ConfigDict) -> dict[str, Any]:
-  """What a DiT takes from its data: the side of its images, and its classes where the config or its teacher tells."""
-  if config.model.kind != "dit":
+def _data_of(settings: Settings) -> dict[str, Any]:
+  """What a DiT takes from its data: the side of its images, and its classes where the run or its teacher tells."""
+  if "classes" not in network_kind(settings.model.kind).conditions:
     return {}
-  if config.objective.kind == PRETRAINED:
-    side = config.get("source", {}).get("sample_size")
+  if settings.converted:
+    side = (settings.source or {}).get("sample_size")
     return {} if side is None else {"sample_size": side}
-  own = config.get("data", {})
+  own = settings.data
   shape = own.get("shape") or call(data.load, "data", own).shape
   if len(shape) != 3 or shape[0] != shape[1]:
     raise ValueError(f"config.data: PyTorch's DiT is for square images, these are of shape {tuple(shape)}")
-  known, teacher = own.get("num_classes"), config.get("teacher", {}).get("workdir")
+  known, teacher = own.get("num_classes"), settings.teacher and settings.teacher.workdir
   if known is None and teacher:
-    which = which_of(read_run(teacher), config.teacher.get("which", "ema"))
+    which = which_of(read_run(teacher), settings.need("teacher").which)
     shapes = params_shapes(f"{teacher}/{workdir.CHECKPOINTS}", which=which)  # type: ignore[arg-type]
     known = classes_of(flat_shapes(shapes))
   return {"sample_size": shape[0], "num_classes": known}

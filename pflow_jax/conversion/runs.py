@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from pflow_jax.conversion.models import Model
 from pflow_jax.files import foreign
+from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.fields import Depth, Epsilon, Number, Positive, Side, Size
 from pflow_jax.torch_io.table import is_lora
@@ -46,7 +46,7 @@ class _ModelSection:
 
 
 @dataclasses.dataclass(frozen=True)
-class _PolicySection:
+class _HeadSection:
   kind: str
   num_components: Size | None = None
   num_coefficients: Size | None = None
@@ -99,8 +99,9 @@ class _Run:
   """The keys of a run's config that the converter reads; there are more."""
 
   model: _ModelSection
-  policy: _PolicySection
   objective: _ObjectiveSection
+  head: _HeadSection | None = None
+  policy: _HeadSection | None = None  # its name before
   data: _DataSection = _DataSection()
   sample: _SampleSection = _SampleSection()
   adapters: _AdaptersSection = _AdaptersSection()
@@ -117,15 +118,15 @@ def is_run(folder: str | os.PathLike) -> bool:
     return False
 
 
-def read_run(folder: str) -> ConfigDict:
-  """The config of the run in `folder`.
+def read_run(folder: str) -> Settings:
+  """The settings of the run in `folder`.
 
   Raises: ValueError where there is none, or a key that the converter reads is of another type.
   """
   path = epath.Path(folder) / workdir.CONFIG
   if path.exists():
     foreign.read_json(path, _Run if "_class_name" not in foreign.read_json(path) else dict[str, Any])
-  return workdir.load_config(folder)
+  return workdir.load_settings(folder)
 
 
 def check_leaves(model: Model, got: Mapping[str, tuple[int, ...]], where: str) -> None:

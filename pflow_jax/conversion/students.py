@@ -8,20 +8,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from pflow_jax.checkpoints.checkpoint import newest_step, params_shapes
 from pflow_jax.conversion.leaves import TensorLeaf, dtype_of
-from pflow_jax.conversion.models import Model, flat_shapes, model_of_run
+from pflow_jax.conversion.models import Model, model_of_run
 from pflow_jax.conversion.runs import check_leaves, read_run
+from pflow_jax.core.objectives.imitation import Imitation
 from pflow_jax.core.rollout import NEWEST
 from pflow_jax.families.head_names import sampling_of
-from pflow_jax.files.foreign import shown
+from pflow_jax.families.registry import network_kind
+from pflow_jax.settings.adapters import AdapterSettings
+from pflow_jax.settings.sample import SampleSettings
+from pflow_jax.settings.teacher import TeacherSettings
+from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.places import Tensors
-from pflow_jax.torch_io.table import Row, is_lora, lora_rows, torch_shapes_of
+from pflow_jax.torch_io.table import Row, flat_shapes, is_lora, lora_rows, torch_shapes_of
 from pflow_jax.training import workdir
-from pflow_jax.training.network import module_defaults
+from pflow_jax.training.network import COMPUTED, head_class
 from pflow_jax.training.teachers import which_of
 
 Shape = tuple[int, ...]
@@ -99,18 +103,16 @@ def base_of(folder: str, model: Model) -> Model:
 
   Raises: ValueError if that has another network.
   """
-  config = read_run(folder)
-  if config.policy.kind != "velocity":
-    raise ValueError(
-      f"--base {folder} holds a {shown(config.policy.kind)}, expected a teacher, whose policy is 'velocity'"
-    )
-  shapes = flat_shapes(params_shapes(f"{folder}/{workdir.CHECKPOINTS}", which=which_of(config)))  # type: ignore[arg-type]
-  teacher = model_of_run(workdir.as_plain(config), shapes)
+  settings = read_run(folder)
+  if not head_class(settings.head).starts_policies:
+    raise ValueError(f"--base {folder} holds a {settings.head.kind!r}, expected a teacher, whose head is 'velocity'")
+  shapes = flat_shapes(params_shapes(f"{folder}/{workdir.CHECKPOINTS}", which=which_of(settings)))  # type: ignore[arg-type]
+  teacher = model_of_run(settings, shapes)
   check_leaves(teacher, shapes, f"--base {folder}")
   # How it is computed may differ, and the scale and the direction of time are not in PyTorch's files.
-  free = (*workdir.COMPUTED, "dtype", "out_channels", "sample_size", "time_scale", "flip_time")
+  free = (*COMPUTED, "dtype", "out_channels", "sample_size", "time_scale", "flip_time")
   theirs, ours = ({k: _plain(v) for k, v in one.attributes.items() if k not in free} for one in (teacher, model))
-  ours = {k: _plain(v) for k, v in module_defaults(model.section).items() if k not in free} | ours
+  ours = {k: _plain(v) for k, v in network_kind(model.kind).defaults.items() if k not in free} | ours
   differing = [
     f"{key}: the teacher has {theirs.get(key)!r}, the student {ours.get(key)!r}"
     for key in sorted(theirs | ours)
@@ -126,16 +128,6 @@ def _plain(value: Any) -> Any:
   return list(value) if isinstance(value, tuple) else value
 
 
-def sampling_of_teacher(model: Model) -> tuple[ConfigDict, ConfigDict]:
-  """The sections `sample` and `mesh` of a converted teacher."""
-  from pflow_jax.settings.defaults import default_config
-
-  config = default_config("flow_matching")
-  if model.kind != "dit":
-    config.sample.update(nfe=(50,), batch_size=16)
-  return config.sample, config.mesh
-
-
 def data_of(model: Model) -> dict[str, Any]:
   """The section `data` of a converted run: random data of the shapes that the network takes."""
   attributes = model.attributes
@@ -148,39 +140,38 @@ def data_of(model: Model) -> dict[str, Any]:
   return prompts | {"text": (512, attributes["text_width"])} | pooled
 
 
-def student_config(
+def student_settings(
   model: Model, base: str | None, adapters: Adapters | None, metadata: Mapping[str, str], name: str, dtype: str
-) -> ConfigDict:
-  """The config of a run that has this student.
+) -> Settings:
+  """The settings of a run that has this student.
 
   What the files do not tell is taken from the releases' recipes, and from the name of the folder, such as
   "gmflux_k8_piid_8step"; the data are random ones of the network's shapes. All can be changed when it is used.
   """
-  from pflow_jax.settings.defaults import default_config
-
-  config = default_config("imitation")
   is_dit = model.kind == "dit"
-  config.data = data_of(model)
-  config.model = model.section | {"dtype": dtype}
-  config.policy = dict(model.policy)
   told = sampling_of(metadata)
   if not told:
     stated = re.search(r"(\d+)[-_]?(?:step|nfe)", name)
-    nfe = 1 if is_dit else 2 if model.policy["kind"] == "arc" else 4
-    whole = is_dit or model.policy["kind"] == "arc"
+    nfe = 1 if is_dit else 2 if model.head.kind == "arc" else 4
+    whole = is_dit or model.head.kind == "arc"
     told = {"nfe": int(stated[1]) if stated else nfe, "final_scale": 1.0 if whole else 0.5}
     told["shift"] = 1.0 if is_dit else TEXT_SHIFT
-  temperature = told.pop("temperature", "auto" if model.policy["kind"] == "gmflow" and not is_dit else 1.0)
-  if temperature == "auto":  # as π-Flow's pipelines sample their GMFlow students
-    config.sample.auto_temperature = True
-  else:
-    config.sample.temperature = temperature
+  temperature = told.pop("temperature", "auto" if model.head.kind == "gmflow" and not is_dit else 1.0)
+  # As π-Flow's pipelines sample their GMFlow students.
+  sampling: dict[str, Any] = {"auto_temperature": True} if temperature == "auto" else {"temperature": temperature}
   release = told.pop("release", NEWEST)
   if release != NEWEST:  # asked for by whoever exported it
-    config.sample.method = release
-  config.objective.update(told)
+    sampling["method"] = release
+  teacher = TeacherSettings()
   if base is not None:
-    config.teacher.update(workdir=base, step=newest_step(f"{base}/{workdir.CHECKPOINTS}"))
-  if adapters is not None:
-    config.adapters.update(table=adapters.table, train=adapters.train)
-  return config
+    teacher = TeacherSettings(base, step=newest_step(f"{base}/{workdir.CHECKPOINTS}"))
+  return Settings(
+    data=data_of(model),
+    model=Choice(model.kind, model.options | {"dtype": dtype}),
+    head=model.head,
+    kind="imitation",
+    objective=Imitation(**told),
+    teacher=teacher,
+    adapters=AdapterSettings(adapters.table, adapters.train) if adapters else AdapterSettings(),
+    sample=SampleSettings(**sampling),
+  )

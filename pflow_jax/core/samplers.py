@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pflow_jax.core.batches import per_example
 from pflow_jax.core.checks import checked, checked_student
 from pflow_jax.core.policies import Policy
 from pflow_jax.core.policies import temperature as with_temperature
 from pflow_jax.core.policies.base import Array, as_float
 from pflow_jax.core.rollout import rollout
 from pflow_jax.core.schedule import longest_segment, segment_grid, shift_time, unshift_time
-from pflow_jax.mesh.sharding import per_example
 
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
 

@@ -13,7 +13,6 @@ Runs live in <workdir>/seed<S>/<run>, and what is finished there is not repeated
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -26,7 +25,6 @@ from typing import Annotated, Any
 
 import jax
 import pydantic
-from ml_collections import ConfigDict
 
 from pflow_jax.evaluation.compare_report import TEACHER, write_report
 from pflow_jax.evaluation.evaluate import evaluate
@@ -34,16 +32,15 @@ from pflow_jax.files import foreign
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
 from pflow_jax.settings.config_file import read_config_file
-from pflow_jax.settings.sections import as_section, call, check_sections, refuse_unknown
-from pflow_jax.training.experiment import SECTIONS
+from pflow_jax.settings.renamed import renewed
+from pflow_jax.settings.sections import as_section, call, refuse_unknown
+from pflow_jax.settings.tree import SECTIONS, Settings
 from pflow_jax.training.step import step_flops
 from pflow_jax.training.train import train
-from pflow_jax.training.workdir import as_plain
 
 RESULT = "result.json"
 KEYS = ("teacher", "weak", "flops", "methods")
 WEAK = "weak"
-NEEDED = ("data", "model", "policy", "objective", "train", "sample", "evaluate")  # sections of a run's config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +110,15 @@ class Run:
 
   Attributes:
     name: its folder below the seed's.   method: its method's name, or "teacher", or "weak".
-    config: complete but for the workdirs of the runs it needs and, with a budget, train.steps.
+    settings: complete but for the workdirs of the runs it needs and, with a budget, train.steps.
     nfe: numbers of evaluations; () is a teacher, which its students' evaluations measure.
-    flops: budget in operations; None trains for config.train.steps.
+    flops: budget in operations; None trains for train.steps.
     needs: runs to be finished before, by the key of the config that takes their folder.
   """
 
   name: str
   method: str
-  config: ConfigDict
+  settings: Settings
   nfe: tuple[int, ...] = ()
   flops: float | None = None
   needs: Mapping[str, Run] = dataclasses.field(default_factory=dict)
@@ -129,11 +126,11 @@ class Run:
   def described(self) -> dict[str, Any]:
     """All that its result depends on, as JSON gives it back."""
     needs = {key: run.described() for key, run in self.needs.items()}
-    return {"config": as_plain(self.config), "flops": self.flops, "needs": needs}
+    return {"config": self.settings.plain(), "flops": self.flops, "needs": needs}
 
 
 def compare(
-  config: ConfigDict, folder: str | os.PathLike, *, seeds: Sequence[int] = (0,), only: Sequence[str] = ()
+  config: Mapping[str, Any], folder: str | os.PathLike, *, seeds: Sequence[int] = (0,), only: Sequence[str] = ()
 ) -> dict[str, Any]:
   """Trains and evaluates what is missing of the comparison in `folder`; writes compare.json, .md and .png there.
 
@@ -162,7 +159,7 @@ def compare(
       if run.name in results[seed]
     ]
     titles = {name: method.title or name for name, method in methods.items()}
-    return write_report(pathlib.Path(folder), config.flops, titles, runs)
+    return write_report(pathlib.Path(folder), config["flops"], titles, runs)
 
   todo = [
     (seed, run)
@@ -204,7 +201,7 @@ def _stopped_by_signals() -> Iterator[None]:
       signal.signal(number, handler)
 
 
-def read_methods(config: ConfigDict) -> dict[str, Method]:
+def read_methods(config: Mapping[str, Any]) -> dict[str, Method]:
   """The methods of a comparison by name.
 
   Raises: ValueError for keys that are unknown or missing.
@@ -215,7 +212,7 @@ def read_methods(config: ConfigDict) -> dict[str, Method]:
     raise ValueError(f"config: {', '.join(missing)} must be set")
   given = foreign.check_arguments(_comparison, {key: config[key] for key in ("flops", "methods")}, where="config")
   if given["flops"] <= 0:
-    raise ValueError(f"config.flops: expected a number of operations > 0, got {config.flops}")
+    raise ValueError(f"config.flops: expected a number of operations > 0, got {config['flops']}")
   methods: dict[str, Method] = {}
   for values in given["methods"]:
     rest = as_section(values, "config.methods")
@@ -241,61 +238,67 @@ def _comparison(flops: float, methods: tuple[Any, ...]) -> None:
   """Types of the keys of a comparison that are no sections."""
 
 
-def plan(config: ConfigDict, seed: int) -> list[Run]:
+def plan(config: Mapping[str, Any], seed: int) -> list[Run]:
   """All runs of one seed, each after those it needs.
 
-  Raises: ValueError for configs that cannot be read, or whose students are measured against different teachers.
+  Raises:
+    ValueError: configs cannot be read, or their students are measured against different teachers.
   """
   methods = read_methods(config)
   numbers = {nfe for method in methods.values() for student in method.students for nfe in student}
 
   def teacher(section: str) -> Run:
-    own = call(read_config, section, config[section])
-    own.seed = seed
-    return Run(section, section, own)
+    return Run(section, section, dataclasses.replace(call(read_config, section, config[section]), seed=seed))
 
   strong = teacher(TEACHER)
-  steps = sorted({*strong.config.evaluate.teacher_steps, *numbers})
+  common = strong.settings
+  steps = tuple(sorted({*common.evaluate.teacher_steps, *numbers}))
   runs = {TEACHER: strong} | ({WEAK: teacher(WEAK)} if any(m.weak for m in methods.values()) else {})
   for method in methods.values():
     for nfe in method.students:
-      student = call(read_config, f"methods, {method.name}", {"config": method.config})
-      for section in ("data", "model", "evaluate"):
-        student[section] = copy.deepcopy(strong.config[section])
-      student.seed = seed
-      student.evaluate.teacher_steps = tuple(steps)
-      student.sample.update(nfe=nfe, batch_size=strong.config.sample.batch_size)  # times are those of one batch size
-      if "nfe" in student.objective and len(nfe) == 1:
-        student.objective.nfe = nfe[0]
-      _override(student, method.overrides, f"config.methods, {method.name}")
+      where = f"methods, {method.name}"
+      own = {name: common.plain()[name] for name in ("data", "model", "evaluate")}
+      student = call(read_config, where, {"config": method.config, "overrides": own})
+      student = dataclasses.replace(student, seed=seed).changed("evaluate", teacher_steps=steps)
+      # Times are those of one batch size.
+      student = student.changed("sample", nfe=tuple(nfe), batch_size=common.sample.batch_size)
+      if len(nfe) == 1 and "nfe" in {field.name for field in dataclasses.fields(student.objective)}:
+        student = student.changed("objective", nfe=nfe[0])
+      student = _overridden(student.plain(), method.overrides, f"config.{where}")
       needs = {"teacher.workdir": strong}
       if method.weak:
         needs["teacher.weak_workdir"] = runs[WEAK]
       if method.start:
         needs["start.workdir"] = runs[_run_name(method.start, nfe)]
       name = _run_name(method.name, nfe)
-      runs[name] = Run(name, method.name, student, nfe, config.flops, needs)
+      runs[name] = Run(name, method.name, student, nfe, config["flops"], needs)
   _check_reference([run for run in runs.values() if run.nfe])
   return list(runs.values())
 
 
-def read_config(config: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-  """What get_config returns for "path/of/config.py:variant", with nested keys changed.
+def read_config(config: str, overrides: Mapping[str, Any] | None = None) -> Settings:
+  """The settings of "path/of/config.py:variant", with nested keys changed.
 
-  Raises: ValueError for a file that fails, and sections or keys that the config does not have.
+  Raises:
+    ValueError: the file fails, or there are sections or keys that the settings do not have.
   """
-  values = read_config_file(config)
-  check_sections(values, SECTIONS, required=NEEDED, where=config)
-  _override(values, overrides or {}, config)
-  return values
+  settings = _overridden(renewed(read_config_file(config).to_dict()), overrides or {}, config)
+  for section in ("train", "optimizer"):
+    settings.need(section)
+  return settings
 
 
-def _override(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
+def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Settings:
+  overrides = renewed(overrides)
   refuse_unknown(overrides, SECTIONS, f"{where}: overrides")
+  merged = dict(values)
+  for section, changes in overrides.items():
+    own = merged.get(section)
+    merged[section] = {**own, **changes} if isinstance(own, Mapping) and isinstance(changes, Mapping) else changes
   try:
-    config.update(overrides)
-  except (KeyError, AttributeError, TypeError) as error:
-    raise ValueError(f"{where}: overrides: {error.args[0]}") from error
+    return Settings.of(merged)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
 
 
 def _run_name(method: str, nfe: tuple[int, ...]) -> str:
@@ -306,10 +309,10 @@ def _check_reference(runs: Sequence[Run]) -> None:
   """Raises ValueError unless all students have one teacher, guided and walked alike: what the ratios refer to."""
 
   def reference(run: Run) -> str:
-    t = run.config.get("teacher", {})
-    weak = f", weak teacher {'teacher.weak_workdir' in run.needs}" if t.get("guidance", 1.0) != 1 else ""
+    t = run.settings.teacher
+    weak = f", weak teacher {'teacher.weak_workdir' in run.needs}" if t and t.guidance != 1 else ""
     keys = ("guidance", "interval", "orthogonal", "which")
-    return ", ".join(f"{key} {t.get(key)}" for key in keys) + f"{weak}, shift {run.config.objective.get('shift')}"
+    return ", ".join(f"{key} {getattr(t, key, None)}" for key in keys) + f"{weak}, shift {run.settings.objective.shift}"
 
   references = {run.name: reference(run) for run in runs}
   if len(set(references.values())) > 1:
@@ -338,13 +341,21 @@ def _finished(run: Run, root: pathlib.Path) -> dict[str, Any] | None:
     return None
   try:
     saved = foreign.read_json(path)
-    if saved.get("described") != run.described():
+    if _of_today(saved.get("described")) != run.described():
       return None
     foreign.parse_json(json.dumps(saved.get("result")), _Result, where=str(path))
     return saved["result"]
   except ValueError as error:
     print(f"{path} cannot be read ({error}): the run is looked at again", flush=True)
     return None
+
+
+def _of_today(described: Any) -> Any:
+  """What a result says of its run, with the names of today."""
+  if not isinstance(described, dict) or set(described) != {"config", "flops", "needs"}:
+    return described
+  needs = {key: _of_today(needed) for key, needed in described["needs"].items()}
+  return {**described, "config": Settings.of(described["config"], quiet=True).plain(), "needs": needs}
 
 
 def _attempt(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -366,23 +377,23 @@ def _attempt(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, An
 
 
 def _train_and_evaluate(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  config, folder = copy.deepcopy(run.config), root / run.name
+  settings, folder = run.settings, root / run.name
   for key, needed in run.needs.items():
     section, name = key.split(".")
-    config.update({section: {name: str(root / needed.name)}})
-  flops = step_flops(config)
+    settings = settings.changed(section, **{name: str(root / needed.name)})
+  flops = step_flops(settings)
   if run.flops is not None:
-    config.train.steps = affordable_steps(run.flops, flops)
-  steps = config.train.steps
+    settings = settings.changed("train", steps=affordable_steps(run.flops, flops))
+  steps = settings.need("train").steps
   print(f"{run.name}: {steps:,} steps of {flops:.3g} operations, {steps * flops:.3g} in all", flush=True)
-  state = train(config, folder)
+  state = train(settings, folder)
   if int(state.step) < steps:
     raise KeyboardInterrupt(f"{folder}: stopped at step {int(state.step)} of {steps}")
   # What it costs to have this run besides the teacher: others that it needs are counted once in a method.
   spent = {run.name: steps * flops}
   for needed in run.needs.values():
     spent |= results[needed.name]["spent"] if needed.method != TEACHER else {}
-  report = evaluate(config, folder) if run.nfe else {}
+  report = evaluate(settings, folder) if run.nfe else {}
   return {"steps": steps, "step_flops": flops, "flops": steps * flops, "spent": spent, **report}
 
 

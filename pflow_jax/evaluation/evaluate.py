@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import json
@@ -10,38 +9,30 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from pflow_jax import data
-from pflow_jax.core.objectives.flow_map import FlowMap
 from pflow_jax.evaluation import figures, metrics
 from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
+from pflow_jax.evaluation.sample import check_local, save_picture
 from pflow_jax.evaluation.samplers import Sampler, student_samplers, teacher_name, teacher_samplers
 from pflow_jax.files import foreign
 from pflow_jax.files.array_files import read_npz
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.mesh.distributed import from_first, is_first
 from pflow_jax.mesh.sharding import Layout
+from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS
 from pflow_jax.settings.sections import call
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.origins import use_teacher
-from pflow_jax.training.sample import (
-  MAX_EVALUATIONS,
-  SampleSettings,
-  check_local,
-  check_room,
-  draw_noise,
-  in_batches,
-  labels_of,
-  save_picture,
-)
+from pflow_jax.training.sample import check_room, draw_noise, in_batches, labels_of
 
 COLUMNS = {
   "name": "sampler",
@@ -57,52 +48,10 @@ COLUMNS = {
   "accuracy": "class accuracy",
   "images_per_second": "images/s",
 }
-REFERENCE_STEPS, YARDSTICK_STEPS = 128, 4
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateSettings:
-  """The section `evaluate` of a config.
-
-  Attributes:
-    num_samples: samples of every sampler.
-    teacher_steps: Euler steps of the teacher; 4 and 128 are the yardsticks of the ratios.
-    seed: of the noise.
-    classifier_steps: training steps of the classifier whose features and classes are used (images with classes).
-    num_resamples: of the bootstrap errors.
-    nearest_k: precision and recall take the ball of a sample to reach to its k-th neighbour.
-  """
-
-  num_samples: int = 2000
-  teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 128)
-  seed: int = 1234
-  classifier_steps: int = 600
-  num_resamples: int = 50
-  nearest_k: int = 5
-
-  def __post_init__(self):
-    if self.num_samples < 1 or self.classifier_steps < 1 or self.num_resamples < 2:
-      raise ValueError(
-        "config.evaluate: expected num_samples and classifier_steps of at least 1 and num_resamples of at least 2, got "
-        f"{self.num_samples}, {self.classifier_steps} and {self.num_resamples}"
-      )
-    if not 1 <= self.nearest_k < self.num_samples:
-      raise ValueError(
-        f"config.evaluate.nearest_k: expected 1 to {self.num_samples - 1} (below num_samples), got {self.nearest_k}"
-      )
-    if min(self.teacher_steps, default=0) < 1 or max(self.teacher_steps) > MAX_EVALUATIONS:
-      raise ValueError(
-        f"config.evaluate.teacher_steps: expected 1 to {MAX_EVALUATIONS:,}, got {tuple(self.teacher_steps)}"
-      )
-    if not {REFERENCE_STEPS, YARDSTICK_STEPS} <= set(self.teacher_steps):
-      raise ValueError(
-        f"config.evaluate.teacher_steps: expected {YARDSTICK_STEPS} and {REFERENCE_STEPS} among them (the yardsticks "
-        f"of every ratio), got {tuple(self.teacher_steps)}"
-      )
 
 
 def evaluate(
-  config: ConfigDict,
+  config: Settings | Mapping[str, Any],
   folder: str | os.PathLike,
   *,
   others: Sequence[str | os.PathLike] = (),
@@ -121,24 +70,21 @@ def evaluate(
   Returns: what evaluation.json holds.
   Raises: ValueError for students of different teachers, or fewer samples than a Fréchet distance needs.
   """
-  settings = call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
   folder = expanded(folder)
   check_local(out, folder)
   out = pathlib.Path(checked_folder(f"{folder}/evaluation" if out is None else out, "--out"))
-  configs = {str(folder): config} | {str(other): workdir.load_config(other) for other in others}
-  for one in configs.values():
-    use_teacher(one, teacher)
+  runs = {str(folder): Settings.of(config)} | {str(other): workdir.load_settings(other) for other in others}
+  runs = {name: use_teacher(one, teacher) for name, one in runs.items()}
   # The data are read here, whatever the runs tell of theirs.
-  experiments = {
-    name: build(one, dataset=call(data.load, "data", one.get("data", {})), run=name) for name, one in configs.items()
-  }
+  experiments = {name: build(one, dataset=call(data.load, "data", one.data), run=name) for name, one in runs.items()}
   experiment = experiments[str(folder)]
+  settings, batch_size = experiment.settings.evaluate, experiment.settings.sample.batch_size
   _check_teachers(experiments)
-  dataset, layout = experiment.dataset, layout_of(config)
+  dataset, layout = experiment.dataset, layout_of(experiment.settings)
   if not dataset.has_x0:
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
   check_room(dataset, settings.num_samples, 1 + len(settings.teacher_steps), "config.evaluate.num_samples")
-  noise, cond = draw_noise(experiment, settings.num_samples, settings.seed)
+  noise, cond = draw_noise(dataset, settings.num_samples, settings.seed)
   labels = labels_of(cond, settings.num_samples)
   # All of a small data set; of an endless one, or one with texts, which are large, as many as there are samples.
   most = settings.num_samples * (1 if isinstance(cond, dict) and "text" in cond else 10)
@@ -156,13 +102,11 @@ def evaluate(
   frozen = experiment.load_frozen(layout)
   samplers = teacher_samplers(experiment, layout, folder, settings.teacher_steps, frozen)
   for name, one in experiments.items():
-    if one.teacher is not None or isinstance(one.objective, FlowMap):
+    if one.method.is_student:
       suffix = f" ({pathlib.Path(name).name})" if others else ""
-      sampling = call(SampleSettings, "sample", configs[name].get("sample", {}))
       mine, teachers = (each.teacher and each.teacher.settings.dtype for each in (one, experiment))
       shared = frozen if one.teacher and mine == teachers else None
-      samplers += student_samplers(one, layout, sampling, name, suffix, shared)
-  batch_size = call(SampleSettings, "sample", config.get("sample", {})).batch_size
+      samplers += student_samplers(one, layout, one.settings.sample, name, suffix, shared)
   keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
@@ -299,7 +243,9 @@ def _pictures(experiment, samplers, samples, paths, labels, real, out: pathlib.P
     figures.trajectory_plot(out / "trajectories.png", real, in_order)
     return
   count = min(len(labels), max(10, min(experiment.dataset.num_classes, 12)))
-  save_picture(experiment, {s.name: samples[s.name][:count] for s in shown}, labels[:count], out / "samples.png")
+  save_picture(
+    experiment.dataset, {s.name: samples[s.name][:count] for s in shown}, labels[:count], out / "samples.png"
+  )
 
 
 def _frechet(name: str, x: np.ndarray, reference: np.ndarray, real: np.ndarray, num_resamples: int) -> dict[str, Any]:
@@ -340,7 +286,8 @@ def _reference(experiment: Experiment) -> str:
   assert experiment.teacher is not None
   t = experiment.teacher.settings
   digests = {name: saved.digest for name, saved in experiment.teacher.saved.items()}
-  how = f"guidance {t.guidance} in {tuple(t.interval)}, orthogonal {t.orthogonal}, shift {experiment.objective.shift}"
+  shift = experiment.method.objective.shift
+  how = f"guidance {t.guidance} in {tuple(t.interval)}, orthogonal {t.orthogonal}, shift {shift}"
   # A weak teacher guides nothing at strength 1.
   if t.autoguided and t.guidance != 1:
     how += f", weak teacher {digests['weak']}"

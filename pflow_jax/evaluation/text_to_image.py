@@ -7,35 +7,26 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image, PngImagePlugin
 
 from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import newest_step
 from pflow_jax.evaluation import figures
+from pflow_jax.evaluation.sample import as_saved, check_local
 from pflow_jax.families import text
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.mesh.distributed import is_first
-from pflow_jax.settings.sections import call
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.origins import use_teacher
-from pflow_jax.training.sample import (
-  SampleSettings,
-  as_saved,
-  check_local,
-  check_room,
-  evaluations,
-  in_batches,
-  make_sampler,
-  warn_of_gaps,
-)
+from pflow_jax.training.sample import check_room, evaluations, in_batches, make_sampler, warn_of_gaps
 from pflow_jax.training.teachers import which_of
 from pflow_jax.training.workdir import CHECKPOINTS
 
@@ -43,7 +34,7 @@ SHOWN = 64  # pictures in the overview
 
 
 def sample_prompts(
-  config: ConfigDict,
+  config: Settings | Mapping[str, Any],
   folder: str | os.PathLike,
   prompts: Sequence[str],
   *,
@@ -73,41 +64,41 @@ def sample_prompts(
   folder = expanded(folder)
   check_local(out, folder)
   out = pathlib.Path(checked_folder(f"{folder}/samples/prompts_seed{seed}" if out is None else out, "--out"))
-  settings = call(SampleSettings, "sample", config.get("sample", {}))
-  model = encoders_of(config)
+  run_settings = use_teacher(Settings.of(config, converted=True), teacher)
+  settings = run_settings.sample
+  model = encoders_of(run_settings)
   if pipeline is None and model != "minilm":
     raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
   if model == "minilm" and (height or width):
     raise ValueError("--height, --width: this run samples pictures of the size that it was trained on")
-  layout = layout_of(config)  # what these devices cannot run is better said before the encoders are read
+  layout = layout_of(run_settings)  # what these devices cannot run is better said before the encoders are read
   # In the dtype that the network computes in, or better.
-  dtype = "float32" if config.model.get("dtype", "float32") == "float32" else "bfloat16"
+  dtype = "float32" if run_settings.model.get("dtype", "float32") == "float32" else "bfloat16"
   # A teacher is guided away from the empty prompt, which then comes last; else nothing is, whatever `null` holds.
   asked = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
-  cond = text.encode_prompts(model, pipeline, asked, config.data.get("max_length"), dtype=dtype)
+  cond = text.encode_prompts(model, pipeline, asked, run_settings.data.get("max_length"), dtype=dtype)
   null = {name: value[-1] for name, value in cond.items()}
   cond = {name: value[: len(prompts)] for name, value in cond.items()}
   codec = load_autoencoder(pipeline) if model != "minilm" and pipeline is not None else None
-  use_teacher(config, teacher)
-  dataset = _shapes(config, cond, codec, height, width) if codec else None
-  experiment = build(config, dataset=dataset, run=folder)
+  dataset = _shapes(run_settings, cond, codec, height, width) if codec else None
+  experiment = build(run_settings, dataset=dataset, run=folder)
   dataset = experiment.dataset
   assert dataset.embedding is not None
   dataset = dataclasses.replace(dataset, embedding=dataclasses.replace(dataset.embedding, null=null))
-  experiment = dataclasses.replace(experiment, dataset=dataset)
+  method = dataclasses.replace(experiment.method, dataset=dataset)
   check_room(dataset, len(prompts), 2, "prompts")
-  nfe = nfe or evaluations(experiment, settings)[0]
-  params = experiment.load(folder, which_of(config, which), layout)
+  nfe = nfe or evaluations(method, settings)[0]
+  params = experiment.load(folder, which_of(run_settings, which), layout)
   key = jax.random.key(seed)
   draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
   noise = np.asarray(draw(jnp.arange(len(prompts))))
   keys = jax.random.split(jax.random.key(seed + 1), len(prompts))
-  run = functools.partial(make_sampler(experiment, settings, nfe), params)
+  run = functools.partial(make_sampler(method, settings, nfe), params)
   x0 = in_batches(run, layout, settings.batch_size, noise, cond, keys)
   warn_of_gaps(f"{nfe} NFE", x0, params)
   if is_first():
     pictures = x0 if codec is None else codec.decode(x0)
-    told = {"model": config.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
+    told = {"model": run_settings.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
     told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": settings.temperature_of_segments}
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "samples.npz", x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **as_saved(cond))  # type: ignore[arg-type]
@@ -115,26 +106,26 @@ def sample_prompts(
   return out
 
 
-def encoders_of(config: ConfigDict) -> str:
-  """Which text encoders the run of `config` is conditioned on, see `text.ENCODERS`.
+def encoders_of(settings: Settings) -> str:
+  """Which text encoders the run of `settings` is conditioned on, see `text.ENCODERS`.
 
   Raises: ValueError for a run that is conditioned on classes.
   """
-  kind = config.model.get("kind")
+  kind = settings.model.kind
   if kind in ("flux", "qwen_image"):
     return kind
-  if config.data.get("embeddings"):
+  if settings.data.get("embeddings"):
     return "minilm"
-  raise ValueError(f"--prompt: this run ({kind} on {config.data.get('name')}) knows classes, not texts; use --labels")
+  raise ValueError(f"--prompt: this run ({kind} on {settings.data.get('name')}) knows classes, not texts; use --labels")
 
 
 def _shapes(
-  config: ConfigDict, cond: dict[str, Any], codec: Codec, height: int | None, width: int | None
+  settings: Settings, cond: dict[str, Any], codec: Codec, height: int | None, width: int | None
 ) -> data.Dataset:
   """A set without records: what is sampled, and on what."""
-  trained = tuple(config.data.shape)
+  trained = tuple(settings.data["shape"])
   sizes = {"--height": (height, trained[0]), "--width": (width, trained[1])}
-  patch = config.model.get("patch_size", 2) * codec.factor
+  patch = settings.model.get("patch_size", 2) * codec.factor
   for flag, (given, _) in sizes.items():
     if given is not None and (given < patch or given % patch):
       raise ValueError(f"{flag}: expected a multiple of {patch} pixels, got {given}")

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pflow_jax.conversion.models import flat_shapes
 from pflow_jax.data.pixels import read_pixels, to_unit
 from pflow_jax.families import kl_names as vae
 from pflow_jax.families.qwen_image import vae_names as qwen_vae
@@ -21,7 +20,7 @@ from pflow_jax.files.foreign import check_memory, is_there, read_json, real_fold
 from pflow_jax.networks.vae import AutoencoderKL
 from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.fields import check_sizes, read_fields
-from pflow_jax.torch_io.table import to_flax, torch_shapes_of
+from pflow_jax.torch_io.table import flat_shapes, to_flax, torch_shapes_of
 from pflow_jax.torch_io.tensors import open_tensors
 
 # Classes in config.json: our module, and the module of its table.

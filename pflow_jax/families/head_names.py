@@ -71,7 +71,7 @@ def head_rows(policy: Mapping[str, Any], output: str) -> tuple[Row, ...]:
         rows += dense(f"proj_out_logstds.{layer}", f"head/proj_out_logstds_{layer}")
     return tuple(rows)
   raise ValueError(
-    f"config.policy.kind: {kind!r} has no counterpart in PyTorch, expected 'velocity', 'gmflow', 'dx' or 'arc'"
+    f"config.head.kind: {kind!r} has no counterpart in PyTorch, expected 'velocity', 'gmflow', 'dx' or 'arc'"
   )
 
 
@@ -145,7 +145,7 @@ def policy_metadata(policy: Mapping[str, Any], segment: float, shift: float) -> 
     if policy.get("basis", "grid") == "polynomial":
       if not policy.get("compat"):
         raise ValueError(
-          "config.policy.compat: expected True of a polynomial DX student, got False; no PyTorch release reads its "
+          "config.head.compat: expected True of a polynomial DX student, got False; no PyTorch release reads its "
           "polynomial, so train it with compat=True, or with basis='grid' (`pflow sample` draws from it as it is)"
         )
       stated["mode"] = "polynomial"
@@ -195,7 +195,7 @@ def student_of(kind: str, classes: Mapping[str, str]) -> str:
   """The class of a policy of `kind`: of {class: kind} the first."""
   found = [name for name, own in classes.items() if own == kind]
   if not found:
-    raise ValueError(f"config.policy.kind: no PyTorch class has {kind!r}, only {sorted(set(classes.values()))}")
+    raise ValueError(f"config.head.kind: no PyTorch class has {kind!r}, only {sorted(set(classes.values()))}")
   return found[0]
 
 

@@ -2,7 +2,7 @@
 
 The mesh has four axes. "slice" (pod slices, joined by a slow network), "data" and "fsdp" split the batch; "fsdp" also
 splits parameters, which are gathered where they are used; "tensor" splits the work on one example. GSPMD does the rest,
-but for what is wrapped in `per_example`.
+but for what is wrapped in `core.batches.per_example`.
 
 Code that runs on a mesh is traced in its context (`Layout.context`); there `per_example` and `constrain` mean
 something, elsewhere they change nothing, so nothing below the programs has to be given a mesh.
@@ -14,8 +14,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,65 +23,12 @@ from jax.custom_derivatives import linear_call
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pflow_jax.core.batches import AXES, BATCH, current_mesh
 from pflow_jax.mesh.partition import first_match, path_of
+from pflow_jax.settings.mesh import MeshSettings, axes_of
 
 PyTree = Any
 Rule = tuple[str, tuple[Any, ...]]
-F = TypeVar("F", bound=Callable)
-
-AXES = ("slice", "data", "fsdp", "tensor")
-BATCH = ("slice", "data", "fsdp")  # the axes that split the batch
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshSettings:
-  """The section `mesh` of a config.
-
-  Attributes:
-    slice, data, fsdp, tensor: sizes of the axes; one of them may be -1, the devices that the others leave. On TPUs
-      slice 1 is as many as there are.
-    rules: rows (pattern, spec) that come before the network's own table, see `Layout`.
-    min_size: parameters of fewer elements are kept whole on every device.
-  """
-
-  slice: int = 1
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
-  rules: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-  min_size: int = 2**14
-
-  def __post_init__(self):
-    sizes = self.sizes
-    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-      raise ValueError(f"expected sizes of at least 1, one of them perhaps -1 for the rest, got {sizes}")
-    if self.min_size < 0:
-      raise ValueError(f"min_size: expected at least 0, got {self.min_size}")
-    for row in self.rules:
-      if not (isinstance(row, Sequence) and len(row) == 2 and isinstance(row[0], str) and _is_spec(row[1])):
-        raise ValueError(
-          f"rules: expected rows (pattern, spec), a spec a tuple with None, one of {AXES} or a tuple of them for each "
-          f"of the last dimensions, got {row!r}"
-        )
-      first_match([row[0]], "")  # a pattern that is none is refused here
-
-  @property
-  def sizes(self) -> dict[str, int]:
-    return {axis: getattr(self, axis) for axis in AXES}
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-  """Mesh axes of one entry of a spec."""
-  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _is_spec(spec: Any) -> bool:
-  return (
-    isinstance(spec, Sequence)
-    and not isinstance(spec, str)
-    and all(entry is None or isinstance(entry, (str, Sequence)) for entry in spec)
-    and all(axis in AXES for entry in spec for axis in _axes(entry))
-  )
 
 
 def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, ...]:
@@ -207,7 +154,7 @@ class Layout:
       return ()
     full = (None,) * (len(shape) - len(spec)) + spec
     for size, entry in zip(shape, full, strict=True):
-      parts = math.prod(self.mesh.shape[axis] for axis in _axes(entry))
+      parts = math.prod(self.mesh.shape[axis] for axis in axes_of(entry))
       if size % parts:
         problems.append(f"{path} {shape}: row ({pattern!r}, {spec}) splits {size} in {parts} parts, which do not fit")
         return ()
@@ -299,24 +246,6 @@ def to_host(x: jax.Array) -> np.ndarray:
   return np.asarray(x if jax.process_count() == 1 else multihost_utils.process_allgather(x, tiled=True))
 
 
-def per_example(function: F) -> F:
-  """`function` of arrays with a leading batch axis, each example on its own: under a mesh, a shard_map over the batch.
-
-  Every leaf of its arguments and results has the batch as its leading axis. What is wrapped is work that no device has
-  to share with another; GSPMD, which cannot know that, is kept from moving any of it.
-  """
-
-  @functools.wraps(function)
-  def run(*args):
-    mesh = current_mesh()
-    if mesh is None:
-      return function(*args)
-    spec = PartitionSpec(BATCH)
-    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(*args)
-
-  return run  # type: ignore[return-value]
-
-
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
   """`x`, under a mesh laid out as `spec` says, an entry a dimension."""
   return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
@@ -331,14 +260,8 @@ def gather(w: jax.Array, *spec: Any) -> jax.Array:
   mesh = current_mesh()
   if mesh is None:
     return w
-  used = tuple("tensor" if "tensor" in _axes(entry) else None for entry in spec)
-  parts = [math.prod(mesh.shape[axis] for axis in _axes(entry)) for entry in spec]
+  used = tuple("tensor" if "tensor" in axes_of(entry) else None for entry in spec)
+  parts = [math.prod(mesh.shape[axis] for axis in axes_of(entry)) for entry in spec]
   if any(size % count for size, count in zip(w.shape, parts, strict=True)):
     return constrain(w, *used)  # too small to lie in parts
   return linear_call(lambda _, w: constrain(w, *used), lambda _, ct: constrain(ct, *spec), (), w)
-
-
-def current_mesh() -> AbstractMesh | None:
-  """The mesh whose context this is traced in, if it is one of ours, and not inside of a shard_map already."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return mesh if not mesh.empty and set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes else None

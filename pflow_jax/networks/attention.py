@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from pflow_jax.mesh.sharding import BATCH, current_mesh
+from pflow_jax.core.batches import BATCH, current_mesh
 
 # Implementation -> whether jvp works. The fused kernels carry a custom_vjp and nothing else.
 IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False}

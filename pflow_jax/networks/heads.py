@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from pflow_jax.core.policies import ArcPolicy, DXPolicy, GMFlowPolicy, Policy
+from pflow_jax.networks.denoiser import denoiser_velocity, edm_denoiser
 from pflow_jax.networks.layers import accumulation_dtype, check_layout, gathered, unpatchify
 
 Params = dict[str, Any]
@@ -73,6 +75,15 @@ class Head(nn.Module):
     rows = dense(tokens.reshape(-1, width)).reshape(batch, count, dense.features)
     return unpatchify(rows, grid, self.patch_size, groups, self.layout)
 
+  has_policy: ClassVar[bool] = False
+  """Whether its outputs are a policy's; else they are a velocity."""
+
+  velocity_layer: ClassVar[str] = "proj_out"
+  """Name of the layer that makes its velocity-like maps."""
+
+  starts_policies: ClassVar[bool] = False
+  """Whether the output layer of a policy can start from this one."""
+
   def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:
     """Parameters from a checked teacher layer; offset (M, C) goes on the biases of the copies."""
     raise NotImplementedError
@@ -82,9 +93,29 @@ class Head(nn.Module):
     """How many velocity-like maps (components, coefficients) the head makes."""
     raise NotImplementedError
 
+  @nn.nowrap
+  def policy(self, x: jax.Array, t: jax.Array, outputs: Mapping[str, Any], *, segment: float, shift: float):
+    """The policy of one example.
+
+    Args:
+      x: state at `t`, (*space, C).
+      t: flow time ().
+      outputs: what the head returned for it.
+      segment: longest segment of the student, in schedule time.
+      shift: time shift of the student.
+    """
+    raise NotImplementedError
+
+  @nn.nowrap
+  def field(self, apply: Callable[[jax.Array, jax.Array, Any], Any]) -> Callable[[jax.Array, jax.Array, Any], Any]:
+    """What a network with this head computes, (x, t, cond) -> outputs, from what its module returns."""
+    return apply
+
 
 class VelocityHead(Head):
   """The velocity itself: (B, *space, C), float32. A teacher's head; zero at the start."""
+
+  starts_policies = True
 
   @property
   def maps(self) -> int:
@@ -100,6 +131,30 @@ class VelocityHead(Head):
     return {"proj_out": layer}
 
 
+class DenoiserHead(VelocityHead):
+  """A network in EDM's preconditioning, whose velocity is that of its denoised image.
+
+  A teacher of EDM or EDM2 has it, and a flow map of such a teacher.
+
+  Attributes:
+    sigma_data: standard deviation of the data, see `networks.denoiser`.
+    max_sigma: highest noise level that the network was trained for.
+    min_sigma: lowest one.
+  """
+
+  sigma_data: float = 0.5
+  max_sigma: float = 80.0
+  min_sigma: float = 0.002
+
+  starts_policies = False
+
+  @nn.nowrap
+  def field(self, apply: Callable[[jax.Array, jax.Array, Any], Any]) -> Callable[[jax.Array, jax.Array, Any], Any]:
+    # The modules take flow time, whose logit is log sigma.
+    denoise = edm_denoiser(lambda x, c_noise, cond: apply(x, jax.nn.sigmoid(4 * c_noise), cond), self.sigma_data)
+    return denoiser_velocity(denoise, self.max_sigma, self.min_sigma)
+
+
 class GMFlowHead(Head):
   """Gaussian mixture: means (B, K, *space, C), logits (B, K, *space), log_std (B,), float32.
 
@@ -113,6 +168,13 @@ class GMFlowHead(Head):
   log_std: str | float = "learned"
   logstd_inner_dim: int = 1024
   init_log_std: float = math.log(0.05)
+
+  has_policy = True
+  velocity_layer = "proj_out_means"
+
+  @nn.nowrap
+  def policy(self, x: jax.Array, t: jax.Array, outputs: Mapping[str, Any], *, segment: float, shift: float) -> Policy:
+    return GMFlowPolicy.create(x, t, **outputs)
 
   @property
   def maps(self) -> int:
@@ -172,6 +234,12 @@ class DXHead(Head):
   basis: str = "grid"
   compat: bool = False
 
+  has_policy = True
+
+  @nn.nowrap
+  def policy(self, x: jax.Array, t: jax.Array, outputs: Mapping[str, Any], *, segment: float, shift: float) -> Policy:
+    return DXPolicy.create(x, t, **outputs, segment=segment, shift=shift, basis=self.basis, compat=self.compat)
+
   @property
   def maps(self) -> int:
     return self.num_coefficients
@@ -197,6 +265,13 @@ class ArcHead(Head):
   """
 
   num_components: int = 8
+
+  has_policy = True
+  velocity_layer = "proj_out_means"
+
+  @nn.nowrap
+  def policy(self, x: jax.Array, t: jax.Array, outputs: Mapping[str, Any], *, segment: float, shift: float) -> Policy:
+    return ArcPolicy.create(x, t, **outputs)
 
   @property
   def maps(self) -> int:
@@ -342,3 +417,27 @@ def student_params_from_teacher(
   backbone = {name: value for name, value in teacher_params.items() if name != "head"}
   student_head = head_params_from_teacher(head, teacher_params["head"], key, bias_noise=bias_noise, noise=noise)
   return {**jax.tree.map(jnp.array, backbone), "head": student_head}
+
+
+HEADS: dict[str, type[Head]] = {
+  "velocity": VelocityHead,
+  "denoiser": DenoiserHead,
+  "gmflow": GMFlowHead,
+  "dx": DXHead,
+  "arc": ArcHead,
+}
+"""Output layers by the names that a config gives them; another one is added by `register_head`."""
+
+
+def register_head(kind: str, head: type[Head]) -> None:
+  """Makes a head known to configs.
+
+  Args:
+    kind: the name, as config.head.kind.
+    head: its class.
+
+  Raises:
+    ValueError: another head has that name.
+  """
+  if HEADS.setdefault(kind, head) is not head:
+    raise ValueError(f"there is a head {kind!r} already, {HEADS[kind].__name__}; take another name")

@@ -16,7 +16,8 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from pflow_jax.mesh.sharding import BATCH, constrain, gather
+from pflow_jax.core.batches import BATCH
+from pflow_jax.mesh.sharding import constrain, gather
 
 Dtype = Any
 COLUMNS = ("fsdp", "tensor")  # the mesh axes that split the kernel of a Dense layer with `in_parts`

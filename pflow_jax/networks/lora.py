@@ -13,7 +13,6 @@ References: LoRA, arXiv:2106.09685; the released students of pi-Flow (rank = alp
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,41 +25,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pflow_jax.mesh.partition import first_match
 from pflow_jax.mesh.sharding import gather
 from pflow_jax.networks.layers import accumulation_dtype
+from pflow_jax.settings.adapters import Adapter
 
 Params = dict[str, Any]
 
 # Where the adapters lie on a mesh, see `sharding.Layout`.
 SHARDING = ((".*/lora_a", ("fsdp", None)), (".*/lora_b", (None, "fsdp")))
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-  """Row of a table: an adapter for every Dense layer whose path, such as "blocks/mlp_in", matches.
-
-  Attributes:
-    pattern: regular expression for the whole "/"-joined path.
-    rank: columns of A and rows of B.
-    alpha: the update A B is scaled by alpha / rank; None means rank, a scale of 1.
-    dropout: share of the adapter's inputs that training drops.
-  """
-
-  pattern: str
-  rank: int
-  alpha: float | None = None
-  dropout: float = 0.0
-
-  def __post_init__(self) -> None:
-    if self.rank < 1:
-      raise ValueError(f"adapter {self.pattern!r}: expected rank >= 1, got {self.rank}")
-    if self.alpha is not None and self.alpha <= 0:
-      raise ValueError(f"adapter {self.pattern!r}: expected alpha > 0, or None for the rank, got {self.alpha}")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"adapter {self.pattern!r}: expected dropout in [0, 1), got {self.dropout}")
-
-  @property
-  def scale(self) -> float:
-    """Factor on A B."""
-    return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 Table = Sequence[Adapter]

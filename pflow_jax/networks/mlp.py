@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pflow_jax.mesh.sharding import BATCH, constrain
+from pflow_jax.core.batches import BATCH
+from pflow_jax.mesh.sharding import constrain
 from pflow_jax.networks.layers import (
   Dtype,
   FinalNorm,

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pflow_jax.mesh.sharding import BATCH, constrain
+from pflow_jax.core.batches import BATCH
+from pflow_jax.mesh.sharding import constrain
 from pflow_jax.networks.attention import attention
 from pflow_jax.networks.layers import (
   COLUMNS,

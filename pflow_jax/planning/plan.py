@@ -8,7 +8,6 @@ the ways to main memory add to them is not estimated.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -19,19 +18,18 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from pflow_jax.files import foreign
-from pflow_jax.mesh.sharding import Layout, MeshSettings, mesh_shape
+from pflow_jax.mesh.sharding import Layout, mesh_shape
 from pflow_jax.planning import hlo
 from pflow_jax.planning.chips import Chip, chip_of, compiler_topology, links_of_axis, parse_topology
 from pflow_jax.planning.report import EFFICIENCY
-from pflow_jax.settings.sections import call
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import sample
 from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.flops import count_flops
@@ -140,7 +138,7 @@ def _compiler_environment() -> dict[str, str]:
 
 
 def plan(
-  config: ConfigDict, where: Slice, *, fast: bool = False, search: bool = True, sampling: bool = True
+  config: Settings | Mapping[str, Any], where: Slice, *, fast: bool = False, search: bool = True, sampling: bool = True
 ) -> dict[str, Any]:
   """What the run that `config` describes needs on `where`, and would take there.
 
@@ -160,26 +158,25 @@ def plan(
     devices, note = None, str(missing)
   with _quiet():
     experiment = build(config, abstract=True)
-    report, program = _step(config, experiment, where, devices, fast)
+    report, program = _step(experiment, where, devices, fast)
     if note:
       report["note"] = note
     elif not report["memory"]["fits"] and search:
-      report["tried"] = list(_what_would_fit(config, where, devices))
+      report["tried"] = list(_what_would_fit(experiment.settings, where, devices))
     if sampling and not note:
-      report["sample"] = _sampler(config, experiment, program.layout, where, fast)
+      report["sample"] = _sampler(experiment, program.layout, where, fast)
   return report
 
 
-def sweep(config: ConfigDict, where: Slice, *, fast: bool = True) -> list[dict[str, Any]]:
+def sweep(config: Settings | Mapping[str, Any], where: Slice, *, fast: bool = True) -> list[dict[str, Any]]:
   """Reports for every size of "fsdp" that is a power of 2 and divides the devices of a slice, "data" the rest.
 
   A size that the network or the batch does not divide by has "refused" instead.
   """
-  reports = []
+  reports, settings = [], Settings.of(config)
   size, most = 1, where.num_devices // where.slices
   while most % size == 0:
-    one = copy.deepcopy(config)
-    one.mesh.update(slice=where.slices, data=-1, fsdp=size, tensor=1)
+    one = settings.changed("mesh", slice=where.slices, data=-1, fsdp=size, tensor=1)
     print(f"data {most // size} x fsdp {size}", flush=True)
     try:
       reports.append(plan(one, where, fast=fast, search=False, sampling=False))
@@ -190,11 +187,13 @@ def sweep(config: ConfigDict, where: Slice, *, fast: bool = True) -> list[dict[s
 
 
 def _step(
-  config: ConfigDict, experiment: Experiment, where: Slice, devices: Sequence[Any] | None, fast: bool
+  experiment: Experiment, where: Slice, devices: Sequence[Any] | None, fast: bool
 ) -> tuple[dict[str, Any], Program]:
   """The report on the training step."""
-  program = make_program(config, experiment, layout_of(config, devices or where.num_devices))
-  what = f"config.train.batch_size: a device's part of {config.train.batch_size} examples"
+  settings = experiment.settings
+  length = settings.need("train")
+  program = make_program(experiment, layout_of(settings, devices or where.num_devices))
+  what = f"config.train.batch_size: a device's part of {length.batch_size} examples"
   foreign.check_memory(what, bytes_of_device(program.batch), "lower it", have=where.chip.hbm_bytes_per_device)
   traced = program.trace()
   flops = count_flops(traced.jaxpr)
@@ -208,24 +207,24 @@ def _step(
     "available": where.chip.hbm_bytes_per_device,
   }
   report: dict[str, Any] = {
-    "config": {"objective": config.objective.kind, "policy": config.policy.kind, "model": config.model.to_dict()},
+    "config": {"objective": settings.kind, "head": settings.head.kind, "model": settings.model.plain()},
     "topology": where.topology,
     "slices": where.slices,
     "chip": where.chip.name,
     "chips": where.num_chips,
     "devices": where.num_devices,
     "mesh": dict(program.layout.mesh.shape),
-    "batch_size": config.train.batch_size,
+    "batch_size": length.batch_size,
     "accumulation": program.step.accumulation,
-    "remat": config.model.get("remat", "none"),
-    "steps": config.train.steps,
+    "remat": settings.model.get("remat", "none"),
+    "steps": length.steps,
     "parameters": {"trained": _count(state.params), "teacher": _count(program.frozen)},
     "flops": flops,
     "memory": memory,
   }
   seconds = {"compute": flops / where.num_chips / where.chip.peak_flops}
   if devices is None:
-    report["estimate"] = _estimate(seconds, where, config.train.steps)
+    report["estimate"] = _estimate(seconds, where, length.steps)
     return report, program
   arguments = sum(memory[name] for name in ("parameters", "average", "optimizer", "teacher", "batch"))
   if arguments > memory["available"]:  # no need to ask the compiler, which does not survive every number
@@ -249,7 +248,7 @@ def _step(
   seconds["ici"] = sum(t.sent for t in collectives.ici.values()) * per / one_axis
   if where.slices > 1:
     seconds["dcn"] = sum(t.sent for t in collectives.dcn.values()) * per / chip.dcn_bandwidth
-  report["estimate"] = _estimate(seconds, where, config.train.steps)
+  report["estimate"] = _estimate(seconds, where, length.steps)
   return report, program
 
 
@@ -293,48 +292,45 @@ def _compile(traced: Any, fast: bool, platform: str) -> tuple[Any, dict[str, Any
   }
 
 
-def _what_would_fit(config: ConfigDict, where: Slice, devices: Sequence[Any] | None) -> Iterator[dict[str, Any]]:
+def _what_would_fit(settings: Settings, where: Slice, devices: Sequence[Any] | None) -> Iterator[dict[str, Any]]:
   """Changes in the order of what they cost, each on top of those before, until one fits."""
-  one = copy.deepcopy(config)
-  changes: list[tuple[str, dict[str, Any]]] = []
-  if config.model.get("remat", "full") != "full":
-    changes.append(("config.model.remat=full", {"model": {"remat": "full"}}))
-  sizes = mesh_shape(call(MeshSettings, "mesh", config.mesh), where.num_devices)
+  changes: list[tuple[str, str, dict[str, Any]]] = []
+  if settings.model.get("remat", "full") != "full":
+    changes.append(("config.model.remat=full", "model", {"remat": "full"}))
+  sizes = mesh_shape(settings.mesh, where.num_devices)
   fsdp, most = sizes[2], sizes[1] * sizes[2]
   while fsdp < most:
     fsdp = min(fsdp * 4, most)
-    changes.append((f"config.mesh.fsdp={fsdp}", {"mesh": {"data": -1, "fsdp": fsdp}}))
+    changes.append((f"config.mesh.fsdp={fsdp}", "mesh", {"data": -1, "fsdp": fsdp}))
   # The memory of a step is that of a micro-batch. An adversarial run takes its batch whole.
-  size, accumulation, parts = config.train.batch_size, config.train.accumulation, math.prod(sizes[:3])
-  whole = bool(config.get("adversarial", {}).get("weight", 0))
+  length, parts = settings.need("train"), math.prod(sizes[:3])
+  whole = settings.adversarial is not None and settings.adversarial.weight > 0
   for halvings in range(1, 7):
-    if size % (accumulation * 2**halvings * parts) == 0:
-      name, value = ("batch_size", size // 2**halvings) if whole else ("accumulation", accumulation * 2**halvings)
-      changes.append((f"config.train.{name}={value}", {"train": {name: value}}))
+    if length.batch_size % (length.accumulation * 2**halvings * parts) == 0:
+      name, value = "accumulation", length.accumulation * 2**halvings
+      if whole:
+        name, value = "batch_size", length.batch_size // 2**halvings
+      changes.append((f"config.train.{name}={value}", "train", {name: value}))
   kept: list[str] = []
-  for label, values in changes:
-    before = copy.deepcopy(one)
-    one.update(values)
+  for label, section, values in changes:
     key = label.split("=")[0]
     change = [*(name for name in kept if not name.startswith(f"{key}=")), label]
     print(f"does not fit; trying {' '.join(change)}", flush=True)
+    one = settings.changed(section, **values)
     try:
-      report, _ = _step(one, build(one, abstract=True), where, devices, fast=True)
+      report, _ = _step(build(one, abstract=True), where, devices, fast=True)
     except ValueError as error:
-      one = before
       yield {"change": change, "refused": str(error)}
       continue
-    kept = change
+    kept, settings = change, one
     yield {"change": change, "peak": report["memory"]["peak"], "fits": report["memory"]["fits"]}
     if report["memory"]["fits"]:
       return
 
 
-def _sampler(
-  config: ConfigDict, experiment: Experiment, layout: Layout, where: Slice, fast: bool
-) -> list[dict[str, Any]]:
+def _sampler(experiment: Experiment, layout: Layout, where: Slice, fast: bool) -> list[dict[str, Any]]:
   """Reports on the sampler, for each number of evaluations that it is asked for."""
-  settings = call(sample.SampleSettings, "sample", config.get("sample", {}))
+  settings = experiment.settings.sample
   size = -(-settings.batch_size // layout.batch_parts) * layout.batch_parts
 
   def all_params(key: jax.Array, frozen: Any) -> Any:
@@ -348,9 +344,9 @@ def _sampler(
   spread = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.batch)
   inputs = jax.tree.map(spread, (noise, dataset.cond_shapes(size), keys))
   reports = []
-  for nfe in sample.evaluations(experiment, settings):
+  for nfe in sample.evaluations(experiment.method, settings):
     with layout.context():
-      run: Any = sample.make_sampler(experiment, settings, nfe)
+      run: Any = sample.make_sampler(experiment.method, settings, nfe)
       traced = run.trace(params, *inputs)
     flops = count_flops(traced.jaxpr)
     compiled, told = _compile(traced, fast, layout.mesh.devices.flat[0].platform)  # type: ignore[union-attr]

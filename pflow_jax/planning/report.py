@@ -19,7 +19,7 @@ def as_text(report: dict[str, Any]) -> str:
   mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
   m, estimate = report["memory"], report.get("estimate")
   per = "chip" if report["devices"] == report["chips"] else "device (there are two a chip)"
-  what = f"{report['config']['objective']}, {report['config']['policy']}"
+  what = f"{report['config']['objective']}, {report['config']['head']}"
   slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
   lines = [
     f"{what} on {slices}{report['topology']}: {report['chips']} chips, mesh {mesh}",

@@ -8,6 +8,7 @@ import types
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from pflow_jax.files import foreign
+from pflow_jax.settings import renamed
 
 MAX_BYTES = 2**20
 
@@ -39,6 +40,8 @@ def read_config_file(config: str) -> ConfigDict:
     raise ValueError(f"{path}{_line(error, path)}: {_said(error)}") from error
   if not isinstance(values, ConfigDict):
     raise ValueError(f"{path}: expected a ConfigDict from get_config, got {foreign.shown(values)}")
+  if not set(renamed.SECTIONS).isdisjoint(values):
+    return ConfigDict(renamed.renewed(values))
   return ConfigDict(values) if isinstance(values, FrozenConfigDict) else values
 
 

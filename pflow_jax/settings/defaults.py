@@ -1,74 +1,77 @@
-"""Every key that a config may set, with its default: what the files in configs/ start from."""
+"""What the files in configs/ are made of: every key with its default, and variants by their names."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-from pflow_jax.core.objectives.adversarial import Adversarial
-from pflow_jax.evaluation.evaluate import EvaluateSettings
-from pflow_jax.mesh.sharding import MeshSettings
-from pflow_jax.training import optim
-from pflow_jax.training.experiment import FLOW_MAPS, OBJECTIVES, StartSettings
-from pflow_jax.training.network import AdapterSettings
-from pflow_jax.training.sample import SampleSettings
-from pflow_jax.training.teachers import TeacherSettings
-from pflow_jax.training.train import TrainSettings
-from pflow_jax.training.workdir import UNSET_TYPES
-
-
-def parse_variant(variant: str, variants: Sequence[str]) -> tuple[str, bool]:
-  """Splits what follows the colon after a config's path: (one of `variants`, whether ",quicktest" follows it)."""
-  name, *switches = variant.split(",")
-  if name not in variants or switches not in ([], ["quicktest"]):
-    raise ValueError(f"variant: expected one of {tuple(variants)}, perhaps with ',quicktest', got {variant!r}")
-  return name, bool(switches)
+from pflow_jax.core.objectives import OBJECTIVES, PRETRAINED, defaults_of, settings_of
+from pflow_jax.settings.renamed import renewed_kind
+from pflow_jax.settings.tree import OWNERS, unset
 
 
 def default_config(objective: str) -> ConfigDict:
-  """A config with every key of every section but data, model and policy, which a config adds.
+  """A config with every key of every section but data, model and head, which a config adds.
 
   The sections are locked: a misspelt key is an AttributeError that names the nearest.
 
   Args:
-    objective: "flow_matching" for a teacher; for a student "imitation", "imitation_data_free", "ayf_emd", "ayf_lmd",
-      "mean_flow" or "consistency".
+    objective: "flow_matching" for a teacher; for a student "imitation", "ayf_emd", "ayf_lmd", "mean_flow" or
+      "consistency".
+
+  Raises:
+    ValueError: there is no such objective.
   """
-  if objective not in OBJECTIVES:
-    raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, got {objective!r}")
-  config = ConfigDict()
-  config.seed = 0
-  settings = OBJECTIVES[objective]
-  # The settings of a flow map are an instance with the defaults of its kind.
-  defaults = _defaults(settings) if inspect.isclass(settings) else dataclasses.asdict(settings())
-  config.objective = {"kind": objective, **defaults}
-  if objective != "flow_matching":
-    config.teacher = _defaults(TeacherSettings)
-    config.adapters = _defaults(AdapterSettings)
-  config.start = _defaults(StartSettings)
-  if objective in FLOW_MAPS:
-    config.adversarial = _defaults(Adversarial) | {"weight": 0.0}
-  config.optimizer = _defaults(optim.make_optimizer, but=("total_steps",))
-  config.ema = _defaults(optim.make_ema_decay)
-  config.train = _defaults(TrainSettings)
-  config.sample = _defaults(SampleSettings)
-  config.evaluate = _defaults(EvaluateSettings)
-  config.mesh = _defaults(MeshSettings)
+  kind, changes = renewed_kind(objective)
+  known = sorted(name for name in OBJECTIVES if name != PRETRAINED)
+  if kind not in known:
+    raise ValueError(f"objective: expected one of {known}, got {objective!r}")
+  settings: Any = settings_of(kind)
+  config = ConfigDict({"seed": 0, "objective": {"kind": kind, **_typed(settings, defaults_of(kind) | changes)}})
+  own = {name for other in OBJECTIVES for name in settings_of(other).sections}  # of some objectives alone
+  for name, owner in OWNERS.items():
+    if name in settings.sections or name not in own:
+      config[name] = _typed(owner, {field.name: _default(field) for field in dataclasses.fields(owner)})
+  if "adversarial" in config:
+    config.adversarial.weight = 0.0
   for section in config.values():
     if isinstance(section, ConfigDict):
       section.lock()
   return config
 
 
-def _defaults(owner: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
-  """Keyword arguments of a function or dataclass with their defaults."""
-  values = {}
-  for name, parameter in inspect.signature(owner).parameters.items():
-    if name not in but:
-      default = None if parameter.default is inspect.Parameter.empty else parameter.default
-      values[name] = config_dict.placeholder(UNSET_TYPES[name]) if default is None else default
-  return values
+def pick(
+  variant: str, variants: Mapping[str, Callable[[], ConfigDict]], quicktest: Callable[[ConfigDict], None]
+) -> ConfigDict:
+  """The config of a variant, as it is named after the colon behind a config file's path.
+
+  Args:
+    variant: one of the names in `variants`; ",quicktest" after it shrinks the run to a smoke test.
+    variants: functions that return a config, by name.
+    quicktest: shrinks a config.
+
+  Raises:
+    ValueError: there is no such variant.
+  """
+  name, *switches = variant.split(",")
+  if name not in variants or switches not in ([], ["quicktest"]):
+    raise ValueError(f"variant: expected one of {tuple(variants)}, perhaps with ',quicktest', got {variant!r}")
+  config = variants[name]()
+  if switches:
+    quicktest(config)
+  return config
+
+
+def _typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+  hints = typing.get_type_hints(owner)
+  return {name: unset(hints[name]) if value is None else value for name, value in values.items()}
+
+
+def _default(field: dataclasses.Field) -> Any:
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return None if field.default is dataclasses.MISSING else field.default

@@ -56,22 +56,22 @@ def as_section(values: Any, where: str) -> dict[str, Any]:
 
 
 def check_sections(
-  config: ConfigDict, known: Sequence[str], required: Sequence[str] = (), *, where: str = "config"
+  config: Mapping[str, Any], known: Sequence[str], required: Sequence[str] = (), *, where: str = "config"
 ) -> None:
   """Raises ValueError for a section that is not known, is none, or is required and not there.
 
   A section's `kind` is a string. `seed`, which is no section, is a number that JAX takes for one.
   """
   refuse_unknown(config, known, where)
-  missing = [name for name in required if config.get(name) is None]
-  if missing:
-    raise ValueError(f"{where}: the sections {missing} must be set")
   for name, values in config.items():
     if name == "seed":
       foreign.check_type(values, Annotated[int, pydantic.Field(ge=0, lt=2**32)], where=f"{where}.seed")
-    else:
+    elif values is not None or name not in required:
       kind = as_section(values, f"{where}.{name}").get("kind")
       foreign.check_type(kind, str | None, where=f"{where}.{name}.kind")
+  missing = [name for name in required if config.get(name) is None]
+  if missing:
+    raise ValueError(f"{where}: the sections {missing} must be set")
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:

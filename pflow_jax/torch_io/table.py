@@ -290,3 +290,8 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
   return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
+
+
+def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """Shapes of nested leaves by their "/"-joined paths."""
+  return {"/".join(keys): tuple(leaf.shape) for keys, leaf in flatten_dict(tree).items()}

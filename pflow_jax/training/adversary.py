@@ -10,13 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 from pflow_jax.core.objectives.adversarial import Adversarial, adaptive_weight, discriminator_loss, generator_loss
-from pflow_jax.core.objectives.flow_map import FlowMap
-from pflow_jax.core.schedule import add_noise, over_space
 from pflow_jax.networks.discriminator import make_discriminator
-from pflow_jax.settings.sections import call
+from pflow_jax.settings.optimizer import OptimizerSettings
 from pflow_jax.training.experiment import Experiment
 from pflow_jax.training.optim import make_optimizer, skipped
 
@@ -85,35 +82,24 @@ class Adversary:
     return grads, opponent, metrics | {f"discriminator_{name}": value for name, value in aux.items()}
 
 
-def make_adversary(config: ConfigDict, experiment: Experiment) -> Adversary | None:
-  """The adversary that the section `adversarial` of a config describes; None without one, or with weight 0.
+def make_adversary(experiment: Experiment) -> Adversary | None:
+  """The adversary that the section `adversarial` describes; None without one, or with weight 0.
 
-  Raises: ValueError for a run that is no flow map's.
+  Raises:
+    ValueError: the run's method makes no jumps that could be judged.
   """
-  if "adversarial" not in config:
+  settings, method, dataset = experiment.settings.adversarial, experiment.method, experiment.dataset
+  if settings is None or settings.weight == 0:
     return None
-  settings = call(Adversarial, "adversarial", config.adversarial)
-  if settings.weight == 0:
-    return None
-  objective, dataset = experiment.objective, experiment.dataset
-  if not isinstance(objective, FlowMap):
+  if not method.can_generate:
     raise ValueError(
-      f"config.adversarial: expected the objective of a flow map, got {config.objective.kind!r}; set "
+      f"config.adversarial: expected the objective of a flow map, got {experiment.settings.kind!r}; set "
       "adversarial.weight=0"
     )
   module = make_discriminator(dataset.shape, dataset.num_classes, width=settings.width, max_width=settings.max_width)
 
   def generate(params, frozen, x0, cond, key):
-    """One jump to the data, from states at uniform times."""
-    key_time, key_noise, key_dropout, key_guidance = jax.random.split(key, 4)
-    t = jax.random.uniform(key_time, x0.shape[:1])
-    x = add_noise(x0, jax.random.normal(key_noise, x0.shape), t)
-    named = {}
-    if objective.guided:
-      named = {"guidance": jax.random.uniform(key_guidance, t.shape, t.dtype, *objective.guidance)}
-    full = experiment.complete(params, frozen)
-    average = experiment.network(full, x, t, cond, s=jnp.zeros_like(t), key=key_dropout, **named)
-    return x - over_space(t, x) * average
+    return method.generate(experiment.complete(params, frozen), x0, cond, key)
 
-  optimizer = make_optimizer(learning_rate=settings.learning_rate, b1=settings.b1, b2=settings.b2)
+  optimizer = make_optimizer(OptimizerSettings(settings.learning_rate, b1=settings.b1, b2=settings.b2))
   return Adversary(settings, module, optimizer, generate, dataset.shape)

@@ -1,10 +1,10 @@
-"""Networks of a run: what the sections `model`, `policy` and `adapters` of a config make."""
+"""The network of a run: what the sections `model`, `head` and `adapters` of its settings make."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,47 +12,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pflow_jax import data
-from pflow_jax.families.flux.network import Flux
-from pflow_jax.families.qwen_image.network import QwenImage
-from pflow_jax.files.foreign import check_arguments
+from pflow_jax.families.registry import network_kind
+from pflow_jax.files.foreign import check_arguments, shown
 from pflow_jax.mesh.partition import combine, match, split, without
-from pflow_jax.networks import discriminator, edm2, heads, layers, lora, mmdit
-from pflow_jax.networks.denoiser import denoiser_velocity, edm_denoiser
-from pflow_jax.networks.dit import DiT
-from pflow_jax.networks.edm2 import EDM2UNet, normalize_weights
+from pflow_jax.networks.heads import HEADS, Head
 from pflow_jax.networks.layers import accumulation_dtype
-from pflow_jax.networks.lora import Adapter, adapted, init_adapters, merge_adapters
-from pflow_jax.networks.mlp import MLP
-from pflow_jax.settings.sections import call, choose
+from pflow_jax.networks.lora import adapted, init_adapters, merge_adapters
+from pflow_jax.settings.adapters import AdapterSettings
+from pflow_jax.settings.sections import call
+from pflow_jax.settings.tree import Choice
 
 Array = jax.Array
 Params = Any
 
-MODULES: dict[str, type[nn.Module]] = {
-  "dit": DiT,
-  "edm2": EDM2UNet,
-  "flux": Flux,
-  "mlp": MLP,
-  "qwen_image": QwenImage,
-}
-HEADS: dict[str, type[heads.Head]] = {
-  "velocity": heads.VelocityHead,
-  "gmflow": heads.GMFlowHead,
-  "dx": heads.DXHead,
-  "arc": heads.ArcHead,
-}
-
-# Where the parameters of all of them lie on a mesh, see `sharding.Layout`; the first row that matches decides.
-SHARDING = (
-  *discriminator.SHARDING,
-  *heads.SHARDING,
-  *lora.SHARDING,
-  *edm2.SHARDING,
-  *mmdit.SHARDING,
-  *layers.SHARDING,
-)
-
-VELOCITIES = ("velocity", "denoiser")  # policies of a teacher and of a flow map
 # Settings of a network that are above 0, and what is more than any network has: some are walked one by one.
 SIZES = {
   **dict.fromkeys(("depth", "single_depth", "num_blocks", "scan_unroll"), 1000),
@@ -61,43 +33,8 @@ SIZES = {
   **dict.fromkeys(("logstd_inner_dim", "text_width", "pooled_width", "time_scale"), 1_000_000),
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterSettings:
-  """The section `adapters` of a config: low-rank adapters on a frozen teacher; without rows everything trains.
-
-  Attributes:
-    table: rows (pattern, rank, alpha, dropout) or shorter, see `models.lora.Adapter`.
-    train: patterns of the teacher's parameters that train in full beside the adapters and the output layers ("head"),
-      which always do.
-  """
-
-  table: tuple[tuple[Any, ...], ...] = ()
-  train: tuple[str, ...] = ("final_norm/.*",)
-
-  def __post_init__(self):
-    if not all(isinstance(row, Sequence) and not isinstance(row, str) and 2 <= len(row) <= 4 for row in self.table):
-      raise ValueError(
-        f"table: expected rows (pattern, rank, alpha, dropout), the last two optional, got {self.table!r}; quote "
-        "patterns within quotes on the shell"
-      )
-
-  @property
-  def rows(self) -> tuple[Adapter, ...]:
-    return tuple(Adapter(*row) for row in self.table)
-
-
-@dataclasses.dataclass(frozen=True)
-class Denoiser:
-  """The policy "denoiser": a network in EDM's preconditioning, whose velocity is that of its denoised image.
-
-  What a teacher of EDM or EDM2 is; a flow map of it is one too. Attributes: see `models.denoiser`.
-  """
-
-  sigma_data: float = 0.5
-  max_sigma: float = 80.0
-  min_sigma: float = 0.002
+COMPUTED = ("remat", "attention", "scan_unroll")
+"""Options of a network that say how it is computed, not which it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +42,16 @@ class Network:
   """A module, and which of its parameters train: all, or adapters and a few layers on a frozen rest.
 
   Attributes:
-    denoiser: what turns the module's output in a velocity, if that is not what it returns.
+    module: called as module(x, t, cond, ...).
+    head: its output layer; one that makes its own output has a head too, which says what that is.
+    adapters: low-rank adapters on the frozen rest; without rows everything trains.
+    project: what brings parameters back after an update where the module wants that.
   """
 
   module: nn.Module
+  head: Head
   adapters: AdapterSettings = AdapterSettings()
-  denoiser: Denoiser | None = None
+  project: Callable[[Params], Params] | None = None
 
   def __call__(self, params: Params, x: Array, t: Array, cond: Any, *, key: Array | None = None, **named: Any) -> Any:
     """Output at state x (B, *space, C) and flow time t (B,); `key` switches the adapters' dropout on."""
@@ -120,13 +61,7 @@ class Network:
       with adapted(self.adapters.rows) if self.adapters.table else contextlib.nullcontext():
         return self.module.apply({"params": params}, x, t, cond, rngs=rngs, **named)
 
-    if self.denoiser is None:
-      return apply(x, t, cond)
-    # The modules take flow time, whose logit is log sigma.
-    denoise = edm_denoiser(
-      lambda x, c_noise, cond: apply(x, jax.nn.sigmoid(4 * c_noise), cond), self.denoiser.sigma_data
-    )
-    return denoiser_velocity(denoise, self.denoiser.max_sigma, self.denoiser.min_sigma)(x, t, cond)
+    return self.head.field(apply)(x, t, cond)
 
   def init(self, key: Array, dataset: data.Dataset, **named: Any) -> Params:
     """Random parameters of the module, for the data's shapes; `named` as for a call of a batch of 1."""
@@ -144,11 +79,6 @@ class Network:
     if jnp.dtype(self.module.dtype) == jnp.float32:  # type: ignore[attr-defined]
       return None
     return dataclasses.replace(self, module=self.module.clone(dtype=jnp.float32))
-
-  @property
-  def project(self) -> Callable[[Params], Params] | None:
-    """What brings parameters back where the module wants them after an update, if it wants that."""
-    return normalize_weights if isinstance(self.module, EDM2UNet) else None
 
   def trained(self, params: Params, base: Params, key: Array) -> Params:
     """What trains of a network that starts with `params`, in float32 or wider; `base` as in `complete`."""
@@ -180,75 +110,48 @@ def _widened(params: Params) -> Params:
 
 
 def make_network(
-  model: Mapping[str, Any],
-  policy: Mapping[str, Any],
-  dataset: data.Dataset,
-  adapters: AdapterSettings = AdapterSettings(),
+  model: Choice, head: Choice, dataset: data.Dataset, adapters: AdapterSettings = AdapterSettings()
 ) -> Network:
-  """The network that `config.model`, `config.policy` and `config.adapters` describe."""
-  denoiser = None
-  if policy.get("kind") == "denoiser":
-    denoiser = call(Denoiser, "policy", {key: value for key, value in policy.items() if key != "kind"})
-    policy = {"kind": "velocity"}
-  return Network(make_module(model, policy, dataset), adapters, denoiser)
+  """The network that the sections `model`, `head` and `adapters` describe, for the data's channels and conditions.
 
+  Args:
+    model: which module, and its attributes.
+    head: which output layer, and its attributes.
+    dataset: what it is for.
+    adapters: which parameters train; by default all.
 
-def make_module(model: Mapping[str, Any], policy: Mapping[str, Any], dataset: data.Dataset) -> nn.Module:
-  """The module that `config.model` and `config.policy` describe, for the data's channels and classes."""
-  module, model_values = choose(MODULES, "model", model)
-  head, head_values = choose(HEADS, "policy", policy)
-  for section, owner, values in (("model", module, model_values), ("policy", head, head_values)):
-    set_values = {key: value for key, value in values.items() if value is not None}
-    for key, value in check_arguments(owner, set_values, where=f"config.{section}").items():
+  Raises:
+    ValueError: a name that is not known, an option that does not fit, or data that the network is not for.
+  """
+  kind, owner = network_kind(model.kind), head_class(head)
+  for section, made, choice in (("model", kind.module, model), ("head", owner, head)):
+    given = {key: value for key, value in choice.options.items() if value is not None}
+    for key, value in check_arguments(made, given, where=f"config.{section}").items():
       if key in SIZES and not (0 if key == "num_blocks" else 1) <= value <= SIZES[key]:
         raise ValueError(f"config.{section}.{key}: expected > 0 and at most {SIZES[key]:,}, got {value}")
-  if model_values.get("dtype", "float32") not in DTYPES:
-    raise ValueError(f"config.model.dtype: expected one of {DTYPES}, got {model_values['dtype']!r}")
-  channels, cond = dataset.shape[-1], dataset.cond_shapes(1)
-  has_text = isinstance(cond, Mapping)
-  if has_text != (module in (Flux, QwenImage)) and module is not DiT:
+  if model.get("dtype", "float32") not in DTYPES:
+    raise ValueError(f"config.model.dtype: expected one of {DTYPES}, got {model.get('dtype')!r}")
+  if not kind.has_head and owner.has_policy:
     raise ValueError(
-      f"config.model.kind: {model['kind']!r} is conditioned on {'classes' if has_text else 'texts'}, the data set "
-      f"{dataset.name} has {'texts' if has_text else 'none'}"
+      f"config.head.kind: the network {model.kind!r} has an output layer of its own, which makes a velocity, expected "
+      f"{[name for name, other in HEADS.items() if not other.has_policy]}, got {head.kind!r}"
     )
-  size: dict[str, Any] = dict(channels=channels) | (
-    {} if module in (Flux, QwenImage) else dict(num_classes=dataset.num_classes)
-  )
-  if module is DiT and has_text:
-    if "pooled" not in cond:
-      raise ValueError(
-        f"config.model.kind: 'dit' is conditioned on one vector a text, {dataset.name} has {sorted(cond)}; write it "
-        "with `pflow cache --model minilm`"
-      )
-    size["pooled_width"] = cond["pooled"].shape[-1]
-  if module is EDM2UNet:
-    if head is not heads.VelocityHead:
-      raise ValueError(
-        "config.policy.kind: the network 'edm2' has an output layer of its own, expected 'velocity', got "
-        f"{policy['kind']!r}"
-      )
-    return call(module, "model", model_values, **size)
-  head_module = call(
-    head,
-    "policy",
-    head_values,
-    channels=channels,
-    patch_size=model_values.get("patch_size") or module_defaults(model).get("patch_size", 1),
-    layout="flux" if module in (Flux, QwenImage) else "dit",
-    use_bias=True,
-  )
-  return call(module, "model", model_values, head=head_module, **size)
+  size = kind.of_data(model.kind, dataset.name, dataset.shape[-1], dataset.num_classes, dataset.cond_shapes(1))
+  patch = model.get("patch_size", kind.defaults.get("patch_size", 1))
+  output = call(owner, "head", head.options, channels=size["channels"], patch_size=patch, layout=kind.layout)
+  own = {"head": output} if kind.has_head else {}
+  return Network(call(kind.module, "model", model.options, **own, **size), output, adapters, kind.project)
 
 
-def module_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
-  """Settings of the section `model` that its module has defaults for, and these."""
-  kind = model.get("kind")
-  fields = dataclasses.fields(MODULES[kind]) if isinstance(kind, str) and kind in MODULES else ()  # type: ignore[arg-type]
-  return {
-    field.name: field.default
-    for field in fields
-    if field.default is not dataclasses.MISSING and field.name not in ("parent", "name", "channels", "dtype", "head")
-  }
+def head_class(head: Choice) -> type[Head]:
+  """The class of a head.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  if not isinstance(head.kind, str) or head.kind not in HEADS:
+    raise ValueError(f"config.head.kind: expected one of {sorted(HEADS)}, got {shown(head.kind)}")
+  return HEADS[head.kind]
 
 
 def velocity_of(network: Network, params: Params) -> Callable[[Array, Array, Any], Array]:

@@ -9,13 +9,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import load_params, params_shapes
 from pflow_jax.files import foreign
 from pflow_jax.mesh.distributed import agreed
 from pflow_jax.mesh.sharding import Layout
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import (
   INPUTS,
@@ -29,6 +28,7 @@ from pflow_jax.training.inputs import (
 )
 
 Params = Any
+ABOUT = ("objective", "head", "model", "source")  # sections of a model's settings that a run of it keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Saved:
     """What a run keeps of a model; `known` is what it has kept, with which less is read."""
     files = digest_of_files(self.workdir, self.step)
     parameters = known.parameters if known and files and files == known.files else self.digest
-    plain = workdir.as_plain(workdir.load_config(self.workdir))
-    about = {str(name): plain[name] for name in ("objective", "policy", "model", "source") if name in plain}
+    plain = workdir.load_settings(self.workdir).plain()
+    about: dict[str, Any] = {name: plain[name] for name in ABOUT if name in plain}
     return ModelInput(self.workdir, None, int(self.step or 0), self.which, about, parameters, files)
 
   @property
@@ -69,14 +69,17 @@ class Saved:
 
 
 def inputs_of(
-  config: ConfigDict, dataset: data.Dataset, saved: Mapping[str, Saved], folder: str | os.PathLike
+  settings: Settings, dataset: data.Dataset, saved: Mapping[str, Saved], folder: str | os.PathLike
 ) -> Inputs:
-  """What the run of `config`, pinned (see `workdir.pin`), in the workdir `folder` is made from.
+  """What the run of `settings`, pinned (see `workdir.pinned`), in the workdir `folder` is made from.
 
   Args:
-    saved: its teachers, by what they are to it, see `ROLES`.
+    settings: of the run.
+    dataset: its data.
+    saved: its teachers, by what they are to it, see `teachers.ROLES`.
+    folder: its workdir.
   """
-  start = config.get("start", {})
+  start = settings.start
 
   def compute() -> Inputs:
     is_old = workdir.has_checkpoint(folder)
@@ -85,24 +88,25 @@ def inputs_of(
     models = {name: one.described(known.get(name)) for name, one in saved.items()}
     if "start" in known:
       models["start"] = known["start"]  # a run that goes on has its own of it, and it may be gone
-    elif start.get("workdir") and not is_old:
-      models["start"] = Saved(start["workdir"], start["which"], start["step"]).described()
-    description = data.Description.of(dataset, workdir.as_plain(config)["data"])
+    elif start.workdir and not is_old:
+      models["start"] = Saved(start.workdir, start.which, start.step).described()
+    description = data.Description.of(dataset, settings.plain()["data"])
     return Inputs(DataInput(description, data.fingerprint(dataset)), models)
 
   told = agreed(lambda: json.dumps(dataclasses.asdict(compute())))
   return foreign.parse_json(told, Inputs, where=INPUTS)
 
 
-def use_teacher(config: ConfigDict, folder: str | os.PathLike | None) -> None:
-  """Says in the config of a run where its teacher is, if anybody says so.
+def use_teacher(settings: Settings, folder: str | os.PathLike | None) -> Settings:
+  """The settings of a run with the place of its teacher, if anybody says where that is.
 
-  Raises: ValueError for a run that has none.
+  Raises:
+    ValueError: the run has none.
   """
   if folder is None:
-    return
-  if "teacher" not in config:
-    raise ValueError(f"--teacher: expected a student, {config.objective.kind!r} has no teacher; leave it out")
+    return settings
+  if settings.teacher is None:
+    raise ValueError(f"--teacher: expected a student, {settings.kind!r} has no teacher; leave it out")
   if not os.fspath(folder).strip():
     raise ValueError(f"--teacher: expected the workdir of the teacher, got {os.fspath(folder)!r}")
-  config.teacher.workdir = absolute_path(folder)
+  return settings.changed("teacher", workdir=absolute_path(folder))

@@ -11,10 +11,10 @@ import tempfile
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.files.lock import Unwritable
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import Inputs
 from pflow_jax.training.state import TrainState
@@ -29,7 +29,7 @@ class Rescued(OSError):
 
 
 def rescue(
-  folder: str | os.PathLike, config: ConfigDict, inputs: Inputs, state: TrainState, cause: Unwritable
+  folder: str | os.PathLike, settings: Settings, inputs: Inputs, state: TrainState, cause: Unwritable
 ) -> OSError:
   """Saves a run's state, config, inputs and, if it can be read, log as a new workdir elsewhere, if there is room.
 
@@ -49,7 +49,7 @@ def rescue(
       raise OSError(f"{base} has {free / 1e6:,.0f} MB left of {needed / 1e6:,.0f}")
     name = re.sub(r"\W+", "-", pathlib.Path(folder).name)[:40]
     target = tempfile.mkdtemp(prefix=f"pflow-rescue-{name}-", dir=base)
-    workdir.claim(target, config, inputs)
+    workdir.claim(target, settings, inputs)
     with contextlib.suppress(Exception):
       pathlib.Path(target, METRICS).write_bytes((epath.Path(folder) / METRICS).read_bytes())
     with Checkpointer(f"{target}/{workdir.CHECKPOINTS}") as checkpointer:

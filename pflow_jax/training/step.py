@@ -11,62 +11,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from ml_collections import ConfigDict
 
+from pflow_jax.families.registry import sharding_rules
 from pflow_jax.files import foreign
-from pflow_jax.mesh.sharding import Layout, MeshSettings, make_layout
-from pflow_jax.settings.sections import call
+from pflow_jax.mesh.sharding import Layout, make_layout
+from pflow_jax.settings.mesh import MeshSettings
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import optim
 from pflow_jax.training.adversary import Adversary, make_adversary
-from pflow_jax.training.experiment import Experiment, LossFn, build, layout_of, make_optimizer
+from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.flops import count_flops
-from pflow_jax.training.network import SHARDING
 from pflow_jax.training.state import TrainState, create_state
 
+Loss = Callable[[Any, Any, dict[str, Array], Array, Array], tuple[Array, dict[str, Array]]]
+
 POSITION_BYTES = 64  # that an example's place in a batch takes while batches are made
-WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-  """The section `train` of a config.
-
-  Attributes:
-    steps: optimizer steps of the whole run.
-    batch_size: examples a step, over all processes.
-    accumulation: micro-batches that a step's batch is cut into, one after the other.
-    log_every, checkpoint_every, sample_every: in steps; 0 never (checkpoints: only at the end).
-    keep_checkpoints: newest checkpoints to keep.
-    keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
-    max_skipped: non-finite updates in a row after which the run stops with an error.
-    profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
-    num_workers: processes that read data; 0 reads in this one.
-  """
-
-  steps: int
-  batch_size: int
-  accumulation: int = 1
-  log_every: int = 50
-  checkpoint_every: int = 500
-  keep_checkpoints: int = 2
-  keep_every: int = 0
-  sample_every: int = 0
-  max_skipped: int = 20
-  profile: tuple[int, int] = (0, 0)
-  tensorboard: bool = True
-  num_workers: int = 0
-
-  def __post_init__(self):
-    for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints", "max_skipped"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"config.train.{name}: expected at least 1, got {getattr(self, name)}")
-    for name in ("checkpoint_every", "keep_every", "sample_every", "num_workers"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
-    workers = self.num_workers * WORKER_BYTES
-    foreign.check_memory(f"config.train.num_workers={self.num_workers}", workers, "ask for fewer")
-    if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
-      raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +40,7 @@ class Step:
     schedule: learning rate by the number of updates, for the metrics.
   """
 
-  loss_fn: LossFn
+  loss_fn: Loss
   optimizer: optax.GradientTransformation
   ema_decay: Callable[[Array], Array]
   accumulation: int = 1
@@ -155,18 +114,20 @@ class Step:
     return loss, aux, grads
 
 
-def make_step(config: ConfigDict, experiment: Experiment) -> Step:
-  """The step that `config` describes."""
-  accumulation = call(TrainSettings, "train", config.get("train", {})).accumulation
-  optimizer, schedule = make_optimizer(config)
-  ema_decay = call(optim.make_ema_decay, "ema", config.get("ema", {}))
-  adversary = make_adversary(config, experiment)
+def make_step(experiment: Experiment) -> Step:
+  """The step of a run."""
+  settings = experiment.settings
+  accumulation, steps = settings.need("train").accumulation, settings.need("train").steps
+  optimizer = optim.make_optimizer(settings.need("optimizer"), steps)
+  schedule = optim.make_schedule(settings.need("optimizer"), steps)
+  ema_decay = optim.make_ema_decay(settings.ema)
+  adversary = make_adversary(experiment)
   if adversary and accumulation > 1:
     raise ValueError(
       f"config.train.accumulation: an adversarial run takes its batch whole, expected 1, got {accumulation}"
     )
   project = experiment.network.project
-  return Step(experiment.loss_fn, optimizer, ema_decay, accumulation, project, adversary, schedule)
+  return Step(experiment.loss, optimizer, ema_decay, accumulation, project, adversary, schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,16 +186,16 @@ class Program:
       return step.trace(self.state, self.frozen, batch, key)
 
 
-def make_program(config: ConfigDict, experiment: Experiment, layout: Layout | None = None) -> Program:
-  """The step that `config` describes, on `layout`.
+def make_program(experiment: Experiment, layout: Layout | None = None) -> Program:
+  """The step of a run, on `layout`.
 
   Args:
-    layout: by default the one that `config.mesh` describes, of this machine's devices, which must be able to hold it.
+    layout: by default that of the section `mesh` over this machine's devices, which must be able to hold it.
   Raises: ValueError for a mesh, a table or a batch that does not fit.
   """
-  here, layout = layout is None, layout or layout_of(config)
-  batch_size = call(TrainSettings, "train", config.get("train", {})).batch_size
-  step = make_step(config, experiment)
+  here, layout = layout is None, layout or layout_of(experiment.settings)
+  batch_size = experiment.settings.need("train").batch_size
+  step = make_step(experiment)
   if batch_size % (layout.batch_parts * step.accumulation):
     raise ValueError(
       "config.train.batch_size: expected a multiple of the mesh's slice x data x fsdp x accumulation = "
@@ -260,10 +221,10 @@ def abstract_batch(
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def step_flops(config: ConfigDict) -> int:
-  """Operations of one optimizer step of the run that `config` describes, teacher included; see `count_flops`."""
-  single = make_layout(MeshSettings(), SHARDING, jax.local_devices()[:1])
-  program = make_program(config, build(config), single)
+def step_flops(settings: Settings) -> int:
+  """Operations of one optimizer step of the run that `settings` describe, teacher included; see `count_flops`."""
+  single = make_layout(MeshSettings(), sharding_rules(), jax.local_devices()[:1])
+  program = make_program(build(settings), single)
   program.check_memory()
   return count_flops(program.trace().jaxpr)
 

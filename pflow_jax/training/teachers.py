@@ -6,70 +6,28 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from pflow_jax import data
 from pflow_jax.core import guidance
-from pflow_jax.files.foreign import shown
+from pflow_jax.families.registry import network_kind
 from pflow_jax.mesh.partition import differing
 from pflow_jax.mesh.sharding import Layout
-from pflow_jax.settings.sections import call, check_sections
+from pflow_jax.settings.sections import call
+from pflow_jax.settings.teacher import TeacherSettings
+from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import Inputs, is_run, locate, paths_of_data, read_inputs
-from pflow_jax.training.network import VELOCITIES, Network, make_network, module_defaults, velocity_of
+from pflow_jax.training.network import COMPUTED, Network, head_class, make_network, velocity_of
 from pflow_jax.training.origins import Saved, inputs_of, use_teacher
 
-Array = jax.Array
 Params = Any
 
-PRETRAINED = "pretrained"  # objective.kind of a teacher that was converted, not trained here
 ROLES = {"strong": "teacher", "weak": "weak"}  # of a teacher's parts, as `inputs.Inputs` names them
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherSettings:
-  """The section `teacher` of a config.
-
-  Attributes:
-    workdir, step: of its run; step None is the newest checkpoint, and a student keeps the one it started with.
-    which: "ema" or "params".
-    guidance, interval, orthogonal: how it is guided, see `guidance.guided`.
-    weak_workdir, weak_step: a weaker model, an early checkpoint or a smaller network, which guides it in place of the
-      empty condition (autoguidance). weak_step alone is a checkpoint of the teacher's own run.
-    bias_noise: of a student's start, see `heads.head_params_from_teacher`.
-    dtype: that its parameters, and what of a student does not train, are kept in; None is as they were saved.
-  """
-
-  workdir: str | None = None
-  step: int | None = None
-  which: str = "ema"
-  guidance: float = 1.0
-  interval: tuple[float, float] = (0.0, 1.0)
-  orthogonal: float = 0.0
-  weak_workdir: str | None = None
-  weak_step: int | None = None
-  bias_noise: float = 0.05
-  dtype: str | None = None
-
-  def __post_init__(self):
-    if self.which not in ("ema", "params"):
-      raise ValueError(f"which: expected 'ema' or 'params', got {self.which!r}")
-    if not self.guidance > 0:
-      raise ValueError(f"guidance: expected a strength > 0, got {self.guidance}")
-    if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
-      raise ValueError(f"interval: expected flow times (low, high), 0 <= low <= high <= 1, got {self.interval}")
-    if self.bias_noise < 0:
-      raise ValueError(f"bias_noise: expected at least 0, got {self.bias_noise}")
-    if self.dtype not in (None, "float32", "bfloat16"):
-      raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {self.dtype!r}")
-
-  @property
-  def autoguided(self) -> bool:
-    return self.weak_workdir is not None or self.weak_step is not None
+VELOCITY = Choice("velocity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +35,27 @@ class Part:
   """One of a teacher's models.
 
   Attributes:
-    shapes: of its parameters.   saved: where they are; None of an abstract teacher.
+    field: parameters -> velocity field (x, t, cond) -> v.
+    shapes: of its parameters.
+    network: what a student can start from; None of a function.
+    saved: where its parameters are; None of what is not in a workdir.
+    values: its parameters, of what is not in a workdir.
   """
 
-  network: Network
+  field: Callable[[Params], guidance.Velocity]
   shapes: Params
+  network: Network | None = None
   saved: Saved | None = None
+  values: Params = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """A trained flow model.
+  """A flow model whose velocity a student learns from: a run, a converted model or a function.
 
   Attributes:
+    settings: how it is guided, and where it is.
+    dataset: whose empty condition guides it.
     find: looks for its parts, "strong" and, with autoguidance, "weak"; ValueError where one is not or does not fit.
   """
 
@@ -100,6 +66,11 @@ class Teacher:
   @functools.cached_property
   def parts(self) -> dict[str, Part]:
     return self.find()
+
+  @property
+  def has_network(self) -> bool:
+    """Whether a student can start from its parameters."""
+    return self.parts["strong"].network is not None
 
   @property
   def shapes(self) -> Params:
@@ -113,52 +84,57 @@ class Teacher:
 
   def load(self, layout: Layout | None = None) -> Params:
     """Its parameters, on the devices as `layout` says, without one on the host."""
-    return {name: one.load(layout) for name, one in self.saved.items()}
+    place = layout.place if layout else lambda values: values
+    return {name: part.saved.load(layout) if part.saved else place(part.values) for name, part in self.parts.items()}
 
   def velocity(self, params: Params, scale: Any = None) -> guidance.Velocity:
     """(x, t, cond) -> v, guided, by default at settings.guidance."""
     settings = self.settings
     options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
     scale = settings.guidance if scale is None else scale
-    field = velocity_of(self.parts["strong"].network, params["strong"])
+    field = self.parts["strong"].field(params["strong"])
     if settings.autoguided:
-      weak = velocity_of(self.parts["weak"].network, params["weak"])
-      return guidance.autoguided(field, weak, scale=scale, **options)
+      return guidance.autoguided(field, self.parts["weak"].field(params["weak"]), scale=scale, **options)
     return guidance.guided(field, self.dataset.null_cond, scale=scale, **options)
 
 
 def load_teacher(
-  config: ConfigDict,
+  settings: Settings,
   dataset: data.Dataset,
   strengths: tuple[float, float] = (1.0, 1.0),
   abstract: bool = False,
   run: str | os.PathLike | None = None,
 ) -> Teacher:
-  """The trained teacher that `config.teacher` names, for a student that asks for guidance of these strengths.
+  """The trained teacher that `settings.teacher` names, for a student that asks for guidance of these strengths.
 
   Args:
+    settings: of the student.
+    dataset: the student's.
+    strengths: lowest and highest strength of guidance that the student asks for.
     abstract: without reading anything: shapes of the parameters of a teacher as the student needs one, whether there
       is one or not, and a weak one of the same size.
     run: workdir of the student, which has been trained: its teacher is looked for when something needs it, and is
       found where it has moved together with the student.
-  Raises: ValueError where there is none, or it does not fit the student, with all that differs.
+
+  Raises:
+    ValueError: there is none, or it does not fit the student, with all that differs.
   """
-  settings = call(TeacherSettings, "teacher", config.get("teacher", {}))
-  is_guided = settings.guidance != 1 or strengths != (1.0, 1.0)
-  if settings.autoguided and not is_guided:
+  own = settings.teacher or TeacherSettings()
+  is_guided = own.guidance != 1 or strengths != (1.0, 1.0)
+  if own.autoguided and not is_guided:
     raise ValueError(
       "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "
       "config.teacher.guidance or config.objective.guidance"
     )
-  names = ("strong", "weak") if settings.autoguided else ("strong",)
+  names = ("strong", "weak") if own.autoguided else ("strong",)
 
   def find() -> dict[str, Part]:
     if abstract:
-      return {name: _assume(config, dataset, settings) for name in names}
-    return {name: _find(config, dataset, settings, is_guided, run, weak=name == "weak") for name in names}
+      return {name: _assume(settings, dataset) for name in names}
+    return {name: _find(settings, own, dataset, is_guided, run, weak=name == "weak") for name in names}
 
-  teacher = Teacher(settings, dataset, find)
-  if run is None or _is_moved_by_hand(settings, run):
+  teacher = Teacher(own, dataset, find)
+  if run is None or _is_moved_by_hand(own, run):
     _ = teacher.parts  # what does not fit is better said before any work
   return teacher
 
@@ -171,140 +147,144 @@ def _is_moved_by_hand(settings: TeacherSettings, run: str | os.PathLike) -> bool
 
 
 def _find(
-  config: ConfigDict,
+  settings: Settings,
+  asked: TeacherSettings,
   dataset: data.Dataset,
-  settings: TeacherSettings,
   is_guided: bool,
   run: str | os.PathLike | None,
   weak: bool = False,
 ) -> Part:
   """The teacher, or the weak one."""
-  if not settings.workdir:
+  if not asked.workdir:
     raise ValueError(
       "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant), or "
       "convert one (`pflow convert`), and pass --config.teacher.workdir=<its workdir>"
     )
-  key, step = ("weak_workdir", settings.weak_step) if weak else ("workdir", settings.step)
-  folder = (weak and settings.weak_workdir) or settings.workdir
+  key, step = ("weak_workdir", asked.weak_step) if weak else ("workdir", asked.step)
+  folder = (weak and asked.weak_workdir) or asked.workdir
   inputs = read_inputs(run) if run is not None else None
   if inputs is not None and run is not None:
     folder = locate(ROLES["weak" if weak else "strong"], folder, run, inputs)
-  own = _config_of_a_teacher(folder, key)
+  own = _settings_of_a_teacher(folder, key)
   sections: tuple[str, ...] = ()
   if not weak:
     # The student starts from its teacher's parameters: same data, same network but for how it is computed.
     # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
-    is_velocity = config.policy.kind in VELOCITIES
-    if not is_velocity and own.policy.get("kind") != "velocity":
+    has_policy = head_class(settings.head).has_policy
+    if has_policy and not head_class(own.head).starts_policies:
       raise ValueError(
-        f"config.teacher.workdir: {folder} holds a {shown(own.policy.get('kind'))}; a policy's output layer starts "
-        "from that of a teacher with policy.kind='velocity'"
+        f"config.teacher.workdir: {folder} holds a {own.head.kind!r}; a policy's output layer starts from that of a "
+        "teacher with head.kind='velocity'"
       )
-    sections = ("model", "policy") if is_velocity else ("model",)
+    sections = ("model",) if has_policy else ("model", "head")
     # A run that has been trained passed this; what describes its data has no empty prompt.
-    if is_guided and not settings.autoguided and inputs is None:
-      _check_knows_nothing(own, dataset, settings)
+    if is_guided and not asked.autoguided and inputs is None:
+      _check_knows_nothing(own, dataset, asked)
   # A student that has been trained may be looked at beside other data.
-  about_data = own.objective.kind != PRETRAINED and inputs is None
-  _check_same(config, own, folder, ("data", *sections) if about_data else sections, dataset)
-  network = make_network(_computed_as(config.model, own.model), own.policy, dataset)
-  saved = Saved(folder, which_of(own, settings.which), step, settings.dtype)
+  about_data = not own.converted and inputs is None
+  _check_same(settings, own, folder, ("data", *sections) if about_data else sections, dataset)
+  network = make_network(_computed_as(settings.model, own.model), own.head, dataset)
+  saved = Saved(folder, which_of(own, asked.which), step, asked.dtype)
   shapes = saved.shapes()
   # Attention has no parameters, and this machine need not have the kernels that the student attends with.
-  portable = own.model.to_dict() | ({"attention": "xla"} if "attention" in own.model else {})
-  if others := differing(shapes, make_network(portable, own.policy, dataset).shapes(dataset)):
+  portable = own.changed("model", attention="xla").model if own.model.get("attention") else own.model
+  if others := differing(shapes, make_network(portable, own.head, dataset).shapes(dataset)):
     raise ValueError(
       f"{folder}: holds another network than the config beside it describes; parameters that differ: {others[:8]}; "
       f"restore the {workdir.CONFIG} that it was trained with"
     )
-  return Part(network, shapes, saved)
+  return Part(functools.partial(velocity_of, network), shapes, network, saved)
 
 
-def inputs_of_import(config: ConfigDict, folder: str | os.PathLike) -> Inputs | None:
-  """The same of a run that was converted to the workdir `folder`; None of a teacher, which was made elsewhere."""
-  if config.objective.kind == PRETRAINED:
+def inputs_of_import(settings: Settings, folder: str | os.PathLike) -> Inputs | None:
+  """What a run that was converted to the workdir `folder` is made from; None of a teacher, which was made elsewhere."""
+  if settings.converted:
     return None
-  saved, t = {}, config.teacher
-  if t.workdir:
-    saved["teacher"] = Saved(t.workdir, which_of(workdir.load_config(t.workdir), t.which), t.step)
-  return inputs_of(config, call(data.load, "data", config.data), saved, folder)
+  saved, t = {}, settings.teacher
+  if t is not None and t.workdir:
+    saved["teacher"] = Saved(t.workdir, which_of(workdir.load_settings(t.workdir), t.which), t.step)
+  return inputs_of(settings, call(data.load, "data", settings.data), saved, folder)
 
 
-def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None) -> ConfigDict:
-  """The config of the run in `folder` with what it carries: shape and classes of its data, and where its teacher is.
+def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None) -> Settings:
+  """The settings of the run in `folder` with what it carries: shape and classes of its data, and where its teacher is.
 
   Args:
+    folder: the workdir.
     teacher: workdir of its teacher, if that has moved.
-  Raises: ValueError for a `teacher` that the run was not trained with.
+
+  Raises:
+    ValueError: the run was not trained with `teacher`.
   """
-  config, inputs = workdir.load_config(folder), read_inputs(folder)
-  use_teacher(config, teacher)
+  inputs = read_inputs(folder)
+  settings = use_teacher(workdir.load_settings(folder), teacher)
   if inputs is not None:
     description = inputs.data.description
-    config.data = {**config.data, "shape": description.shape, "num_classes": description.num_classes}
+    settings = settings.changed("data", shape=description.shape, num_classes=description.num_classes)
     if teacher is not None:
-      config.teacher.workdir = locate("teacher", config.teacher.workdir, folder, inputs)
-  return config
+      place = locate("teacher", str(settings.need("teacher").workdir), folder, inputs)
+      settings = settings.changed("teacher", workdir=place)
+  return settings
 
 
-def _computed_as(student: ConfigDict, own: ConfigDict) -> ConfigDict:
-  """The section `model` of a teacher, its blocks computed as the student's: it need not run where it was trained."""
-  keys = workdir.COMPUTED if own.get("kind") == student.get("kind") else ()
-  return ConfigDict({**own, **{key: student[key] for key in keys if key in student}})
+def _computed_as(student: Choice, own: Choice) -> Choice:
+  """The network of a teacher, its blocks computed as the student's: it need not run where it was trained."""
+  keys = COMPUTED if own.kind == student.kind else ()
+  return Choice(own.kind, {**own.options, **{key: student.options[key] for key in keys if key in student.options}})
 
 
-def which_of(config: Mapping[str, Any], which: str = "ema") -> str:
+def which_of(settings: Settings, which: str = "ema") -> str:
   """The parameters to read of a run: `which`, but for a converted teacher, which has no average."""
-  return "params" if config["objective"]["kind"] == PRETRAINED else which
+  return "params" if settings.converted else which
 
 
-def _check_knows_nothing(own: ConfigDict, dataset: data.Dataset, settings: TeacherSettings) -> None:
+def _check_knows_nothing(own: Settings, dataset: data.Dataset, asked: TeacherSettings) -> None:
   """Raises ValueError where there is no empty condition to guide the teacher away from."""
-  if own.objective.kind != PRETRAINED and not own.objective.get("cond_dropout"):
+  if not own.converted and not own.objective.cond_dropout:
     raise ValueError(
-      f"config.teacher.guidance: {settings.guidance} needs a teacher that knows the empty condition; train it with "
+      f"config.teacher.guidance: {asked.guidance} needs a teacher that knows the empty condition; train it with "
       "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"
     )
   if dataset.null_cond is None:
     raise ValueError(
-      f"config.teacher.guidance: {settings.guidance} needs the empty prompt's embedding, which {dataset.name} lacks; "
+      f"config.teacher.guidance: {asked.guidance} needs the empty prompt's embedding, which {dataset.name} lacks; "
       "write it again with `pflow cache`"
     )
 
 
-def _assume(config: ConfigDict, dataset: data.Dataset, settings: TeacherSettings) -> Part:
+def _assume(settings: Settings, dataset: data.Dataset) -> Part:
   """A teacher that would fit the student."""
-  policy = config.policy if config.policy.kind in VELOCITIES else {"kind": "velocity"}
-  network = make_network(config.model, policy, dataset)
+  head = VELOCITY if head_class(settings.head).has_policy else settings.head
+  network = make_network(settings.model, head, dataset)
   shapes = network.shapes(dataset)
-  if settings.dtype:
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, settings.dtype), shapes)
-  return Part(network, shapes)
+  dtype = settings.teacher and settings.teacher.dtype
+  if dtype:
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+  return Part(functools.partial(velocity_of, network), shapes, network)
 
 
-def _config_of_a_teacher(folder: str, key: str) -> ConfigDict:
+def _settings_of_a_teacher(folder: str, key: str) -> Settings:
   if not is_run(folder):
     raise ValueError(f"config.teacher.{key}: there is no run in {folder}; say where the teacher is with --teacher")
-  own = workdir.load_config(folder)
   try:
-    check_sections(own, list(own), required=("model", "policy", "objective"))
+    own = workdir.load_settings(folder)
   except ValueError as error:
     raise ValueError(f"config.teacher.{key}: {folder} has no whole config ({error}); give a finished run") from error
-  if own.objective.get("kind") not in ("flow_matching", PRETRAINED):
+  if "teacher" in own.objective.sections:
     raise ValueError(f"config.teacher.{key}: {folder} holds a student, expected a teacher")
   return own
 
 
 def _check_same(
-  config: ConfigDict, own: ConfigDict, folder: str, sections: tuple[str, ...], dataset: data.Dataset
+  settings: Settings, own: Settings, folder: str, sections: tuple[str, ...], dataset: data.Dataset
 ) -> None:
-  free: tuple[str, ...] = ("model.dtype", *(f"model.{key}" for key in workdir.COMPUTED), "data.max_length")
+  free: tuple[str, ...] = ("model.dtype", *(f"model.{key}" for key in COMPUTED), "data.max_length")
   starts = tuple(f"{section}." for section in sections)
   mine, teachers = (
-    {k: v for k, v in workdir.flatten(_complete(workdir.as_plain(c))).items() if k.startswith(starts)}
-    for c in (config, own)
+    {k: v for k, v in workdir.flatten(_complete(one.plain())).items() if k.startswith(starts)}
+    for one in (settings, own)
   )
-  places = tuple(paths_of_data(config.data))
+  places = tuple(paths_of_data(settings.data))
   if any(mine.get(key) != teachers.get(key) for key in places if key.startswith(starts)):
     inputs = read_inputs(folder)
     if inputs is not None and inputs.data.fingerprint == data.fingerprint(dataset):
@@ -321,4 +301,5 @@ def _check_same(
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
   """A config in plain JSON whose section `model` has all its settings, the defaults too."""
   model = config.get("model", {})
-  return config | {"model": json.loads(json.dumps(module_defaults(model) | model))}
+  defaults = network_kind(model["kind"]).defaults
+  return config | {"model": json.loads(json.dumps(defaults | model))}

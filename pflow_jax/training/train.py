@@ -8,124 +8,142 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax import Array
-from ml_collections import ConfigDict
 
 from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import Checkpointer, newest_step
-from pflow_jax.evaluation.evaluate import EvaluateSettings
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock, Unwritable
 from pflow_jax.files.output import logged
 from pflow_jax.mesh.distributed import is_first
-from pflow_jax.settings.sections import call, check_sections
-from pflow_jax.training import sample, workdir
-from pflow_jax.training.experiment import SECTIONS, build
+from pflow_jax.settings.train import TrainSettings
+from pflow_jax.settings.tree import Settings
+from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
 from pflow_jax.training.flops import count_flops
 from pflow_jax.training.origins import inputs_of
 from pflow_jax.training.rescue import rescue
+from pflow_jax.training.sample import preview
 from pflow_jax.training.state import TrainState
-from pflow_jax.training.step import TrainSettings, make_program
+from pflow_jax.training.step import make_program
 from pflow_jax.training.writer import MetricsWriter, Progress, parameter_table, progress
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False) -> TrainState:
+Picture = tuple[Callable[..., None], Callable[[data.Dataset], int]]
+"""Draws samples, see `sample.preview`, and says how many there are to be of a data set."""
+
+
+def train(
+  config: Settings | Mapping[str, Any],
+  folder: str | os.PathLike,
+  *,
+  force: bool = False,
+  picture: Picture | None = None,
+) -> TrainState:
   """Trains what `config` describes in the workdir `folder`; resumes a run that is already there.
 
   Args:
+    config: of the run.
+    folder: its workdir.
     force: take a workdir over in which another process trains.
-  Returns: the final state, or the one saved when SIGTERM, SIGHUP or Ctrl-C came.
-  Raises: ValueError for a config or a folder that does not fit; FloatingPointError when updates stay non-finite;
-    OSError when the folder takes nothing more, Rescued if the state is saved elsewhere, as its message tells; TakenOver
-    when another has taken the folder; Busy when another holds it that may have ended by the next try.
+    picture: what draws the samples of config.train.sample_every.
+
+  Returns:
+    The final state, or the one saved when SIGTERM, SIGHUP or Ctrl-C came.
+
+  Raises:
+    ValueError: the config or the folder does not fit.
+    FloatingPointError: updates stay non-finite.
+    OSError: the folder takes nothing more; Rescued if the state is saved elsewhere, as its message tells.
+    TakenOver: another has taken the folder.
+    Busy: another holds it that may have ended by the next try.
   """
-  folder = checked_folder(folder)
-  check_sections(config, SECTIONS, required=("data", "model", "policy", "objective"))
-  settings = call(TrainSettings, "train", config.get("train", {}))
+  folder, settings = checked_folder(folder), Settings.of(config)
+  length = settings.need("train")
+  _ = settings.need("optimizer")
   lock = Lock(folder, "pflow train", force=force, hint="--force takes it over", active=is_first())
   lock.refuse_early()
-  workdir.pin(folder, config)
-  experiment = build(config)
+  settings = workdir.pinned(folder, settings)
+  experiment = build(settings)
   _ = experiment.dataset.num_records  # opens the data: what cannot be read is better said before any work
-  # Later commands read these from the run's config: better refused now than after the training.
-  call(sample.SampleSettings, "sample", config.get("sample", {}))
-  call(EvaluateSettings, "evaluate", config.get("evaluate", {}))
-  inputs = inputs_of(config, experiment.dataset, experiment.saved, folder)
-  workdir.claim(folder, config, inputs, write=False)
-  program = make_program(config, experiment)
+  inputs = inputs_of(settings, experiment.dataset, experiment.saved, folder)
+  workdir.claim(folder, settings, inputs, write=False)
+  program = make_program(experiment)
   layout = program.layout
   print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {layout.described()}", flush=True)
-  sampler = sample.preview(experiment, config, layout) if settings.sample_every else None
-  key_init, key_steps = (layout.everywhere(key) for key in jax.random.split(jax.random.key(config.get("seed", 0))))
+  sampler = None
+  if length.sample_every and picture is not None:
+    sampler = preview(experiment, layout, picture[0], picture[1](experiment.dataset))
+  key_init, key_steps = (layout.everywhere(key) for key in jax.random.split(jax.random.key(settings.seed)))
   frozen = experiment.load_frozen(layout)
   # A run that is resumed has its own.
   start_params = () if newest_step(f"{folder}/{workdir.CHECKPOINTS}") is not None else experiment.start_params()
   if is_first():
     print("compiling the train step", flush=True)
   # Ahead of time: a later batch of another shape is an error, not a second compilation.
-  traced = {length: program.trace(length) for length in experiment.dataset.lengths or (None,)}
-  compiled = {length: one.lower().compile() for length, one in traced.items()}
-  flops = {length: count_flops(one.jaxpr) for length, one in traced.items()}
+  traced = {tokens: program.trace(tokens) for tokens in experiment.dataset.lengths or (None,)}
+  compiled = {tokens: one.lower().compile() for tokens, one in traced.items()}
+  flops = {tokens: count_flops(one.jaxpr) for tokens, one in traced.items()}
   checkpointer = Checkpointer(
     f"{folder}/{workdir.CHECKPOINTS}",
-    max_to_keep=settings.keep_checkpoints,
-    keep_period=settings.keep_every or None,
+    max_to_keep=length.keep_checkpoints,
+    keep_period=length.keep_every or None,
   )
   # Only now: a config that does not compile leaves no trace. The lock outlasts the last save.
   with Interruption(checkpointer) as interruption, lock, logged(folder), checkpointer:
-    workdir.claim(folder, config, inputs, write=is_first())
+    workdir.claim(folder, settings, inputs, write=is_first())
     restored = checkpointer.restore(program.state)
     state, start = restored or (program.init(key_init, frozen, layout.place(start_params)), 0)
     if is_first():
       print(f"resuming {folder} from step {start}" if restored else parameter_table(state.params))
-    if start >= settings.steps:
+    if start >= length.steps:
       if is_first():
-        print(f"{folder}: already trained for {start} of {settings.steps} steps")
+        print(f"{folder}: already trained for {start} of {length.steps} steps")
       return state
     iterator = data.batches(
       experiment.dataset,
-      settings.batch_size,
-      seed=config.get("seed", 0),
+      length.batch_size,
+      seed=settings.seed,
       start=start,
-      rows=layout.local_rows(settings.batch_size),
-      num_workers=settings.num_workers,
+      rows=layout.local_rows(length.batch_size),
+      num_workers=length.num_workers,
     )
     try:
       with (
         MetricsWriter(
           folder,
-          tensorboard=settings.tensorboard,
+          tensorboard=length.tensorboard,
           active=is_first(),
           resume_step=start,
           writing=lock.writing,
         ) as writer,
-        progress(settings.steps, start, str(config.objective.kind), not is_first()) as report,
-        Profiler(settings.profile, f"{folder}/profile") as profiler,
+        progress(length.steps, start, settings.kind, not is_first()) as report,
+        Profiler(length.profile, f"{folder}/profile") as profiler,
       ):
-        meter = Meter(settings, writer, report)
-        for step in range(start + 1, settings.steps + 1):
+        meter = Meter(length, writer, report)
+        for step in range(start + 1, length.steps + 1):
           # Nothing comes back from the devices but what `meter` fetches, which is an interval old. (On a CPU, which has
           # nothing to fetch from, the guard is silent.)
           with jax.transfer_guard_device_to_host("disallow"):
             profiler.before(step)
-            batch = layout.shard_batch(next(iterator), settings.batch_size)
-            length = data.text_length(batch["cond"])
+            batch = layout.shard_batch(next(iterator), length.batch_size)
+            tokens = data.text_length(batch["cond"])
             with jax.transfer_guard("disallow"):
-              state, metrics = compiled[length](state, frozen, batch, key_steps)
+              state, metrics = compiled[tokens](state, frozen, batch, key_steps)
             profiler.after(step, metrics)
             meter.flush()  # the numbers of the steps before, while this one runs
-            meter.add(step, metrics, flops[length])
+            meter.add(step, metrics, flops[tokens])
             stop = interruption.requested(step)
-          if stop or step == settings.steps or _due(step, settings.checkpoint_every):
+          if stop or step == length.steps or _due(step, length.checkpoint_every):
             with meter.paused(), lock.writing():
               checkpointer.save(step, state)
-          if sampler and _due(step, settings.sample_every):
+          if sampler and _due(step, length.sample_every):
             with meter.paused(), lock.writing():
               full = experiment.complete(state.ema, frozen)
               writer.image(step, "samples", sampler(full, f"{folder}/samples/{step:07d}.png"))
@@ -138,7 +156,7 @@ def train(config: ConfigDict, folder: str | os.PathLike, *, force: bool = False)
           if is_first() and checkpointer.latest_step() is None:
             raise OSError("the checkpoint that was saved last is gone")
     except Unwritable as error:
-      raise rescue(folder, config, inputs, state, error) from error
+      raise rescue(folder, settings, inputs, state, error) from error
   return state
 
 

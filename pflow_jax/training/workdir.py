@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import typing
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import newest_step
+from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.folders import expanded
 from pflow_jax.mesh.distributed import from_first
-from pflow_jax.settings.sections import check_sections
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.inputs import (
   CHECKPOINTS,
   CONFIG,
@@ -27,25 +30,7 @@ from pflow_jax.training.inputs import (
   paths_of_data,
   read_inputs,
 )
-
-# Type of the keys that may be unset (None), or have no default: a ConfigDict needs it to take them from the command
-# line.
-UNSET_TYPES = {
-  "dtype": str,
-  "steps": int,
-  "batch_size": int,
-  "learning_rate": float,
-  "clip_norm": float,
-  "time_mean": float,
-  "workdir": str,
-  "step": int,
-  "weak_workdir": str,
-  "weak_step": int,
-  "guidance": float,
-}
-
-# Keys of the section `model` that say how a network is computed, not which it is.
-COMPUTED = ("remat", "attention", "scan_unroll")
+from pflow_jax.training.network import COMPUTED, head_class
 
 # What may differ when a run is resumed: how long it goes on, and what it reports.
 CHANGEABLE = (
@@ -66,11 +51,6 @@ CHANGEABLE = (
 )
 
 
-def as_plain(config: ConfigDict) -> dict[str, Any]:
-  """The config as JSON would give it back: nested dicts, lists, numbers, strings, None."""
-  return json.loads(json.dumps(config.to_dict()))
-
-
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   """{"train.steps": 10, ...}; lists stay values."""
   flat: dict[str, Any] = {}
@@ -80,12 +60,11 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def load_config(workdir: str | os.PathLike) -> ConfigDict:
-  """The config that the run in `workdir` was started with.
+def load_settings(workdir: str | os.PathLike) -> Settings:
+  """The settings that the run in `workdir` was started with, whatever their names were then.
 
-  Sections are objects, and their kinds strings; what else is in them is looked at where it is used.
-
-  Raises: ValueError when there is none.
+  Raises:
+    ValueError: there is no run, or its config is none.
   """
   path = epath.Path(expanded(workdir)) / CONFIG
   try:
@@ -99,20 +78,22 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
       f"no run in {workdir}: expected the file {CONFIG} that `pflow train --workdir {workdir}` writes, or, once it has "
       f"ended, `pflow convert --out {workdir}`"
     )
+  values = None
   try:
     values = foreign.read_json(path)
     if "_class_name" in values:  # as diffusers writes it
       raise ValueError(f"{path}: is of a model for PyTorch; `pflow convert --source {workdir}` makes a run of it")
-    config = ConfigDict(_with_tuples(values))
-    check_sections(config, list(config), where=str(path))
+    return Settings.of(values, converted=True, quiet=True, where=str(path))
   except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-    raise ValueError(f"{error}; expected the config of a run: restore it, or start a new run") from error
-  for section in config.values():
-    if isinstance(section, ConfigDict):
-      # JSON's null has lost the type that a flag is read with.
-      unset = [key for key, value in section.items() if value is None and key in UNSET_TYPES]
-      section.update({key: config_dict.placeholder(UNSET_TYPES[key]) for key in unset})
-  return config
+    text = str(error) if str(path) in str(error) else f"{path}: {error}"
+    raise ValueError(f"{text}; expected the config of a run: restore it, or start a new run") from error
+
+
+def load_config(workdir: str | os.PathLike) -> ConfigDict:
+  """The same as a config, whose keys a command line can change."""
+  settings = load_settings(workdir)
+  owners = {"model": network_kind(settings.model.kind).module, "head": head_class(settings.head)}
+  return settings.config({section: typing.get_type_hints(owner) for section, owner in owners.items()})
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
@@ -123,52 +104,51 @@ def has_checkpoint(workdir: str | os.PathLike) -> bool:
   )
 
 
-def pin(workdir: str | os.PathLike, config: ConfigDict) -> None:
-  """Makes a config name for good what it was only pointed to.
+def pinned(workdir: str | os.PathLike, settings: Settings) -> Settings:
+  """The same settings, with names for good of what they only point to.
 
   A student's teachers, by absolute folders and the step of a checkpoint of each: one that trains on would otherwise
   change under a student that is resumed or evaluated. One that has moved with the run is found. Of a folder of prompts
   what `data.pinned` tells.
   """
-  if "data" in config:
-    config.data = data.pinned(config.data)
+  settings = dataclasses.replace(settings, data=data.pinned(settings.data))
   resumed = from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir))
   inputs = read_inputs(workdir) if resumed else None
   for name, section, prefix in (("teacher", "teacher", ""), ("weak", "teacher", "weak_"), ("start", "start", "")):
-    values = config.get(section, {})
-    folder, step = prefix + "workdir", prefix + "step"
-    if not values.get(folder):
+    values, folder, step = getattr(settings, section), prefix + "workdir", prefix + "step"
+    if values is None or not getattr(values, folder):
       continue
-    values[folder] = absolute_path(expanded(values[folder], f"config.{section}.{folder}"))
+    place = absolute_path(expanded(getattr(values, folder), f"config.{section}.{folder}"))
     known = inputs.models.get(name) if inputs else None
-    if known and known.relative is not None and not is_run(values[folder]):
+    if known and known.relative is not None and not is_run(place):
       beside = joined(workdir, known.relative)
-      values[folder] = beside if is_run(beside) else values[folder]
-    if values.get(step) is None:
-      values[step] = load_config(workdir)[section][step] if resumed else newest_step(f"{values[folder]}/{CHECKPOINTS}")
+      place = beside if is_run(beside) else place
+    number = getattr(values, step)
+    if number is None:
+      number = getattr(load_settings(workdir).need(section), step) if resumed else newest_step(f"{place}/{CHECKPOINTS}")
+    settings = settings.changed(section, **{folder: place, step: number})
+  return settings
 
 
-def _with_tuples(value: Any) -> Any:
-  """JSON's lists as tuples, which config flags can override."""
-  if isinstance(value, dict):
-    return {key: _with_tuples(inner) for key, inner in value.items()}
-  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
-
-
-def claim(workdir: str | os.PathLike, config: ConfigDict, inputs: Inputs | None = None, *, write: bool = True) -> None:
+def claim(workdir: str | os.PathLike, settings: Settings, inputs: Inputs | None = None, *, write: bool = True) -> None:
   """Writes the config into a workdir, and what the run is made from; checks both against a run to be resumed.
 
   A workdir without a checkpoint has nothing to resume, and takes any config. A run of old, which does not say what it
   was made from, takes any inputs, and says so from now on.
 
   Args:
+    workdir: the folder of the run.
+    settings: of the run.
+    inputs: what it is made from.
     write: False only checks (all processes but the first).
-  Raises: ValueError naming every key that differs and may not, or all that is not what the run was made from.
+
+  Raises:
+    ValueError: keys differ that may not, each of them named, or it is not what the run was made from.
   """
-  folder, new = epath.Path(workdir), as_plain(config)
+  folder, new = epath.Path(workdir), settings.plain()
   path = folder / CONFIG
   changeable: tuple[str, ...] = CHANGEABLE
-  if config.get("optimizer", {}).get("schedule") == "cosine":
+  if settings.optimizer is not None and settings.optimizer.schedule == "cosine":
     # The rate of every step depends on the length of the run.
     changeable = tuple(key for key in CHANGEABLE if key != "train.steps")
   if path.exists() and has_checkpoint(folder):
@@ -180,8 +160,8 @@ def claim(workdir: str | os.PathLike, config: ConfigDict, inputs: Inputs | None 
           f"{workdir} was trained on something else than there is now; bring that back, or, to go on with what there "
           f"is, remove {folder / INPUTS}:" + "".join(f"\n  {line}" for line in changes)
         )
-      changeable += tuple(paths_of_data(config.data))  # the data are the same, wherever they are
-    old_flat, new_flat = flatten(as_plain(load_config(workdir))), flatten(new)
+      changeable += tuple(paths_of_data(settings.data))  # the data are the same, wherever they are
+    old_flat, new_flat = flatten(load_settings(workdir).plain()), flatten(new)
     missing = "(absent)"
     differing = [
       f"  {key}: the run has {old_flat.get(key, missing)!r}, now {new_flat.get(key, missing)!r}"

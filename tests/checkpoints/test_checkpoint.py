@@ -23,10 +23,11 @@ from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params, newest_s
 from pflow_jax.checkpoints.stream import open_leaves, save_leaves
 from pflow_jax.files.checksums import CHECKSUMS, checksums
 from pflow_jax.mesh.sharding import MeshSettings, make_mesh
+from pflow_jax.settings.optimizer import OptimizerSettings
 from pflow_jax.training.optim import make_optimizer
 from pflow_jax.training.state import create_state
 
-OPTIMIZER = make_optimizer(learning_rate=0.1, warmup_steps=3, clip_norm=1.0)
+OPTIMIZER = make_optimizer(OptimizerSettings(learning_rate=0.1, warmup_steps=3, clip_norm=1.0))
 
 
 def make_state(seed=0, dtype=jnp.float32, width=4):

@@ -10,6 +10,7 @@ import pytest
 
 from pflow_jax.commands import cli, command
 from pflow_jax.files import foreign
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from tests.programs import pflow, quick
 
@@ -169,8 +170,8 @@ def test_help_of_a_config_lists_its_keys_with_their_owners_words(capsys, tmp_pat
   assert "--config.train.steps=4000  int: optimizer steps of the whole run." in shown
   assert "--config.teacher.workdir  (not set)  str | None: of its run;" in shown
   assert "objective, see pflow_jax.core.objectives.imitation.Imitation" in shown
-  assert "--config.policy.num_components=16  int: K." in shown
-  workdir.claim(tmp_path, quick("digits", "gmflow"))
+  assert "--config.head.num_components=16  int: K." in shown
+  workdir.claim(tmp_path, Settings.of(quick("digits", "gmflow"), converted=True))
   cli.main(["sample", f"--workdir={tmp_path}", "--help"])
   assert "--config.sample.batch_size=64  int: samples at a time." in capsys.readouterr().out
   cli.main(["compare", "--config=configs/compare/digits.py", "--help"])

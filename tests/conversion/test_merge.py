@@ -6,9 +6,9 @@ import pytest
 
 from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.conversion.merge import merge
+from pflow_jax.evaluation.sample import sample
 from pflow_jax.files.lock import Lock
 from pflow_jax.training.experiment import build
-from pflow_jax.training.sample import sample
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import CHECKPOINTS, load_config
 from tests.programs import quick

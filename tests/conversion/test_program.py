@@ -18,13 +18,15 @@ from pflow_jax.checkpoints.stream import open_leaves, place_leaves
 from pflow_jax.commands.cli import main
 from pflow_jax.conversion import leaves, models
 from pflow_jax.conversion.program import convert
+from pflow_jax.families.registry import sharding_rules
 from pflow_jax.files.lock import Lock
 from pflow_jax.mesh.sharding import MeshSettings, make_layout
+from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.places import Tensors
-from pflow_jax.torch_io.table import same_bits
+from pflow_jax.torch_io.table import flat_shapes, same_bits
 from pflow_jax.torch_io.tensors import WEIGHTS, open_tensors
 from pflow_jax.training import workdir
-from pflow_jax.training.network import SHARDING, make_network
+from pflow_jax.training.network import make_network
 from tests.conversion.folders import CLASSES, assert_same_tensors, edit, make_torch, write_torch
 from tests.programs import pflow
 
@@ -52,7 +54,8 @@ def test_there_and_back_is_exact(tmp_path, kind, dtype, capsys):
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["model"]["dtype"] == name
   shift = 1.0 if kind == "dit" else 3.2
-  assert (config["policy"], config["objective"]) == ({"kind": "velocity"}, {"kind": "pretrained", "shift": shift})
+  assert (config["head"], config["objective"]["kind"]) == ({"kind": "velocity"}, "pretrained")
+  assert config["objective"]["shift"] == shift
   assert (config["source"]["class"], config["source"]["folder"]) == (CLASSES[kind][0].__name__, "torch")
   # As PyTorch reads it.
   cls = CLASSES[kind][0]
@@ -80,8 +83,8 @@ def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
 
 def network_of(folder):
   config = workdir.load_config(folder)
-  model = models.model_of_run(workdir.as_plain(config), models.flat_shapes(params_of(folder)), {"sample_size": 8})
-  return make_network(config.model, config.policy, model._dataset())
+  model = models.model_of_run(Settings.of(config, converted=True), flat_shapes(params_of(folder)), {"sample_size": 8})
+  return make_network(Choice.of(config.model), Choice.of(config.head), model._dataset())
 
 
 def test_a_converted_model_is_sampled(tmp_path, capsys):
@@ -312,7 +315,7 @@ def test_the_checkpoint_may_be_laid_out_for_a_mesh(tmp_path, monkeypatch):
   stored = open_leaves(tmp_path / "run" / CHECKPOINTS, which="params")
   assert stored["double_blocks/img_q/kernel"].chunk == (2, 8, 16)  # of 512 bytes: both layers
   assert stored["double_blocks/img_mlp_in/kernel"].chunk == (1, 8, 64)
-  layout = make_layout(MeshSettings(**mesh), SHARDING)
+  layout = make_layout(MeshSettings(**mesh), sharding_rules())
   placed = load_params(tmp_path / "run" / CHECKPOINTS, which="params", layout=layout)
   assert placed["double_blocks"]["img_mlp_in"]["kernel"].sharding.shard_shape((2, 32, 128)) == (2, 8, 64)
   convert(tmp_path / "run", tmp_path / "back")

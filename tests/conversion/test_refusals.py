@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.conversion.program import convert
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from tests.conversion.folders import edit, write_torch
 
@@ -84,7 +85,7 @@ def test_other_sources_are_refused(tmp_path):
     convert(tmp_path / "torch", tmp_path / "out")
   other = ConfigDict({"model": dict(kind="mlp", width=8, depth=1), "policy": dict(kind="velocity")})
   other.objective = dict(kind="pretrained")
-  workdir.claim(tmp_path / "mlp", other)
+  workdir.claim(tmp_path / "mlp", Settings.of(other, converted=True))
   with Checkpointer(tmp_path / "mlp" / workdir.CHECKPOINTS) as checkpointer:
     checkpointer.save(0, {"params": {"a": np.zeros(3, np.float32)}})
   with pytest.raises(ValueError, match="PyTorch has no class for 'mlp'"):

@@ -14,6 +14,7 @@ from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
 from pflow_jax.conversion.program import convert
 from pflow_jax.families.head_names import sampling_of
 from pflow_jax.settings.defaults import default_config
+from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io.table import same_bits
 from pflow_jax.torch_io.tensors import WEIGHTS
 from pflow_jax.training import workdir
@@ -58,7 +59,7 @@ def config_of(kind, policy, teacher, table, method="auto"):
   if kind == "flux":
     config.data.pooled = 10
   config.model = workdir.load_config(teacher).model.to_dict()
-  config.policy = POLICIES[policy]
+  config.head = POLICIES[policy]
   config.teacher.workdir = str(teacher)
   config.adapters.table = table
   config.objective.update(**SAMPLING)
@@ -75,7 +76,7 @@ def write_run(folder, kind, policy, teachers, table=None, **changes):
   shapes = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
   rng = np.random.default_rng(0)
   params, ema = (jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), shapes) for _ in range(2))
-  workdir.claim(folder, config)
+  workdir.claim(folder, Settings.of(config, converted=True))
   with Checkpointer(folder / workdir.CHECKPOINTS) as checkpointer:
     checkpointer.save(7, {"params": params, "ema": ema})
   return params, ema
@@ -107,7 +108,7 @@ def test_an_adapter_goes_to_pytorch_and_comes_back(tmp_path, teachers, kind, pol
     assert_same(load_params(tmp_path / "back" / workdir.CHECKPOINTS, which=which), ema)
     assert_same(load_params(tmp_path / "params_back" / workdir.CHECKPOINTS, which=which), params)
   before, after = workdir.load_config(tmp_path / "run"), workdir.load_config(tmp_path / "back")
-  assert after.policy.to_dict() == POLICIES[policy] | after.policy.to_dict()
+  assert after.head.to_dict() == POLICIES[policy] | after.head.to_dict()
   assert {key: after.objective[key] for key in SAMPLING} == SAMPLING
   assert after.sample.temperature == before.sample.temperature == 0.7
   assert (after.teacher.workdir, after.teacher.step) == (str(base), 0)
@@ -210,7 +211,7 @@ def test_polynomials_of_a_release_are_read_as_it_does(tmp_path, teachers):
   stated = {"type": "DX", "mode": "polynomial", "shift": 3.2}
   save_file(tensors, tmp_path / "torch" / WEIGHTS, {"policy_config": json.dumps(stated)})
   convert(tmp_path / "torch", tmp_path / "back", base=teachers / "run" / "flux")
-  assert workdir.load_config(tmp_path / "back").policy.compat
+  assert workdir.load_config(tmp_path / "back").head.compat
   convert(tmp_path / "back", tmp_path / "again")
   assert "compat" not in json.loads(metadata_of(tmp_path / "again")["policy_config"])
 
@@ -218,7 +219,7 @@ def test_polynomials_of_a_release_are_read_as_it_does(tmp_path, teachers):
 def test_a_polynomial_that_no_release_reads_stays_here(tmp_path, teachers, monkeypatch):
   monkeypatch.setitem(POLICIES["polynomial"], "compat", False)
   write_run(tmp_path / "run", "flux", "polynomial", teachers)
-  with pytest.raises(ValueError, match=r"config\.policy\.compat: expected True .*train it with compat=True"):
+  with pytest.raises(ValueError, match=r"config\.head\.compat: expected True .*train it with compat=True"):
     convert(tmp_path / "run", tmp_path / "torch")
   assert not (tmp_path / "torch").exists()
 

@@ -57,7 +57,7 @@ def test_student_that_is_its_teacher_is_measured_as_such(teacher_run, tmp_path):
   """An untrained student, without noise on its biases and with hardly any variance, is the teacher's one Euler step."""
   config = quick("digits", "gmflow", teacher_run, steps=1)
   config.teacher.bias_noise = 0.0
-  config.policy.log_std = -10.0
+  config.head.log_std = -10.0
   config.optimizer.update(learning_rate=1e-30, schedule="constant")
   config.evaluate.teacher_steps = (1, 4, 128)
   config.sample.nfe = (1,)

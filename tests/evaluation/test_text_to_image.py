@@ -195,7 +195,7 @@ def test_a_converted_teacher_is_sampled_with_guidance(journey, tmp_path):
       ),
     )
     experiment = build(config, dataset=dataset, run=root / "teacher")
-    velocity = experiment.velocity(experiment.load(root / "teacher", "params"))
+    velocity = experiment.method.velocity(experiment.load(root / "teacher", "params"))
     x, middle = arrays["noise"], 3.2 * 0.5 / (1 + 2.2 * 0.5)
     for t, s in ((1.0, middle), (middle, 0.0)):
       times = np.full(2, t, np.float32)
@@ -271,7 +271,7 @@ def test_student_starts_as_its_teachers_one_step(model, policy, tmp_path):
   @jax.jit
   def both(frozen):
     params = experiment.complete(experiment.init(jax.random.key(1), frozen), frozen)
-    policies = experiment.student(params)(x, t, batch["cond"])
+    policies = experiment.method.student(params)(x, t, batch["cond"])
     velocity = jax.vmap(lambda policy, x, t: policy.velocity(x, t))(policies, x, t)
     return velocity, experiment.teacher.velocity(frozen)(x, t, batch["cond"])
 

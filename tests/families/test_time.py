@@ -11,6 +11,8 @@ from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.conversion import models
 from pflow_jax.conversion.program import convert
 from pflow_jax.families.dit import names as dit
+from pflow_jax.settings.tree import Choice, Settings
+from pflow_jax.torch_io.table import flat_shapes
 from pflow_jax.training import workdir
 from pflow_jax.training.network import make_network
 from tests.conversion.folders import make_torch
@@ -41,8 +43,10 @@ def write_teacher(folder, name="teacher.pth", **fields):
 def velocity_of(folder, x, t, labels):
   config = workdir.load_config(folder)
   params = load_params(folder / workdir.CHECKPOINTS, which="params")
-  model = models.model_of_run(workdir.as_plain(config), models.flat_shapes(params), {"sample_size": 8})
-  return np.asarray(make_network(config.model, config.policy, model._dataset())(params, x, t, labels))
+  model = models.model_of_run(Settings.of(config, converted=True), flat_shapes(params), {"sample_size": 8})
+  return np.asarray(
+    make_network(Choice.of(config.model), Choice.of(config.head), model._dataset())(params, x, t, labels)
+  )
 
 
 def relative(got, want):

@@ -11,11 +11,12 @@ from pflow_jax.conversion.merge import merge
 from pflow_jax.conversion.program import convert
 from pflow_jax.evaluation.compare import compare
 from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.evaluation.sample import sample
 from pflow_jax.evaluation.text_to_image import sample_prompts
 from pflow_jax.files.folders import absolute, checked_file, checked_folder, expanded
-from pflow_jax.training.sample import sample
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.train import train
-from pflow_jax.training.workdir import load_config, pin
+from pflow_jax.training.workdir import load_config, pinned
 from tests.programs import quick
 
 PACKAGE = pathlib.Path(checked_folder.__code__.co_filename).parent
@@ -174,5 +175,5 @@ def test_a_mistake_on_the_command_line_is_one_sentence(args, folder, capsys):
 def test_a_teacher_below_a_home_is_found_from_elsewhere(folder, monkeypatch):
   monkeypatch.setattr("pflow_jax.training.workdir.newest_step", lambda checkpoints: 7)
   config = quick("checkerboard", "gmflow", "~/teacher")
-  pin("run", config)
-  assert (config.teacher.workdir, config.teacher.step) == (f"{folder}/home/teacher", 7)
+  teacher = pinned("run", Settings.of(config)).teacher
+  assert (teacher.workdir, teacher.step) == (f"{folder}/home/teacher", 7)

@@ -26,6 +26,7 @@ from pflow_jax.conversion.models import Model
 from pflow_jax.families.autoencoder import load_autoencoder
 from pflow_jax.families.text import load_encoder
 from pflow_jax.settings.defaults import default_config
+from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io import shards
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
@@ -118,7 +119,7 @@ def student_config(kind: str, teacher: pathlib.Path, table: tuple[Any, ...]) -> 
   else:
     config.data = dict(name="synthetic_prompts", model=kind, shape=(8, 8, 4), text=(6, 12), pooled=10)
   config.model = workdir.load_config(teacher).model.to_dict()
-  config.policy = dict(kind="gmflow", num_components=3, logstd_inner_dim=8)
+  config.head = dict(kind="gmflow", num_components=3, logstd_inner_dim=8)
   config.teacher.workdir = str(teacher)
   config.adapters.table = table
   return config
@@ -136,7 +137,7 @@ def _runs(folder: pathlib.Path) -> pathlib.Path:
       experiment = build(config)
       shapes = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
       params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
-      workdir.claim(folder / "student" / kind, config)
+      workdir.claim(folder / "student" / kind, Settings.of(config, converted=True))
       with Checkpointer(folder / "student" / kind / workdir.CHECKPOINTS) as checkpointer:
         checkpointer.save(7, {"params": params, "ema": params})
       program.convert(folder / "student" / kind, folder / "adapter" / kind)

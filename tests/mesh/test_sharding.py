@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pflow_jax.mesh.sharding import AXES, Layout, MeshSettings, constrain, make_layout, make_mesh, per_example
+from pflow_jax.core.batches import AXES, per_example
+from pflow_jax.mesh.sharding import Layout, MeshSettings, constrain, make_layout, make_mesh
 
 TABLE = ((".*/kernel", ("fsdp", "tensor")), (".*/bias", ()))
 

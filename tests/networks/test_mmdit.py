@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from pflow_jax.core.batches import current_mesh
 from pflow_jax.families.flux.network import Flux
 from pflow_jax.families.qwen_image.network import QwenImage
-from pflow_jax.mesh import sharding
+from pflow_jax.families.registry import sharding_rules
 from pflow_jax.mesh.sharding import MeshSettings, make_layout
 from pflow_jax.networks import layers, mmdit
 from pflow_jax.networks.heads import VelocityHead
-from pflow_jax.training.network import SHARDING
 
 SIZE = dict(num_heads=4, head_dim=16, text_width=12, rope_axes=(4, 6, 6))
 HEAD = VelocityHead(channels=4, patch_size=2, layout="flux")
@@ -136,7 +136,7 @@ def test_sharded_equals_whole(network):
     return jnp.mean(network.apply({"params": params}, x, t, cond) ** 2)
 
   expected = jax.jit(jax.value_and_grad(loss))(params, *args)
-  layout = make_layout(MeshSettings(data=2, fsdp=2, tensor=2, min_size=0), SHARDING)
+  layout = make_layout(MeshSettings(data=2, fsdp=2, tensor=2, min_size=0), sharding_rules())
   with layout.context():
     placed, spread = layout.place(params), jax.tree.map(layout.spread, args)
     got = jax.jit(jax.value_and_grad(loss))(placed, *spread)
@@ -184,4 +184,4 @@ def test_sizes_that_do_not_fit_are_refused():
     jax.eval_shape(flux(rope_axes=(4, 4, 4)).init, jax.random.key(0), *inputs())
   with pytest.raises(ValueError, match="remat: expected one of"):
     jax.eval_shape(flux(remat="some").init, jax.random.key(0), *inputs())
-  assert sharding.current_mesh() is None
+  assert current_mesh() is None

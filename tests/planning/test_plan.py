@@ -6,9 +6,9 @@ import json
 import jax
 import pytest
 
-from pflow_jax.evaluation.compare import read_config
 from pflow_jax.planning import plan
 from pflow_jax.planning.report import as_table, as_text
+from pflow_jax.settings.config_file import read_config_file
 from tests.programs import pflow
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -17,7 +17,7 @@ V5E = plan.Slice("v5e:2x4")
 
 
 def config(variant="gmflow", **mesh):
-  values = read_config(f"configs/imagenet.py:{variant},quicktest")
+  values = read_config_file(f"configs/imagenet.py:{variant},quicktest")
   values.mesh.update({"data": -1, "min_size": 64} | mesh)
   return values
 

@@ -100,7 +100,7 @@ def test_a_batch_that_is_not_finite_leaves_the_opponent_as_it_was():
   """The student skips such an update; a judge that took it would be lost, and with it the run."""
   config = board()
   experiment = build(config)
-  adversary = make_step(config, experiment).adversary
+  adversary = make_step(experiment).adversary
   params = {"head": jnp.zeros(2), "body": jnp.zeros(2)}
   toy_one = dataclasses.replace(adversary, module=LinearJudge(), generate=toy().generate)
   _, opponent, _ = toy_step(toy_one, params, params, x0=jnp.full((4, 2), jnp.nan))
@@ -137,9 +137,10 @@ def test_samples_are_one_jump_to_the_data_from_noised_examples(guidance):
   x0, label = jax.random.normal(jax.random.key(0), (20_000, 2)), jnp.zeros(20_000, jnp.int32)
   network = PerfectNetwork(x0)
   experiment = build(board())
-  objective = dataclasses.replace(experiment.objective, target="teacher", guidance=guidance)
-  made = dataclasses.replace(experiment, network=network, objective=objective)
-  generate = make_step(board(), made).adversary.generate
+  objective = dataclasses.replace(experiment.method.objective, target="teacher", guidance=guidance)
+  method = dataclasses.replace(experiment.method, network=network, objective=objective)
+  made = dataclasses.replace(experiment, method=method)
+  generate = make_step(made).adversary.generate
   samples = generate("trained", {"strong": "base"}, x0, label, jax.random.key(1))
   np.testing.assert_allclose(samples, x0, atol=1e-5)
   asked = network.asked
@@ -171,7 +172,7 @@ def test_weight_zero_is_the_plain_objective():
       with config.unlocked():
         del config["adversarial"]
     experiment = build(config)
-    step = make_step(config, experiment)
+    step = make_step(experiment)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda key, e=experiment, s=step: s.init(key, e.init(key, {})), key)
     assert (step.adversary is None) == (not jax.tree.leaves(state.opponent)) == (not weight)
@@ -210,7 +211,7 @@ def test_both_train_and_a_resumed_run_ends_in_the_same_bits(tmp_path):
 
 def refused(config, match):
   with pytest.raises(ValueError, match=match):
-    make_step(config, build(config))
+    make_step(build(config))
 
 
 def test_runs_that_have_no_use_for_it_are_refused(teacher_run):
@@ -219,9 +220,9 @@ def test_runs_that_have_no_use_for_it_are_refused(teacher_run):
     config.adversarial = dict(weight=0.1)
     refused(config, rf"config\.adversarial: .*flow map, got '{config.objective.kind}'; set adversarial\.weight=0")
     config.adversarial.weight = 0.0
-    assert make_step(config, build(config)).adversary is None
+    assert make_step(build(config)).adversary is None
   refused(board(accumulation=2), r"config\.train\.accumulation: .*expected 1, got 2")
-  assert make_step(board(weight=0.0, accumulation=2), build(board())).accumulation == 2
+  assert make_step(build(board(weight=0.0, accumulation=2))).accumulation == 2
   config = board()
   with config.adversarial.unlocked():
     config.adversarial.wieght = 1.0

@@ -5,8 +5,9 @@ import json
 import jax
 import pytest
 
-from pflow_jax.training.experiment import build, layout_of, make_optimizer
-from pflow_jax.training.step import make_program
+from pflow_jax.settings.tree import Settings
+from pflow_jax.training.experiment import build, layout_of
+from pflow_jax.training.step import make_program, make_step
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import load_config
 from tests.programs import quick
@@ -16,7 +17,7 @@ def test_misspelt_keys_name_the_nearest(teacher_run, tmp_path):
   cases = {
     "objective": ("num_state", "num_states"),
     "model": ("depht", "depth"),
-    "policy": ("num_component", "num_components"),
+    "head": ("num_component", "num_components"),
     "data": ("held_outt", "held_out"),
   }
   for section, (wrong, right) in cases.items():
@@ -29,7 +30,7 @@ def test_misspelt_keys_name_the_nearest(teacher_run, tmp_path):
   with config.optimizer.unlocked():
     config.optimizer.learning_rat = 1.0
   with pytest.raises(ValueError, match="learning_rate"):
-    make_optimizer(config)
+    build(config)
   for section in ("train", "mesh", "ema"):
     config = quick("digits", "teacher")
     with config[section].unlocked():
@@ -59,10 +60,10 @@ def test_sections_that_do_not_belong_together_are_refused(teacher_run, student_r
   refused(r"data\.held_out: the teacher has '\(default\)', the student 10", data=dict(name="digits", held_out=10))
   refused(r"(?s)model\.depth.*model\.num_heads", model=dict(depth=2, num_heads=4))
   refused("cond_dropout=0.1", teacher_=dict(guidance=4.0))
-  refused("does not train the policy 'velocity'", policy=dict(kind="velocity"))
-  refused("does not train the policy 'gmflow'", objective=dict(kind="flow_matching"))
+  refused("does not train the head 'velocity'", head=dict(kind="velocity"))
+  refused("does not train the head 'gmflow'", head=dict(kind="gmflow"), variant="ayf_emd")
   refused("expected one of", objective=dict(kind="gan"))
-  refused("expected one of", policy=dict(kind="spline"))
+  refused("expected one of", head=dict(kind="spline"))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +73,8 @@ def test_sections_that_do_not_belong_together_are_refused(teacher_run, student_r
     ("model", dict(width=10**6 + 1), r"config\.model\.width: expected > 0 and at most 1,000,000, got 1000001"),
     ("model", dict(depth=None), r"config\.model: depth must be set"),
     ("model", dict(kind=["dit"]), r"config\.model\.kind: "),
-    ("policy", dict(num_components=2.5), r"config\.policy\.num_components: input should be a valid integer"),
-    ("policy", dict(num_components=10**5), r"config\.policy\.num_components: expected > 0 and at most 10,000"),
+    ("head", dict(num_components=2.5), r"config\.head\.num_components: input should be a valid integer"),
+    ("head", dict(num_components=10**5), r"config\.head\.num_components: expected > 0 and at most 10,000"),
     ("objective", dict(num_states=10**9), r"config\.objective: num_states and nfe: expected 1 to 1000, got 1000000000"),
     ("objective", dict(substeps=10**9), r"config\.objective: substeps and method: expected 1 to 100,000"),
     ("objective", dict(shift=float("inf")), r"config\.objective\.shift: expected a finite number, got inf"),
@@ -115,15 +116,15 @@ def test_a_warm_up_that_is_longer_than_the_run_names_its_flag():
   with pytest.raises(
     ValueError, match=r"optimizer\.warmup_steps: 50 .*steps=50; set --config\.optimizer\.warmup_steps=5,"
   ):
-    make_optimizer(config)
+    make_step(build(config))
   config.optimizer.schedule = "constant"
-  make_optimizer(config)
+  make_step(build(config))
 
 
 @pytest.mark.usefixtures("float32")
 def test_a_checkpoint_of_another_network_than_its_config_s_is_refused(teacher_run, student_run):
   config = load_config(student_run)
-  config.policy.num_components = 5
+  config.head.num_components = 5
   with pytest.raises(ValueError, match=r"another network than its config describes; .*head/proj_out_means/kernel"):
     build(config).load(student_run)
   config = quick("digits", "gmflow", teacher_run)
@@ -151,7 +152,7 @@ def test_student_starts_as_its_teachers_one_step(teacher_run):
   made = build(config)
   noise = jax.random.normal(jax.random.key(0), (4, *made.dataset.shape))
   t, labels = jax.numpy.ones(4), jax.numpy.arange(4)
-  policy = made.student(made.init(jax.random.key(1), made.load_frozen()))(noise, t, labels)
+  policy = made.method.student(made.init(jax.random.key(1), made.load_frozen()))(noise, t, labels)
   moved = jax.vmap(lambda p, x: p.velocity(x, 1.0))(policy, noise)
   expected = made.teacher.velocity(made.teacher.load())(noise, t, labels)
   assert float(jax.numpy.abs(expected).max()) > 0
@@ -164,10 +165,10 @@ def test_segments_without_data_do_not_add_up_in_memory():
 
   def temporary_bytes(nfe):
     config = quick("imagenet", "gmflow", batch_size=8)
-    config.objective.update(kind="imitation_data_free", nfe=nfe)
+    config.objective.update(data_free=True, nfe=nfe)
     config.model.update(depth=12, width=64, num_heads=2, remat="full")
     experiment = build(config, abstract=True)
-    program = make_program(config, experiment, layout_of(config, jax.devices()[:1]))
+    program = make_program(experiment, layout_of(Settings.of(config), jax.devices()[:1]))
     return program.trace(None).lower().compile().memory_analysis().temp_size_in_bytes
 
   assert temporary_bytes(6) < 1.4 * temporary_bytes(2)
@@ -177,5 +178,5 @@ def test_kernels_are_refused_where_they_are_not():
   config = quick("flux", "gm_data_free")
   config.model.attention = "splash"
   with pytest.raises(ValueError, match=r"config\.model\.attention: 'splash' is for TPUs, and this runs on cpu"):
-    layout_of(config)
-  assert layout_of(config, 4).platform is None, "to be planned"
+    layout_of(Settings.of(config))
+  assert layout_of(Settings.of(config), 4).platform is None, "to be planned"

@@ -13,6 +13,7 @@ from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.checkpoints.stream import save_leaves
 from pflow_jax.conversion.merge import merge
 from pflow_jax.mesh.sharding import MeshSettings, make_layout
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import inputs as module
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
@@ -155,9 +156,13 @@ def claim(folder, root):
   """What `train` does with a run before anything is compiled."""
   config = quick("digits", "gmflow", root / "teacher", steps=5)
   config.data = dict(name=f"npz:{root / 'data.npz'}")
-  workdir.pin(folder, config)
+  config = workdir.pinned(folder, Settings.of(config))
   experiment = build(config)
-  workdir.claim(folder, config, inputs_of(config, experiment.dataset, experiment.saved, folder))
+  workdir.claim(
+    folder,
+    Settings.of(config, converted=True),
+    inputs_of(Settings.of(config), experiment.dataset, experiment.saved, folder),
+  )
   return config
 
 

@@ -9,7 +9,8 @@ from pflow_jax.mesh.partition import path_of
 from pflow_jax.networks.dit import DiT
 from pflow_jax.networks.heads import ArcHead, VelocityHead
 from pflow_jax.networks.mlp import MLP
-from pflow_jax.training.network import AdapterSettings, Network
+from pflow_jax.settings.adapters import AdapterSettings
+from pflow_jax.training.network import Network
 from tests.networks.test_dit import perturbed_params
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -20,13 +21,14 @@ ADAPTERS = AdapterSettings(TABLE)
 
 def image_network(head=VelocityHead, adapters=ADAPTERS):
   fields = dict(channels=1, patch_size=2, width=8, depth=2, num_heads=2, num_classes=3)
-  return Network(DiT(head=head(channels=1, patch_size=2), **fields), adapters)
+  made = head(channels=1, patch_size=2)
+  return Network(DiT(head=made, **fields), made, adapters)
 
 
 def point_network(dropout=0.0, dtype=jnp.float32, table=None):
   module = MLP(channels=2, width=8, depth=1, num_classes=3, head=VelocityHead(channels=2), dtype=dtype)
   row = ("blocks_0/(mlp_in|mlp_out)", 2, 3.0, dropout)
-  return Network(module, AdapterSettings((row,) if table is None else table))
+  return Network(module, module.head, AdapterSettings((row,) if table is None else table))
 
 
 def points():
@@ -116,7 +118,7 @@ def test_merged_parameters_are_the_plain_networks():
   adapted = network(params, *points())
   merged = network.merged(params)
   assert not any("lora" in path for path in leaves_of(merged))
-  plain = Network(network.module)
+  plain = Network(network.module, network.head)
   np.testing.assert_allclose(plain(merged, *points()), adapted, rtol=1e-5, atol=1e-6)
   assert not np.allclose(plain(params, *points()), adapted, atol=0.01), "the adapters do something"
 

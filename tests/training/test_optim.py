@@ -8,9 +8,23 @@ import numpy as np
 import optax
 import pytest
 
-from pflow_jax.training.optim import make_ema_decay, make_optimizer, make_schedule, skipped, update_ema
+from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
+from pflow_jax.training import optim
+from pflow_jax.training.optim import skipped, update_ema
 
 PARAMS = {"w": np.array([1.0, -2.0, 3.0], np.float32), "b": np.array([[0.5]], np.float32)}
+
+
+def make_optimizer(total_steps=None, **settings):
+  return optim.make_optimizer(OptimizerSettings(**settings), total_steps)
+
+
+def make_schedule(total_steps=None, **settings):
+  return optim.make_schedule(OptimizerSettings(**settings), total_steps)
+
+
+def make_ema_decay(**settings):
+  return optim.make_ema_decay(EmaSettings(**settings))
 
 
 def gradients(seed):
@@ -158,7 +172,10 @@ def test_schedules():
     ({"learning_rate": 1.0, "warmup_steps": -1}, "warmup_steps"),
     ({"learning_rate": 1.0, "schedule": "linear"}, "'constant' or 'cosine'"),
     ({"learning_rate": 1.0, "schedule": "cosine"}, "total_steps"),
-    ({"learning_rate": 1.0, "schedule": "cosine", "warmup_steps": 5, "total_steps": 5}, "got 5"),
+    (
+      {"learning_rate": 1.0, "schedule": "cosine", "warmup_steps": 5, "total_steps": 5},
+      "5 is no part of a cosine",
+    ),
     ({"learning_rate": 1.0, "clip_norm": 0.0}, "clip_norm"),
   ],
 )

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from pflow_jax.core.batches import AXES
 from pflow_jax.mesh.partition import path_of
-from pflow_jax.mesh.sharding import AXES
 from pflow_jax.planning import hlo
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.sample import SampleSettings, draw_noise, in_batches, make_sampler
 from pflow_jax.training.step import make_program
@@ -53,7 +54,7 @@ class Case:
       config.objective.warmup_steps = 0  # else the start, its teacher's velocity, has no gradient
     self.experiment = experiment = build(config)
     devices = jax.devices()[: math.prod(MESHES[mesh])]
-    self.program = make_program(config, experiment, layout_of(config, devices))
+    self.program = make_program(experiment, layout_of(Settings.of(config), devices))
     layout = self.program.layout
     self.frozen = experiment.load_frozen(layout)
     key = layout.everywhere(jax.random.key(3))
@@ -154,8 +155,8 @@ def test_samples_are_the_same_on_every_mesh(case):
   for mesh in ("1", "2 x 2 x 2"):
     c = case("π-ID", mesh)
     params = c.program.layout.place(jax.device_get(c.experiment.init(jax.random.key(0), c.experiment.load_frozen())))
-    noise, labels = draw_noise(c.experiment, 5, seed=0)
-    run = functools.partial(make_sampler(c.experiment, SampleSettings(h=0.5), 2), params)
+    noise, labels = draw_noise(c.experiment.dataset, 5, seed=0)
+    run = functools.partial(make_sampler(c.experiment.method, SampleSettings(h=0.5), 2), params)
     keys = jax.random.split(jax.random.key(1), 5)
     results.append(in_batches(run, c.program.layout, 64, noise, labels, keys))
   assert results[0].shape == (5, 8, 8, 1)

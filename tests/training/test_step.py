@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from pflow_jax.checkpoints.checkpoint import load_params
+from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.mesh.partition import path_of
+from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
 from pflow_jax.training import optim
 from pflow_jax.training.experiment import build
 from pflow_jax.training.network import Network
@@ -80,20 +82,19 @@ def test_merged_run_says_what_the_adapted_one_says(adapted_run):
 
 
 def test_preview_of_a_run_with_adapters(teacher_run, tmp_path):
-  train(quick("digits", "arc_adapters", teacher_run, sample_every=3), tmp_path)
+  train(quick("digits", "arc_adapters", teacher_run, sample_every=3), tmp_path, picture=(save_picture, preview_size))
   assert (tmp_path / "samples" / "0000003.png").stat().st_size > 1000
 
 
 def test_log_gammas_move_at_a_tenth_of_the_rate(adapted_run, teacher_run):
   """The optimizer of the config on its own parameters; Adam's first step is as long as the rate, whatever the loss."""
-  experiment, _, trained = adapted_run
-  start = trained.params
+  start = adapted_run[2].params
 
   def moved(rates):
     config = quick("digits", "arc_adapters", teacher_run)
     if rates is not None:
       config.optimizer.rates = rates
-    step = make_step(config, experiment)
+    step = make_step(build(config))
     loss_fn = lambda params, *_: (sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), {})
     one = Step(loss_fn, step.optimizer, step.ema_decay)
     state, _ = jax.jit(one)(create_state(start, step.optimizer), {}, {}, jax.random.key(0))
@@ -113,7 +114,7 @@ def memory(variant, teacher, model):
   config.model = model
   config.objective.update(num_states=1, window=0.0, dropout=0.0)  # less to compile, the same arguments
   experiment = build(config)
-  step = make_step(config, experiment)
+  step = make_step(experiment)
   key, frozen = jax.random.key(0), experiment.load_frozen()
   state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, frozen)
   lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, abstract_batch(experiment, 8), key)
@@ -152,10 +153,10 @@ def test_dropout_of_adapters_engages_in_training_alone(adapted_run, monkeypatch)
 
   monkeypatch.setattr(Network, "__call__", noted)
   batch, key = abstract_batch(experiment, 2), jax.random.key(0)
-  jax.eval_shape(experiment.loss_fn, state.params, experiment.load_frozen(), batch, key, 0)
+  jax.eval_shape(experiment.loss, state.params, experiment.load_frozen(), batch, key, 0)
   assert set(calls) == {(True, True), (False, False)}
   calls.clear()
-  draw = make_sampler(experiment, SampleSettings(), 2)
+  draw = make_sampler(experiment.method, SampleSettings(), 2)
   jax.eval_shape(draw, experiment.load(folder), batch["x0"], batch["cond"], jax.random.split(key, 2))
   assert set(calls) == {(True, False)}
 
@@ -163,8 +164,8 @@ def test_dropout_of_adapters_engages_in_training_alone(adapted_run, monkeypatch)
 def test_parameters_are_brought_back_to_their_surface_before_they_are_averaged():
   unit = lambda params: {"w": params["w"] / jnp.linalg.norm(params["w"])}
   loss_fn = lambda params, *_: (jnp.sum(params["w"]), {})
-  optimizer = optim.make_optimizer(learning_rate=0.5)
-  step = Step(loss_fn, optimizer, optim.make_ema_decay(kind="constant", decay=0.5), project=unit)
+  optimizer = optim.make_optimizer(OptimizerSettings(learning_rate=0.5))
+  step = Step(loss_fn, optimizer, optim.make_ema_decay(EmaSettings(kind="constant", decay=0.5)), project=unit)
   state, _ = jax.jit(step)(create_state({"w": jnp.array([0.6, 0.8])}, optimizer), {}, {}, jax.random.key(0))
   expected = np.array([0.1, 0.3]) / np.hypot(0.1, 0.3)
   np.testing.assert_allclose(state.params["w"], expected, rtol=1e-5)

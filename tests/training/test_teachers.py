@@ -12,9 +12,10 @@ import pytest
 from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
-from pflow_jax.training.network import Network, make_module
+from pflow_jax.training.network import make_network
 from pflow_jax.training.state import create_state
 from pflow_jax.training.teachers import load_teacher
 from tests.networks.test_dit import perturbed_params
@@ -45,8 +46,8 @@ def write_teacher(folder, model=MODEL, steps=(1, 2), cond_dropout=0.0, name="dig
   config.objective.cond_dropout = cond_dropout
   dataset = data.load(name)
   x, t, label = jnp.zeros((1, *dataset.shape)), jnp.ones(1), jnp.zeros(1, jnp.int32)
-  params = perturbed_params(make_module(config.model, config.policy, dataset), x, t, label)
-  workdir.claim(folder, config)
+  params = perturbed_params(make_network(Choice.of(config.model), Choice.of(config.head), dataset).module, x, t, label)
+  workdir.claim(folder, Settings.of(config, converted=True))
   with Checkpointer(folder / workdir.CHECKPOINTS, max_to_keep=None) as checkpointer:
     for step in steps:
       state = create_state(scaled(params, step / 2), optax.identity())
@@ -64,7 +65,7 @@ def student_of(folder, model=MODEL, variant="ayf_emd", **teacher):
 
 @functools.cache
 def network_of(**model):
-  return jax.jit(Network(make_module(model, VELOCITY, data.load("digits"))))
+  return jax.jit(make_network(Choice.of(model), Choice.of(VELOCITY), data.load("digits")))
 
 
 def field(model, params, factor, inputs):
@@ -78,7 +79,7 @@ def guided(teacher, inputs, scale=None):
 
 
 def load(config, **options):
-  return load_teacher(config, data.load("digits"), **options)
+  return load_teacher(Settings.of(config), data.load("digits"), **options)
 
 
 def refused(config, match, **options):
@@ -157,7 +158,7 @@ def test_the_empty_condition_guides_every_example_by_its_own_strength(conditiona
 
 def test_teachers_that_do_not_fit_are_refused(plain, tmp_path):
   folder, student = plain[0], tmp_path / "student"
-  workdir.claim(student, student_of(folder))
+  workdir.claim(student, Settings.of(student_of(folder), converted=True))
   refused(student_of(None), r"train a teacher first.*config\.teacher\.workdir")
   refused(student_of(folder, weak_step=1), "a weak teacher guides nothing at strength 1")
   refused(student_of(folder, guidance=2.0), "cond_dropout=0.1, or give a weak teacher")
@@ -187,7 +188,7 @@ def test_a_teacher_attends_as_its_student(attention, has_kernel, tmp_path):
   config.teacher.workdir = str(write_pretrained(config, tmp_path / "teacher"))
   config.model.attention = attention
   dataset = data.load(**config.data)
-  teacher, cond = load_teacher(config, dataset), dataset.cond_shapes(2)
+  teacher, cond = load_teacher(Settings.of(config), dataset), dataset.cond_shapes(2)
   inputs = jax.ShapeDtypeStruct((2, *dataset.shape), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32), cond
   program = jax.make_jaxpr(lambda params, *inputs: teacher.velocity(params)(*inputs))(teacher.shapes, *inputs)
   assert ("pallas_call" in str(program)) == has_kernel
@@ -199,7 +200,7 @@ def test_strengths_of_the_objective_reach_the_check_of_the_teacher(plain, condit
   with pytest.raises(ValueError, match="cond_dropout=0.1"):
     build(config)
   config.teacher.workdir = str(conditional[0])
-  assert build(config).objective.guided
+  assert build(config).method.objective.guided
   config.teacher.update(workdir=str(plain[0]), weak_step=1)
   assert build(config).teacher.settings.autoguided
 
@@ -213,7 +214,7 @@ def test_weak_teacher_and_start_are_kept_as_they_were(tmp_path, monkeypatch):
   def pinned():
     config = student_of("strong", guidance=2.0, weak_workdir="weak")
     config.start.workdir = "first"
-    workdir.pin("run", config)
+    config = workdir.pinned("run", Settings.of(config))
     return config
 
   def steps(config):
@@ -223,7 +224,7 @@ def test_weak_teacher_and_start_are_kept_as_they_were(tmp_path, monkeypatch):
   assert steps(config) == (2, 2, 2)
   folders = config.teacher.workdir, config.teacher.weak_workdir, config.start.workdir
   assert folders == tuple(str(tmp_path / name) for name in ("strong", "weak", "first"))
-  workdir.claim("run", config)
+  workdir.claim("run", Settings.of(config, converted=True))
   (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
   for name in ("strong", "weak", "first"):
     write_teacher(tmp_path / name, steps=(3,))
@@ -234,7 +235,7 @@ def test_weak_teacher_and_start_are_kept_as_they_were(tmp_path, monkeypatch):
 
 def test_a_weak_step_of_the_own_run_stays_what_was_asked_for(plain, tmp_path):
   config = student_of(plain[0], guidance=2.0, weak_step=1)
-  workdir.pin(tmp_path, config)
+  config = workdir.pinned(tmp_path, Settings.of(config))
   assert (config.teacher.step, config.teacher.weak_step, config.teacher.weak_workdir) == (2, 1, None)
 
 
@@ -244,6 +245,6 @@ def test_students_of_teachers_guided_by_another_model_are_not_compared(tmp_path)
     config = quick("checkerboard", "ayf_emd", tmp_path / "teacher")
     config.model = MODEL
     config.teacher.update(guidance=2.0, weak_step=weak_step)
-    workdir.claim(tmp_path / name, config)
+    workdir.claim(tmp_path / name, Settings.of(config, converted=True))
   with pytest.raises(ValueError, match=r"(?s)share a teacher.*one.*two"):
     evaluate(workdir.load_config(tmp_path / "one"), tmp_path / "one", others=[tmp_path / "two"])

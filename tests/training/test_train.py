@@ -14,7 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params, newest_step
+from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.files.lock import LOCK, Unwritable
+from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import optim
 from pflow_jax.training.inputs import INPUTS
 from pflow_jax.training.rescue import Rescued, rescue
@@ -40,13 +43,13 @@ def problem(rows=8):
 
 
 def one_step(state, batch, accumulation=1, offset=0.0, **parts):
-  ema_decay = optim.make_ema_decay(kind="constant", decay=0.5)
-  step = Step(linear_loss, optim.make_optimizer(**OPTIMIZER), ema_decay, accumulation, **parts)
+  ema_decay = optim.make_ema_decay(EmaSettings(kind="constant", decay=0.5))
+  step = Step(linear_loss, optim.make_optimizer(OptimizerSettings(**OPTIMIZER)), ema_decay, accumulation, **parts)
   return step(state, {"offset": jnp.array(offset)}, batch, jax.random.key(1))
 
 
 def test_step_moves_parameters_average_and_counter():
-  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(OptimizerSettings(**OPTIMIZER)))
   batch = problem()
   first, metrics = one_step(state, batch)
   second, _ = one_step(first, batch)
@@ -60,7 +63,7 @@ def test_step_moves_parameters_average_and_counter():
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
-  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(OptimizerSettings(**OPTIMIZER)))
   whole, m1 = one_step(state, problem())
   parts, m4 = one_step(state, problem(), accumulation=4)
   np.testing.assert_allclose(m1["gradient_norm"], m4["gradient_norm"], rtol=1e-6)
@@ -69,7 +72,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
 
 
 def test_non_finite_gradients_are_skipped_and_counted():
-  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(OptimizerSettings(**OPTIMIZER)))
   bad = problem() | {"y": jnp.full(8, jnp.nan)}
   after, metrics = one_step(state, bad)
   np.testing.assert_array_equal(after.params["w"], state.params["w"])
@@ -80,7 +83,7 @@ def test_non_finite_gradients_are_skipped_and_counted():
 
 
 def test_teacher_enters_the_loss_and_is_not_trained():
-  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(OptimizerSettings(**OPTIMIZER)))
   plain, metrics = one_step(state, problem())
   shifted, offset_metrics = one_step(state, problem(), offset=5.0)
   np.testing.assert_allclose(offset_metrics["loss"], metrics["loss"] + 5.0, rtol=1e-6)
@@ -88,7 +91,7 @@ def test_teacher_enters_the_loss_and_is_not_trained():
 
 
 def test_every_step_and_micro_batch_has_its_own_random_numbers():
-  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(OptimizerSettings(**OPTIMIZER)))
   batch = problem(rows=4096)
   first, m0 = one_step(state, batch)
   _, m1 = one_step(first, batch)
@@ -179,10 +182,11 @@ def test_rates_and_pauses_add_up_to_the_clock(tmp_path, monkeypatch, save_every,
 
 @pytest.mark.usefixtures("float32")
 def test_logged_rates_are_those_of_the_clock(tmp_path):
-  train(quick("checkerboard", "teacher", steps=40, log_every=4, checkpoint_every=6, sample_every=9), tmp_path)
+  config = quick("checkerboard", "teacher", steps=40, log_every=4, checkpoint_every=6, sample_every=9)
+  train(config, tmp_path, picture=(save_picture, preview_size))
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == list(range(4, 41, 4))
-  batch_size = quick("checkerboard", "teacher").train.batch_size
+  batch_size = config.train.batch_size
   told = [4 * batch_size / row["images_per_second"] + row["pause_seconds"] for row in rows[1:]]
   clock = np.diff([row["time"] for row in rows])
   np.testing.assert_allclose(sum(told), sum(clock), rtol=0.03, atol=0.02)
@@ -300,7 +304,7 @@ def test_a_state_that_its_workdir_takes_no_more_is_saved_elsewhere_and_goes_on_e
 
 @pytest.mark.parametrize("why", ["no room", "no folder", "several processes", "a library"])
 def test_what_cannot_be_saved_elsewhere_either_is_said(tmp_path, monkeypatch, why):
-  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(**OPTIMIZER))
+  state = create_state({"w": jnp.zeros(3, jnp.float32)}, optim.make_optimizer(OptimizerSettings(**OPTIMIZER)))
   (tmp_path / "file").touch()
   monkeypatch.setenv("PFLOW_RESCUE_DIR", str(tmp_path / "file" / "x" if why == "no folder" else tmp_path / "rescue"))
   if why == "no room":
@@ -309,7 +313,9 @@ def test_what_cannot_be_saved_elsewhere_either_is_said(tmp_path, monkeypatch, wh
     monkeypatch.setattr(jax, "process_count", lambda: 2)
   if why == "a library":
     monkeypatch.setattr(ocp.CheckpointManager, "save", failing)
-  error = rescue(tmp_path / "run", quick("checkerboard", "teacher"), None, state, Unwritable("the disk is full"))
+  error = rescue(
+    tmp_path / "run", Settings.of(quick("checkerboard", "teacher")), None, state, Unwritable("the disk is full")
+  )
   expected = {
     "no room": "has 0 MB left of 0",
     "no folder": "Not a directory",
@@ -380,7 +386,8 @@ def test_metrics_are_logged_for_every_interval(tmp_path):
 
 @pytest.mark.usefixtures("float32")
 def test_preview_pictures_and_profile_are_written(tmp_path, teacher_run):
-  train(quick("digits", "gmflow", teacher_run, sample_every=3, profile=(2, 2), tensorboard=True), tmp_path)
+  config = quick("digits", "gmflow", teacher_run, sample_every=3, profile=(2, 2), tensorboard=True)
+  train(config, tmp_path, picture=(save_picture, preview_size))
   assert (tmp_path / "samples" / "0000003.png").stat().st_size > 1000
   assert list((tmp_path / "profile").rglob("*.pb"))
   assert list((tmp_path / "tensorboard").iterdir())

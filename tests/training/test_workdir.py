@@ -6,18 +6,32 @@ import os
 import pytest
 from ml_collections import ConfigDict
 
-from pflow_jax.settings.defaults import default_config
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
+from tests.programs import quick
 
 
 def config(**changes):
-  values = {"seed": 0, "model": {"width": 8}, "train": {"steps": 10, "batch_size": 4}, "sample": {"nfe": (1, 2)}}
-  return ConfigDict(values | changes)
+  values = {
+    "seed": 0,
+    "data": {"name": "digits"},
+    "model": {"kind": "mlp", "width": 8, "depth": 1},
+    "head": {"kind": "velocity"},
+    "objective": {"kind": "flow_matching"},
+    "train": {"steps": 10, "batch_size": 4},
+    "sample": {"nfe": (1, 2)},
+  }
+  return Settings.of(ConfigDict(values | changes))
 
 
-def test_config_comes_back(tmp_path):
+def model(**changes):
+  return {"kind": "mlp", "width": 8, "depth": 1} | changes
+
+
+def test_settings_come_back(tmp_path):
   workdir.claim(tmp_path / "run", config())
-  assert workdir.load_config(tmp_path / "run").to_dict() == config().to_dict()
+  assert workdir.load_settings(tmp_path / "run") == config()
+  assert Settings.of(workdir.load_config(tmp_path / "run")) == config()
   assert not list((tmp_path / "run").glob("*.partial"))
 
 
@@ -31,20 +45,20 @@ def test_only_what_may_change_changes(tmp_path):
   workdir.claim(tmp_path, config(train={"steps": 20, "batch_size": 4}, sample={"nfe": (4,)}))
   assert workdir.load_config(tmp_path).train.steps == 20
   with pytest.raises(ValueError, match=r"(?s)model\.width: the run has 8, now 9.*train\.batch_size"):
-    workdir.claim(tmp_path, config(model={"width": 9}, train={"steps": 20, "batch_size": 8}))
-  with pytest.raises(ValueError, match=r"model\.depth: the run has '\(absent\)', now 1"):
-    workdir.claim(tmp_path, config(model={"width": 8, "depth": 1}))
+    workdir.claim(tmp_path, config(model=model(width=9), train={"steps": 20, "batch_size": 8}))
+  with pytest.raises(ValueError, match=r"model\.mlp_ratio: the run has '\(absent\)', now 1"):
+    workdir.claim(tmp_path, config(model=model(mlp_ratio=1)))
   assert workdir.load_config(tmp_path).model.width == 8
 
 
 def test_a_run_without_a_checkpoint_takes_any_config(tmp_path):
   workdir.claim(tmp_path, config())
-  workdir.claim(tmp_path, config(model={"width": 9}))
+  workdir.claim(tmp_path, config(model=model(width=9)))
   assert workdir.load_config(tmp_path).model.width == 9
 
 
 def test_a_cosine_run_keeps_its_length(tmp_path):
-  cosine = {"optimizer": {"schedule": "cosine"}}
+  cosine = {"optimizer": {"schedule": "cosine", "learning_rate": 0.1}}
   workdir.claim(tmp_path, config(**cosine))
   save(tmp_path)
   with pytest.raises(ValueError, match=r"train\.steps: the run has 10, now 20"):
@@ -54,17 +68,15 @@ def test_a_cosine_run_keeps_its_length(tmp_path):
 def test_a_student_keeps_the_teacher_it_started_with(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(workdir, "newest_step", lambda folder: 7)
-  student = config(teacher={"workdir": "teacher", "step": None})
-  workdir.pin("run", student)
+  of_teacher = config(teacher={"workdir": "teacher", "step": None})
+  student = workdir.pinned("run", of_teacher)
   assert (student.teacher.workdir, student.teacher.step) == (str(tmp_path / "teacher"), 7)
   workdir.claim("run", student)
   save(tmp_path / "run")
   monkeypatch.setattr(workdir, "newest_step", lambda folder: 9)  # the teacher has trained on
-  again = config(teacher={"workdir": "teacher", "step": None})
-  workdir.pin("run", again)
+  again = workdir.pinned("run", of_teacher)
   assert again.teacher.step == 7
-  fresh = config(teacher={"workdir": "teacher", "step": None})
-  workdir.pin("other", fresh)
+  fresh = workdir.pinned("other", of_teacher)
   assert fresh.teacher.step == 9
 
 
@@ -82,11 +94,11 @@ def test_missing_and_damaged_configs_are_named(tmp_path):
     ('{"train": 3}', r"config\.json\.train: expected a section, keys with their values, got 3"),
     ('{"train": [1, 2]}', r"config\.json\.train: expected a section"),
     ('{"train": null}', r"config\.json\.train: expected a section"),
-    ('{"policy": {"kind": 3}}', r"config\.json\.policy\.kind: input should be a valid string, got 3"),
+    ('{"policy": {"kind": 3}}', r"config\.json\.head\.kind: input should be a valid string, got 3"),
     ('{"seed": "0"}', r"config\.json\.seed: input should be a valid integer"),
     ('{"seed": -1}', r"config\.json\.seed: input should be greater"),
     ('{"train": {"steps": 1e400}}', "expected a finite number, got '1e400'"),
-    ('{"train": {"a.b": 1}}', "does not accept dots"),
+    ('{"train": {"a.b": 1}}', r"the sections \['data'"),
     ("[]", "got \\[\\]"),
     ("[" * 100_000, "cannot be read as JSON"),
     ('{"a":' * 500 + "1" + "}" * 500, "config.json"),
@@ -127,8 +139,7 @@ def test_a_save_that_was_cut_short_is_no_checkpoint(tmp_path):
 
 def test_unset_keys_keep_their_type(tmp_path):
   """A flag of a finished run can set them: --config.sample.guidance=1.5."""
-  new = default_config("ayf_emd")
-  workdir.claim(tmp_path, new)
+  workdir.claim(tmp_path, Settings.of(quick("digits", "ayf_emd")))
   loaded = workdir.load_config(tmp_path)
   for section, key, kind in (("sample", "guidance", float), ("teacher", "step", int), ("start", "workdir", str)):
     assert loaded[section][key] is None

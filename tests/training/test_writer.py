@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,9 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from pflow_jax import data
-from pflow_jax.training import sample, workdir
+from pflow_jax.evaluation import sample
+from pflow_jax.settings.tree import Settings
+from pflow_jax.training import workdir
 from pflow_jax.training.writer import MetricsWriter, parameter_table, progress
 from tests.programs import quick
 
@@ -226,13 +227,13 @@ def test_a_log_in_an_object_store_is_stored_at_most_every_half_minute(bucket, mo
 
 def test_pictures_and_configs_in_an_object_store(bucket):
   rows = {"1 NFE": np.zeros((4, 2), np.float32)}
-  points = types.SimpleNamespace(dataset=data.load("checkerboard"))
+  points = data.load("checkerboard")
   sample.save_picture(points, rows, np.zeros(4, int), f"{bucket}/samples/1.png")
   assert (epath.Path(bucket) / "samples" / "1.png").read_bytes().startswith(b"\x89PNG")
   with MetricsWriter(bucket, tensorboard=False) as writer:
     writer.image(1, "samples", f"{bucket}/samples/1.png")
   config = quick("digits", "teacher")
-  workdir.claim(bucket, config)
+  workdir.claim(bucket, Settings.of(config, converted=True))
   assert workdir.load_config(bucket).model.width == config.model.width
   with pytest.raises(ValueError, match="--out: expected a folder of this machine"):
     sample.check_local(None, bucket)

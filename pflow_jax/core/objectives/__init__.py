@@ -1,0 +1,37 @@
+"""What students and teachers learn from, by the names that a config gives the kinds."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from pflow_jax.core.objectives.flow_map import ayf_emd, ayf_lmd, consistency, mean_flow
+from pflow_jax.core.objectives.flow_matching import FlowMatching
+from pflow_jax.core.objectives.imitation import Imitation
+
+PRETRAINED = "pretrained"  # of a model that was converted, not trained here
+
+OBJECTIVES: dict[str, Callable[..., Any]] = {
+  "flow_matching": FlowMatching,
+  "imitation": Imitation,
+  "ayf_emd": ayf_emd,
+  "ayf_lmd": ayf_lmd,
+  "mean_flow": mean_flow,
+  "consistency": consistency,
+  PRETRAINED: FlowMatching,
+}
+"""What makes the settings of an objective with the defaults of its kind."""
+
+
+def settings_of(kind: str) -> Any:
+  """The dataclass whose fields are the settings of a kind."""
+  make = OBJECTIVES[kind]
+  return make if inspect.isclass(make) else typing.get_type_hints(make)["return"]
+
+
+def defaults_of(kind: str) -> dict[str, Any]:
+  """The settings of a kind with its defaults."""
+  return {field.name: getattr(made, field.name) for made in [OBJECTIVES[kind]()] for field in dataclasses.fields(made)}

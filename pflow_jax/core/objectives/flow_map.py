@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from pflow_jax.core.batches import per_example
 from pflow_jax.core.checks import check_finite, checked
 from pflow_jax.core.guidance import broadcast_condition
 from pflow_jax.core.objectives.flow_matching import replace_condition, sample_time
 from pflow_jax.core.policies.base import as_float
 from pflow_jax.core.schedule import add_noise, over_space, shift_time
-from pflow_jax.mesh.sharding import per_example
 
 Array = jax.Array
 # (x, t, s, cond, guidance) -> F, like x; guidance (B,) or None.
@@ -65,6 +65,12 @@ class FlowMap:
     cond_dropout: share of all examples whose condition is replaced by the empty one, with target="data"; they are drawn
       among those with s = t, and their target is not guided.
   """
+
+  sections: ClassVar[tuple[str, ...]] = (
+    "teacher",
+    "adapters",
+    "adversarial",
+  )  # of a config, beside those that every run has
 
   side: str = "eulerian"
   target: str = "teacher"

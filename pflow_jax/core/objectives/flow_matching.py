@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ class FlowMatching:
     shift: time shift applied to the drawn times.
     time_mean, time_std: of the logit-normal the times are drawn from; time_mean None draws them uniformly.
   """
+
+  sections: ClassVar[tuple[str, ...]] = ()
+  """Sections of a config that it uses beside those of every run."""
 
   cond_dropout: float = 0.0
   shift: float = 1.0

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pflow_jax.core.batches import per_example
 from pflow_jax.core.checks import check_finite, checked, checked_student
 from pflow_jax.core.policies import Policy
 from pflow_jax.core.policies.base import as_float
@@ -27,7 +28,6 @@ from pflow_jax.core.schedule import (
   segment_length,
   shift_time,
 )
-from pflow_jax.mesh.sharding import per_example
 
 Array = jax.Array
 Teacher = Callable[[Array, Array, Any], Array]  # (x, t, cond) -> v
@@ -54,7 +54,11 @@ class Imitation:
     loss_scale: factor of the loss; 3 for ImageNet, 30 for FLUX and Qwen-Image.
     substeps, method: of the rollouts, see `rollout`; "lakonlab-0.2" and "piflow-0.1" reproduce the PyTorch releases,
       ArcFlow's with its policy.
+    data_free: whether the student's own trajectory from noise takes the place of data, see `imitation_loss_data_free`.
   """
+
+  sections: ClassVar[tuple[str, ...]] = ("teacher", "adapters")
+  """Sections of a config that it uses beside those of every run."""
 
   nfe: int = 1
   final_scale: float = 1.0
@@ -66,6 +70,7 @@ class Imitation:
   loss_scale: float = 3.0
   substeps: int = 128
   method: str = "auto"
+  data_free: bool = False
 
   def __post_init__(self):
     check_finite(self)

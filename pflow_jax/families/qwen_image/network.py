@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pflow_jax.mesh.sharding import BATCH, constrain
+from pflow_jax.core.batches import BATCH
+from pflow_jax.mesh.sharding import constrain
 from pflow_jax.networks.layers import FinalNorm, RMSNorm, TimeEmbed, accumulation_dtype, patchify
 from pflow_jax.networks.mmdit import DoubleBlock, Transformer, image_positions, rope_tables
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from pflow_jax import data
+from pflow_jax.evaluation import figures
 from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.evaluation.sample import sample, save_picture
+from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.training import sample as program
 from pflow_jax.training.experiment import build
 from pflow_jax.training.workdir import load_config
@@ -19,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("float32")
 
 def test_arrays_and_picture_are_written(student_run, tmp_path):
   config = load_config(student_run)
-  assert program.evaluations(build(config), program.SampleSettings()) == (1,), "what it was trained for"
+  assert program.evaluations(build(config).method, SampleSettings()) == (1,), "what it was trained for"
   config.sample.nfe = (1, 2)
-  picture = program.sample(config, student_run, num=5, seed=3, out=tmp_path / "out")
+  picture = sample(config, student_run, num=5, seed=3, out=tmp_path / "out")
   assert picture == tmp_path / "out.png"
   assert picture.stat().st_size > 1000
   with np.load(tmp_path / "out.npz") as arrays:
@@ -29,7 +32,7 @@ def test_arrays_and_picture_are_written(student_run, tmp_path):
     assert arrays["x0_nfe2"].shape == arrays["noise"].shape == (5, 8, 8, 1)
     np.testing.assert_array_equal(arrays["label"], range(5))
     experiment = build(config)
-    run = program.make_sampler(experiment, program.SampleSettings(), 1)
+    run = program.make_sampler(experiment.method, SampleSettings(), 1)
     again = run(experiment.load(student_run), arrays["noise"], arrays["label"], jax.random.split(jax.random.key(0), 5))
     np.testing.assert_allclose(again, arrays["x0_nfe1"], atol=1e-5)
 
@@ -39,7 +42,7 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tm
   results = []
   for batch_size, seed in ((64, 0), (3, 0), (64, 1)):
     config.sample.update(batch_size=batch_size, h=0.5, nfe=(2,))
-    program.sample(config, student_run, num=8, seed=seed, labels=[7], out=tmp_path / "x")
+    sample(config, student_run, num=8, seed=seed, labels=[7], out=tmp_path / "x")
     with np.load(tmp_path / "x.npz") as arrays:
       results.append(arrays["x0_nfe2"])
       assert set(arrays["label"]) == {7}
@@ -50,25 +53,25 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tm
 def test_more_samples_than_the_machine_holds_are_refused(student_run, tmp_path):
   config = load_config(student_run)
   with pytest.raises(ValueError, match=r"1000000000 samples: takes 1\.4\d+ TiB of memory, .*; ask for fewer \(--num"):
-    program.draw_noise(build(config), 10**9, seed=0)
+    program.draw_noise(build(config).dataset, 10**9, seed=0)
   with pytest.raises(ValueError, match=r"config.sample: expected at most 10,000 evaluations"):
-    program.sample(config, student_run, num=2, nfe=10**9, out=tmp_path / "x")
+    sample(config, student_run, num=2, nfe=10**9, out=tmp_path / "x")
 
 
 @pytest.mark.parametrize("channels", [2, 4])
 def test_latents_have_a_picture_of_their_first_channels(tmp_path, channels):
   dataset = types.SimpleNamespace(shape=(8, 8, channels), class_names=())
   rows = {"1 NFE": np.zeros((3, 8, 8, channels), np.float32)}
-  program.save_picture(types.SimpleNamespace(dataset=dataset), rows, np.zeros(3, int), tmp_path / "x.png")
+  save_picture(dataset, rows, np.zeros(3, int), tmp_path / "x.png")
   assert (tmp_path / "x.png").stat().st_size > 500
 
 
 def test_long_names_of_classes_are_in_the_picture(tmp_path, monkeypatch):
   drawn = []
-  monkeypatch.setattr(program.figures, "image_grid", lambda path, rows, column_labels, **_: drawn.append(column_labels))
+  monkeypatch.setattr(figures, "image_grid", lambda path, rows, column_labels, **_: drawn.append(column_labels))
   dataset = types.SimpleNamespace(shape=(8, 8, 3), class_names=("cat", "automobile", "People & Body"))
   rows = {"1 NFE": np.zeros((3, 8, 8, 3), np.float32)}
-  program.save_picture(types.SimpleNamespace(dataset=dataset), rows, np.array([1, 2, 1]), tmp_path / "x.png")
+  save_picture(dataset, rows, np.array([1, 2, 1]), tmp_path / "x.png")
   assert drawn == [["automobile", "People & Body", "automobile"]]
 
 
@@ -76,8 +79,8 @@ def test_stochastic_and_tempered_sampling_change_the_samples(student_run):
   config = load_config(student_run)
   experiment = build(config)
   params = experiment.init(jax.random.key(0), experiment.teacher.load())
-  noise, labels = program.draw_noise(experiment, 4, seed=0)
-  draw = lambda key=0, **kw: program.make_sampler(experiment, program.SampleSettings(**kw), 2)(
+  noise, labels = program.draw_noise(experiment.dataset, 4, seed=0)
+  draw = lambda key=0, **kw: program.make_sampler(experiment.method, SampleSettings(**kw), 2)(
     params, noise, labels, jax.random.split(jax.random.key(key), 4)
   )
   plain = draw()
@@ -89,7 +92,7 @@ def test_stochastic_and_tempered_sampling_change_the_samples(student_run):
 
 
 def test_teacher_runs_are_sampled_too(teacher_run, tmp_path):
-  program.sample(load_config(teacher_run), teacher_run, num=2, nfe=3, out=tmp_path / "t")
+  sample(load_config(teacher_run), teacher_run, num=2, nfe=3, out=tmp_path / "t")
   with np.load(tmp_path / "t.npz") as arrays:
     assert np.isfinite(arrays["x0_nfe3"]).all()
 
@@ -119,16 +122,16 @@ def test_classes_are_given_by_number_or_by_name():
 
 def test_class_names_are_understood_and_nearest_is_named(student_run, tmp_path, monkeypatch):
   config = load_config(student_run)
-  drawn = program.draw_noise(build(config, run=student_run), 4, 0, labels=["7", 3])[1]
+  drawn = program.draw_noise(build(config, run=student_run).dataset, 4, 0, labels=["7", 3])[1]
   np.testing.assert_array_equal(drawn, [7, 3, 7, 3])
   with pytest.raises(ValueError, match="no class 'three'"):
-    program.sample(config, student_run, num=2, labels=["three"])
+    sample(config, student_run, num=2, labels=["three"])
 
 
 def stub_grid(monkeypatch):
   """Pictures are not drawn; returns what they would show."""
   calls = []
-  monkeypatch.setattr(program.figures, "image_grid", lambda path, rows, **options: calls.append((rows, options)))
+  monkeypatch.setattr(figures, "image_grid", lambda path, rows, **options: calls.append((rows, options)))
   return calls
 
 
@@ -137,7 +140,7 @@ def test_a_picture_shows_all_samples_or_says_that_it_does_not(student_run, tmp_p
   calls = stub_grid(monkeypatch)
   config = load_config(student_run)
   config.sample.nfe = (1,)
-  program.sample(config, student_run, num=num, out=tmp_path / "x")
+  sample(config, student_run, num=num, out=tmp_path / "x")
   ((rows, options),) = calls
   assert [len(x) for x in rows.values()] == [shown]
   assert options["title"] == title
@@ -151,7 +154,7 @@ def test_long_names_of_classes_are_shown(tmp_path, monkeypatch):
   calls = stub_grid(monkeypatch)
   dataset = types.SimpleNamespace(shape=(8, 8, 1), class_names=("a star of seven points", "circle"))
   rows = {"1 NFE": np.zeros((3, 8, 8, 1), np.float32)}
-  program.save_picture(types.SimpleNamespace(dataset=dataset), rows, np.array([1, 0, 1]), tmp_path / "x.png")
+  save_picture(dataset, rows, np.array([1, 0, 1]), tmp_path / "x.png")
   assert calls[0][1]["column_labels"] == ["circle", "a star of seven points", "circle"]
 
 
@@ -170,10 +173,10 @@ def test_samples_that_are_not_finite_are_told(caplog):
 
 
 def test_more_samples_than_there_is_memory_for_are_refused_before_any_work(student_run, tmp_path, monkeypatch):
-  monkeypatch.setattr(program, "make_sampler", lambda *_: pytest.fail("compiled"))
+  monkeypatch.setattr("pflow_jax.evaluation.sample.make_sampler", lambda *_: pytest.fail("compiled"))
   config = load_config(student_run)
   with pytest.raises(ValueError, match=r"num=1000000000: takes .*this machine has .*ask for fewer"):
-    program.sample(config, student_run, num=10**9)
+    sample(config, student_run, num=10**9)
   config.evaluate.num_samples = 10**9
   with pytest.raises(ValueError, match=r"config\.evaluate\.num_samples=1000000000: takes"):
     evaluate(config, student_run)
@@ -183,24 +186,23 @@ def test_prompts_that_are_gone_are_asked_for(tmp_path):
   """A run of prompts needs no data but for their own embeddings."""
   options = {"name": f"prompts:{write(tmp_path / 'prompts')}"}
   dataset = data.Description.of(data.load(**options), options).dataset()
-  experiment = types.SimpleNamespace(dataset=dataset)
-  assert program.draw_noise(experiment, 2, 0)[1]["text"].shape[0] == 2
+  assert program.draw_noise(dataset, 2, 0)[1]["text"].shape[0] == 2
   shutil.rmtree(tmp_path / "prompts")
-  experiment = types.SimpleNamespace(dataset=data.Description.of(dataset, options).dataset())
+  dataset = data.Description.of(dataset, options).dataset()
   with pytest.raises(ValueError, match=r"draws its own prompts: prompts:.*--config\.data\.name, or give --prompt"):
-    program.draw_noise(experiment, 2, 0)
+    program.draw_noise(dataset, 2, 0)
 
 
 def test_bad_requests_are_refused(student_run, tmp_path):
   config = load_config(student_run)
   with pytest.raises(ValueError, match=r"\[0, 10\).*12"):
-    program.sample(config, student_run, num=2, labels=[12])
+    sample(config, student_run, num=2, labels=[12])
   with pytest.raises(ValueError, match="at least 1"):
-    program.sample(config, student_run, num=0)
+    sample(config, student_run, num=0)
   with pytest.raises(ValueError, match="no checkpoint"):
-    program.sample(config, tmp_path, num=1)
+    sample(config, tmp_path, num=1)
   with pytest.raises(ValueError, match="at most 10,000 evaluations .*1000000000"):
-    program.sample(config, student_run, num=1, nfe=10**9)
+    sample(config, student_run, num=1, nfe=10**9)
   config.sample.nfe = (0,)
   with pytest.raises(ValueError, match="nfe"):
-    program.sample(config, student_run, num=1)
+    sample(config, student_run, num=1)

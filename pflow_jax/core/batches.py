@@ -1,0 +1,43 @@
+"""The hook by which work on single examples runs on a mesh: the only thing that the mathematics knows of devices.
+
+A mesh of this package has the axes AXES. Code that runs on it is traced in its context, see `mesh.sharding.Layout`;
+elsewhere `per_example` changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+F = TypeVar("F", bound=Callable)
+
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH = ("slice", "data", "fsdp")  # the axes that split the batch
+
+
+def per_example(function: F) -> F:
+  """`function` of arrays with a leading batch axis, each example on its own: under a mesh, a shard_map over the batch.
+
+  Every leaf of its arguments and results has the batch as its leading axis. What is wrapped is work that no device has
+  to share with another; GSPMD, which cannot know that, is kept from moving any of it.
+  """
+
+  @functools.wraps(function)
+  def run(*args):
+    mesh = current_mesh()
+    if mesh is None:
+      return function(*args)
+    spec = PartitionSpec(BATCH)
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(*args)
+
+  return run  # type: ignore[return-value]
+
+
+def current_mesh() -> AbstractMesh | None:
+  """The mesh whose context this is traced in, if it is one of ours, and not inside of a shard_map already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if not mesh.empty and set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes else None

@@ -1,0 +1,66 @@
+"""The comparison of all methods on small data: what configs/compare/ asks for."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+ALONE, TOGETHER = ((1,), (2,), (4,), (8,)), ((1, 2, 4, 8),)  # a student for each NFE, or one for all
+
+
+def all_methods(path: pathlib.Path, variant: str, *, flops: float, weak_steps: int, adapters: bool) -> ConfigDict:
+  """A comparison of the variants of one config file, see `compare`.
+
+  Args:
+    path: the config file; it has the variants flow_teacher, gmflow, dx, arc, ayf_emd, ...
+    variant: "full", or "quicktest" for a smoke test.
+    flops: that every student is trained with.
+    weak_steps: steps of the teacher that guides as a weaker one.
+    adapters: whether the file has ArcFlow with adapters too.
+
+  Raises:
+    ValueError: there is no such variant.
+  """
+  if variant not in ("full", "quicktest"):
+    raise ValueError(f"variant: expected 'full' or 'quicktest', got {variant!r}")
+  quicktest = variant == "quicktest"
+
+  def method(name: str, title: str, students: Any, own: str = "", **options: Any) -> dict[str, Any]:
+    config = f"{path}:{own or name}{',quicktest' if quicktest else ''}"
+    return dict(name=name, title=title, config=config, students=students, **options)
+
+  def teacher(**train: int) -> dict[str, Any]:
+    config = method("flow_teacher", "", ())["config"]
+    return dict(config=config, **({"overrides": dict(train=train)} if train else {}))
+
+  config = ConfigDict()
+  config.teacher, config.weak = teacher(), teacher(steps=2 if quicktest else weak_steps)
+  config.flops = flops
+  config.methods = (
+    method("gmflow", "π-Flow, GMFlow", ALONE),
+    method("dx", "π-Flow, DX", ALONE),
+    method("arc", "ArcFlow, all weights" if adapters else "ArcFlow", ALONE),
+    *([method("arc_adapters", "ArcFlow, adapters", ALONE)] if adapters else []),
+    method("ayf_emd", "AYF-EMD", TOGETHER),
+    method(
+      "ayf_emd_autoguided",
+      "AYF-EMD + autoguidance",
+      TOGETHER,
+      "ayf_emd",
+      weak=True,
+      overrides=dict(objective=dict(guidance=(1.0, 2.0)), sample=dict(guidance=1.5)),
+    ),
+    method(
+      "ayf_emd_adversarial",
+      "AYF-EMD + adversarial",
+      TOGETHER,
+      start="ayf_emd",
+      overrides=dict(objective=dict(warmup_steps=0)),  # it starts where the derivative counts in full
+    ),
+    method("ayf_lmd", "AYF-LMD", TOGETHER),
+    method("mean_flow", "MeanFlow", TOGETHER),
+    method("consistency", "consistency", TOGETHER),
+  )
+  return config

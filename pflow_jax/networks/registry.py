@@ -1,0 +1,123 @@
+"""Networks by the names that a config gives them, and what the rest of the package has to know of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from pflow_jax.networks import discriminator, edm2, heads, layers, lora
+from pflow_jax.networks.dit import DiT
+from pflow_jax.networks.edm2 import EDM2UNet, normalize_weights
+from pflow_jax.networks.mlp import MLP
+
+Rule = tuple[str, tuple[Any, ...]]
+FROM_DATA = ("channels", "num_classes", "pooled_width")  # attributes of a module that its data decide
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkKind:
+  """A network that a config can name.
+
+  Attributes:
+    module: its class; the options of a config are its attributes.
+    sharding: rows (pattern, spec) for its own parameters, see `mesh.sharding.Layout`.
+    conditions: what it can be conditioned on: "classes", "pooled" (a vector a text) or "text" (tokens).
+    layout: order of the rows of its output layer, see `networks.heads`.
+    has_head: whether a head is its output layer; else it makes a velocity by itself.
+    project: what brings parameters back after an update where the network wants that.
+  """
+
+  module: type[nn.Module]
+  sharding: tuple[Rule, ...] = layers.SHARDING
+  conditions: tuple[str, ...] = ("classes",)
+  layout: str = "dit"
+  has_head: bool = True
+  project: Callable[[Any], Any] | None = None
+
+  @property
+  def defaults(self) -> dict[str, Any]:
+    """Attributes that have defaults and say which network it is."""
+    hidden = ("parent", "name", "channels", "dtype", "head")
+    return {name: value for name, value in self._defaults() if name not in hidden}
+
+  def _defaults(self) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(self.module):  # type: ignore[arg-type]
+      if field.default is not dataclasses.MISSING:
+        yield field.name, field.default
+
+  def of_data(self, name: str, dataset_name: str, channels: int, num_classes: int, cond: Any) -> dict[str, Any]:
+    """Attributes of the module that its data decide.
+
+    Args:
+      name: of the network, for errors.
+      dataset_name: for errors.
+      cond: shapes of a condition.
+
+    Raises:
+      ValueError: the network cannot be conditioned on that.
+    """
+    attributes: dict[str, Any] = {"channels": channels}
+    if "classes" in self.conditions:
+      attributes["num_classes"] = num_classes
+    if not isinstance(cond, Mapping):
+      if "classes" in self.conditions:
+        return attributes
+      raise ValueError(f"config.model.kind: {name!r} is conditioned on texts, the data set {dataset_name} has none")
+    if "text" in self.conditions:
+      return attributes
+    if "pooled" not in self.conditions:
+      raise ValueError(f"config.model.kind: {name!r} is conditioned on classes, the data set {dataset_name} has texts")
+    if "pooled" not in cond:
+      raise ValueError(
+        f"config.model.kind: {name!r} is conditioned on one vector a text, {dataset_name} has {sorted(cond)}; write it "
+        "with `pflow cache --model minilm`"
+      )
+    return attributes | {"pooled_width": cond["pooled"].shape[-1]}
+
+
+NETWORKS: dict[str, NetworkKind] = {
+  "dit": NetworkKind(DiT, conditions=("classes", "pooled")),
+  "edm2": NetworkKind(EDM2UNet, (*edm2.SHARDING, *layers.SHARDING), has_head=False, project=normalize_weights),
+  "mlp": NetworkKind(MLP),
+}
+"""Those of this room; families add theirs, and so does a user, by `register_network`."""
+
+
+def register_network(name: str, kind: NetworkKind) -> None:
+  """Makes a network known to configs.
+
+  Args:
+    name: as config.model.kind.
+    kind: the network.
+
+  Raises:
+    ValueError: another network has that name.
+  """
+  if NETWORKS.setdefault(name, kind).module is not kind.module:
+    raise ValueError(f"there is a network {name!r} already, {NETWORKS[name].module.__name__}; take another name")
+
+
+def network_kind(name: Any) -> NetworkKind:
+  """The network of a name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if not isinstance(name, str) or name not in NETWORKS:
+    raise ValueError(f"config.model.kind: expected one of {sorted(NETWORKS)}, got {name!r}")
+  return NETWORKS[name]
+
+
+def sharding_rules(first: str | None = None) -> tuple[Rule, ...]:
+  """Where parameters lie on a mesh: the first row that matches decides.
+
+  Args:
+    first: network whose own rows come before those of the others.
+  """
+  kinds = sorted(NETWORKS, key=lambda name: name != first)
+  own = (row for name in kinds for row in NETWORKS[name].sharding if row not in layers.SHARDING)
+  rows = (*discriminator.SHARDING, *heads.SHARDING, *lora.SHARDING, *own, *layers.SHARDING)
+  return tuple(dict.fromkeys(rows))

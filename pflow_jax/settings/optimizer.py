@@ -1,0 +1,84 @@
+"""The sections `optimizer` and `ema` of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+  """AdamW with a warm-up, a clip of the global norm and a rate for each group of parameters.
+
+  Attributes:
+    learning_rate: the rate after the warm-up, > 0.
+    warmup_steps: updates over which the rate rises linearly; gradients are not clipped meanwhile.
+    schedule: "constant", or "cosine", which reaches 0 at the end of the run.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: what keeps the quotient of the moments finite.
+    weight_decay: decoupled decay of every parameter.
+    clip_norm: largest global norm of the gradient (pi-Flow's release uses 50); None never clips.
+    rates: rows (pattern, factor on the learning rate, and with it on the decay) on the parameter's path; empty is a
+      factor of 1 for all, see `mesh.partition.match`.
+  """
+
+  learning_rate: float
+  warmup_steps: int = 0
+  schedule: str = "constant"
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float | None = None
+  rates: tuple[tuple[str, float], ...] = ()
+
+  def __post_init__(self):
+    if self.learning_rate <= 0:
+      raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
+    if self.warmup_steps < 0:
+      raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
+    if self.schedule not in ("constant", "cosine"):
+      raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
+    if self.clip_norm is not None and self.clip_norm <= 0:
+      raise ValueError(f"clip_norm must be > 0, or None for no clipping, got {self.clip_norm}")
+    if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.weight_decay >= 0):
+      raise ValueError(
+        "b1, b2, eps, weight_decay: expected decay rates in [0, 1), > 0 and >= 0, got "
+        f"{self.b1}, {self.b2}, {self.eps}, {self.weight_decay}"
+      )
+    if not all(isinstance(row, Sequence) and len(row) == 2 for row in self.rates):
+      raise ValueError(
+        f"rates: expected rows (pattern, factor), got {self.rates!r}; quote patterns within quotes on the shell"
+      )
+    for pattern, factor in self.rates:
+      if not factor > 0:
+        raise ValueError(
+          f"rates: expected a factor > 0 for {pattern!r}, got {factor}; to freeze parameters, keep them out of the "
+          "optimizer with partition.split"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaSettings:
+  """The moving average of the parameters.
+
+  Attributes:
+    kind: "karras", a share of the past that grows with the run, or "constant".
+    start: step up to which the average is the parameters themselves.
+    gamma: of "karras".
+    decay: of "constant".
+  """
+
+  kind: str = "karras"
+  start: int = 0
+  gamma: float = 7.0
+  decay: float = 0.9999
+
+  def __post_init__(self):
+    if self.kind not in ("karras", "constant"):
+      raise ValueError(f"ema: kind must be 'karras' or 'constant', got {self.kind!r}")
+    if self.start < 0 or self.gamma <= 0 or not 0 <= self.decay < 1:
+      raise ValueError(
+        f"ema: expected start >= 0, gamma > 0, decay in [0, 1), got {self.start}, {self.gamma}, {self.decay}"
+      )

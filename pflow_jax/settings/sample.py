@@ -1,0 +1,99 @@
+"""The sections `sample` and `evaluate` of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pflow_jax.core.objectives.imitation import MAX_SUBSTEPS
+
+MAX_EVALUATIONS = 10_000
+REFERENCE_STEPS, YARDSTICK_STEPS = 128, 4  # of a teacher, that students are measured with
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+  """The section `sample` of a config.
+
+  Attributes:
+    nfe: numbers of network evaluations to sample with; () is the one that a policy student was trained for, 1, 2, 4
+      and 8 of a flow map, 128 Euler steps of a teacher.
+    h: noise level between segments, 0 is deterministic.
+    temperature: of the policies of every segment but the last.
+    auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
+    substeps, method: of the rollouts, see `integrate.rollout`.
+    gamma: noise that a flow map renews between its steps, see `sampler.sample_flow_map`.
+    guidance: strength that a flow map trained for several is asked for; None is its teacher's (teacher.guidance), which
+      evaluation compares with whatever is set here. Of a teacher that is sampled itself, the strength of
+      classifier-free guidance; None is none.
+    batch_size: samples at a time.
+  """
+
+  nfe: tuple[int, ...] = ()
+  h: float = 0.0
+  temperature: float = 1.0
+  auto_temperature: bool = False
+  substeps: int = 128
+  method: str = "auto"
+  gamma: float = 0.0
+  guidance: float | None = None
+  batch_size: int = 256
+
+  @property
+  def temperature_of_segments(self) -> float | str:
+    """The temperature, or "auto"."""
+    return "auto" if self.auto_temperature else self.temperature
+
+  def __post_init__(self):
+    if min(self.nfe, default=1) < 1 or self.batch_size < 1:
+      raise ValueError(f"config.sample: expected nfe and batch_size of at least 1, got {self.nfe}, {self.batch_size}")
+    if max(self.nfe, default=1) > MAX_EVALUATIONS or not 1 <= self.substeps <= MAX_SUBSTEPS:
+      raise ValueError(
+        f"config.sample: expected at most {MAX_EVALUATIONS:,} evaluations and 1 to {MAX_SUBSTEPS:,} substeps, got "
+        f"{self.nfe} and {self.substeps}"
+      )
+    if not (self.h >= 0 and self.temperature >= 0 and 0 <= self.gamma <= 1):
+      raise ValueError(
+        "config.sample: expected h and temperature of at least 0 and gamma in [0, 1], got "
+        f"{self.h}, {self.temperature}, {self.gamma}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+  """The section `evaluate` of a config.
+
+  Attributes:
+    num_samples: samples of every sampler.
+    teacher_steps: Euler steps of the teacher; 4 and 128 are the yardsticks of the ratios.
+    seed: of the noise.
+    classifier_steps: training steps of the classifier whose features and classes are used (images with classes).
+    num_resamples: of the bootstrap errors.
+    nearest_k: precision and recall take the ball of a sample to reach to its k-th neighbour.
+  """
+
+  num_samples: int = 2000
+  teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 128)
+  seed: int = 1234
+  classifier_steps: int = 600
+  num_resamples: int = 50
+  nearest_k: int = 5
+
+  def __post_init__(self):
+    if self.num_samples < 1 or self.classifier_steps < 1 or self.num_resamples < 2:
+      raise ValueError(
+        "config.evaluate: expected num_samples and classifier_steps of at least 1 and num_resamples of at least 2, got "
+        f"{self.num_samples}, {self.classifier_steps} and {self.num_resamples}"
+      )
+    if not 1 <= self.nearest_k < self.num_samples:
+      raise ValueError(
+        f"config.evaluate.nearest_k: expected 1 to {self.num_samples - 1} (below num_samples), got {self.nearest_k}"
+      )
+    if min(self.teacher_steps, default=0) < 1 or max(self.teacher_steps) > MAX_EVALUATIONS:
+      raise ValueError(
+        f"config.evaluate.teacher_steps: expected 1 to {MAX_EVALUATIONS:,}, got {tuple(self.teacher_steps)}"
+      )
+    if not {REFERENCE_STEPS, YARDSTICK_STEPS} <= set(self.teacher_steps):
+      raise ValueError(
+        f"config.evaluate.teacher_steps: expected {YARDSTICK_STEPS} and {REFERENCE_STEPS} among them (the yardsticks "
+        f"of every ratio), got {tuple(self.teacher_steps)}"
+      )

@@ -1,0 +1,51 @@
+"""The section `train` of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pflow_jax.files import foreign
+
+WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """The section `train` of a config.
+
+  Attributes:
+    steps: optimizer steps of the whole run.
+    batch_size: examples a step, over all processes.
+    accumulation: micro-batches that a step's batch is cut into, one after the other.
+    log_every, checkpoint_every, sample_every: in steps; 0 never (checkpoints: only at the end).
+    keep_checkpoints: newest checkpoints to keep.
+    keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
+    max_skipped: non-finite updates in a row after which the run stops with an error.
+    profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
+    num_workers: processes that read data; 0 reads in this one.
+  """
+
+  steps: int
+  batch_size: int
+  accumulation: int = 1
+  log_every: int = 50
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+  keep_every: int = 0
+  sample_every: int = 0
+  max_skipped: int = 20
+  profile: tuple[int, int] = (0, 0)
+  tensorboard: bool = True
+  num_workers: int = 0
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints", "max_skipped"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"config.train.{name}: expected at least 1, got {getattr(self, name)}")
+    for name in ("checkpoint_every", "keep_every", "sample_every", "num_workers"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
+    workers = self.num_workers * WORKER_BYTES
+    foreign.check_memory(f"config.train.num_workers={self.num_workers}", workers, "ask for fewer")
+    if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
+      raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")

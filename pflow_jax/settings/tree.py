@@ -1,0 +1,237 @@
+"""All settings of a run, parsed once where its config comes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from pflow_jax.core.objectives import OBJECTIVES, PRETRAINED, settings_of
+from pflow_jax.core.objectives.adversarial import Adversarial
+from pflow_jax.settings.adapters import AdapterSettings
+from pflow_jax.settings.mesh import MeshSettings
+from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
+from pflow_jax.settings.renamed import renewed
+from pflow_jax.settings.sample import EvaluateSettings, SampleSettings
+from pflow_jax.settings.sections import as_section, call, check_sections, choose, refuse_unknown
+from pflow_jax.settings.teacher import StartSettings, TeacherSettings
+from pflow_jax.settings.train import TrainSettings
+
+OWNERS: dict[str, type] = {
+  "adapters": AdapterSettings,
+  "teacher": TeacherSettings,
+  "start": StartSettings,
+  "adversarial": Adversarial,
+  "optimizer": OptimizerSettings,
+  "ema": EmaSettings,
+  "train": TrainSettings,
+  "sample": SampleSettings,
+  "evaluate": EvaluateSettings,
+  "mesh": MeshSettings,
+}
+"""Sections whose keys are the fields of one class."""
+
+SECTIONS = ("seed", "data", "model", "head", "objective", *OWNERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One of several things that can be chosen, by its name, and its options.
+
+  What an option may be is known where the thing is made: options are looked at there.
+  """
+
+  kind: str
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def of(cls, section: Any, where: str = "config") -> Choice:
+    """Parses a section, whose key `kind` is the name.
+
+    Raises:
+      ValueError: it is no section, or has no kind.
+    """
+    options = as_section(section, where)
+    kind = options.pop("kind", None)
+    if kind is None:
+      raise ValueError(f"{where}: kind must be set")
+    return cls(kind, _with_tuples(options))
+
+  def get(self, name: str, default: Any = None) -> Any:
+    """An option, or `default` where it is not set."""
+    value = self.options.get(name)
+    return default if value is None else value
+
+  def plain(self) -> dict[str, Any]:
+    """The section of a config."""
+    return {"kind": self.kind, **self.options}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What decides a run; each field is a section of its config.
+
+  Attributes:
+    data: options of `data.load`, its name among them; none of a model that was converted by an early version.
+    model: the network, of `networks.registry`.
+    head: its output layer.
+    kind: of the objective, one of `core.objectives.OBJECTIVES`.
+    objective: its settings.
+    teacher: of a student; None of what learns from data alone.
+    adversarial: of a flow map that is finetuned so.
+    optimizer: None of what was not trained here.
+    train: None of what was not trained here.
+    source: of a converted model, where it is from.
+  """
+
+  data: Mapping[str, Any]
+  model: Choice
+  head: Choice
+  kind: str
+  objective: Any
+  adapters: AdapterSettings = AdapterSettings()
+  teacher: TeacherSettings | None = None
+  start: StartSettings = StartSettings()
+  adversarial: Adversarial | None = None
+  optimizer: OptimizerSettings | None = None
+  ema: EmaSettings = EmaSettings()
+  train: TrainSettings | None = None
+  sample: SampleSettings = SampleSettings()
+  evaluate: EvaluateSettings = EvaluateSettings()
+  mesh: MeshSettings = MeshSettings()
+  seed: int = 0
+  source: Mapping[str, Any] | None = None
+
+  @classmethod
+  def of(
+    cls, config: Settings | Mapping[str, Any], *, converted: bool = False, quiet: bool = False, where: str = "config"
+  ) -> Settings:
+    """Parses a config; what is parsed already is returned as it is.
+
+    Args:
+      config: sections by name, such as a ConfigDict.
+      converted: whether it may be that of a model that was converted.
+      quiet: whether to understand old names without a word.
+      where: what errors call it.
+
+    Raises:
+      ValueError: a section or a key that is not known, with the nearest that is; a value that does not fit.
+    """
+    if isinstance(config, Settings):
+      return config
+    values = renewed(as_section(config, where), quiet=quiet)
+    kind = as_section(values.get("objective") or {}, f"{where}.objective").get("kind")
+    converted = converted and kind == PRETRAINED
+    known = (*SECTIONS, "source") if converted else SECTIONS
+    needed = ("model", "head", "objective") if converted else ("data", "model", "head", "objective")
+    check_sections(values, known, needed, where=where)
+    kinds = {name: make for name, make in OBJECTIVES.items() if converted or name != PRETRAINED}
+    make, options = choose(kinds, "objective", values["objective"])
+    assert kind is not None
+    parsed: dict[str, Any] = {
+      name: made
+      for name, owner in OWNERS.items()
+      if values.get(name) is not None and (made := _parsed(owner, name, values[name])) is not None
+    }
+    return cls(
+      data=_with_tuples(as_section(values.get("data", {}), "config.data")),
+      model=Choice.of(values["model"], "config.model"),
+      head=Choice.of(values["head"], "config.head"),
+      kind=kind,
+      objective=call(make, "objective", options, settings=settings_of(kind)),
+      seed=values.get("seed", 0),
+      source=as_section(values["source"], "config.source") if values.get("source") is not None else None,
+      **parsed,
+    )
+
+  @property
+  def converted(self) -> bool:
+    """Whether it is a model that was trained elsewhere and converted."""
+    return self.kind == PRETRAINED
+
+  def need(self, section: str) -> Any:
+    """A section that may be absent.
+
+    Raises:
+      ValueError: it is.
+    """
+    value = getattr(self, section)
+    if value is None:
+      raise ValueError(f"config.{section}: {', '.join(_required(OWNERS[section])) or 'the section'} must be set")
+    return value
+
+  def changed(self, section: str, **values: Any) -> Settings:
+    """The same with other values of a section's keys."""
+    own, new = getattr(self, section), dict[str, Any]()
+    if isinstance(own, Choice):
+      new[section] = Choice(own.kind, {**own.options, **values})
+    elif isinstance(own, Mapping):
+      new[section] = {**own, **values}
+    else:
+      new[section] = dataclasses.replace(own, **values)
+    return dataclasses.replace(self, **new)
+
+  def plain(self) -> dict[str, Any]:
+    """The config as JSON would give it back: nested dicts, lists, numbers, strings, None."""
+    return json.loads(json.dumps(dict(self._sections())))
+
+  def config(self, hints: Mapping[str, Mapping[str, Any]] | None = None) -> ConfigDict:
+    """The config, whose keys a command line can change; keys that are not set know their type.
+
+    Args:
+      hints: annotations of the options of the sections "model" and "head".
+    """
+    owners = {**{name: type(value) for name, value in vars(self).items() if name in OWNERS}, "objective": None}
+    config = ConfigDict()
+    for name, values in self._sections():
+      if not isinstance(values, Mapping):
+        config[name] = values
+        continue
+      owner = settings_of(self.kind) if name == "objective" else owners.get(name)
+      known = typing.get_type_hints(owner) if owner else (hints or {}).get(name, {})
+      config[name] = {key: unset(known[key]) if v is None and key in known else v for key, v in values.items()}
+    return config
+
+  def _sections(self) -> Iterator[tuple[str, Any]]:
+    yield "seed", self.seed
+    yield "data", dict(self.data)
+    yield "model", self.model.plain()
+    yield "head", self.head.plain()
+    yield "objective", {"kind": self.kind, **_fields(self.objective)}
+    for name in OWNERS:
+      if getattr(self, name) is not None:
+        yield name, _fields(getattr(self, name))
+    if self.source is not None:
+      yield "source", dict(self.source)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+  return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _required(owner: type) -> list[str]:
+  return [field.name for field in dataclasses.fields(owner) if field.default is dataclasses.MISSING]
+
+
+def _parsed(owner: type, name: str, values: Any) -> Any:
+  """A section; None of one that lacks what it must have: a model that was trained elsewhere has no length."""
+  values = as_section(values, f"config.{name}")
+  refuse_unknown(values, [field.name for field in dataclasses.fields(owner)], f"config.{name}")
+  return None if any(values.get(key) is None for key in _required(owner)) else call(owner, name, values)
+
+
+def _with_tuples(value: Any) -> Any:
+  """Lists, which JSON makes of tuples, as tuples, which flags can change."""
+  if isinstance(value, Mapping):
+    return {key: _with_tuples(inner) for key, inner in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def unset(hint: Any) -> Any:
+  """A key of a ConfigDict without a value, which takes one of the type that `hint` says."""
+  kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind in (int, float, str, bool)]
+  return config_dict.placeholder(kinds[0] if kinds else object)

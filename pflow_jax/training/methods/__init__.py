@@ -1,0 +1,38 @@
+"""Methods, one a file, by the settings of their objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pflow_jax.core.objectives import OBJECTIVES, settings_of
+from pflow_jax.core.objectives.flow_map import FlowMap
+from pflow_jax.core.objectives.flow_matching import FlowMatching
+from pflow_jax.core.objectives.imitation import Imitation
+from pflow_jax.training.methods.base import Method as Method
+from pflow_jax.training.methods.flow_map import FlowMapMethod
+from pflow_jax.training.methods.flow_matching import FlowMatchingMethod
+from pflow_jax.training.methods.imitation import ImitationMethod
+
+METHODS: dict[type, type[Method]] = {
+  FlowMatching: FlowMatchingMethod,
+  Imitation: ImitationMethod,
+  FlowMap: FlowMapMethod,
+}
+
+
+def register_objective(kind: str, make: Callable[..., Any], method: type[Method]) -> None:
+  """Makes an objective known to configs.
+
+  Args:
+    kind: its name, as config.objective.kind.
+    make: its settings, a dataclass with a class attribute `sections` ("teacher", "adapters", ... of a config that it
+      uses beside those of every run).
+    method: what binds them to a network.
+
+  Raises:
+    ValueError: another objective has that name.
+  """
+  if OBJECTIVES.setdefault(kind, make) is not make:
+    raise ValueError(f"there is an objective {kind!r} already; take another name")
+  METHODS[settings_of(kind)] = method

@@ -1,0 +1,117 @@
+"""What a method is: an objective bound to a network, and all that depends on which objective it is."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax import data
+from pflow_jax.core.guidance import Velocity
+from pflow_jax.settings.sample import SampleSettings
+from pflow_jax.settings.tree import Settings
+from pflow_jax.training.network import Network
+from pflow_jax.training.teachers import Teacher
+
+Array = jax.Array
+Params = Any
+Objective = TypeVar("Objective")
+FindTeacher = Callable[[tuple[float, float]], Teacher]
+"""(strengths of guidance that are asked for) -> the run's teacher."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC, Generic[Objective]):
+  """An objective bound to a network, its data and its teacher.
+
+  Attributes:
+    objective: settings of the loss.
+    network: what trains.
+    dataset: what it is for.
+    teacher: whose velocity is learned from; None where the data alone are.
+  """
+
+  objective: Objective
+  network: Network
+  dataset: data.Dataset
+  teacher: Teacher | None
+
+  has_policy: ClassVar[bool] = False
+  """Whether it trains heads that predict a policy; else those that predict a velocity."""
+
+  can_generate: ClassVar[bool] = False
+  """Whether it has `generate`."""
+
+  @classmethod
+  @abc.abstractmethod
+  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, find_teacher: FindTeacher) -> Method:
+    """Makes the method that settings describe.
+
+    Raises:
+      ValueError: the objective, the network, the data and the teacher do not fit together.
+    """
+
+  @abc.abstractmethod
+  def init(self, key: Array, frozen: Params) -> Params:
+    """All parameters of the network at the start.
+
+    Args:
+      frozen: the teacher's parameters, by part.
+    """
+
+  @abc.abstractmethod
+  def shapes(self) -> Params:
+    """Shapes of what `init` makes, for which no teacher is read."""
+
+  @abc.abstractmethod
+  def loss(
+    self, params: Params, frozen: Params, batch: Mapping[str, Array], key: Array, step: Array
+  ) -> tuple[Array, dict[str, Array]]:
+    """The loss of every example (B,), and metrics.
+
+    Args:
+      params: all parameters of the network.
+      frozen: the teacher's parameters, by part.
+      batch: "x0" (B, *space, C) where there are data, and "cond".
+      key: of this step.
+      step: number of the step ().
+    """
+
+  @abc.abstractmethod
+  def velocity(self, params: Params) -> Velocity:
+    """The network as a velocity field (x, t, cond) -> v."""
+
+  @abc.abstractmethod
+  def evaluations(self, sampling: SampleSettings) -> tuple[int, ...]:
+    """The numbers of network evaluations to sample with, where `sampling.nfe` names none."""
+
+  @abc.abstractmethod
+  def sampler(self, sampling: SampleSettings, nfe: int) -> Callable[..., Array]:
+    """Draws samples: (params, noise, cond, keys) -> x0, with `nfe` evaluations; to be traced."""
+
+  @abc.abstractmethod
+  def trajectory(self, sampling: SampleSettings, nfe: int) -> Callable[..., Array]:
+    """The way of samples without stochastic steps: (params, noise, cond) -> states (steps + 1, B, *space, C)."""
+
+  def generate(self, params: Params, x0: Array, cond: Any, key: Array) -> Array:
+    """One evaluation from noised data to data (B, *space, C), for an adversary to judge."""
+    raise NotImplementedError
+
+  @property
+  def is_fixed(self) -> bool:
+    """Whether it is made for its own number of evaluations alone."""
+    return False
+
+  @property
+  def is_student(self) -> bool:
+    """Whether it is one to be measured beside its teacher."""
+    return True
+
+
+def copied(tree: Params) -> Params:
+  """New arrays throughout, so that a step may donate them while the others live on."""
+  return jax.tree.map(jnp.array, tree)

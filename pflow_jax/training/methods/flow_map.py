@@ -1,0 +1,156 @@
+"""Flow maps: a student that jumps between any two times."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax import data
+from pflow_jax.core.guidance import Velocity
+from pflow_jax.core.objectives.flow_map import FlowMap, flow_map_loss
+from pflow_jax.core.samplers import sample_flow_map
+from pflow_jax.core.schedule import add_noise, over_space, segment_grid, shift_time
+from pflow_jax.mesh.partition import combine, without
+from pflow_jax.networks.attention import IMPLEMENTATIONS, supports_jvp
+from pflow_jax.settings.sample import SampleSettings
+from pflow_jax.settings.tree import Settings
+from pflow_jax.training.methods.base import FindTeacher, Method, copied
+from pflow_jax.training.methods.imitation import DROPOUT
+from pflow_jax.training.network import Network
+
+Array = jax.Array
+
+
+class FlowMapMethod(Method[FlowMap]):
+  """An average velocity F(x, t, s), sampled by jumps down a grid of times."""
+
+  can_generate = True
+
+  @classmethod
+  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, find_teacher: FindTeacher):
+    objective = settings.objective
+    _check_jvp(network)
+    has_teacher = settings.teacher is not None and settings.teacher.workdir
+    if objective.target == "data" and not has_teacher:
+      if settings.adapters.table:
+        raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
+      return cls(objective, network, dataset, None)
+    teacher = find_teacher(tuple(objective.guidance))
+    low, high = objective.guidance
+    if objective.guided and not low <= teacher.settings.guidance <= high:
+      raise ValueError(
+        f"config.teacher.guidance: expected a strength in config.objective.guidance, [{low}, {high}], which this "
+        f"student is trained for and compared at, got {teacher.settings.guidance}"
+      )
+    return cls(objective, network, dataset, teacher)
+
+  def init(self, key, frozen):
+    params = self._random(key)
+    if self.teacher is None or not self.teacher.has_network:
+      return params
+    # It starts as its teacher's velocity: what it has besides, for s and the guidance, starts neutral.
+    teacher = copied(frozen["strong"])
+    return combine(without(params, teacher), teacher)
+
+  def shapes(self):
+    return jax.eval_shape(self._random, jax.random.key(0))
+
+  def _random(self, key):
+    ones = jnp.ones((1,))
+    named = {"s": ones} | ({"guidance": ones} if self.objective.guided else {})
+    return self.network.init(key, self.dataset, **named)
+
+  def loss(self, params, frozen, batch, key, step):
+    precise, teacher = self.network.float32, self.teacher
+    # One key: the dropout of both evaluations of a step is the same.
+    key_dropout = jax.random.fold_in(key, DROPOUT)
+
+    def jump(network, params):
+      def average_velocity(x, t, s, cond, strength):
+        return network(params, x, t, cond, s=s, guidance=strength, key=key_dropout)
+
+      return average_velocity
+
+    def velocity(x, t, cond, strength):
+      assert teacher is not None
+      return teacher.velocity(frozen, strength)(x, t, cond)
+
+    return flow_map_loss(
+      jump(self.network, params),
+      velocity if teacher else None,
+      batch["x0"],
+      batch["cond"],
+      key,
+      step,
+      self.objective,
+      null_cond=self.dataset.null_cond,
+      precise=jump(precise, jax.lax.stop_gradient(params)) if precise else None,
+    )
+
+  def jump(self, params, strength: float | None = None):
+    """(x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's.
+
+    Raises:
+      ValueError: the network was not trained for that strength.
+    """
+    guided, (low, high) = self.objective.guided, self.objective.guidance
+    if strength is None:
+      strength = self.teacher.settings.guidance if guided and self.teacher else low
+    if not low <= strength <= high:
+      raise ValueError(
+        f"config.sample.guidance (where that is not set, config.teacher.guidance): expected a strength in [{low}, "
+        f"{high}], which this flow map was trained for, got {strength}"
+      )
+
+    def jump(x, t, s, cond):
+      given = jnp.full(t.shape, strength, t.dtype) if guided else None
+      return self.network(params, x, t, cond, s=s, guidance=given)
+
+    return jump
+
+  def velocity(self, params) -> Velocity:
+    """A jump of length 0."""
+    jump = self.jump(params)
+    return lambda x, t, cond: jump(x, t, t, cond)
+
+  def evaluations(self, sampling: SampleSettings) -> tuple[int, ...]:
+    return (1, 2, 4, 8)
+
+  def sampler(self, sampling: SampleSettings, nfe: int):
+    def run(params, noise, cond, keys):
+      jump = self.jump(params, sampling.guidance)
+      return sample_flow_map(jump, noise, cond, keys, grid=self._grid(nfe), gamma=sampling.gamma)
+
+    return run
+
+  def trajectory(self, sampling: SampleSettings, nfe: int):
+    def run(params, noise, cond):
+      jump = self.jump(params, sampling.guidance)
+      return sample_flow_map(jump, noise, cond, grid=self._grid(nfe), trajectory=True)
+
+    return run
+
+  def generate(self, params, x0, cond, key):
+    """One jump to the data, from states at uniform times."""
+    key_time, key_noise, key_dropout, key_guidance = jax.random.split(key, 4)
+    t = jax.random.uniform(key_time, x0.shape[:1])
+    x = add_noise(x0, jax.random.normal(key_noise, x0.shape), t)
+    named = {}
+    if self.objective.guided:
+      named = {"guidance": jax.random.uniform(key_guidance, t.shape, t.dtype, *self.objective.guidance)}
+    average = self.network(params, x, t, cond, s=jnp.zeros_like(t), key=key_dropout, **named)
+    return x - over_space(t, x) * average
+
+  def _grid(self, nfe: int) -> list[float]:
+    """Flow times that it jumps between with `nfe` evaluations."""
+    return [float(shift_time(r, self.objective.shift)) for r in segment_grid(nfe)]
+
+
+def _check_jvp(network: Network) -> None:
+  implementation = getattr(network.module, "attention", None)
+  if implementation is not None and not supports_jvp(implementation):
+    able = [name for name, has_jvp in IMPLEMENTATIONS.items() if has_jvp]
+    raise ValueError(
+      f"config.model.attention: {implementation!r} has no forward derivative, which flow maps need; set "
+      f"config.model.attention to one of {able}"
+    )

@@ -1,0 +1,86 @@
+"""Flow matching: a teacher, trained on data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pflow_jax import data
+from pflow_jax.core.guidance import Velocity, guided
+from pflow_jax.core.objectives.flow_matching import FlowMatching, flow_matching_loss
+from pflow_jax.core.samplers import sample_teacher
+from pflow_jax.settings.sample import REFERENCE_STEPS, SampleSettings
+from pflow_jax.settings.tree import Settings
+from pflow_jax.training.methods.base import FindTeacher, Method
+from pflow_jax.training.network import Network, velocity_of
+
+CONVERTED_DROPOUT = 0.1  # stands for whatever share of a converted model's examples had the empty condition
+
+
+class FlowMatchingMethod(Method[FlowMatching]):
+  """A velocity field that learns from data, sampled by Euler steps."""
+
+  @classmethod
+  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, find_teacher: FindTeacher):
+    if settings.adapters.table:
+      raise ValueError("config.adapters: a teacher trains in full, expected no rows")
+    objective = settings.objective
+    if settings.converted:  # it knows the empty condition
+      objective = dataclasses.replace(objective, cond_dropout=objective.cond_dropout or CONVERTED_DROPOUT)
+    return cls(objective, network, dataset, None)
+
+  def init(self, key, frozen):
+    del frozen
+    return self.network.init(key, self.dataset)
+
+  def shapes(self):
+    return self.network.shapes(self.dataset)
+
+  def loss(self, params, frozen, batch, key, step):
+    del frozen, step
+    velocity = velocity_of(self.network, params)
+    null = self.dataset.null_cond
+    return flow_matching_loss(velocity, batch["x0"], batch["cond"], key, self.objective, null_cond=null)
+
+  def velocity(self, params) -> Velocity:
+    return velocity_of(self.network, params)
+
+  def evaluations(self, sampling: SampleSettings) -> tuple[int, ...]:
+    return (REFERENCE_STEPS,)
+
+  def sampler(self, sampling: SampleSettings, nfe: int):
+    strength, shift = sampling.guidance, self.objective.shift
+    self._check_guidance(strength)
+
+    def run(params, noise, cond, keys):
+      velocity = self.velocity(params)
+      if strength is not None and strength != 1:
+        velocity = guided(velocity, self.dataset.null_cond, scale=strength)
+      return sample_teacher(velocity, noise, cond, keys, steps=nfe, shift=shift, h=sampling.h)
+
+    return run
+
+  def trajectory(self, sampling: SampleSettings, nfe: int):
+    def run(params, noise, cond):
+      velocity = self.velocity(params)
+      return sample_teacher(velocity, noise, cond, steps=nfe, shift=self.objective.shift, trajectory=True)
+
+    return run
+
+  @property
+  def is_student(self) -> bool:
+    return False
+
+  def _check_guidance(self, strength: float | None) -> None:
+    """Raises ValueError where there is no empty condition to guide away from."""
+    if strength is None or strength == 1:
+      return
+    if not self.objective.cond_dropout:
+      raise ValueError(
+        f"config.sample.guidance: {strength} needs a model that was trained with the empty condition too "
+        "(objective.cond_dropout above 0)"
+      )
+    if self.dataset.null_cond is None:
+      raise ValueError(
+        f"config.sample.guidance: {strength} needs the empty prompt's embedding, which {self.dataset.name} lacks; "
+        "write it again with `pflow cache`"
+      )

@@ -1,0 +1,138 @@
+"""π-ID: a student whose output layer predicts a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pflow_jax import data
+from pflow_jax.core.batches import per_example
+from pflow_jax.core.guidance import Velocity
+from pflow_jax.core.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
+from pflow_jax.core.policies import Policy, auto_temperature
+from pflow_jax.core.rollout import rollout
+from pflow_jax.core.samplers import sample_student
+from pflow_jax.core.schedule import segment_grid, shift_time
+from pflow_jax.networks.heads import student_params_from_teacher
+from pflow_jax.settings.sample import SampleSettings
+from pflow_jax.settings.tree import Settings
+from pflow_jax.training.methods.base import FindTeacher, Method
+from pflow_jax.training.network import Network
+
+Array = jax.Array
+DROPOUT = 0xD0  # of adapters: folded into the key of a step, which the loss splits
+WAYPOINTS = 32  # states on the way of a sample, over all its segments
+
+
+class ImitationMethod(Method[Imitation]):
+  """A policy a segment, rolled out without the network."""
+
+  has_policy = True
+
+  @classmethod
+  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, find_teacher: FindTeacher):
+    objective = settings.objective
+    if not objective.data_free and not dataset.has_x0:
+      raise ValueError(
+        f"config.objective.kind: {settings.kind!r} starts from data, and {dataset.name} has none; train without (a "
+        "config's variant gm_data_free, or objective.data_free=True), or write prompts with `pflow cache --images`"
+      )
+    return cls(objective, network, dataset, find_teacher((1.0, 1.0)))
+
+  def init(self, key, frozen):
+    assert self.teacher is not None
+    if not self.teacher.has_network:
+      return self.network.init(key, self.dataset)
+    noise = self.teacher.settings.bias_noise
+    return student_params_from_teacher(frozen["strong"], self.network.module, key, bias_noise=noise)
+
+  def shapes(self):
+    return self.network.shapes(self.dataset)
+
+  def loss(self, params, frozen, batch, key, step):
+    assert self.teacher is not None
+    settings = self.objective
+    student = self.student(params, jax.random.fold_in(key, DROPOUT))
+    if not settings.data_free:
+      return imitation_loss(student, self.teacher.velocity(frozen), batch["x0"], batch["cond"], key, step, settings)
+    if settings.nfe > 1 and getattr(self.network.module, "remat", "none") != "none":
+      # A segment's source is detached from the segment before. So the backward pass evaluates the student again, an
+      # eighth of a FLUX.1 step, rather than have every segment keep its blocks' inputs at once.
+      student = jax.checkpoint(student, prevent_cse=False)
+    key_noise, key = jax.random.split(key)
+    count = jax.tree.leaves(batch)[0].shape[0]
+    noise = jax.random.normal(key_noise, (count, *self.dataset.shape), jnp.float32)
+    teacher = self.teacher.velocity(frozen)
+    return imitation_loss_data_free(student, teacher, noise, batch["cond"], key, step, settings)
+
+  def student(self, params: Any, key: Array | None = None) -> Callable[[Array, Array, Any], Policy]:
+    """The network as a student: (x, t, cond) -> batch of policies; `key` is for the adapters' dropout."""
+    head, segment, shift = self.network.head, self.objective.max_segment, self.objective.shift
+
+    def student(x, t, cond):
+      outputs = self.network(params, x, t, cond, key=key)
+      create = jax.vmap(lambda x, t, out: head.policy(x, t, out, segment=segment, shift=shift))
+      return per_example(create)(x, t, outputs)
+
+    return student
+
+  def velocity(self, params) -> Velocity:
+    """That of a policy at the state and time at which it was predicted."""
+    student = self.student(params)
+    return lambda x, t, cond: jax.vmap(lambda p, x, t: p.velocity(x, t))(student(x, t, cond), x, t)
+
+  def evaluations(self, sampling: SampleSettings) -> tuple[int, ...]:
+    return (self.objective.nfe,)
+
+  @property
+  def is_fixed(self) -> bool:
+    return True
+
+  def sampler(self, sampling: SampleSettings, nfe: int):
+    objective = self.objective
+    temperature = auto_temperature(nfe) if sampling.auto_temperature else sampling.temperature
+
+    def run(params, noise, cond, keys):
+      return sample_student(
+        self.student(params),
+        noise,
+        cond,
+        keys,
+        nfe=nfe,
+        final_scale=objective.final_scale,
+        shift=objective.shift,
+        h=sampling.h,
+        temperature=temperature,
+        substeps=sampling.substeps,
+        method=sampling.method,
+      )
+
+    return run
+
+  def trajectory(self, sampling: SampleSettings, nfe: int):
+    shift = self.objective.shift
+    grid = jnp.asarray(segment_grid(nfe, self.objective.final_scale), jnp.float32)
+    count = max(WAYPOINTS // nfe, 2)
+
+    def roll(policy, x, r_start, r_end):
+      one = lambda p, x: rollout(p, x, r_start, r_end, shift=shift, substeps=sampling.substeps, method=sampling.method)
+      return jax.vmap(one)(policy, x)
+
+    def run(params, noise, cond):
+      student = self.student(params)
+
+      def segment(source, times):
+        r_start, r_end = times
+        t = jnp.broadcast_to(shift_time(r_start, shift), noise.shape[:1])
+        policy = student(source, t, cond)
+        points = r_start + (r_end - r_start) * jnp.arange(1, count + 1) / count
+        states = jax.lax.map(lambda r: roll(policy, source, r_start, r), points)
+        return states[-1], states
+
+      _, states = jax.lax.scan(segment, noise, (grid[:-1], grid[1:]))
+      return jnp.concatenate([noise[None], states.reshape(-1, *noise.shape)])
+
+    return run
