@@ -12,7 +12,6 @@ from pflow_jax.data.fingerprint import fingerprint as fingerprint
 from pflow_jax.data.latents import write_latents as write_latents
 from pflow_jax.data.pipeline import batches as batches
 from pflow_jax.data.pipeline import examples as examples
-from pflow_jax.data.points import checkerboard_density as checkerboard_density
 from pflow_jax.data.prompts.buckets import BucketRecords as BucketRecords
 from pflow_jax.data.prompts.dataset import pinned as pinned
 from pflow_jax.data.prompts.files import read_prompts as read_prompts

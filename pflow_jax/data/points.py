@@ -24,13 +24,6 @@ def checkerboard(*, split: str = "train") -> Dataset:
   return Dataset("checkerboard", (2,), 0, (), GeneratedRecords(_checkerboard_points))
 
 
-def checkerboard_density(points: np.ndarray) -> np.ndarray:
-  """Density of `checkerboard` at points (..., 2): 1/8 in a black square, else 0; (...), float64."""
-  cell = np.floor(np.asarray(points))
-  inside = np.all((cell >= -2) & (cell < 2), axis=-1)
-  return np.where(inside & (cell.sum(axis=-1) % 2 == 0), 1 / 8, 0.0)
-
-
 def _checkerboard_points(n: int, rng: np.random.Generator) -> np.ndarray:
   corners = _CORNERS[rng.integers(0, len(_CORNERS), n)]
   # Odd multiples of 2^-22: exact in float32 after the corner is added, and never on an edge.

@@ -53,11 +53,6 @@ def alignment_errors(samples: ArrayLike, reference: ArrayLike) -> Array:
   return np.sqrt(np.mean(difference**2, axis=1))
 
 
-def alignment(samples: ArrayLike, reference: ArrayLike) -> float:
-  """Mean of `alignment_errors`: 0 where every sample equals its reference, float64."""
-  return float(alignment_errors(samples, reference).mean())
-
-
 @dataclasses.dataclass(frozen=True)
 class Moments:
   """Mean (F,), unbiased covariance (F, F) and number of samples of a set of features; float64."""

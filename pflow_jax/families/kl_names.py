@@ -131,21 +131,3 @@ def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(f"config.json of {CLASS_NAMES[0]}: {'; '.join(problems)}")
   model = {ours: full[theirs] for theirs, ours in _CONFIG}
   return model | {"scale": float(model["scale"]), "shift": float(model["shift"] or 0.0)}
-
-
-def config_from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-  """config.json of attributes of `models.vae.AutoencoderKL`."""
-  module = AutoencoderKL(**model)
-  config = {theirs: getattr(module, ours) for theirs, ours in _CONFIG}
-  levels = len(module.widths)
-  return config | {
-    "_class_name": CLASS_NAMES[0],
-    "act_fn": "silu",
-    "block_out_channels": list(module.widths),
-    "down_block_types": ["DownEncoderBlock2D"] * levels,
-    "out_channels": module.channels,
-    # For tiles alone, of which diffusers' default, 32, is too small for a picture.
-    "sample_size": 64 * module.down_factor,
-    "shift_factor": module.shift or None,
-    "up_block_types": ["UpDecoderBlock2D"] * levels,
-  }

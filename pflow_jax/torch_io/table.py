@@ -8,12 +8,11 @@ only transposed, reshaped, joined and copied, never computed with: there and bac
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from pflow_jax.torch_io.check import listing
 
@@ -168,17 +167,6 @@ def turn_back(row: Row, x: np.ndarray) -> np.ndarray:
   return x if axes is None else x.transpose(np.argsort(axes))
 
 
-def turn_shape(row: Row, shape: Shape) -> Shape:
-  """Shape of what `turn` makes of a tensor of `shape`."""
-  axes = _AXES[row.layout]
-  turned = tuple(shape) if axes is None else tuple(shape[axis] for axis in axes)
-  if row.layout == "patch":
-    turned = (math.prod(turned[:-1]), turned[-1])
-  if row.layout in _ONES:
-    turned = (math.prod(turned),)
-  return (*turned[:-1], turned[-1] // row.take[1] * row.take[0]) if row.take else turned
-
-
 def turn_shape_back(row: Row, shape: Shape) -> Shape:
   """Shape of the tensor of which `turn` makes `shape`, with the channels that `take` would drop."""
   axes = _AXES[row.layout]
@@ -244,22 +232,6 @@ def to_flax(table: Table, tensors: Mapping[str, np.ndarray]) -> Params:
       leaf = np.ascontiguousarray(read_layer(row, tensors.__getitem__))
     flat[tuple(row.flax.split("/"))] = leaf
   return unflatten_dict(flat)
-
-
-def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Tensors by name of all leaves of nested `params` in memory, adapters too.
-
-  Raises: ValueError for leaves without a row.
-  """
-  flat = {"/".join(keys): np.asarray(leaf) for keys, leaf in flatten_dict(params).items()}
-  rows = rows_for(table, flat)
-  tensors: dict[str, np.ndarray] = {}
-  for path, leaf in flat.items():
-    row = rows[path]
-    for index in range(len(leaf)) if row.stacked else [None]:
-      pairs = tensors_of_layer(row, leaf if index is None else leaf[index], index)
-      tensors |= {name: np.ascontiguousarray(tensor) for name, tensor in pairs}
-  return tensors
 
 
 def rows_for(table: Table, paths: Sequence[str] | Mapping[str, Any]) -> dict[str, Row]:

@@ -133,11 +133,3 @@ def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
       f"{len(full['dim_mult'])} levels)"
     )
   return {ours: full[theirs] for theirs, ours in _CONFIG}
-
-
-def config_from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-  """config.json of attributes of `models.qwen_vae.QwenVAE`."""
-  module = QwenVAE(**model)
-  values = {theirs: getattr(module, ours) for theirs, ours in _CONFIG}
-  lists = {theirs: list(value) if isinstance(value, tuple) else value for theirs, value in values.items()}
-  return lists | {"_class_name": CLASS_NAMES[0], "attn_scales": [], "dropout": 0.0}
