@@ -6,7 +6,6 @@ that module does.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import itertools
@@ -14,7 +13,7 @@ import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -148,35 +147,45 @@ def _bytes(shape: list[int], leaf: Leaf) -> int:
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-  """Writes leaves that are read while they are written, one at a time; to Orbax they are NumPy arrays."""
+  """Writes leaves that are read while they are written, one at a time; to Orbax they are NumPy arrays.
+
+  Attributes:
+    error: what stopped the writing, as it was raised.
+  """
 
   def __init__(self, directory: epath.Path, interrupted: pathlib.Path | None):
-    super().__init__(deepcopy_host_arrays=False)
-    self._directory, self._interrupted = directory, interrupted
-    self._lock = asyncio.Lock()
+    super().__init__()
+    self._folder, self._interrupted = directory, interrupted
     self.error: Exception | None = None
 
-  async def _background_serialize(self, values, infos, args=None):
-    await infos[0].await_path_creation()
-    if self._interrupted is not None:
-      for folder in self._interrupted.glob(f"{STATE}*/ocdbt.process_*"):
-        folder.rename(infos[0].parent_dir / folder.name)
-      shutil.rmtree(self._interrupted)
-    await super()._background_serialize(values, infos, args)
+  async def serialize(self, values, infos, args=None):
+    """Starts the writing of all leaves, see ocp.type_handlers.TypeHandler."""
+    writing = self._write_leaves(values, infos)
+    return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="pflow_jax.checkpoints.stream")]
 
-  async def _open_and_write(self, value, tspec, ts_context):
-    tspec["metadata"]["chunks"] = list(value.chunk)
-    async with self._lock:  # all leaves are asked for at once
-      if self.error is not None:
-        return
-      try:
-        with _storage(self._directory):
-          store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-          written = {key.decode() for key in await store.kvstore.list()}  # type: ignore[union-attr]
-        await value.write(store, written, self._directory)
-      except Exception as error:
-        self.error = error
-        raise
+  async def _write_leaves(self, leaves: Sequence[_Streamed], infos: Sequence[ocp.type_handlers.ParamInfo]) -> None:
+    try:
+      await infos[0].await_path_creation()
+      if self._interrupted is not None:
+        for folder in self._interrupted.glob(f"{STATE}*/ocdbt.process_*"):
+          folder.rename(infos[0].parent_dir / folder.name)
+        shutil.rmtree(self._interrupted)
+      for leaf, info in zip(leaves, infos, strict=True):
+        await info.await_path_creation()
+        await self._write_leaf(leaf, info)
+    except Exception as error:
+      self.error = error
+      raise
+
+  async def _write_leaf(self, leaf: _Streamed, info: ocp.type_handlers.ParamInfo) -> None:
+    spec = ocp.type_handlers.get_json_tspec_write(
+      info, use_ocdbt=True, global_shape=leaf.shape, local_shape=leaf.shape, dtype=leaf.dtype, process_index=0
+    )
+    spec["metadata"]["chunks"] = list(leaf.chunk)
+    with _storage(self._folder):
+      store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+      written = {key.decode() for key in await store.kvstore.list()}  # type: ignore[union-attr]
+    await leaf.write(store, written, self._folder)
 
 
 class _StreamCheckpointer(Checkpointer):
