@@ -26,7 +26,9 @@ _LENGTHS = 26  # where an entry's header has the lengths of its name and of what
 def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
   """The tensors of a state dict; the pickle is read with weights_only, the data stay in the file.
 
-  Nothing is mapped: a file that another process cuts short would end a program that reads a mapping of it.
+  Nothing is mapped (`mmap=True`): a file that another process cuts short would end a program that reads a mapping of
+  it. Nor is memory taken: weights_only lets a pickle call torch.Tensor(n, n), with which a file of a kilobyte may ask
+  for gigabytes. FakeTensorMode and _checkpoint_offset are how PyTorch's tutorial on GPUDirect Storage gets at offsets.
 
   Args:
     key: of the state dict in the file, "a.b" for one within another; by default the file itself, or the only dict of
