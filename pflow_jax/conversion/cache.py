@@ -23,6 +23,7 @@ from pflow_jax.data.prompts.records import INDEX, NULL, SHARDS, TABLE, Index, pr
 from pflow_jax.data.shards import num_records
 from pflow_jax.families.text import Encoder, load_encoder
 from pflow_jax.files.array_files import read_npy
+from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.foreign import decoding, is_there, real_folder, regular_file, shown
 from pflow_jax.files.lock import Lock
@@ -30,7 +31,7 @@ from pflow_jax.training.writer import progress
 
 ReadX0 = Callable[[Sequence[pathlib.Path]], np.ndarray]  # files -> x0 (n, *space, C), floating
 
-PARTIAL, NEW = ".partial", ".new"  # end the name of what is not complete
+PARTIAL = ".partial"  # ends the name of what is not complete
 SHARD_BYTES = 4 * 2**30  # at most, unless told otherwise
 # What array_record adds to a file, to a record and to a byte, rounded up.
 _PER_SHARD, _PER_RECORD, _PER_BYTE = 192 * 1024, 100, 1 / 2048
@@ -101,7 +102,7 @@ def cache(
     np.savez(folder / TABLE, length=lengths[:-1], hash=prompt_hashes(found.texts))
     if not (folder / NULL).exists():
       record = _rows(encoder.encode([""]), lengths[-1:])[0]
-      _replace(folder / NULL, without_x0(fields).pack("", record))
+      write_atomically(folder / NULL, without_x0(fields).pack("", record))
     _write_shards(folder, index, encoder, found, lengths, read_x0, batch_size)
     os.replace(folder / (INDEX + PARTIAL), folder / INDEX)
   print(f"wrote {folder}")
@@ -172,10 +173,12 @@ def _claim(folder: pathlib.Path, index: Index) -> bool:
     if name == INDEX:
       return False
   if not is_there(folder / (INDEX + PARTIAL)):
-    if is_there(folder) and any(not path.name.endswith(NEW) for path in real_folder(folder).iterdir()):
+    # A process that was killed while it claimed the folder leaves a part of this one file.
+    claim = f"{INDEX}{PARTIAL}."
+    if is_there(folder) and any(not path.name.startswith(claim) for path in real_folder(folder).iterdir()):
       raise ValueError(f"{folder} is not empty; give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / (INDEX + PARTIAL), index.as_json().encode())
+    write_atomically(folder / (INDEX + PARTIAL), index.as_json().encode())
   return True
 
 
@@ -308,9 +311,3 @@ def _is_complete(path: pathlib.Path, count: int) -> bool:
     return num_records(path) == count
   except ValueError:
     return False
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-  new = path.with_name(path.name + NEW)
-  new.write_bytes(content)
-  os.replace(new, path)

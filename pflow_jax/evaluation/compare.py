@@ -29,6 +29,7 @@ import pydantic
 from pflow_jax.evaluation.compare_report import TEACHER, write_report
 from pflow_jax.evaluation.evaluate import evaluate
 from pflow_jax.files import foreign
+from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
 from pflow_jax.settings.config_file import read_config_file
@@ -368,11 +369,8 @@ def _attempt(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, An
   except (ValueError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
     print(f"{run.name} failed: {error}", flush=True)
     return {"error": f"{type(error).__name__}: {error}"}
-  path = root / run.name / RESULT
-  partial = path.with_suffix(".partial")
   text = json.dumps({"described": run.described(), "result": result}, indent=2)
-  partial.write_text(text + "\n", encoding="utf-8")
-  partial.replace(path)
+  write_atomically(root / run.name / RESULT, text + "\n")
   return result
 
 

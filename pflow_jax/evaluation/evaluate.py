@@ -23,6 +23,7 @@ from pflow_jax.evaluation.sample import check_local, save_picture
 from pflow_jax.evaluation.samplers import Sampler, student_samplers, teacher_name, teacher_samplers
 from pflow_jax.files import foreign
 from pflow_jax.files.array_files import read_npz
+from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.mesh.distributed import from_first, is_first
 from pflow_jax.mesh.sharding import Layout
@@ -155,7 +156,7 @@ def evaluate(
     return report
   out.mkdir(parents=True, exist_ok=True)
   for name, text in {"evaluation.json": json.dumps(report, indent=2) + "\n", "evaluation.md": table}.items():
-    _write_bytes(epath.Path(out / name), text.encode())
+    write_atomically(out / name, text)
   _pictures(experiment, samplers, samples, paths, labels, real, out)
   print(table)
   print(f"wrote {out}/evaluation.json, evaluation.md and samples.png")
@@ -192,21 +193,10 @@ def _draw_once(
     np.savez(content, what=what, samples=samples, images_per_second=speed)  # type: ignore[arg-type]
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      _write_bytes(path, content.getvalue())
+      write_atomically(path, content.getvalue())
     except OSError as error:  # of a teacher that may only be read
       print(f"{path} cannot be written ({error}): the next evaluation draws these samples again", flush=True)
   return samples, speed
-
-
-def _write_bytes(path: epath.Path, content: bytes) -> None:
-  """Writes a file whole or not at all."""
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  try:
-    partial.write_bytes(content)
-    partial.replace(path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
 
 
 def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, float]:

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 
 from pflow_jax.files import foreign
 from pflow_jax.files.array_files import read_npz
+from pflow_jax.files.atomic import write_atomically
 
 _Size = Annotated[int, pydantic.Field(ge=1, le=2**20)]
 
@@ -116,9 +117,7 @@ class Classifier:
     file.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.savez(content, about=np.array(json.dumps(about)), **arrays)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content.getvalue())
-    partial.replace(file)
+    write_atomically(file, content.getvalue())
 
   @classmethod
   def load(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.checksums import checksum
 from pflow_jax.files.foreign import read_json, regular_file
 from pflow_jax.torch_io.places import DTYPES
@@ -188,9 +189,7 @@ class ModelFolder:
     return [size, crc]
 
   def _write_json(self, name: str, value: Any) -> None:
-    partial = self.folder / f"{name}{_PARTIAL}"
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(self.folder / name)
+    write_atomically(self.folder / name, json.dumps(value, indent=2) + "\n")
 
 
 def _bytes_of(array: np.ndarray, tensor: Planned) -> memoryview:

@@ -16,6 +16,7 @@ from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import newest_step
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
+from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import expanded
 from pflow_jax.mesh.distributed import from_first
 from pflow_jax.settings.tree import Settings
@@ -179,6 +180,4 @@ def claim(workdir: str | os.PathLike, settings: Settings, inputs: Inputs | None 
     if inputs is not None:
       files = {INPUTS: inputs.as_json(workdir)} | files
     for name, text in files.items():
-      partial = folder / f"{name}.partial"
-      partial.write_text(text)
-      partial.replace(folder / name)
+      write_atomically(folder / name, text)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import absolute, is_remote
 
 PyTree = Any
@@ -228,10 +229,7 @@ class _Lines:
   """A text file that grows by lines, which survive a killed process."""
 
   def __init__(self, path: epath.Path, kept: list[str]):
-    # Written anew and renamed, so that a process killed meanwhile leaves the old or the new one.
-    new = path.with_suffix(".jsonl.new")
-    new.write_text("".join(kept))
-    new.replace(path)
+    write_atomically(path, "".join(kept))
     self._file = pathlib.Path(path).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 (`close` closes it)
 
   def write(self, line: str) -> None:

@@ -238,13 +238,3 @@ def test_samples_that_cannot_be_kept_are_returned(tmp_path, capsys):
   path = epath.Path(tmp_path / "evaluation" / "samples.npz")
   assert program._draw_once(lambda: (np.ones(SHAPE, np.float32), 2.0), path, "this", SHAPE)[1] == 2.0
   assert "cannot be written" in capsys.readouterr().out
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-  path = epath.Path(tmp_path / "evaluation.json")
-  program._write_bytes(path, b"first")
-  monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-  with pytest.raises(OSError, match="full"):
-    program._write_bytes(path, b"second")
-  assert path.read_bytes() == b"first"
-  assert [one.name for one in tmp_path.iterdir()] == ["evaluation.json"]

@@ -1,0 +1,29 @@
+"""Files that are there whole or not at all, whenever a process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from etils import epath
+
+
+def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
+  """Writes a file beside its place and renames it: a reader finds what was there before, or all of what is new.
+
+  The partial file has a name of this process alone. It is removed when writing fails; a killed process leaves it.
+
+  Args:
+    path: of this machine or of an object store (gs://...). Its folder must exist; a file that is there is replaced.
+    content: a text is written as UTF-8.
+  Raises: OSError where nothing can be written.
+  """
+  file = epath.Path(path)
+  partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+  try:
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(file)
+  except BaseException:
+    with contextlib.suppress(OSError):  # the first error is the one to tell of
+      partial.unlink(missing_ok=True)
+    raise
