@@ -20,6 +20,7 @@ class Chip:
     hbm_bytes: main memory that a program may use, what the compiler names when it refuses one ("exceeds available
       HBM"): less than what is built in.
     peak_flops: bfloat16 operations a second, a multiply-add counts 2.
+    hbm_bandwidth: bytes a second to and from main memory.
     ici_bandwidth: bytes a second that the chip can send to its neighbours, one way, over all `ici_links` at once; it
       receives as many. A collective along one axis of a slice has the two links of that axis (one, where the axis does
       not close to a ring), two of `ici_links`.
@@ -34,6 +35,7 @@ class Chip:
   name: str
   hbm_bytes: int
   peak_flops: float
+  hbm_bandwidth: float
   ici_bandwidth: float
   ici_links: int
   dcn_bandwidth: float
@@ -56,12 +58,12 @@ class Chip:
 CHIPS: dict[str, Chip] = {
   chip.name: chip
   for chip in (
-    Chip("v3", int(2 * 15.48 * GIB), 123e12, 3.3e11, 4, 3.125e9, 2, 2, 2, 1024),
-    Chip("v4", int(30.75 * GIB), 275e12, 2.7e11, 6, 6.25e9, 1, 2, 3, 4096),
-    Chip("v5e", int(15.75 * GIB), 197e12, 2.0e11, 4, 3.125e9, 1, 1, 2, 256),
-    Chip("v5p", int(95.74 * GIB), 459e12, 6.0e11, 6, 6.25e9, 1, 2, 3, 8960),
-    Chip("v6e", int(31.25 * GIB), 918e12, 4.0e11, 4, 12.5e9, 1, 1, 2, 256),
-    Chip("tpu7x", int(2 * 94.75 * GIB), 2307e12, 6.0e11, 6, 12.5e9, 2, 2, 3, 9216),
+    Chip("v3", int(2 * 15.48 * GIB), 123e12, 900e9, 3.3e11, 4, 3.125e9, 2, 2, 2, 1024),
+    Chip("v4", int(30.75 * GIB), 275e12, 1200e9, 2.7e11, 6, 6.25e9, 1, 2, 3, 4096),
+    Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 2.0e11, 4, 3.125e9, 1, 1, 2, 256),
+    Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 6.0e11, 6, 6.25e9, 1, 2, 3, 8960),
+    Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 4.0e11, 4, 12.5e9, 1, 1, 2, 256),
+    Chip("tpu7x", int(2 * 94.75 * GIB), 2307e12, 7380e9, 6.0e11, 6, 12.5e9, 2, 2, 3, 9216),
   )
 }
 

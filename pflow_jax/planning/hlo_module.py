@@ -17,6 +17,16 @@ _Values = dict[tuple[int, int | None], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
+class Array:
+  """One array of a shape. `size` is in bytes, padded to its tiles; `logical` is not."""
+
+  elements: int
+  logical: int
+  size: int
+  in_memory: bool  # the device's main one
+
+
+@dataclasses.dataclass(frozen=True)
 class Instruction:
   name: str
   shape: str
@@ -26,9 +36,9 @@ class Instruction:
   attributes: str  # text after them
 
   @property
-  def num_bytes(self) -> int:
-    """Bytes of the result, of all arrays where it is a tuple, without what tiles pad them to."""
-    return sum(_bytes(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,<=?]*)\]", self.shape))
+  def arrays(self) -> list[Array]:
+    """The arrays of the result, nested tuples flattened."""
+    return [_array(*found) for found in re.findall(r"(\w+)\[([\d,<=?]*)\](\{[^}]*\})?", self.shape)]
 
   @property
   def calls(self) -> list[str]:
@@ -53,6 +63,10 @@ class Computation:
   name: str
   instructions: dict[str, Instruction]
   root: Instruction
+
+  @property
+  def parameters(self) -> dict[int, Instruction]:
+    return {int(i.arguments): i for i in self.instructions.values() if i.opcode == "parameter"}
 
   def users(self, name: str) -> list[Instruction]:
     return [i for i in self.instructions.values() if name in i.operands]
@@ -119,10 +133,18 @@ def _instruction(line: str) -> Instruction | None:
   return Instruction(head[1], line[start:end], opcode[1], names, arguments, line[close:])
 
 
-def _bytes(dtype: str, dims: str) -> int:
+def _array(dtype: str, dims: str, layout: str) -> Array:
   bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or ["0"])[0])
   shape = [int(d.lstrip("<=")) for d in dims.split(",") if d.lstrip("<=").isdigit()]
-  return math.ceil(math.prod(shape) * bits / 8)
+  order = [int(i) for i in re.findall(r"\d+", layout.split(":")[0])]
+  tile = re.search(r"T\(([\d,]+)\)", layout)
+  padded = list(shape)
+  if tile and shape and len(order) == len(shape):
+    sides = [int(side) for side in tile[1].split(",")]
+    for axis, side in zip(order, reversed(sides), strict=False):  # order lists the axes from the innermost
+      padded[axis] = -(-shape[axis] // side) * side
+  logical, size = (math.ceil(math.prod(s) * bits / 8) for s in (shape, padded))
+  return Array(math.prod(shape), logical, size, "S(" not in layout)
 
 
 class Scope:

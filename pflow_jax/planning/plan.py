@@ -1,8 +1,7 @@
 """`pflow plan`: whether a run fits on a TPU slice, and what it would cost, told on a machine that has none.
 
 The run's own step is compiled by the TPU compiler for the slice. What it says of memory, and what it makes the chips
-send, is as it will be; seconds are estimates, from the operations and bytes sent and the chip's published rates. What
-the ways to main memory add to them is not estimated.
+send, is as it will be; seconds are estimates, from the operations and bytes counted and the chip's published rates.
 """
 
 from __future__ import annotations
@@ -236,15 +235,19 @@ def _step(
   memory["fits"] = compiled is not None
   if compiled is None:
     return report, program
-  collectives = hlo.collectives(compiled.as_text(), where.num_devices // where.slices)
+  text = compiled.as_text()
+  collectives = hlo.collectives(text, where.num_devices // where.slices)
+  traffic = hlo.memory_traffic(text)
   report["traffic"] = {
     "ici": {kind: dataclasses.asdict(t) for kind, t in collectives.ici.items() if t.count},
     "dcn": {kind: dataclasses.asdict(t) for kind, t in collectives.dcn.items() if t.count},
+    "hbm": traffic,
     "unknown_loops": collectives.unknown_loops,
   }
   chip, per = where.chip, where.chip.devices
   # A collective runs along one axis of the slice.
   one_axis = chip.ici_bandwidth * links_of_axis(where.topology) / chip.ici_links
+  seconds["hbm"] = traffic * per / chip.hbm_bandwidth
   seconds["ici"] = sum(t.sent for t in collectives.ici.values()) * per / one_axis
   if where.slices > 1:
     seconds["dcn"] = sum(t.sent for t in collectives.dcn.values()) * per / chip.dcn_bandwidth
@@ -253,7 +256,7 @@ def _step(
 
 
 def _estimate(seconds: dict[str, float], where: Slice, steps: int) -> dict[str, Any]:
-  """Seconds a step if computing and sending overlap and if they do not, what limits it, and what the run costs."""
+  """Seconds a step if all overlaps and if nothing does, what limits it, and what the run costs."""
   least = max(seconds.values())
   return {
     "seconds": seconds,

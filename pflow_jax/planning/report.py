@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-# What a step takes where all is well: the share of the published rates that such runs reach in practice.
+# What a step takes where all is well: the share of the roofline that such runs reach in practice.
 EFFICIENCY = 0.45
-FAST = "compiled with --fast: memory is as it will be, what is sent, seconds and chip-hours are overestimated"
+FAST = "compiled with --fast: memory is as it will be, what is moved, seconds and chip-hours are overestimated"
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -59,8 +59,8 @@ def as_text(report: dict[str, Any]) -> str:
     times = ", ".join(f"{name} {_time(s)}" for name, s in estimate["seconds"].items())
     least, most = estimate["step_seconds"]
     lines += [
-      f"estimate of a step: {_time(least)} if computing and sending overlap, {_time(most)} in turn; limited by "
-      f"{estimate['limit']} ({times}); what main memory adds is not estimated",
+      f"estimate of a step: {_time(least)} if all overlaps, {_time(most)} if nothing does; limited by "
+      f"{estimate['limit']} ({times})",
       f"estimate of {report['steps']:,} steps: {estimate['chip_hours'][0]:,.0f} chip-hours at that limit, "
       f"{estimate['chip_hours'][1]:,.0f} at {EFFICIENCY:.0%} of it",
     ]
@@ -83,7 +83,7 @@ def as_table(reports: Sequence[dict[str, Any]]) -> str:
     fits = report.get("memory", {}).get("fits", "refused" not in report)
     return not fits, report.get("estimate", {}).get("step_seconds", [math.inf])[0]
 
-  rows: list[tuple[str, ...]] = [("mesh", "peak", "fits", "sent", "step, overlapped", "in turn", "limit")]
+  rows: list[tuple[str, ...]] = [("mesh", "peak", "fits", "sent", "step, all overlapped", "nothing", "limit")]
   for report in sorted(reports, key=rank):
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
     if "refused" in report:

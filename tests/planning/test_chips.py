@@ -80,9 +80,11 @@ def test_the_table_fits_together():
   for name, chip in CHIPS.items():
     assert chip.name == name
     assert chip.ici_links == 2 * chip.dimensions
-    # A link of any of them carries 45 to 100 GB/s, the network between slices far less.
-    assert chip.ici_bandwidth > 10 * chip.dcn_bandwidth
+    # From the fastest to the slowest; a link of any of them carries 45 to 100 GB/s.
+    assert chip.hbm_bandwidth > chip.ici_bandwidth > 10 * chip.dcn_bandwidth
     assert 4.5e10 <= chip.ici_bandwidth / chip.ici_links <= 1e11
+    # Operations a byte of memory that make a product worth its reads: a few hundred for all of them.
+    assert 100 < chip.peak_flops / chip.hbm_bandwidth < 600
 
 
 @pytest.mark.parametrize(

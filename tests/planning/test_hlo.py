@@ -116,6 +116,38 @@ def test_traffic_is_split_at_the_slices(mesh):
   assert hlo.collectives(text).dcn == {}
 
 
+@pytest.fixture(scope="module")
+def alone():
+  """Text of a program on one device."""
+
+  def of(f, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(f).lower(*arguments).compile().as_text()
+
+  return of
+
+
+def test_memory_of_a_product_and_what_is_fused_into_it(alone):
+  n = 256
+  product = 3 * n * n * 4
+  assert hlo.memory_traffic(alone(jnp.matmul, (n, n), (n, n))) == product
+  pointwise = alone(lambda x: jnp.sin(x) * 2 + 1, (n, n))
+  assert hlo.memory_traffic(pointwise) == pytest.approx(2 * n * n * 4, rel=1e-3)
+
+
+def test_memory_of_a_scan_counts_the_slice_that_each_turn_reads_and_writes(alone):
+  """Twelve weights, stacked: every turn reads one and writes one state, not all twelve."""
+  n, turns = 128, 12
+
+  def f(x, ws):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, ws)
+
+  one = n * n * 4
+  found = hlo.memory_traffic(alone(f, (n, n), (turns, n, n)))
+  # The slice and its copy, the product, the tanh, the write of the state: 8 to 12 moves of a matrix.
+  assert 8 * turns * one <= found <= 13 * turns * one
+
+
 # What follows is the TPU compiler's way of writing, cut down from real programs.
 
 SHAPES = {
@@ -195,6 +227,7 @@ ENTRY %main (p: f32[32,128]) -> f32[8,128] {
 }
 """)
   assert hlo.collectives(text).ici == {"reduce-scatter": Traffic(1, 4 * X, 3 * X)}
+  assert hlo.memory_traffic(text) == 4 * X + X
 
 
 def test_a_collective_that_runs_inside_several_fusions_counts_once():
@@ -235,6 +268,8 @@ ENTRY %main (p: bf16[8,128], w: bf16[32,128]) -> bf16[32,128] {
 }
 """).replace("GATHER", gather)
   assert hlo.collectives(text).ici == {"all-gather": Traffic(1, 4 * H, 3 * H)}
+  # The gather reads its shard, into on-chip memory; what is computed meanwhile reads %w and writes %o.
+  assert hlo.memory_traffic(text) == H + (4 * H + H)
 
 
 def test_starts_count_and_their_ends_do_not():
@@ -255,6 +290,7 @@ ENTRY %main (p: f32[8,128]) -> f32[32,128] {
 }
 """)
   assert hlo.collectives(text).ici == {"collective-permute": Traffic(1, X, X), "all-gather": Traffic(1, 4 * X, 3 * X)}
+  assert hlo.memory_traffic(text) == 2 * X + (X + 4 * X)
 
 
 def test_what_the_hosts_carry_between_slices():
@@ -312,6 +348,20 @@ ENTRY %main (p: f32[8,128]) -> f32[8,128] {
   found = hlo.collectives(text)
   assert found.ici["all-reduce"].count == trips
   assert found.unknown_loops == 0
+
+
+def test_memory_on_a_tpu_knows_tiles_and_on_chip_arrays():
+  text = program("""
+ENTRY %main (p: bf16[16,72]) -> bf16[16,72] {
+  %p = bf16[16,72]{1,0:T(8,128)(2,1)} parameter(0)
+  %s = (bf16[16,72]{1,0:T(8,128)(2,1)S(1)}, bf16[16,72]{1,0:T(8,128)(2,1)}, <flag>) copy-start(%p)
+  %d = bf16[16,72]{1,0:T(8,128)(2,1)S(1)} copy-done(%s)
+  %n = bf16[16,72]{1,0:T(8,128)(2,1)S(1)} negate(%d)
+  ROOT %r = bf16[16,72]{0,1:T(8,128)(2,1)} copy(%n)
+}
+""")
+  # Read: 72 columns in a tile of 128. Written with the rows innermost: 16 of them in a tile of 128, 72 in nine of 8.
+  assert hlo.memory_traffic(text) == 16 * 128 * 2 + 72 * 128 * 2
 
 
 def test_unknown_forms_are_refused():

@@ -73,7 +73,7 @@ def test_parts_of_the_memory_are_those_of_one_device(no_compiler):
   assert whole["available"] == plan.chip_of("v5e:2x4").hbm_bytes_per_device
 
 
-def test_a_compiled_plan_has_memory_what_is_sent_and_the_sampler(compiler):
+def test_a_compiled_plan_has_memory_traffic_and_the_sampler(compiler):
   report = plan.plan(config(fsdp=4), V5E)
   memory, traffic = report["memory"], report["traffic"]
   assert memory["fits"] is True
@@ -82,7 +82,7 @@ def test_a_compiled_plan_has_memory_what_is_sent_and_the_sampler(compiler):
   assert not traffic["dcn"]
   assert traffic["unknown_loops"] == 0
   estimate = report["estimate"]
-  assert set(estimate["seconds"]) == {"compute", "ici"}
+  assert set(estimate["seconds"]) == {"compute", "hbm", "ici"}
   assert estimate["step_seconds"] == [max(estimate["seconds"].values()), sum(estimate["seconds"].values())]
   hours = report["steps"] * 8 * estimate["step_seconds"][0] / 3600
   assert estimate["chip_hours"][0] == pytest.approx(hours)
