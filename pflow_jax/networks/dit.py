@@ -90,11 +90,15 @@ class DiT(nn.Module):
   """Diffusion transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns.
 
   Attributes:
-    channels, patch_size: of the input; the head must have the same.
-    width, depth, num_heads, mlp_ratio: size of the transformer, see `DIT_SIZES`.
+    patch_size: side of a patch; the head must have the same.
+    width: of a token.
+    depth: blocks.
+    num_heads: of the attention, see `DIT_SIZES`.
+    channels: C of the input, as its head's. Whoever trains a network on data fills in this and the next two.
     num_classes: rows of the class table without the null class, which is index `num_classes`.
-    pooled_width: of the vector (B, P) in cond["pooled"] that takes the place of a class; None for classes.
     head: module of `pflow_jax.networks.heads`; its parameters live under "head".
+    pooled_width: of the vector (B, P) in cond["pooled"] that takes the place of a class; None for classes.
+    mlp_ratio: width of the MLPs over that of a token.
     dtype: compute dtype. Parameters, residual stream, norms and outputs stay float32.
     remat: "none", "full" (keep only each block's input), "dots" (keep the matmul outputs) or "offload" (keep those in
       the host's memory, where the device has a way there: TPU and GPU).
@@ -105,13 +109,13 @@ class DiT(nn.Module):
     scan_unroll: blocks unrolled in one iteration of the scan over depth.
   """
 
-  channels: int
   patch_size: int
   width: int
   depth: int
   num_heads: int
-  num_classes: int
-  head: nn.Module
+  channels: int = 0
+  num_classes: int = 0
+  head: Any = None
   pooled_width: int | None = None
   mlp_ratio: float = 4.0
   dtype: Dtype = jnp.float32

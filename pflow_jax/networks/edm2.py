@@ -182,7 +182,8 @@ class EDM2UNet(nn.Module):
   gain zero: with a teacher's other parameters the network is the teacher, whatever s and the guidance are.
 
   Attributes:
-    channels: C of the data.   num_classes: without the null class, which is index `num_classes`; 0 ignores `cond`.
+    channels: C of the data. Whoever trains a network on data fills in this and the next one.
+    num_classes: without the null class, which is index `num_classes`; 0 ignores `cond`.
     model_channels, channel_mult, num_blocks: size, see `EDM2_SIZES`; one level for every channel_mult, each of half
       the resolution of the one before, with num_blocks blocks in the encoder and one more in the decoder.
     attn_levels: levels with attention; EDM2's are those of 16 and 8 pixels, (2, 3) for inputs of 64.
@@ -194,8 +195,8 @@ class EDM2UNet(nn.Module):
     attention: implementation name, see `pflow_jax.networks.attention`.
   """
 
-  channels: int
-  num_classes: int
+  channels: int = 0
+  num_classes: int = 0
   model_channels: int = 192
   channel_mult: tuple[int, ...] = (1, 2, 3, 4)
   num_blocks: int = 3

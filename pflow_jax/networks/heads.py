@@ -11,6 +11,7 @@ References: pi-Flow, arXiv:2510.14974; ArcFlow; their released code.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from pflow_jax.networks.layers import accumulation_dtype, check_layout, gathered
 Params = dict[str, Any]
 # Where the parameters lie on a mesh, see `sharding.Layout`.
 SHARDING = (("head/.*/kernel", ("fsdp", None)),)
+FROM_NETWORK = ("channels", "patch_size", "layout", "use_bias")  # attributes that are filled in for the network
 GAMMA_RANGE = (0.2, 4.0)  # of ArcFlow's momentum components at the start, log-spaced
 
 _xavier = nn.initializers.xavier_uniform()
@@ -39,12 +41,13 @@ class Head(nn.Module):
   """What all heads share.
 
   Attributes:
-    channels: C of the data.   patch_size: side of a patch, as in the network; 1 for points.
+    channels: C of the data. Whoever trains a network on data fills in this and the next two.
+    patch_size: side of a patch, as in the network; 1 for points.
     layout: row order of the output layers, "dit" or "flux".
     use_bias: whether the layer that makes velocities has a bias (FLUX.2's has none).
   """
 
-  channels: int
+  channels: int = 0
   patch_size: int = 1
   layout: str = "dit"
   use_bias: bool = True
@@ -441,3 +444,26 @@ def register_head(kind: str, head: type[Head]) -> None:
   """
   if HEADS.setdefault(kind, head) is not head:
     raise ValueError(f"there is a head {kind!r} already, {HEADS[kind].__name__}; take another name")
+
+
+def attributes_of(module: nn.Module, hidden: tuple[str, ...]) -> dict[str, Any]:
+  """The attributes of a module as a config keeps them, but those in `hidden`."""
+  own = {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.init}
+  kept = {name: value for name, value in own.items() if name not in ("parent", "name", *hidden)}
+  return kept | ({"dtype": jnp.dtype(kept["dtype"]).name} if kept.get("dtype") is not None else {})
+
+
+def head_options_of(head: Head) -> tuple[str, dict[str, Any]]:
+  """The name of a head in a config, and its options.
+
+  Args:
+    head: of a kind that is registered.
+
+  Raises:
+    ValueError: it is not.
+  """
+  names = [name for name, kind in HEADS.items() if kind is type(head)]
+  if not names:
+    known = sorted(kind.__name__ for kind in HEADS.values())
+    raise ValueError(f"expected a head of {known}, got {type(head).__name__}; make another one known by register_head")
+  return names[0], attributes_of(head, FROM_NETWORK)

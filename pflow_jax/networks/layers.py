@@ -233,7 +233,9 @@ class VectorEmbed(nn.Module):
 
 
 def check_head(head: Any, channels: int, patch_size: int) -> None:
-  """Raises ValueError if a network and its head disagree about the data."""
+  """Raises ValueError if a network has no head, or one that disagrees about the data."""
+  if head is None:
+    raise ValueError("head: expected the output layer of the network, such as VelocityHead(channels=C), got None")
   got = (head.channels, head.patch_size)
   if got != (channels, patch_size):
     raise ValueError(f"head: expected the network's (channels, patch_size) {(channels, patch_size)}, got {got}")

@@ -49,18 +49,20 @@ class MLP(nn.Module):
   """Residual MLP: `apply({"params": p}, x, t, cond)` -> what `head` returns.
 
   Attributes:
-    channels: C.   width, depth: size.   num_classes: class table without the null class, which is
-      index `num_classes`.
+    width: of a layer.
+    depth: blocks.
+    channels: C. Whoever trains a network on data fills in this and the next two.
+    num_classes: rows of the class table without the null class, which is index `num_classes`.
     head: module of `pflow_jax.networks.heads` with patch_size 1; its parameters live under "head".
     dtype: compute dtype; parameters, residual stream and outputs stay float32.
     time_scale: factor on t before its sinusoid.
   """
 
-  channels: int
   width: int
   depth: int
-  num_classes: int
-  head: nn.Module
+  channels: int = 0
+  num_classes: int = 0
+  head: Any = None
   dtype: Dtype = jnp.float32
   time_scale: float = 1000.0
 

@@ -166,7 +166,8 @@ class Transformer(nn.Module):
   """What the networks made of these blocks share: settings, their checks, and what a picture's tokens are.
 
   Attributes:
-    head: module of `pflow_jax.networks.heads` in layout "flux"; its parameters live under "head".
+    head: module of `pflow_jax.networks.heads` in layout "flux"; its parameters live under "head". Whoever trains a
+      network on data fills it in.
     channels, patch_size: of the latents; the head must have the same.
     num_heads, head_dim: their product is the width.
     rope_axes: channels of a head that turn with a token's frame, row and column.
@@ -174,7 +175,7 @@ class Transformer(nn.Module):
     remat, scan_unroll: see `layers.scanned`.   attention: see `models.attention`.
   """
 
-  head: nn.Module
+  head: Any = None
   channels: int = 16
   patch_size: int = 2
   num_heads: int = 24

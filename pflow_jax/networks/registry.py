@@ -14,7 +14,7 @@ from pflow_jax.networks.edm2 import EDM2UNet, normalize_weights
 from pflow_jax.networks.mlp import MLP
 
 Rule = tuple[str, tuple[Any, ...]]
-FROM_DATA = ("channels", "num_classes", "pooled_width")  # attributes of a module that its data decide
+FROM_DATA = ("channels", "num_classes", "pooled_width", "head")  # attributes that are filled in for the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class NetworkKind:
   @property
   def defaults(self) -> dict[str, Any]:
     """Attributes that have defaults and say which network it is."""
-    hidden = ("parent", "name", "channels", "dtype", "head")
+    hidden = ("parent", "name", "channels", "num_classes", "dtype", "head")
     return {name: value for name, value in self._defaults() if name not in hidden}
 
   def _defaults(self) -> Iterator[tuple[str, Any]]:
@@ -109,6 +109,24 @@ def network_kind(name: Any) -> NetworkKind:
   if not isinstance(name, str) or name not in NETWORKS:
     raise ValueError(f"config.model.kind: expected one of {sorted(NETWORKS)}, got {name!r}")
   return NETWORKS[name]
+
+
+def options_of(module: nn.Module) -> tuple[str, dict[str, Any]]:
+  """The name of a network in a config, and its options.
+
+  Args:
+    module: of a network that is registered.
+
+  Raises:
+    ValueError: it is not.
+  """
+  names = [name for name, kind in NETWORKS.items() if kind.module is type(module)]
+  if not names:
+    known = sorted(kind.module.__name__ for kind in NETWORKS.values())
+    raise ValueError(
+      f"expected a network of {known}, got {type(module).__name__}; make another one known by register_network"
+    )
+  return names[0], heads.attributes_of(module, FROM_DATA)
 
 
 def sharding_rules(first: str | None = None) -> tuple[Rule, ...]:

@@ -24,6 +24,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import read_inputs
 from pflow_jax.training.methods import METHODS, Method
+from pflow_jax.training.methods.base import Teachers
 from pflow_jax.training.network import Network, head_class, make_network
 from pflow_jax.training.origins import Saved
 from pflow_jax.training.teachers import ROLES, Teacher, load_teacher
@@ -176,6 +177,7 @@ def build(
   abstract: bool = False,
   dataset: data.Dataset | None = None,
   run: str | os.PathLike | None = None,
+  teacher: Teacher | None = None,
 ) -> Experiment:
   """The pieces of the run that settings describe.
 
@@ -185,6 +187,7 @@ def build(
     dataset: in place of that of config.data, to sample other shapes than a run was trained on.
     run: workdir of the run, which has been trained. What it carries (inputs.json) stands in for its data, of which no
       record is read before it is asked for, and its teacher is looked for when something needs it.
+    teacher: in place of the one that the section `teacher` names; how it is guided is still that section's.
 
   Raises:
     ValueError: something in the config does not fit, before any work is done.
@@ -203,6 +206,9 @@ def build(
   network = make_network(settings.model, settings.head, dataset, settings.adapters)
 
   def find_teacher(strengths: tuple[float, float]) -> Teacher:
+    if teacher is not None:
+      return teacher.on(dataset, settings.teacher)
     return load_teacher(settings, dataset, strengths, abstract, run)
 
-  return Experiment(settings, method.bind(settings, network, dataset, find_teacher))
+  named = teacher is not None or bool(settings.teacher and settings.teacher.workdir)
+  return Experiment(settings, method.bind(settings, network, dataset, Teachers(named, find_teacher)))

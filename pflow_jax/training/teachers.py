@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pflow_jax import data
 from pflow_jax.core import guidance
@@ -49,23 +51,42 @@ class Part:
   values: Params = None
 
 
-@dataclasses.dataclass(frozen=True)
 class Teacher:
-  """A flow model whose velocity a student learns from: a run, a converted model or a function.
+  """A flow model whose velocity a student learns from: a plain function, or what `load_teacher` finds.
 
-  Attributes:
-    settings: how it is guided, and where it is.
-    dataset: whose empty condition guides it.
-    find: looks for its parts, "strong" and, with autoguidance, "weak"; ValueError where one is not or does not fit.
+  Args:
+    velocity: (x, t, cond) -> v, all with a leading batch axis: states (B, *space, C), flow times (B,), 1 is noise. With
+      `params` it is (params, x, t, cond) -> v.
+    params: arrays that the function needs, which are then laid out on the mesh; without them it has none, or its own.
+    settings: how it is guided. Its `workdir` and `step` are those of a run, and of no use here.
+    null_cond: the empty condition, for guidance; by default that of the data it is used with.
+
+  References: pi-Flow, arXiv:2510.14974, whose objective knows a teacher by nothing else.
   """
 
-  settings: TeacherSettings
-  dataset: data.Dataset
-  find: Callable[[], dict[str, Part]]
+  def __init__(
+    self,
+    velocity: Callable[..., Any],
+    params: Params = None,
+    *,
+    settings: TeacherSettings = TeacherSettings(),
+    null_cond: Any = None,
+  ):
+    if not callable(velocity):
+      raise ValueError(f"Teacher: expected a function (x, t, cond) -> v, got {type(velocity).__name__}")
+    self.settings, self.null_cond = settings, null_cond
 
-  @functools.cached_property
+    def field(values: Params) -> guidance.Velocity:
+      return functools.partial(velocity, values) if params is not None else velocity
+
+    values = {} if params is None else params
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), values)
+    self._own = {"strong": Part(field, shapes, values=values)}
+
+  @property
   def parts(self) -> dict[str, Part]:
-    return self.find()
+    """Its models: "strong" and, with autoguidance, "weak"."""
+    return self._own
 
   @property
   def has_network(self) -> bool:
@@ -95,7 +116,32 @@ class Teacher:
     field = self.parts["strong"].field(params["strong"])
     if settings.autoguided:
       return guidance.autoguided(field, self.parts["weak"].field(params["weak"]), scale=scale, **options)
-    return guidance.guided(field, self.dataset.null_cond, scale=scale, **options)
+    return guidance.guided(field, self.null_cond, scale=scale, **options)
+
+  def on(self, dataset: data.Dataset, settings: TeacherSettings | None = None) -> Teacher:
+    """The same for a student on these data, perhaps guided in another way."""
+    one = copy.copy(self)
+    one.settings = settings or self.settings
+    one.null_cond = dataset.null_cond if self.null_cond is None else self.null_cond
+    return one
+
+
+class FoundTeacher(Teacher):
+  """A teacher whose models are looked for when something needs them.
+
+  Args:
+    find: returns its parts; ValueError where one is not there or does not fit.
+    settings: how it is guided, and where it is.
+    null_cond: the empty condition.
+  """
+
+  def __init__(self, find: Callable[[], dict[str, Part]], settings: TeacherSettings, null_cond: Any):
+    self.settings, self.null_cond = settings, null_cond
+    self._find = functools.cache(find)
+
+  @property
+  def parts(self) -> dict[str, Part]:
+    return self._find()
 
 
 def load_teacher(
@@ -133,7 +179,7 @@ def load_teacher(
       return {name: _assume(settings, dataset) for name in names}
     return {name: _find(settings, own, dataset, is_guided, run, weak=name == "weak") for name in names}
 
-  teacher = Teacher(own, dataset, find)
+  teacher = FoundTeacher(find, own, dataset.null_cond)
   if run is None or _is_moved_by_hand(own, run):
     _ = teacher.parts  # what does not fit is better said before any work
   return teacher

@@ -17,13 +17,16 @@ from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params, newest_s
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.files.lock import LOCK, Unwritable
 from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
+from pflow_jax.settings.train import TrainSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import optim
 from pflow_jax.training.inputs import INPUTS
+from pflow_jax.training.keeping import Keeper
+from pflow_jax.training.loop import Interruption, Meter
 from pflow_jax.training.rescue import Rescued, rescue
 from pflow_jax.training.state import create_state
 from pflow_jax.training.step import Step
-from pflow_jax.training.train import Interruption, Meter, TrainSettings, train
+from pflow_jax.training.train import train
 from pflow_jax.training.writer import MetricsWriter, progress
 from tests.programs import command, environment, pflow, quick
 
@@ -106,7 +109,7 @@ def test_every_step_and_micro_batch_has_its_own_random_numbers():
 def test_meter_sees_a_streak_inside_an_interval(tmp_path):
   settings = TrainSettings(steps=100, batch_size=8, log_every=50, max_skipped=20)
   with MetricsWriter(tmp_path, tensorboard=False) as writer, progress(100, disable=True) as report:
-    meter = Meter(settings, writer, report)
+    meter = Meter(settings, writer.write, report)
     for step in range(1, 51):
       bad = 10 < step <= 35
       meter.add(
@@ -152,11 +155,11 @@ class Pending:
 def test_rates_and_pauses_add_up_to_the_clock(tmp_path, monkeypatch, save_every, sample_every):
   """Steps are on their way when a pause begins, and theirs is training time."""
   device = Device()
-  monkeypatch.setattr("pflow_jax.training.train.time", device)
+  monkeypatch.setattr("pflow_jax.training.loop.time", device)
   settings = TrainSettings(steps=42, batch_size=8, log_every=5)
   paused, waited = 0.0, []
   with MetricsWriter(tmp_path, tensorboard=False) as writer, progress(42, disable=True) as report:
-    meter = Meter(settings, writer, report)
+    meter = Meter(settings, writer.write, report)
     for step in range(1, 43):
       metrics = {"loss": device.dispatch(0.5), "skipped_in_a_row": 0, "skipped": 0, "learning_rate": 1.0}
       waits = device.waits
@@ -267,7 +270,7 @@ def test_a_hang_up_asks_to_stop_unless_it_is_ignored():
   for ignored in (False, True):
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
-      with Interruption(None) as interruption:
+      with Interruption(Keeper()) as interruption:
         signal.raise_signal(signal.SIGHUP)
         assert interruption.requested(1) == (not ignored)
       assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)

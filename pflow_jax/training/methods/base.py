@@ -20,8 +20,19 @@ from pflow_jax.training.teachers import Teacher
 Array = jax.Array
 Params = Any
 Objective = TypeVar("Objective")
-FindTeacher = Callable[[tuple[float, float]], Teacher]
-"""(strengths of guidance that are asked for) -> the run's teacher."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Teachers:
+  """Where a method has its teacher from.
+
+  Attributes:
+    named: whether one was named; where the data alone can do, it is not asked for otherwise.
+    find: (lowest and highest strength of guidance that is asked for) -> the teacher; ValueError where there is none.
+  """
+
+  named: bool
+  find: Callable[[tuple[float, float]], Teacher]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +59,14 @@ class Method(abc.ABC, Generic[Objective]):
 
   @classmethod
   @abc.abstractmethod
-  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, find_teacher: FindTeacher) -> Method:
+  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, teachers: Teachers) -> Method:
     """Makes the method that settings describe.
+
+    Args:
+      settings: of the run.
+      network: what trains.
+      dataset: what it is for.
+      teachers: where it has its teacher from, if it has one.
 
     Raises:
       ValueError: the objective, the network, the data and the teacher do not fit together.

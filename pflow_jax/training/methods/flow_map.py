@@ -14,7 +14,7 @@ from pflow_jax.mesh.partition import combine, without
 from pflow_jax.networks.attention import IMPLEMENTATIONS, supports_jvp
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Settings
-from pflow_jax.training.methods.base import FindTeacher, Method, copied
+from pflow_jax.training.methods.base import Method, Teachers, copied
 from pflow_jax.training.methods.imitation import DROPOUT
 from pflow_jax.training.network import Network
 
@@ -27,15 +27,14 @@ class FlowMapMethod(Method[FlowMap]):
   can_generate = True
 
   @classmethod
-  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, find_teacher: FindTeacher):
+  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, teachers: Teachers):
     objective = settings.objective
     _check_jvp(network)
-    has_teacher = settings.teacher is not None and settings.teacher.workdir
-    if objective.target == "data" and not has_teacher:
+    if objective.target == "data" and not teachers.named:
       if settings.adapters.table:
         raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
       return cls(objective, network, dataset, None)
-    teacher = find_teacher(tuple(objective.guidance))
+    teacher = teachers.find(tuple(objective.guidance))
     low, high = objective.guidance
     if objective.guided and not low <= teacher.settings.guidance <= high:
       raise ValueError(

@@ -10,7 +10,7 @@ from pflow_jax.core.objectives.flow_matching import FlowMatching, flow_matching_
 from pflow_jax.core.samplers import sample_teacher
 from pflow_jax.settings.sample import REFERENCE_STEPS, SampleSettings
 from pflow_jax.settings.tree import Settings
-from pflow_jax.training.methods.base import FindTeacher, Method
+from pflow_jax.training.methods.base import Method, Teachers
 from pflow_jax.training.network import Network, velocity_of
 
 CONVERTED_DROPOUT = 0.1  # stands for whatever share of a converted model's examples had the empty condition
@@ -20,7 +20,7 @@ class FlowMatchingMethod(Method[FlowMatching]):
   """A velocity field that learns from data, sampled by Euler steps."""
 
   @classmethod
-  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, find_teacher: FindTeacher):
+  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, teachers: Teachers):
     if settings.adapters.table:
       raise ValueError("config.adapters: a teacher trains in full, expected no rows")
     objective = settings.objective

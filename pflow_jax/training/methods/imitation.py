@@ -19,7 +19,7 @@ from pflow_jax.core.schedule import segment_grid, shift_time
 from pflow_jax.networks.heads import student_params_from_teacher
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Settings
-from pflow_jax.training.methods.base import FindTeacher, Method
+from pflow_jax.training.methods.base import Method, Teachers
 from pflow_jax.training.network import Network
 
 Array = jax.Array
@@ -33,14 +33,14 @@ class ImitationMethod(Method[Imitation]):
   has_policy = True
 
   @classmethod
-  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, find_teacher: FindTeacher):
+  def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, teachers: Teachers):
     objective = settings.objective
     if not objective.data_free and not dataset.has_x0:
       raise ValueError(
         f"config.objective.kind: {settings.kind!r} starts from data, and {dataset.name} has none; train without (a "
         "config's variant gm_data_free, or objective.data_free=True), or write prompts with `pflow cache --images`"
       )
-    return cls(objective, network, dataset, find_teacher((1.0, 1.0)))
+    return cls(objective, network, dataset, teachers.find((1.0, 1.0)))
 
   def init(self, key, frozen):
     assert self.teacher is not None

@@ -1,0 +1,166 @@
+"""Who keeps what a training makes: memory alone, or a workdir."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pflow_jax.checkpoints.checkpoint import Checkpointer, newest_step
+from pflow_jax.files.lock import Lock, Unwritable
+from pflow_jax.files.output import logged
+from pflow_jax.mesh.distributed import is_first
+from pflow_jax.settings.tree import Settings
+from pflow_jax.training import workdir
+from pflow_jax.training.inputs import Inputs
+from pflow_jax.training.rescue import rescue
+from pflow_jax.training.state import TrainState
+from pflow_jax.training.writer import MetricsWriter
+
+
+class Keeper:
+  """Keeps metrics in memory, and nothing else; a context that the training runs in."""
+
+  name = "this run"
+  is_resumed = False
+
+  def __init__(self) -> None:
+    self._rows: list[dict[str, float]] = []
+
+  @property
+  def history(self) -> dict[str, np.ndarray]:
+    """The metrics so far by name, and "step": arrays with one entry an interval."""
+    names = list(dict.fromkeys(name for row in self._rows for name in row))
+    return {name: np.array([row.get(name, np.nan) for row in self._rows]) for name in names}
+
+  def restore(self, shapes: TrainState) -> tuple[TrainState, int] | None:
+    """The state to go on from and its step; None where there is none."""
+    del shapes
+    return None
+
+  def logging(self, start: int) -> contextlib.AbstractContextManager[Any]:
+    """A context in which `metrics` and `picture` are called, from step `start` on."""
+    del start
+    return contextlib.nullcontext()
+
+  def metrics(self, step: int, row: dict[str, float]) -> None:
+    """Keeps the metrics of an interval that ends with `step`."""
+    self._rows.append({"step": step, **row})
+
+  def picture(self, step: int, draw: Callable[[str], str]) -> None:
+    """Keeps a picture, which `draw` writes to the path that it is given."""
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Keeps a state."""
+
+  def finish(self) -> None:
+    """Waits until all is kept."""
+
+  def stopped(self, step: int) -> str:
+    """What becomes of a run that is told to stop."""
+    return f"step {step} is the last"
+
+  def lost(self, state: TrainState, error: Unwritable) -> Exception:
+    """What to raise when nothing more can be kept."""
+    del state
+    return error
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the processes of this program have agreed to stop at `step`."""
+    del step
+    return False
+
+  def __enter__(self) -> Keeper:
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    pass
+
+
+class WorkdirKeeper(Keeper):
+  """Keeps config, inputs, checkpoints, metrics and pictures in a folder that it holds the lock of.
+
+  Args:
+    folder: the workdir.
+    settings: of the run.
+    inputs: what it is made from.
+    lock: of the folder, not yet held.
+  """
+
+  def __init__(self, folder: str | os.PathLike, settings: Settings, inputs: Inputs, lock: Lock):
+    super().__init__()
+    self.name = str(folder)
+    self._settings, self._inputs, self._lock = settings, inputs, lock
+    self._length = settings.need("train")
+    self._checkpointer = Checkpointer(
+      f"{folder}/{workdir.CHECKPOINTS}",
+      max_to_keep=self._length.keep_checkpoints,
+      keep_period=self._length.keep_every or None,
+    )
+    self._writer: MetricsWriter | None = None
+    self._exits = contextlib.ExitStack()
+
+  @property
+  def is_resumed(self) -> bool:  # type: ignore[override]
+    return newest_step(f"{self.name}/{workdir.CHECKPOINTS}") is not None
+
+  def restore(self, shapes: TrainState) -> tuple[TrainState, int] | None:
+    workdir.claim(self.name, self._settings, self._inputs, write=is_first())
+    return self._checkpointer.restore(shapes)
+
+  @contextlib.contextmanager
+  def logging(self, start: int):
+    with MetricsWriter(
+      self.name,
+      tensorboard=self._length.tensorboard,
+      active=is_first(),
+      resume_step=start,
+      writing=self._lock.writing,
+    ) as self._writer:
+      yield
+
+  def metrics(self, step: int, row: dict[str, float]) -> None:
+    super().metrics(step, row)
+    assert self._writer is not None
+    self._writer.write(step, row)
+
+  def picture(self, step: int, draw: Callable[[str], str]) -> None:
+    assert self._writer is not None
+    with self._lock.writing():
+      self._writer.image(step, "samples", draw(f"{self.name}/samples/{step:07d}.png"))
+
+  def save(self, step: int, state: TrainState) -> None:
+    with self._lock.writing():
+      self._checkpointer.save(step, state)
+
+  def finish(self) -> None:
+    with self._lock.writing():
+      self._checkpointer.wait()
+      if is_first() and self._checkpointer.latest_step() is None:
+        raise OSError("the checkpoint that was saved last is gone")
+
+  def stopped(self, step: int) -> str:
+    return f"saved step {step}; the same command resumes"
+
+  def lost(self, state: TrainState, error: Unwritable) -> Exception:
+    return rescue(self.name, self._settings, self._inputs, state, error)
+
+  def reached_preemption(self, step: int) -> bool:
+    return self._checkpointer.reached_preemption(step)
+
+  def __enter__(self) -> WorkdirKeeper:
+    # The lock outlasts the last save.
+    with contextlib.ExitStack() as stack:
+      for one in (self._lock, logged(self.name), self._checkpointer):
+        stack.enter_context(one)
+      self._exits = stack.pop_all()
+    return self
+
+  def __exit__(self, kind, error, trace):
+    return self._exits.__exit__(kind, error, trace)
