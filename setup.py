@@ -14,7 +14,9 @@ setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=find_packages(include=["pflow_jax", "pflow_jax.*"]),
+  # The config files travel with the package: --config digits:gmflow.
+  packages=[*find_packages(include=["pflow_jax", "pflow_jax.*"]), "pflow_jax.configs", "pflow_jax.configs.compare"],
+  package_dir={"pflow_jax.configs": "configs", "pflow_jax.configs.compare": "configs/compare"},
   package_data={"pflow_jax": ["py.typed"]},
   entry_points={"console_scripts": ["pflow=pflow_jax.commands.cli:main"]},
   install_requires=[

@@ -1,26 +1,45 @@
 """The public names, and that importing them has no side effects."""
 
+import ast
+import inspect
 import subprocess
 import sys
+
+import pytest
 
 import pflow_jax
 
 PUBLIC = {
+  "AdapterSettings",
   "ArcHead",
   "ArcPolicy",
   "DIT_SIZES",
   "DXHead",
   "DXPolicy",
+  "DenoiserHead",
   "DiT",
   "EDM2UNet",
   "EDM2_SIZES",
+  "EmaSettings",
+  "EvaluateSettings",
   "FlowMap",
   "FlowMatching",
   "GMFlowHead",
   "GMFlowPolicy",
   "Imitation",
   "MLP",
+  "MeshSettings",
+  "Method",
+  "NetworkKind",
+  "OptimizerSettings",
   "Policy",
+  "Report",
+  "Run",
+  "SampleSettings",
+  "StartSettings",
+  "Teacher",
+  "TeacherSettings",
+  "TrainSettings",
   "VelocityHead",
   "auto_temperature",
   "autoguided",
@@ -29,18 +48,24 @@ PUBLIC = {
   "ayf_lmd",
   "consistency",
   "denoiser_velocity",
+  "distill",
   "dropout",
   "dynamic_shift",
   "edm_denoiser",
+  "flow_map_loss",
   "flow_map_sde_renoise",
   "flow_map_sde_target",
-  "flow_map_loss",
   "flow_matching_loss",
   "flow_sde_step",
   "guided",
   "imitation_loss",
   "imitation_loss_data_free",
+  "load",
   "mean_flow",
+  "register_head",
+  "register_network",
+  "register_objective",
+  "register_source",
   "rollout",
   "sample_flow_map",
   "sample_student",
@@ -49,23 +74,42 @@ PUBLIC = {
   "shift_time",
   "student_params_from_teacher",
   "temperature",
+  "train",
   "unshift_time",
 }
 
 
 def test_public_names_are_pinned():
-  loaded = {name for name in vars(pflow_jax) if not name.startswith("_")}
-  own = {name for name in loaded if not isinstance(getattr(pflow_jax, name), type(sys))}
-  assert own == PUBLIC
+  assert set(dir(pflow_jax)) == PUBLIC | {"data", "plot"}
+  for name in PUBLIC:
+    assert getattr(pflow_jax, name).__doc__ or isinstance(getattr(pflow_jax, name), dict), name
+
+
+def test_type_checkers_see_the_same_names():
+  (block,) = (node for node in ast.parse(inspect.getsource(pflow_jax)).body if isinstance(node, ast.If))
+  seen = {(alias.name, node.module) for node in block.body for alias in node.names}
+  own = {(name, f"pflow_jax.{module}") for name, module in pflow_jax._PLACES.items()}
+  assert seen == own | {("data", "pflow_jax"), ("plot", "pflow_jax.evaluation")}
+
+
+def test_a_name_that_is_none_is_an_attribute_error():
+  with pytest.raises(AttributeError, match="no attribute 'DiTT'"):
+    _ = pflow_jax.DiTT
 
 
 def test_import_starts_no_backend_and_loads_no_plotting():
   code = (
-    "import sys, pflow_jax, pflow_jax.training.train, pflow_jax.evaluation.evaluate\n"
+    "import sys, pflow_jax, pflow_jax.commands.library\n"
     "from jax._src import xla_bridge\n"
     "assert not xla_bridge._backends, 'a backend was started'\n"
     "heavy = {'matplotlib', 'tensorflow', 'torch', 'tensorboardX', 'sklearn', 'mlxtend'} & set(sys.modules)\n"
     "assert not heavy, heavy\n"
   )
+  run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+
+
+def test_the_front_alone_loads_no_jax():
+  code = "import sys, pflow_jax, pflow_jax.commands.cli; assert 'jax' not in sys.modules"
   run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert run.returncode == 0, run.stderr

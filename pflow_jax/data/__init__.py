@@ -19,4 +19,5 @@ from pflow_jax.data.records import ArrayRecords as ArrayRecords
 from pflow_jax.data.records import GeneratedRecords as GeneratedRecords
 from pflow_jax.data.records import SourceRecords as SourceRecords
 from pflow_jax.data.registry import load as load
+from pflow_jax.data.registry import register_source as register_source
 from pflow_jax.data.registry import sources as sources

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from pflow_jax.data.dataset import Dataset, check_labels, from_arrays, split_rows
+from pflow_jax.data.dataset import Dataset, from_arrays, split_rows
 from pflow_jax.data.records import ArrayRecords
 from pflow_jax.files.array_files import read_npz
 from pflow_jax.files.foreign import decoding, shown
@@ -32,10 +32,7 @@ def npz(path: str, *, split: str = "train", held_out: int = 0) -> Dataset:
     raise ValueError(f"npz:{error}; write one with np.savez(path, x0=..., label=...).") from error
   x0, label = arrays["x0"], arrays.get("label")
   names = _names(name, arrays.get("class_names"))
-  if label is not None and not names and x0.ndim:
-    check_labels(name, label, len(x0))
-    names = tuple(map(str, range(int(label.max()) + 1)))
-  whole = from_arrays(name, x0, label, class_names=names)
+  whole = from_arrays(x0, label, name=name, class_names=names)
   records = whole.records
   assert isinstance(records, ArrayRecords)
   _check_scale(name, records.x0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +14,7 @@ import numpy as np
 from pflow_jax.data.records import ArrayRecords, Records
 from pflow_jax.files.foreign import check_memory, shown
 
+IN_MEMORY = "arrays"  # name of a set that is in no file
 MAX_CLASSES = 2**20  # each has a name, and a row of the network's table
 TEXT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 
@@ -68,6 +69,7 @@ class Dataset:
     texts: one description a record, in record order, or empty.
     embedding: of the prompts that are the condition in place of a label, or None.
     has_x0: False for prompts alone, from which one can only train without data.
+    options: arguments of `load` that give it again; of arrays in memory a name that nothing is loaded by.
   Raises: ValueError for sizes below 1, more classes than MAX_CLASSES, or an example that the machine cannot hold.
   """
 
@@ -79,6 +81,7 @@ class Dataset:
   texts: tuple[str, ...] = ()
   embedding: Embedding | None = None
   has_x0: bool = True
+  options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": IN_MEMORY}, compare=False)
 
   def __post_init__(self):
     if not self.shape or min(self.shape) < 1:
@@ -125,22 +128,24 @@ def text_length(cond: Any) -> int | None:
 
 
 def from_arrays(
-  name: str,
   x0: np.ndarray,
   label: np.ndarray | None = None,
   *,
-  class_names: tuple[str, ...] = (),
+  name: str = IN_MEMORY,
+  class_names: Sequence[str] = (),
   texts: tuple[str, ...] = (),
 ) -> Dataset:
   """A data set held in memory, from arrays of your own.
 
   Args:
-    name: shown in messages.
     x0: (n, *space, C); uint8 in [0, 255], scaled to [-1, 1] when read, or floating, used as it is.
-    label: (n,) integers in [0, len(class_names)), or None for a set without classes.
-    class_names: the names of the classes, in label order.
+    label: (n,) integers, or None for a set without classes.
+    name: shown in messages.
+    class_names: the names of the classes, in label order; by default their numbers, 0 to the largest label.
     texts: n descriptions, or none.
-  Raises: ValueError where lengths, types or labels do not fit together.
+
+  Raises:
+    ValueError: lengths, types or labels do not fit together.
   """
   x0 = np.asarray(x0)
   if x0.ndim < 2 or x0.size == 0:
@@ -154,6 +159,7 @@ def from_arrays(
   else:
     label = np.asarray(label)
     check_labels(name, label, len(x0))
+    class_names = tuple(class_names) or tuple(map(str, range(int(label.max()) + 1)))
     _check_names(name, class_names, label)
   if texts and len(texts) != len(x0):
     raise ValueError(f"{name}: {len(x0)} records need as many texts, got {len(texts)}.")

@@ -56,6 +56,7 @@ class Description:
       records=_Unread(self),
       embedding=Embedding(**dataclasses.asdict(self.embedding)) if self.embedding else None,
       has_x0=self.has_x0,
+      options=self.options,
     )
 
 

@@ -93,7 +93,7 @@ def emoji(
   label = np.array([class_names.index(category) for _, _, category, _ in entries], np.int32)
   rows = split_rows("emoji", len(entries), split, held_out)
   texts = tuple(entries[row][3] for row in rows)
-  dataset = from_arrays("emoji", x0[rows], label[rows], class_names=class_names, texts=texts)
+  dataset = from_arrays(x0[rows], label[rows], name="emoji", class_names=class_names, texts=texts)
   return with_embeddings(dataset, embeddings) if embeddings else dataset
 
 

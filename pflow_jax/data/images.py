@@ -23,7 +23,7 @@ def digits(*, split: str = "train", held_out: int = 0) -> Dataset:
   images, label = load_digits(return_X_y=True)
   rows = split_rows("digits", len(images), split, held_out)
   x0 = (images / 8.0 - 1.0).astype(np.float32).reshape(-1, 8, 8, 1)
-  return from_arrays("digits", x0[rows], label[rows], class_names=_DIGITS)
+  return from_arrays(x0[rows], label[rows], name="digits", class_names=_DIGITS)
 
 
 def mnist5k(*, split: str = "train", held_out: int = 0) -> Dataset:
@@ -37,7 +37,7 @@ def mnist5k(*, split: str = "train", held_out: int = 0) -> Dataset:
   images, label = mnist_data()
   rows = split_rows("mnist5k", len(images), split, held_out)
   x0 = images.astype(np.uint8).reshape(-1, 28, 28, 1)
-  return from_arrays("mnist5k", x0[rows], label[rows], class_names=_DIGITS)
+  return from_arrays(x0[rows], label[rows], name="mnist5k", class_names=_DIGITS)
 
 
 def synthetic(
@@ -68,4 +68,4 @@ def synthetic(
   x0 = rng.integers(0, 256, (num_records, *shape), dtype=np.uint8)
   label = rng.integers(0, num_classes, num_records) if num_classes else None
   class_names = tuple(f"class {index}" for index in range(num_classes))
-  return from_arrays("synthetic", x0, label, class_names=class_names)
+  return from_arrays(x0, label, name="synthetic", class_names=class_names)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from pflow_jax.data.arrays import npz
-from pflow_jax.data.dataset import Dataset
+from pflow_jax.data.dataset import IN_MEMORY, Dataset
 from pflow_jax.data.emoji import emoji
 from pflow_jax.data.folder import folder
 from pflow_jax.data.images import digits, mnist5k, synthetic
@@ -52,7 +53,24 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
   for option in options:
     if option not in known:
       raise ValueError(_unknown(f"{name} has no option {option!r}", option, known, "options"))
-  return source(*arguments, **check_arguments(source, {"split": split, **options}, where=name))
+  made = source(*arguments, **check_arguments(source, {"split": split, **options}, where=name))
+  given = {"name": name, **options} | ({} if split == "train" else {"split": split})
+  return dataclasses.replace(made, options=given)
+
+
+def register_source(name: str, source: Callable[..., Dataset]) -> None:
+  """Makes a data set known to `load` and to configs.
+
+  Args:
+    name: as config.data.name; "name:<path>" is called with what follows the colon.
+    source: returns the data set; its keyword arguments are the keys of config.data, `split` among them.
+
+  Raises:
+    ValueError: another data set has that name.
+  """
+  table = _OPEN_SOURCES if ":" in name else _SOURCES
+  if table.setdefault(name, source) is not source:
+    raise ValueError(f"there is a data set {name!r} already; take another name")
 
 
 def sources() -> dict[str, Callable[..., Dataset]]:
@@ -69,6 +87,8 @@ def _find(name: str) -> tuple[Callable[..., Dataset], list[str]]:
       if not rest:
         raise ValueError(f"expected {pattern}, got {name!r}.")
       return source, [rest]
+  if name == IN_MEMORY:
+    raise ValueError("the data of this run were arrays in memory; save them with np.savez, and name them npz:<path>.")
   names = [*_SOURCES, *_OPEN_SOURCES]
   message = f"there is no data set {name!r}"
   raise ValueError(_unknown(message, kind + colon, names, "data sets"))

@@ -54,14 +54,14 @@ def to_bytes(x: Array) -> Array:
 
 
 def image_grid(
-  path: str | os.PathLike,
+  path: str | os.PathLike | None,
   rows: Mapping[str, ArrayLike],
   *,
   title: str | None = None,
   column_labels: Sequence[str] | None = None,
   scale: int | None = None,
   columns: int | None = None,
-) -> None:
+) -> Any:
   """Labelled rows of images; column i of every row is meant to come from the same noise.
 
   Args:
@@ -129,11 +129,12 @@ def image_grid(
       )
     if title:
       figure.text(pad / total_w, 1 - (pad + line / 2) / total_h, title, va="center", fontsize=11, parse_math=False)
+  return figure
 
 
 def captioned_images(
-  path: str | os.PathLike, images: ArrayLike, captions: Sequence[str], *, columns: int = 4, side: int = 256
-) -> None:
+  path: str | os.PathLike | None, images: ArrayLike, captions: Sequence[str], *, columns: int = 4, side: int = 256
+) -> Any:
   """Images in reading order, each above its caption, of two lines at most.
 
   Args:
@@ -177,16 +178,17 @@ def captioned_images(
     for (top, left), text in zip(corners, wrapped, strict=True):
       x_text, y_text = (left + width / 2) / total_w, 1 - (top + height + line / 4) / total_h
       figure.text(x_text, y_text, text, ha="center", va="top", color=_MUTED, parse_math=False)
+  return figure
 
 
 def trajectory_plot(
-  path: str | os.PathLike,
+  path: str | os.PathLike | None,
   density: Density,
   panels: Mapping[str, ArrayLike],
   *,
   title: str | None = None,
   limits: Limits | None = None,
-) -> None:
+) -> Any:
   """Trajectories of 2-D points over the data's density, one square panel per method.
 
   Args:
@@ -212,16 +214,17 @@ def trajectory_plot(
       axes.plot(x[..., 0], x[..., 1], color=_INK, linewidth=0.55, alpha=0.55, solid_capstyle="round")
       axes.scatter(*x[0].T, s=9, facecolors="white", edgecolors=_MUTED, linewidths=0.6, zorder=3)
       axes.scatter(*x[-1].T, s=10, color=_COLOURS[1], linewidths=0, zorder=4)
+  return all_axes[0].figure
 
 
 def scatter_panels(
-  path: str | os.PathLike,
+  path: str | os.PathLike | None,
   panels: Mapping[str, ArrayLike],
   *,
   title: str | None = None,
   limits: Limits | None = None,
   bins: int = 120,
-) -> None:
+) -> Any:
   """2-D samples (n, 2) as density histograms side by side, with common limits and a common colour
   scale.
 
@@ -236,10 +239,11 @@ def scatter_panels(
   with _square_panels(path, list(points), limits, title) as all_axes:
     for axes, image in zip(all_axes, images, strict=True):
       show_density(axes, image, limits, "magma", top)
+  return all_axes[0].figure
 
 
 def curves(
-  path: str | os.PathLike,
+  path: str | os.PathLike | None,
   series: Mapping[str, tuple[ArrayLike, ArrayLike]],
   *,
   xlabel: str,
@@ -247,7 +251,7 @@ def curves(
   title: str | None = None,
   xscale: str = "log",
   yscale: str = "log",
-) -> None:
+) -> Any:
   """Lines with markers, such as error against work; log-log unless `xscale` or `yscale` is
   "linear".
 
@@ -260,18 +264,20 @@ def curves(
     axes = figure.add_subplot()
     _draw_lines(axes, lines, xscale=xscale, yscale=yscale)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend(frameon=False, handlelength=1.8, labelspacing=0.35)
+    if any(series):
+      axes.legend(frameon=False, handlelength=1.8, labelspacing=0.35)
     if title:
       axes.set_title(title, loc="left")
+  return figure
 
 
 def curve_panels(
-  path: str | os.PathLike,
+  path: str | os.PathLike | None,
   panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
   *,
   xlabel: str,
   dashed: Sequence[str] = (),
-) -> None:
+) -> Any:
   """Panels of log-log lines side by side, titled, with one legend: a label looks the same in all of them.
 
   Args:
@@ -292,6 +298,7 @@ def curve_panels(
     figure.legend(
       [handles[label] for label in labels], labels, loc="outside right upper", frameon=False, handlelength=2.4
     )
+  return figure
 
 
 Lines = Mapping[str, tuple[Array, Array]]
@@ -353,21 +360,22 @@ def _some(panels: Mapping[str, Any], name: str = "panels") -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
-def _figure(path: str | os.PathLike, width: float, height: float) -> Iterator[Any]:
-  """A matplotlib Figure in this module's style, saved to `path` when the block ends well."""
+def _figure(path: str | os.PathLike | None, width: float, height: float) -> Iterator[Any]:
+  """A matplotlib Figure in this module's style, saved to `path`, if there is one, when the block ends well."""
   import matplotlib
   from matplotlib.figure import Figure
 
   with matplotlib.rc_context(_STYLE):
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     yield figure
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DPI)
+    if path is not None:
+      pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+      figure.savefig(path, format="png", dpi=DPI)
 
 
 @contextlib.contextmanager
 def _square_panels(
-  path: str | os.PathLike, names: Sequence[str], limits: Limits, title: str | None
+  path: str | os.PathLike | None, names: Sequence[str], limits: Limits, title: str | None
 ) -> Iterator[list[Any]]:
   """Square axes side by side, one for each name, without ticks and with the same limits."""
   side, gap, head = 2.4, 0.12, 0.6 if title else 0.3
@@ -384,3 +392,4 @@ def _square_panels(
     if title:
       figure.text(gap / width, 1 - 0.18 / height, title, va="center", fontsize=11, parse_math=False)
     yield all_axes
+  return figure

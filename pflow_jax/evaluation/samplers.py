@@ -16,6 +16,7 @@ from pflow_jax.core.samplers import sample_teacher
 from pflow_jax.mesh.sharding import Layout, to_host
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.training.experiment import Experiment
+from pflow_jax.training.methods import Method
 from pflow_jax.training.sample import evaluations, make_sampler
 
 
@@ -34,12 +35,17 @@ def teacher_samplers(
   experiment: Experiment, layout: Layout, folder: str | os.PathLike, all_steps: Sequence[int], frozen: Any
 ) -> list[Sampler]:
   """The teacher, whose parameters are `frozen`, at these numbers of Euler steps; or the run itself, a teacher's."""
-  velocity: Callable[[Any], Velocity]
   if experiment.teacher is not None:
-    params, velocity = frozen, experiment.teacher.velocity
-  else:
-    params, velocity = experiment.load(folder, layout=layout), experiment.method.velocity
-  shift = experiment.method.objective.shift
+    return velocity_samplers(experiment.method, experiment.teacher.velocity, frozen, all_steps)
+  params = experiment.load(folder, layout=layout)
+  return velocity_samplers(experiment.method, experiment.method.velocity, params, all_steps)
+
+
+def velocity_samplers(
+  method: Method, velocity: Callable[[Any], Velocity], params: Any, all_steps: Sequence[int]
+) -> list[Sampler]:
+  """A velocity field of these parameters at several numbers of Euler steps, even in the method's schedule."""
+  shift = method.objective.shift
 
   def make(steps):
     @functools.partial(jax.jit, static_argnames="trajectory")
@@ -56,25 +62,15 @@ def teacher_samplers(
   return [make(steps) for steps in all_steps]
 
 
-def student_samplers(
-  experiment: Experiment,
-  layout: Layout,
-  sampling: SampleSettings,
-  folder: str | os.PathLike,
-  suffix: str = "",
-  frozen: Any = None,
-) -> list[Sampler]:
-  """The student of a run at its numbers of evaluations.
+def student_samplers(method: Method, sampling: SampleSettings, params: Any, suffix: str = "") -> list[Sampler]:
+  """A student at its numbers of evaluations.
 
   Args:
-    experiment: the run.
-    layout: of its parameters.
-    sampling: how it draws.
-    folder: its workdir.
+    method: what draws.
+    sampling: how.
+    params: all parameters of its network.
     suffix: tells it from other students.
-    frozen: its teacher's parameters, if they are on the devices already.
   """
-  method, params = experiment.method, experiment.load(folder, layout=layout, frozen=frozen)
 
   def make(nfe):
     run = functools.partial(make_sampler(method, sampling, nfe), params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import traceback
 import types
 
@@ -11,19 +12,25 @@ from pflow_jax.files import foreign
 from pflow_jax.settings import renamed
 
 MAX_BYTES = 2**20
+_PACKAGE = pathlib.Path(__file__).parents[1]
+SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of an installation, and of a checkout
 
 
 def read_config_file(config: str) -> ConfigDict:
   """Runs a config file and returns what its `get_config` does.
 
   Args:
-    config: "path/of/config.py" or "path/of/config.py:variant"; get_config takes the variant, if there is one.
+    config: "path/of/config.py" or "path/of/config.py:variant"; get_config takes the variant, if there is one. A name
+      without ".py", such as "digits:gmflow", is a file that comes with this package.
   Raises: ValueError for what is no Python file, or fails, with the line.
   """
   path, _, variant = config.partition(":")
   expected = "expected a Python file, and perhaps a variant after a colon, such as configs/digits.py:teacher"
   if not path.endswith(".py"):
-    raise ValueError(f"{foreign.shown(path)}: {expected}")
+    known = shipped()
+    if path not in known:
+      raise ValueError(f"{foreign.shown(path)}: {expected}, or one of {', '.join(known)}")
+    path = str(known[path])
   try:
     program = foreign.read_bytes(path, MAX_BYTES)
   except ValueError as error:
@@ -45,6 +52,14 @@ def read_config_file(config: str) -> ConfigDict:
   return ConfigDict(values) if isinstance(values, FrozenConfigDict) else values
 
 
+def shipped() -> dict[str, pathlib.Path]:
+  """The config files that come with this package, by name."""
+  for folder in SHIPPED:
+    if folder.is_dir():
+      return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.py"))}
+  return {}
+
+
 def _line(error: BaseException, path: str) -> str:
   """Where in the file the error came up: ", line 3"; nothing where it did not."""
   if isinstance(error, SyntaxError) and error.filename == path:
@@ -57,4 +72,6 @@ def _said(error: BaseException) -> str:
   """The error on one line; a ValueError, which is how configs refuse a variant, without its name."""
   text = error.msg if isinstance(error, SyntaxError) else str(error.args[0] if error.args else error)
   text = " ".join(text.split())
+  if isinstance(error, ModuleNotFoundError) and error.name == "pflow_jax.defaults":
+    text += "; default_config is in pflow_jax.settings.defaults now"
   return text if type(error) is ValueError else f"{type(error).__name__}: {text}"

@@ -211,4 +211,14 @@ def build(
     return load_teacher(settings, dataset, strengths, abstract, run)
 
   named = teacher is not None or bool(settings.teacher and settings.teacher.workdir)
-  return Experiment(settings, method.bind(settings, network, dataset, Teachers(named, find_teacher)))
+  bound = method.bind(settings, network, dataset, Teachers(named, find_teacher))
+  if teacher is not None and teacher.has_network:
+    _check_start(bound.shapes(), teacher.shapes["strong"])
+  return Experiment(settings, bound)
+
+
+def _check_start(student: Params, teacher: Params) -> None:
+  """Raises ValueError for a teacher, not from a workdir, whose parameters a student cannot start from."""
+  body = {name: leaves for name, leaves in teacher.items() if name != "head"}
+  if others := differing(body, {name: leaves for name, leaves in student.items() if name in body}):
+    raise ValueError(f"teacher: expected the student's network, parameters that differ: {others[:8]}")

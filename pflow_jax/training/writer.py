@@ -124,6 +124,22 @@ class MetricsWriter:
       self.close()
 
 
+def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+  """The metrics in a workdir by name, with "step" and "time": arrays with one entry an interval; {} for none."""
+  path = absolute(workdir) / METRICS
+  rows = [json.loads(line) for line in _kept_lines(path, None)]
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  number = lambda value: np.nan if value is None else value
+  return {name: np.array([number(row.get(name)) for row in rows]) for name in names}
+
+
+def write_metrics(workdir: str | os.PathLike, history: Mapping[str, np.ndarray]) -> None:
+  """Writes what `read_metrics` reads."""
+  with MetricsWriter(workdir, tensorboard=False) as writer:
+    for i, step in enumerate(history.get("step", ())):
+      writer.write(step, {name: values[i] for name, values in history.items() if name not in ("step", "time")})
+
+
 class Progress:
   """Progress with rate, time left and loss: a bar on a terminal, else a plain line at intervals.
 

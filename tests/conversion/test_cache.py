@@ -242,12 +242,12 @@ def test_other_readers_of_x0(stub, tmp_path):
 
 def test_texts_of_a_data_set(stub, tmp_path, monkeypatch):
   texts = ("cat", "dog", "cat")
-  dataset = data.from_arrays("emoji", np.arange(12.0).reshape(3, 2, 2, 1), texts=texts)
+  dataset = data.from_arrays(np.arange(12.0).reshape(3, 2, 2, 1), texts=texts, name="emoji")
   monkeypatch.setattr(data, "load", lambda name: dataset)
   out = str(tmp_path / "out")
   index = cache("data:emoji", "minilm", out)
   np.testing.assert_array_equal(PromptSource(out, index)._table("hash"), prompt_hashes(["cat", "dog"]))
-  monkeypatch.setattr(data, "load", lambda name: data.from_arrays("digits", np.ones((3, 2))))
+  monkeypatch.setattr(data, "load", lambda name: data.from_arrays(np.ones((3, 2)), name="digits"))
   with pytest.raises(ValueError, match="data:digits: the data set has no texts"):
     cache("data:digits", "minilm", tmp_path / "other")
 

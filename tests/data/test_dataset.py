@@ -9,13 +9,13 @@ from pflow_jax.data.dataset import split_rows
 
 def test_uint8_is_scaled_to_the_unit_range():
   x0 = np.array([0, 51, 255], np.uint8).reshape(3, 1, 1)
-  batch = data.from_arrays("pixels", x0).records.take(np.arange(3))
+  batch = data.from_arrays(x0, name="pixels").records.take(np.arange(3))
   np.testing.assert_allclose(batch["x0"].ravel(), [-1.0, -0.6, 1.0], atol=1e-7)
   assert batch["x0"].dtype == np.float32
 
 
 def test_a_set_without_labels_has_no_classes():
-  dataset = data.from_arrays("points", np.zeros((4, 2)))
+  dataset = data.from_arrays(np.zeros((4, 2)), name="points")
   assert (dataset.shape, dataset.num_classes, dataset.num_records) == ((2,), 0, 4)
   np.testing.assert_array_equal(next(data.batches(dataset, 4, seed=0))["cond"], np.zeros(4))
 
@@ -44,7 +44,7 @@ def test_a_set_without_labels_has_no_classes():
 def test_arrays_that_do_not_fit_are_refused(arguments, message):
   defaults = {"x0": np.zeros((3, 2)), "label": np.array([0, 1, 0]), "class_names": ("a", "b")}
   with pytest.raises(ValueError, match=message):
-    data.from_arrays("mine", **{**defaults, **arguments})
+    data.from_arrays(**{**defaults, **arguments}, name="mine")
 
 
 @pytest.mark.parametrize(

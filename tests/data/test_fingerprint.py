@@ -98,11 +98,11 @@ def test_a_changed_pixel_of_a_large_array_is_found_among_those_that_are_read(mon
   """Beyond MOST_BYTES rows are read from all over, the first and the last among them."""
   monkeypatch.setattr(MODULE, "MOST_BYTES", 2**10)
   x0 = np.zeros((1000, 8, 8, 1), np.uint8)
-  first = data.fingerprint(data.from_arrays("mine", x0))
+  first = data.fingerprint(data.from_arrays(x0, name="mine"))
   for row, changed in ((999, True), (0, True), (1, False)):
     other = x0.copy()
     other[row] = 1
-    assert (data.fingerprint(data.from_arrays("mine", other)) != first) == changed, row
+    assert (data.fingerprint(data.from_arrays(other, name="mine")) != first) == changed, row
 
 
 def test_a_set_without_end_and_records_of_a_kind_of_ones_own():

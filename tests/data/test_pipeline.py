@@ -24,7 +24,7 @@ class CountingSource:
 
 def array_set():
   x0 = np.arange(N, dtype=np.float32).reshape(N, 1, 1, 1) * np.ones((1, 2, 2, 1), np.float32)
-  return data.from_arrays("counting", x0, np.arange(N) % 3, class_names=("a", "b", "c"))
+  return data.from_arrays(x0, np.arange(N) % 3, class_names=("a", "b", "c"), name="counting")
 
 
 def source_set():

@@ -5,7 +5,7 @@ import os
 import pytest
 from ml_collections import ConfigDict
 
-from pflow_jax.settings.config_file import read_config_file
+from pflow_jax.settings.config_file import read_config_file, shipped
 
 HEAD = "from ml_collections import ConfigDict, FrozenConfigDict\n"
 
@@ -27,6 +27,22 @@ def test_a_frozen_config_can_be_changed(tmp_path):
   config = read_config_file(str(path))
   config.a = 2
   assert type(config) is ConfigDict
+
+
+def test_a_name_is_a_file_that_comes_with_the_package():
+  assert {"digits", "flux", "compare/digits"} <= set(shipped())
+  assert read_config_file("digits:gmflow").head.kind == "gmflow"
+  with pytest.raises(ValueError, match="'digitss': expected a Python file, .* or one of checkerboard, compare/"):
+    read_config_file("digitss:gmflow")
+
+
+def test_a_file_from_before_the_rooms_is_understood_or_told_what_to_change(tmp_path, caplog):
+  path = write(tmp_path, f"{HEAD}def get_config():\n  return ConfigDict({{'policy': {{'kind': 'dx'}}}})\n")
+  assert read_config_file(str(path)).head.kind == "dx"
+  assert "config.policy is called config.head now" in caplog.text
+  path = write(tmp_path, "from pflow_jax.defaults import default_config\n")
+  with pytest.raises(ValueError, match=r"line 1: .*default_config is in pflow_jax\.settings\.defaults now"):
+    read_config_file(str(path))
 
 
 @pytest.mark.parametrize(

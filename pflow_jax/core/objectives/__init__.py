@@ -35,3 +35,18 @@ def settings_of(kind: str) -> Any:
 def defaults_of(kind: str) -> dict[str, Any]:
   """The settings of a kind with its defaults."""
   return {field.name: getattr(made, field.name) for made in [OBJECTIVES[kind]()] for field in dataclasses.fields(made)}
+
+
+def kind_of(objective: Any) -> str:
+  """The name of the kind whose defaults are nearest to these settings.
+
+  Raises:
+    ValueError: there is no such objective.
+  """
+  kinds = [kind for kind in OBJECTIVES if settings_of(kind) is type(objective) and kind != PRETRAINED]
+  if not kinds:
+    raise ValueError(
+      f"objective: expected settings such as FlowMatching(), Imitation() or ayf_emd(), got {objective!r}; make others "
+      "known by register_objective"
+    )
+  return min(kinds, key=lambda kind: sum(getattr(objective, k) != v for k, v in defaults_of(kind).items()))

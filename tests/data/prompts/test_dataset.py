@@ -257,7 +257,7 @@ def test_records_that_are_damaged_are_refused():
 def test_names_are_the_condition_of_images_in_memory(tmp_path):
   texts = ("the dog", "a", "the dog", "two red cats")
   x0 = np.arange(4.0)[:, None, None, None] * np.ones((1, 2, 2, 1))
-  images = data.from_arrays("emoji", x0, np.arange(4) % 2, class_names=("x", "y"), texts=texts)
+  images = data.from_arrays(x0, np.arange(4) % 2, class_names=("x", "y"), texts=texts, name="emoji")
   dataset = with_embeddings(images, write(tmp_path / "minilm", "minilm", shape=None))
   assert (dataset.num_classes, dataset.class_names, dataset.texts, dataset.lengths) == (0, (), texts, ())
   assert dataset.has_x0
@@ -287,7 +287,7 @@ def test_a_prompt_is_found_by_its_text_not_by_a_hash_alone(tmp_path, monkeypatch
   source = PromptSource(folder, index)
   source._table = lambda name: np.zeros(6, np.uint64)
   monkeypatch.setattr("pflow_jax.data.prompts.dataset.PromptSource", lambda folder, index: source)
-  images = data.from_arrays("emoji", np.ones((1, 2, 2, 1)), texts=("another",))
+  images = data.from_arrays(np.ones((1, 2, 2, 1)), texts=("another",), name="emoji")
   with pytest.raises(ValueError, match="1 texts are not there: 'another'"):
     with_embeddings(images, folder)
 

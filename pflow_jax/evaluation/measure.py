@@ -1,0 +1,207 @@
+"""Samples of several samplers, measured against a teacher's and against the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pflow_jax import data
+from pflow_jax.evaluation import metrics
+from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
+from pflow_jax.evaluation.samplers import Sampler, teacher_name
+from pflow_jax.mesh.distributed import is_first
+from pflow_jax.mesh.sharding import Layout
+from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS, EvaluateSettings
+from pflow_jax.training.sample import check_room, draw_noise, in_batches, labels_of
+
+Drawn = tuple[np.ndarray, float]
+"""Samples, and how many a second."""
+
+COLUMNS = {
+  "name": "sampler",
+  "nfe": "NFE",
+  "alignment": "alignment error",
+  "alignment_ratio": "/ teacher-4",
+  "fd": "FD",
+  "fd_ratio": "/ teacher-128",
+  "fd_pixels_ratio": "FD pixels / teacher-128",
+  "diversity_ratio": "diversity / teacher-128",
+  "precision": "precision",
+  "recall": "recall",
+  "accuracy": "class accuracy",
+  "images_per_second": "images/s",
+}
+
+
+class Kept:
+  """What evaluations of one teacher share: here nothing, see `evaluate.KeptInFolder`."""
+
+  def samples(self, sampler: Sampler, draw: Callable[[], Drawn], shape: tuple[int, ...]) -> Drawn:
+    """Samples of a teacher, which `draw` draws."""
+    del sampler, shape
+    return draw()
+
+  def classifier(self, train: Callable[[], Classifier], dataset: data.Dataset, steps: int) -> Classifier:
+    """The data's classifier, which `train` trains in `steps` steps."""
+    del dataset, steps
+    return train()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What was measured.
+
+  Attributes:
+    rows: one a sampler, numbers by name; a ratio is (value, standard error).
+    about: of the evaluation: data, features, device, numbers of samples.
+    samples: by sampler, (num_samples, *space, C).
+    labels: of the samples.
+    real: data, (num_real, *space, C).
+    paths: states of 64 samples by sampler, of data that are points.
+  """
+
+  rows: list[dict[str, Any]]
+  about: dict[str, Any]
+  samples: dict[str, np.ndarray]
+  labels: np.ndarray
+  real: np.ndarray
+  paths: dict[str, np.ndarray]
+
+  @property
+  def table(self) -> str:
+    """The rows as a table in Markdown."""
+    return metrics.markdown_table(self.rows, {k: v for k, v in COLUMNS.items() if any(k in row for row in self.rows)})
+
+  def __repr__(self) -> str:
+    return self.table
+
+  def _repr_markdown_(self) -> str:
+    return self.table
+
+
+def measure(
+  samplers: Sequence[Sampler],
+  dataset: data.Dataset,
+  settings: EvaluateSettings,
+  layout: Layout,
+  *,
+  batch_size: int,
+  kept: Kept | None = None,
+  quiet: bool = False,
+) -> Report:
+  """Measures samplers, the teacher at REFERENCE_STEPS and YARDSTICK_STEPS among them, on the same noise and conditions.
+
+  Args:
+    samplers: who draws.
+    dataset: what they were trained on.
+    settings: how much is drawn, and how it is measured.
+    layout: of the mesh that is drawn on.
+    batch_size: samples at a time.
+    kept: keeps what other evaluations can use; by default nobody does.
+    quiet: whether to say nothing meanwhile.
+
+  Raises:
+    ValueError: there are no data to compare with, or fewer samples than a Fréchet distance needs.
+  """
+  say = (lambda *_: None) if quiet or not is_first() else functools.partial(print, flush=True)
+  kept = kept or Kept()
+  if not dataset.has_x0:
+    raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
+  check_room(dataset, settings.num_samples, 1 + len(settings.teacher_steps), "config.evaluate.num_samples")
+  noise, cond = draw_noise(dataset, settings.num_samples, settings.seed)
+  labels = labels_of(cond, settings.num_samples)
+  # All of a small data set; of an endless one, or one with texts, which are large, as many as there are samples.
+  most = settings.num_samples * (1 if isinstance(cond, dict) and "text" in cond else 10)
+  real, real_labels = data.examples(dataset, min(dataset.num_records or settings.num_samples, most))
+  classifier = None
+  if len(dataset.shape) == 3 and dataset.num_classes > 1:
+
+    def train() -> Classifier:
+      say("training the classifier that features and class accuracy are measured with")
+      return train_classifier(real, real_labels, dataset.num_classes, steps=settings.classifier_steps)
+
+    classifier = kept.classifier(train, dataset, settings.classifier_steps)
+  features = classifier.features if classifier else pixel_features
+  real_features = features(real)
+  real_spaces = {"fd": real_features} | ({"fd_pixels": pixel_features(real)} if classifier else {})
+  if isinstance(cond, dict):
+    # Pixels alone, which are more than there are samples: without a Fréchet distance the rest still says something.
+    real_spaces = {"fd_pixels": real_features}
+  else:
+    _check_count(settings.num_samples, real_features.shape[1])
+  keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
+  samples: dict[str, np.ndarray] = {}
+  rows: list[dict[str, Any]] = []
+  for s in samplers:
+
+    def draw(s: Sampler = s) -> Drawn:
+      say(f"sampling: {s.name}")
+      return _draw(s, layout, batch_size, noise, cond, keys)
+
+    samples[s.name], speed = draw() if s.is_student else kept.samples(s, draw, noise.shape)
+    rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
+  reference, yardstick = samples[teacher_name(REFERENCE_STEPS)], samples[teacher_name(YARDSTICK_STEPS)]
+  yardstick_errors = metrics.alignment_errors(yardstick, reference)
+  spread = metrics.diversity(reference, labels)
+  reference_spaces = {"fd": features(reference), "fd_pixels": pixel_features(reference)}
+  for row in rows:
+    x = samples[row["name"]]
+    spaces = {"fd": features(x), "fd_pixels": pixel_features(x)}
+    row["diversity"] = metrics.diversity(x, labels)
+    row["diversity_ratio"] = row["diversity"] / spread
+    if x is not reference:
+      ratio = metrics.ratio_of_means(metrics.alignment_errors(x, reference), yardstick_errors)
+      row["alignment"], row["alignment_ratio"] = ratio.value, (ratio.ratio, ratio.standard_error)
+    for name, real_space in real_spaces.items():
+      row |= _frechet(name, spaces[name], reference_spaces[name], real_space, settings.num_resamples)
+    row["precision"], row["recall"] = metrics.precision_recall(real_features, spaces["fd"], settings.nearest_k)
+    if classifier:
+      row["accuracy"] = metrics.accuracy(classifier.predict(x), labels)
+  about = {
+    "data": dataset.name,
+    "num_samples": settings.num_samples,
+    "num_real": len(real),
+    "features": f"classifier, {settings.classifier_steps} steps" if classifier else "coordinates",
+    "device": jax.devices()[0].device_kind,
+  }
+  paths = {}
+  if dataset.shape == (2,):
+    paths = {s.name: s.path(noise[:64], cond[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}
+  return Report(rows, about, samples, labels, real, paths)
+
+
+def _draw(
+  sampler: Sampler, layout: Layout, batch_size: int, noise: np.ndarray, cond: Any, keys: jax.Array
+) -> tuple[np.ndarray, float]:
+  """Samples, and images per second once compiled."""
+  size = min(batch_size, len(noise))
+  first = jax.tree.map(lambda a: a[:size], (noise, cond, keys))
+  in_batches(sampler.run, layout, size, *first)
+  start = time.perf_counter()
+  samples = in_batches(sampler.run, layout, size, noise, cond, keys)
+  return samples, -(-len(noise) // size) * size / (time.perf_counter() - start)
+
+
+def _frechet(name: str, x: np.ndarray, reference: np.ndarray, real: np.ndarray, num_resamples: int) -> dict[str, Any]:
+  """Distance to the real data and its ratio to the reference's; nothing for pixels where there are too few samples."""
+  if name != "fd" and min(len(x), len(real)) < metrics.SAMPLES_PER_FEATURE * real.shape[1]:
+    return {}
+  if np.array_equal(x, reference):
+    return {name: metrics.frechet_distance(x, real), f"{name}_ratio": 1.0}
+  pair = metrics.paired_bootstrap(metrics.frechet_distance, x, reference, real, num_resamples=num_resamples)
+  return {name: pair.value, f"{name}_ratio": (pair.ratio, pair.standard_error)}
+
+
+def _check_count(count: int, dimension: int) -> None:
+  fewest = metrics.SAMPLES_PER_FEATURE * dimension
+  if count < fewest:
+    raise ValueError(
+      f"config.evaluate.num_samples: a Fréchet distance in {dimension} features needs at least {fewest} samples, "
+      f"got {count}"
+    )

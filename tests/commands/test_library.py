@@ -1,0 +1,182 @@
+"""What a notebook calls: the twelve lines, without a folder and with one."""
+
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import pflow_jax as pf
+from pflow_jax.commands.cli import main
+
+pytestmark = pytest.mark.usefixtures("float32")
+SMALL = dict(patch_size=2, width=16, depth=1, num_heads=2)
+QUICK = dict(num_samples=128, teacher_steps=(4, 128), classifier_steps=5, num_resamples=2, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def digits():
+  return pf.data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def teacher(digits):
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    objective = pf.FlowMatching(cond_dropout=0.1)
+    return pf.train(objective, digits, pf.DiT(**SMALL), steps=4, batch_size=16, log_every=2)
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    return pf.distill(teacher, pf.Imitation(nfe=1), pf.GMFlowHead(num_components=3), steps=3, batch_size=16)
+
+
+def test_the_twelve_lines(teacher, student, tmp_path):
+  x = student.sample(16, labels=[3, 7], seed=1)
+  assert (x.shape, x.dtype) == ((16, 8, 8, 1), np.float32)
+  assert not np.array_equal(x[0], x[2]), "each from its own noise"
+  np.testing.assert_array_equal(x, student.sample(16, labels=["3", "7"], seed=1))
+  assert list(teacher.history["step"]) == [2, 4]
+  assert teacher.history["loss"].shape == (2,)
+  assert repr(student) == "Run(imitation, dit with head gmflow, on digits, 3 steps)"
+  report = student.evaluate(**QUICK)
+  assert [row["nfe"] for row in report.rows] == [4, 128, 1]
+  assert "student, 1 NFE" in repr(report)
+  assert report.samples["student, 1 NFE"].shape == (128, 8, 8, 1)
+  teacher.save(tmp_path / "t")
+  saved = student.save(tmp_path / "s")
+  assert student.workdir == saved == str(tmp_path / "s")
+  again = pf.load(saved)
+  assert again.steps == 3
+  np.testing.assert_array_equal(again.history["loss"], student.history["loss"])
+  np.testing.assert_allclose(again.sample(16, labels=[3, 7], seed=1), x, atol=1e-5)
+  # The command line draws the same.
+  main(["sample", "--workdir", saved, "--num=16", "--labels=3,7", "--seed=1", "--out", str(tmp_path / "drawn")])
+  with np.load(tmp_path / "drawn.npz") as arrays:
+    np.testing.assert_allclose(arrays["x0_nfe1"], x, atol=1e-5)
+  with pytest.raises(ValueError, match="holds a run already"):
+    student.save(saved)
+
+
+def test_a_student_starts_as_its_teacher_in_memory(teacher, digits):
+  """Untrained, without noise on the biases, its first velocity is the teacher's."""
+  guidance = pf.TeacherSettings(bias_noise=0.0)
+  student = pf.distill(
+    teacher,
+    pf.Imitation(),
+    pf.GMFlowHead(num_components=2),
+    steps=1,
+    batch_size=8,
+    guidance=guidance,
+    optimizer=pf.OptimizerSettings(1e-30),
+  )
+  x, t, label = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), np.ones(4, np.float32), np.arange(4)
+  theirs, mine = (run._experiment.method.velocity(run.params)(x, t, label) for run in (teacher, student))
+  assert np.abs(theirs).max() > 0
+  np.testing.assert_allclose(mine, theirs, atol=1e-5)
+  with pytest.raises(ValueError, match="expected the student's network|with another network"):
+    pf.distill(teacher, pf.Imitation(), pf.ArcHead(), steps=1, network=pf.DiT(**(SMALL | dict(width=8))))
+
+
+def test_a_flow_map_and_arcflow_by_adapters(teacher, tmp_path):
+  flow_map = pf.distill(teacher, pf.ayf_emd(warmup_steps=2), steps=2, batch_size=8)
+  assert flow_map.settings.kind == "ayf_emd"
+  assert flow_map.sample(2, nfe=4).shape == (2, 8, 8, 1)
+  own = pf.distill(teacher, pf.mean_flow(kappa=0.0, cond_dropout=0.0), steps=2, batch_size=8)
+  assert own.settings.kind == "mean_flow"
+  adapters = pf.AdapterSettings((("blocks/(mlp_in|mlp_out)", 2),))
+  arc = pf.distill(teacher, pf.Imitation(nfe=2), pf.ArcHead(num_components=2), steps=2, batch_size=8, adapters=adapters)
+  assert set(arc._state.params["blocks"]) == {"mlp_in", "mlp_out"}
+  assert arc.trajectories(3).shape == (33, 3, 8, 8, 1)
+
+
+def test_a_teacher_may_be_a_function(digits):
+  """With parameters and without; the student of a function that shrinks x learns to shrink it."""
+  network = pf.DiT(**SMALL)
+  for teacher in (pf.Teacher(lambda x, t, cond: 0.5 * x), pf.Teacher(lambda w, x, t, cond: w * x, np.float32(0.5))):
+    student = pf.distill(
+      teacher, pf.Imitation(), pf.ArcHead(num_components=2), data=digits, network=network, steps=2, batch_size=8
+    )
+    report = student.evaluate(**QUICK)
+    reference = report.samples["teacher, 128 steps"]
+    noise = np.asarray(jax.random.normal(jax.random.key(1234), reference.shape))
+    np.testing.assert_allclose(reference, noise * (1 - 0.5 / 128) ** 128, atol=1e-4)
+  with pytest.raises(ValueError, match="the student's data and network must be given"):
+    pf.distill(teacher, pf.Imitation(), pf.ArcHead(), steps=1)
+  with pytest.raises(ValueError, match="expected a function"):
+    pf.Teacher(3)
+
+
+def test_arrays_and_a_workdir_that_goes_on_to_the_bit(tmp_path):
+  rng = np.random.default_rng(0)
+  own = pf.data.from_arrays(rng.normal(size=(64, 2)), np.arange(64) % 3)
+  assert (own.num_classes, own.class_names) == (3, ("0", "1", "2"))
+
+  def run(steps, folder):
+    optimizer = pf.OptimizerSettings(1e-3)
+    network = pf.MLP(width=8, depth=1)
+    return pf.train(
+      pf.FlowMatching(), own, network, steps=steps, batch_size=8, optimizer=optimizer, workdir=folder, bar=False
+    )
+
+  whole = run(4, tmp_path / "whole")
+  run(2, tmp_path / "parts")
+  parts = run(4, tmp_path / "parts")
+  jax.tree.map(np.testing.assert_array_equal, whole._state, parts._state)
+  memory = run(4, None)
+  jax.tree.map(np.testing.assert_array_equal, whole.params, memory.params)
+  assert (tmp_path / "parts" / "metrics.jsonl").exists()
+  assert pf.load(tmp_path / "parts").sample(2, nfe=2).shape == (2, 2)
+  with pytest.raises(ValueError, match="the data of this run were arrays in memory"):
+    pf.load(tmp_path / "parts").evaluate()
+
+
+def test_an_interrupted_training_returns_what_it_has(digits, tmp_path):
+  stop = threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGINT))
+  stop.start()
+  run = pf.train(pf.FlowMatching(), digits, pf.DiT(**SMALL), steps=10**6, batch_size=8, bar=False)
+  stop.cancel()
+  assert 0 < run.steps < 10**6
+  assert run.sample(2, nfe=1).shape == (2, 8, 8, 1)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_student_of_pytorch_is_loaded(student, teacher, tmp_path):
+  base, saved = teacher.workdir or teacher.save(tmp_path / "t"), student.workdir or student.save(tmp_path / "s")
+  main(["convert", "--source", saved, "--out", str(tmp_path / "torch")])
+  loaded = pf.load(tmp_path / "torch")
+  np.testing.assert_allclose(loaded.sample(4, seed=2), student.sample(4, seed=2), atol=1e-5)
+  with pytest.raises(ValueError, match="is a run, which knows its teacher"):
+    pf.load(saved, base=base)
+
+
+def test_plots_are_figures(student, teacher):
+  x = student.sample(4)
+  assert isinstance(pf.plot.samples({"student": x, "teacher": teacher.sample(4, nfe=2)}), Figure)
+  assert isinstance(pf.plot.samples(np.zeros((50, 2))), Figure)
+  assert isinstance(pf.plot.trajectories(np.random.default_rng(0).normal(size=(5, 9, 2)), np.ones((9, 2))), Figure)
+  assert isinstance(pf.plot.losses(teacher), Figure)
+  assert isinstance(pf.plot.losses({"a": teacher, "b": teacher.history}, metric="gradient_norm"), Figure)
+  with pytest.raises(ValueError, match="expected the metric 'los', got"):
+    pf.plot.losses(teacher, metric="los")
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda d: pf.train(pf.FlowMatching(), "digits", pf.DiT(**SMALL), steps=1), "expected what pf.data.load"),
+    (lambda d: pf.train(pf.FlowMatching(), d, pf.VelocityHead(), steps=1), "expected a network of"),
+    (lambda d: pf.train(pf.FlowMatching(), d, pf.DiT(**SMALL), head=pf.MLP(1, 1), steps=1), "expected a head of"),
+    (lambda d: pf.train(pf.FlowMatching(), d, pf.DiT(**SMALL), steps=0), "steps: expected at least 1"),
+    (lambda d: pf.train(pf.Imitation(), d, pf.DiT(**SMALL), steps=1), "does not train the head 'velocity'"),
+    (lambda d: pf.train("flow", d, pf.DiT(**SMALL), steps=1), "objective: expected settings such as"),
+    (lambda d: pf.load("/nowhere"), "there is no file or folder /nowhere"),
+  ],
+)
+def test_what_does_not_fit_is_told(call, message, digits):
+  with pytest.raises(ValueError, match=message):
+    call(digits)
