@@ -57,7 +57,7 @@ def write_qwen_image(folder):
   import torch
   import transformers
 
-  from pflow_jax.families.text import QwenImageEncoder
+  from pflow_jax.families.qwen_image.encoder import QwenImageEncoder
 
   torch.manual_seed(0)
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -26,7 +26,7 @@ def cache_command(argv: list[str]) -> None:
 
   def define(values):
     flags.DEFINE_string("prompts", None, ".txt, .jsonl or .csv, or data:emoji", flag_values=values)
-    flags.DEFINE_enum("model", None, ["flux", "qwen_image", "minilm"], "that they are for", flag_values=values)
+    flags.DEFINE_string("model", None, "that they are for: flux, qwen_image, minilm", flag_values=values)
     flags.DEFINE_string("out", None, "folder for the embeddings", flag_values=values)
     flags.DEFINE_string("encoders", None, "folder of the model's pipeline; minilm needs none", flag_values=values)
     flags.DEFINE_integer("batch_size", 16, "prompts at a time", lower_bound=1, flag_values=values)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from pflow_jax.data import ArrayRecords, Dataset, Embedding
 from pflow_jax.families.dit import names as dit
-from pflow_jax.families.flux import names as flux
+from pflow_jax.families.family import Family
 from pflow_jax.families.head_names import policy_from_config
-from pflow_jax.families.qwen_image import names as qwen_image
-from pflow_jax.families.registry import network_kind
+from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.files import foreign
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.fields import check_sizes, read_fields
@@ -24,7 +22,6 @@ from pflow_jax.torch_io.table import Row, flat_shapes, is_lora, torch_shapes_of
 from pflow_jax.torch_io.tensors import CONFIG
 from pflow_jax.training.network import head_class, make_network
 
-MODULES: dict[str, ModuleType] = {"dit": dit, "flux": flux, "qwen_image": qwen_image}
 # Attributes of our modules that a config takes from its data, and what is no attribute at all.
 _FROM_DATA = ("channels", "num_classes", "sample_size", "out_channels")
 _OF_HEADS = ("num_gaussians", "logstd_inner_dim", "n_grid", "p_order")  # fields that the output layers have
@@ -45,8 +42,13 @@ class Model:
   head: Choice
 
   @property
+  def names(self) -> Any:
+    """The module with the names of its weights, see `families.family.Family`."""
+    return FAMILIES[self.kind].names
+
+  @property
   def rows(self) -> tuple[Row, ...]:
-    return MODULES[self.kind].rows(self.attributes, self.head.plain())
+    return self.names.rows(self.attributes, self.head.plain())
 
   @property
   def options(self) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class Model:
   @property
   def torch_config(self) -> dict[str, Any]:
     """A config.json."""
-    return MODULES[self.kind].config_from_model(self.attributes, self.head.plain())
+    return self.names.config_from_model(self.attributes, self.head.plain())
 
   @property
   def learns_variance(self) -> bool:
@@ -91,7 +93,7 @@ def read_config(source: pathlib.Path) -> dict[str, Any]:
   Raises: ValueError if there is none, or its class is not known.
   """
   folder = source if source.is_dir() else source.parent
-  known = [name for module in MODULES.values() for name in module.CLASS_NAMES]
+  known = [name for family in _converted().values() for name in family.names.CLASS_NAMES]
   path = folder / CONFIG
   if not path.exists():
     raise ValueError(
@@ -114,12 +116,13 @@ def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tenso
   Raises: ValueError naming what in the config this package's network does not do, or its tensors cannot have.
   """
   name = config["_class_name"]
-  kind = next(kind for kind, module in MODULES.items() if name in module.CLASS_NAMES)
-  module, schema = MODULES[kind], MODULES[kind].FIELDS[name]
+  kind, family = next((k, f) for k, f in _converted().items() if name in f.names.CLASS_NAMES)
+  module: Any = family.names
+  schema = module.FIELDS[name]
   full = read_fields(config, schema)
   policy = policy_from_config(module.CLASS_NAMES[name], full | {"_class_name": name}, metadata)
   attributes = module.model_from_config(config, policy)
-  if kind == "dit":
+  if "sample_size" in full:
     attributes["sample_size"] = full["sample_size"]
   if tensors is not None:
     check_sizes(full, schema, tensors, _OF_HEADS if any(map(is_lora, tensors.places)) else None)
@@ -142,8 +145,8 @@ def model_of_run(
     ValueError: PyTorch has no class for the network.
   """
   kind, head = settings.model.kind, settings.head
-  if kind not in MODULES:
-    raise ValueError(f"config.model.kind: PyTorch has no class for {kind!r}, expected one of {list(MODULES)}")
+  if kind not in _converted():
+    raise ValueError(f"config.model.kind: PyTorch has no class for {kind!r}, expected one of {list(_converted())}")
   attributes = {**network_kind(kind).defaults, **settings.model.options}
   missing = [name for name in _required(kind) if attributes.get(name) is None]
   if missing:
@@ -166,6 +169,11 @@ def model_of_run(
         "checkpoint tells how many there are; set it, unless the run is conditioned on texts"
       )
   return Model(kind, attributes, head)
+
+
+def _converted() -> dict[str, Family]:
+  """Families whose weights have names in PyTorch."""
+  return {name: family for name, family in FAMILIES.items() if family.names is not None}
 
 
 def _required(kind: str) -> list[str]:

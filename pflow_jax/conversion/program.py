@@ -26,9 +26,8 @@ from pflow_jax.conversion.leaves import Exporter, TensorLeaf
 from pflow_jax.conversion.models import Model, classes_of, model_of_run, model_of_torch, read_config
 from pflow_jax.conversion.runs import check_leaves, is_run, read_run
 from pflow_jax.core.objectives import PRETRAINED, FlowMatching
-from pflow_jax.families.dit import names as dit
 from pflow_jax.families.head_names import policy_metadata, release_of, sampling_metadata
-from pflow_jax.families.registry import network_kind, sharding_rules
+from pflow_jax.families.registry import FAMILIES, network_kind, sharding_rules
 from pflow_jax.files import foreign
 from pflow_jax.files.checksums import CHECKSUMS
 from pflow_jax.files.folders import checked_folder, expanded
@@ -195,7 +194,7 @@ def _import_teacher(
       "model first"
     )
   leaves = _all_leaves(path, model, tensors, dtype)
-  of_texts = "text" in network_kind(model.kind).conditions
+  walk = dict(FAMILIES[model.kind].teacher)
   source = {"class": config["_class_name"], "folder": name}
   if "sample_size" in model.attributes:
     source["sample_size"] = model.attributes["sample_size"]
@@ -204,11 +203,11 @@ def _import_teacher(
     model=Choice(model.kind, model.options | {"dtype": _compute_dtype(leaves)}),
     head=model.head,
     kind=PRETRAINED,
-    objective=FlowMatching(shift=students.TEXT_SHIFT if of_texts else 1.0),
-    sample=SampleSettings(nfe=(50,), batch_size=16) if of_texts else SampleSettings(),
+    objective=FlowMatching(shift=walk.pop("shift", 1.0)),
+    sample=SampleSettings(**walk),
     source=source,
   )
-  notes = tuple(filter(None, [dit.time_note(config, path.name)]))
+  notes = tuple(filter(None, [getattr(model.names, "time_note", lambda *_: "")(config, path.name)]))
   if model.learns_variance:
     channels = model.attributes["channels"]
     notes += (

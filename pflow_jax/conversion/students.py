@@ -16,7 +16,7 @@ from pflow_jax.conversion.runs import check_leaves, read_run
 from pflow_jax.core.objectives.imitation import Imitation
 from pflow_jax.core.rollout import NEWEST
 from pflow_jax.families.head_names import sampling_of
-from pflow_jax.families.registry import network_kind
+from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.settings.adapters import AdapterSettings
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.teacher import TeacherSettings
@@ -31,7 +31,6 @@ from pflow_jax.training.teachers import which_of
 Shape = tuple[int, ...]
 Leaves = dict[str, TensorLeaf]
 
-TEXT_SHIFT = 3.2  # of the text-to-image students
 TEXT_SIZE = 128  # latents a side, of pictures of 1024
 
 
@@ -133,7 +132,7 @@ def data_of(model: Model) -> dict[str, Any]:
   attributes = model.attributes
   side = attributes.get("sample_size", TEXT_SIZE)
   shape = (side, side, attributes["channels"])
-  if model.kind == "dit":
+  if "classes" in network_kind(model.kind).conditions:
     return {"name": "synthetic", "shape": shape, "num_classes": attributes["num_classes"]}
   prompts = {"name": "synthetic_prompts", "model": model.kind, "shape": shape, "num_records": 1}
   pooled = {"pooled": attributes["pooled_width"]} if attributes.get("pooled_width") else {}
@@ -148,16 +147,11 @@ def student_settings(
   What the files do not tell is taken from the releases' recipes, and from the name of the folder, such as
   "gmflux_k8_piid_8step"; the data are random ones of the network's shapes. All can be changed when it is used.
   """
-  is_dit = model.kind == "dit"
-  told = sampling_of(metadata)
-  if not told:
-    stated = re.search(r"(\d+)[-_]?(?:step|nfe)", name)
-    nfe = 1 if is_dit else 2 if model.head.kind == "arc" else 4
-    whole = is_dit or model.head.kind == "arc"
-    told = {"nfe": int(stated[1]) if stated else nfe, "final_scale": 1.0 if whole else 0.5}
-    told["shift"] = 1.0 if is_dit else TEXT_SHIFT
-  temperature = told.pop("temperature", "auto" if model.head.kind == "gmflow" and not is_dit else 1.0)
-  # As π-Flow's pipelines sample their GMFlow students.
+  told = sampling_of(metadata) or dict(FAMILIES[model.kind].students[model.head.kind])
+  stated = re.search(r"(\d+)[-_]?(?:step|nfe)", name)
+  if stated and not sampling_of(metadata):
+    told["nfe"] = int(stated[1])
+  temperature = told.pop("temperature", 1.0)
   sampling: dict[str, Any] = {"auto_temperature": True} if temperature == "auto" else {"temperature": temperature}
   release = told.pop("release", NEWEST)
   if release != NEWEST:  # asked for by whoever exported it

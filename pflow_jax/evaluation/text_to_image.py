@@ -21,6 +21,8 @@ from pflow_jax.evaluation import figures
 from pflow_jax.evaluation.sample import as_saved, check_local
 from pflow_jax.families import text
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
+from pflow_jax.families.family import Family
+from pflow_jax.families.registry import FAMILIES
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.settings.tree import Settings
@@ -66,20 +68,20 @@ def sample_prompts(
   out = pathlib.Path(checked_folder(f"{folder}/samples/prompts_seed{seed}" if out is None else out, "--out"))
   run_settings = use_teacher(Settings.of(config, converted=True), teacher)
   settings = run_settings.sample
-  model = encoders_of(run_settings)
-  if pipeline is None and model != "minilm":
+  family = family_of(run_settings)
+  if pipeline is None and family.autoencoders:
     raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
-  if model == "minilm" and (height or width):
+  if not family.autoencoders and (height or width):
     raise ValueError("--height, --width: this run samples pictures of the size that it was trained on")
   layout = layout_of(run_settings)  # what these devices cannot run is better said before the encoders are read
   # In the dtype that the network computes in, or better.
   dtype = "float32" if run_settings.model.get("dtype", "float32") == "float32" else "bfloat16"
   # A teacher is guided away from the empty prompt, which then comes last; else nothing is, whatever `null` holds.
   asked = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
-  cond = text.encode_prompts(model, pipeline, asked, run_settings.data.get("max_length"), dtype=dtype)
+  cond = text.encode_prompts(family.name, pipeline, asked, run_settings.data.get("max_length"), dtype=dtype)
   null = {name: value[-1] for name, value in cond.items()}
   cond = {name: value[: len(prompts)] for name, value in cond.items()}
-  codec = load_autoencoder(pipeline) if model != "minilm" and pipeline is not None else None
+  codec = load_autoencoder(pipeline) if family.autoencoders and pipeline is not None else None
   dataset = _shapes(run_settings, cond, codec, height, width) if codec else None
   experiment = build(run_settings, dataset=dataset, run=folder)
   dataset = experiment.dataset
@@ -106,17 +108,20 @@ def sample_prompts(
   return out
 
 
-def encoders_of(settings: Settings) -> str:
-  """Which text encoders the run of `settings` is conditioned on, see `text.ENCODERS`.
+def family_of(settings: Settings) -> Family:
+  """The family whose text encoders the run of `settings` is conditioned on.
 
-  Raises: ValueError for a run that is conditioned on classes.
+  Raises:
+    ValueError: the run is conditioned on classes.
   """
-  kind = settings.model.kind
-  if kind in ("flux", "qwen_image"):
-    return kind
-  if settings.data.get("embeddings"):
-    return "minilm"
-  raise ValueError(f"--prompt: this run ({kind} on {settings.data.get('name')}) knows classes, not texts; use --labels")
+  own = FAMILIES.get(settings.model.kind)
+  if own is not None and own.encoder is not None:
+    return own
+  if settings.data.get("embeddings"):  # a vector a text, in place of a class
+    return next(family for family in FAMILIES.values() if family.network is None)
+  raise ValueError(
+    f"--prompt: this run ({settings.model.kind} on {settings.data.get('name')}) knows classes, not texts; use --labels"
+  )
 
 
 def _shapes(

@@ -13,21 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pflow_jax.data.pixels import read_pixels, to_unit
-from pflow_jax.families import kl_names as vae
-from pflow_jax.families.qwen_image import vae_names as qwen_vae
-from pflow_jax.families.qwen_image.vae import QwenVAE
+from pflow_jax.families.registry import FAMILIES
 from pflow_jax.files.foreign import check_memory, is_there, read_json, real_folder, shown
-from pflow_jax.networks.vae import AutoencoderKL
 from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.fields import check_sizes, read_fields
 from pflow_jax.torch_io.table import flat_shapes, to_flax, torch_shapes_of
 from pflow_jax.torch_io.tensors import open_tensors
 
-# Classes in config.json: our module, and the module of its table.
-CLASSES: dict[str, tuple[Any, Any]] = {
-  **dict.fromkeys(vae.CLASS_NAMES, (AutoencoderKL, vae)),
-  **dict.fromkeys(qwen_vae.CLASS_NAMES, (QwenVAE, qwen_vae)),
-}
+
+def classes() -> dict[str, tuple[Any, Any]]:
+  """The autoencoders of all families: classes in config.json -> our module, and the module of its table."""
+  return {name: pair for family in FAMILIES.values() for name, pair in family.autoencoders.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,9 +73,10 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
     raise ValueError(f"{folder}: expected an autoencoder of diffusers, config.json here or in the folder vae")
   config = read_json(file)
   name = config.get("_class_name")
-  if not isinstance(name, str) or name not in CLASSES:
-    raise ValueError(f"{file}: expected an autoencoder of {sorted(CLASSES)}, got {shown(name)}")
-  kind, table = CLASSES[name]
+  known = classes()
+  if not isinstance(name, str) or name not in known:
+    raise ValueError(f"{file}: expected an autoencoder of {sorted(known)}, got {shown(name)}")
+  kind, table = known[name]
   attributes = table.model_from_config(config)
   module = kind(**attributes, dtype=jnp.dtype(dtype))
   rows = table.rows(attributes)

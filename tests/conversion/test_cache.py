@@ -13,6 +13,7 @@ from pflow_jax import data
 from pflow_jax.conversion import cache as program
 from pflow_jax.conversion.cache import cache
 from pflow_jax.data.prompts.records import PromptSource, prompt_hashes, read_index
+from pflow_jax.families.qwen_image.encoder import QwenImageEncoder
 from pflow_jax.files.lock import LOCK
 from tests import encoders
 from tests.encoders import StubEncoder
@@ -279,7 +280,7 @@ def test_the_command_from_folders_to_batches(tmp_path, monkeypatch, capsys):
   length = want["mask"][0].sum()
   np.testing.assert_array_equal(batch["cond"]["text"][row, :length], want["text"][0, :length].astype("bfloat16"))
   index = read_index(f"{tmp_path}/out")
-  assert (index.made["encoders"], index.made["template"]) == ("Qwen-Image", text.QwenImageEncoder.template)
+  assert (index.made["encoders"], index.made["template"]) == ("Qwen-Image", QwenImageEncoder.template)
   with pytest.raises(SystemExit) as exit_:
     main(["cache", *arguments])
   assert exit_.value.code == 2

@@ -189,7 +189,7 @@ def test_text_models_do_what_every_field_says(case, module):
 def test_autoencoders_do_what_every_field_says(name, tmp_path):
   model = randomised(getattr(diffusers, name)(**HONOURED[name]))
   model.save_pretrained(tmp_path)
-  module, table = autoencoder.CLASSES[name]
+  module, table = autoencoder.classes()[name]
   module = module(**table.model_from_config(json.loads((tmp_path / "config.json").read_text())))
   params = params_of(table.rows(table.model_from_config(HONOURED[name])), model)
   z = np.random.default_rng(0).normal(size=(1, 3, 2, module.latent_channels)).astype(np.float32)
@@ -367,7 +367,7 @@ def test_an_unknown_field_is_refused(name, value):
 
 
 WRONG = [None, True, False, "x", "3", 2.5, [], [3], {}, {"a": 1}, -1, 0, 10**8, 10**30, 1e-300, ["x", None]]
-CLASSES = {name: module for module in models.MODULES.values() for name in module.CLASS_NAMES}
+CLASSES = {name: f.names for f in models._converted().values() for name in f.names.CLASS_NAMES}
 
 
 def message_of(config):

@@ -1,0 +1,165 @@
+"""What the text encoders of families are: in PyTorch, from folders on this machine.
+
+Each takes a prompt the way of the model's pipeline in diffusers: tokens, template, padding and all.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from pflow_jax.data.dataset import TEXT_DTYPE
+from pflow_jax.data.prompts.records import MAX_LENGTHS, Fields
+from pflow_jax.families.encoder_checks import check_network, using
+from pflow_jax.files.foreign import check_type, decoding, in_bytes, read_bytes, read_json, regular_file
+
+DTYPES = ("bfloat16", "float32")
+MAX_SETTINGS = 2**28  # bytes of a file beside the weights
+
+
+class Encoder:
+  """One model's way from prompts to arrays. Settings and tokenizers are read at once, weights at the first `encode`.
+
+  Attributes:
+    folder: of the encoders.   fields: of what `encode` gives.   template: around a prompt, or None.
+    max_length: tokens of a text, at most, or of every one where `fields.masked` is False.
+  """
+
+  model = ""
+  default_dtype = "bfloat16"
+  networks: tuple[tuple[str, str], ...] = ()  # (folder, class of transformers)
+  tokenizers: tuple[tuple[str, str], ...] = ()
+  limit: int | None = None  # tokens at most
+  template: str | None = None
+  fields: Fields
+
+  def __init__(self, folder: str | os.PathLike, max_length: int, dtype: str, device: str | None = None):
+    self.folder, self.max_length, self.dtype = pathlib.Path(folder), max_length, dtype
+    if dtype not in DTYPES:
+      raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}.")
+    if bool(MAX_LENGTHS[self.model]) != (max_length > 0) or (self.limit and max_length > self.limit):
+      expected = f"1 to {self.limit or 'any number of'} tokens" if MAX_LENGTHS[self.model] else "no length of text"
+      raise ValueError(f"max_length: {self.model} takes {expected}, got {max_length}.")
+    self._check_folder()
+    torch, transformers = imported("torch"), imported("transformers")
+    self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    self._tokenizers = [_from_folder(getattr(transformers, kind), self.folder / name) for name, kind in self.tokenizers]
+    self.fields = self._fields()
+
+  @classmethod
+  def find(cls) -> str:
+    """The folder of the encoders where none is given.
+
+    Raises:
+      ValueError: one must be given.
+    """
+    raise ValueError(f"{cls.model} needs the folder of its text encoders, that of the pipeline: --encoders.")
+
+  def text_lengths(self, prompts: Sequence[str]) -> np.ndarray:
+    """Tokens of each prompt's text, (n,) int32, from the tokenizer alone."""
+    return np.full(len(prompts), self.max_length, np.int32)
+
+  def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of prompts, as far as the model has them.
+
+    Returns: "text" (n, L, D) of the encoder's dtype, padded with zeros to the longest where there is a mask; "mask"
+      (n, L) bool; "pooled" (n, P) float32.
+    Raises: ValueError for weights that do not fit, or a prompt whose arrays are not finite.
+    """
+    with using(self.folder), imported("torch").inference_mode():
+      arrays = self._encode(list(prompts))
+    for prompt, *rows in zip(prompts, *arrays.values(), strict=True):
+      if not all(np.isfinite(row.astype(np.float32)).all() for row in rows):
+        raise ValueError(f"{self.folder}: the encoders give values that are not finite for the prompt {prompt!r}.")
+    return arrays
+
+  def digest(self) -> str:
+    """Tells encoders apart: a hash of their settings, their tokenizers, and the names and sizes of their weights."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted({name for name, _ in (*self.networks, *self.tokenizers)}):
+      for file in sorted(p for p in (self.folder / name).iterdir() if p.is_file() and not p.name.startswith(".")):
+        weights = file.suffix in (".safetensors", ".bin")
+        state.update(f"{name}/{file.name} {file.stat().st_size}\n".encode())
+        state.update(b"" if weights or file.suffix == ".md" else read_bytes(file, MAX_SETTINGS))
+    return state.hexdigest()
+
+  def _fields(self) -> Fields:
+    raise NotImplementedError
+
+  def _encode(self, prompts: list[str]) -> dict[str, np.ndarray]:
+    raise NotImplementedError
+
+  def _width(self, name: str, key: str) -> int:
+    """A width in the config.json of a network."""
+    path = self.folder / name / "config.json"
+    config = read_json(path)
+    config = check_type(config.get("text_config", config), dict[str, Any], where=f"{path}: text_config")
+    return check_type(config.get(key), pydantic.PositiveInt, where=f"{path}: {key}")
+
+  @functools.cached_property
+  def _networks(self) -> list[Any]:
+    torch, transformers = imported("torch"), imported("transformers")
+    options = {"dtype": getattr(torch, self.dtype), "output_loading_info": True}
+    networks = []
+    for name, kind in self.networks:
+      check_network(getattr(transformers, kind), self.folder / name)
+      network, info = _from_folder(getattr(transformers, kind), self.folder / name, **options)
+      if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise ValueError(
+          f"{self.folder / name}: {len(wrong)} weights of {kind} are missing or of another shape, such as {wrong[0]}; "
+          "is this the folder of another model?"
+        )
+      networks.append(network.to(self.device).eval())
+    return networks
+
+  def _check_folder(self) -> None:
+    problems = []
+    for name, kind in self.networks:
+      path = self.folder / name
+      if not (path / "config.json").is_file():
+        problems.append(f"{path}/config.json ({kind})")
+      elif not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        problems.append(f"{path}/*.safetensors ({kind})")
+    problems += [
+      f"{self.folder / name} ({kind})" for name, kind in self.tokenizers if not (self.folder / name).is_dir()
+    ]
+    if problems:
+      raise ValueError(
+        f"{self.folder}: expected the encoders of {self.model} as in the folder of its diffusers pipeline, got no "
+        f"{', no '.join(problems)}."
+      )
+    for name, _ in (*self.networks, *self.tokenizers):
+      for file in (self.folder / name).iterdir():
+        if file.exists() and not file.is_dir():
+          regular_file(file)  # PyTorch's libraries would wait for what a pipe gives them
+          if file.suffix not in (".safetensors", ".bin") and (size := file.stat().st_size) > MAX_SETTINGS:
+            raise ValueError(f"{file}: expected at most {in_bytes(MAX_SETTINGS)}, got {in_bytes(size)}")
+
+
+def imported(name: str) -> Any:
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise ImportError(f"text encoders need {name}, which is not there; pip install 'pflow-jax[text]'") from error
+
+
+def _from_folder(kind: Any, path: pathlib.Path, **options: Any) -> Any:
+  with decoding(f"{path}: cannot be read as {kind.__name__}"):
+    return kind.from_pretrained(path, local_files_only=True, **options)
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+  """On the host; NumPy's bfloat16 for PyTorch's, which NumPy does not know."""
+  tensor = tensor.cpu()
+  if str(tensor.dtype) == "torch.bfloat16":
+    return tensor.view(imported("torch").int16).numpy().view(TEXT_DTYPE)
+  return tensor.numpy()
