@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
-import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from flax import linen as nn
 
 from pflow_jax import data as datasets
-from pflow_jax.checkpoints.checkpoint import Checkpointer, newest_step
+from pflow_jax.commands.run import Folder, Run
 from pflow_jax.conversion.program import convert
 from pflow_jax.conversion.runs import is_run
 from pflow_jax.core.objectives import kind_of
-from pflow_jax.evaluation.evaluate import KeptInFolder, save_pictures
-from pflow_jax.evaluation.measure import Report, measure
 from pflow_jax.evaluation.sample import preview_size, save_picture
-from pflow_jax.evaluation.samplers import student_samplers, velocity_samplers
 from pflow_jax.families.registry import network_kind
-from pflow_jax.files.folders import checked_folder
-from pflow_jax.files.lock import Lock
-from pflow_jax.mesh.sharding import Layout
 from pflow_jax.networks.heads import Head, VelocityHead, head_options_of
 from pflow_jax.networks.registry import options_of
 from pflow_jax.settings.adapters import AdapterSettings
@@ -38,200 +28,11 @@ from pflow_jax.settings.teacher import StartSettings, TeacherSettings
 from pflow_jax.settings.train import TrainSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir as workdirs
-from pflow_jax.training.experiment import Experiment, build, layout_of
+from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.inputs import absolute_path
-from pflow_jax.training.origins import inputs_of
-from pflow_jax.training.sample import draw_noise, evaluations, in_batches, make_sampler
-from pflow_jax.training.state import TrainState
-from pflow_jax.training.teachers import Part, Teacher, which_of
+from pflow_jax.training.teachers import Teacher, which_of
 from pflow_jax.training.train import train_run
-from pflow_jax.training.writer import read_metrics, write_metrics
-
-Params = Any
-Folder = str | os.PathLike
-
-
-class Run:
-  """A trained model: a teacher or a student, in memory, and perhaps in a workdir.
-
-  Attributes:
-    params: all parameters of its network, the averages of those that trained.
-    history: metrics of its training by name, and "step": arrays with one entry an interval.
-    workdir: where it is saved; None of a run that is in memory alone.
-  """
-
-  def __init__(
-    self,
-    experiment: Experiment,
-    layout: Layout,
-    params: Params,
-    *,
-    frozen: Params = None,
-    state: TrainState | None = None,
-    history: dict[str, np.ndarray] | None = None,
-    workdir: Folder | None = None,
-  ):
-    self._experiment, self._layout, self._state = experiment, layout, state
-    self._frozen = frozen
-    self.params, self.history = params, history or {}
-    self.workdir = None if workdir is None else absolute_path(workdir)
-
-  @property
-  def data(self) -> datasets.Dataset:
-    """What it was trained on; of a run that was loaded perhaps without records."""
-    return self._experiment.dataset
-
-  @property
-  def settings(self) -> Settings:
-    """All that decided it."""
-    return self._experiment.settings
-
-  @property
-  def steps(self) -> int:
-    """Optimizer steps that it was trained for."""
-    if self._state is not None:
-      return int(self._state.step)
-    return newest_step(f"{self.workdir}/{workdirs.CHECKPOINTS}") or 0
-
-  def sample(
-    self,
-    num: int = 16,
-    *,
-    labels: Sequence[int | str] | None = None,
-    nfe: int | None = None,
-    seed: int = 0,
-    **sampling: Any,
-  ) -> np.ndarray:
-    """Draws samples; the same that `pflow sample` draws.
-
-    Args:
-      num: how many.
-      labels: classes by number or name, repeated; by default all in turn.
-      nfe: network evaluations; by default what a policy student was trained for, 1 of a flow map, 128 of a teacher.
-      seed: of the noise.
-      **sampling: other values of fields of `SampleSettings`.
-
-    Returns:
-      (num, *space, C), float32.
-
-    Raises:
-      ValueError: a class, a number or a setting that does not fit.
-    """
-    if num < 1:
-      raise ValueError(f"num: expected at least 1 sample, got {num}")
-    settings = self._sampling(nfe, **sampling)
-    noise, cond = draw_noise(self.data, num, seed, labels)
-    keys = jax.random.split(jax.random.key(seed + 1), num)
-    run = self._sampler(settings, evaluations(self._experiment.method, settings)[0])
-    draw = functools.partial(run, self.params)
-    return in_batches(draw, self._layout, settings.batch_size, noise, cond, keys)
-
-  def trajectories(
-    self, num: int = 64, *, labels: Sequence[int | str] | None = None, nfe: int | None = None, seed: int = 0
-  ) -> np.ndarray:
-    """The ways of samples from noise to data, (steps + 1, num, *space, C); arguments as of `sample`."""
-    settings = self._sampling(nfe)
-    method = self._experiment.method
-    noise, cond = draw_noise(self.data, num, seed, labels)
-    walk = jax.jit(method.trajectory(settings, evaluations(method, settings)[0]))
-    return np.asarray(walk(self.params, noise, cond))
-
-  def evaluate(self, *, out: Folder | None = None, quiet: bool = False, **settings: Any) -> Report:
-    """Measures it against its teacher and its data.
-
-    Args:
-      out: folder for evaluation.md and pictures; by default nothing is written.
-      quiet: whether to say nothing meanwhile.
-      **settings: other values of fields of `EvaluateSettings`.
-
-    Returns:
-      The numbers, with a table in their `repr`.
-
-    Raises:
-      ValueError: there are no data to compare with, or too few samples.
-    """
-    method, teacher = self._experiment.method, self._experiment.teacher
-    own = dataclasses.replace(self.settings.evaluate, **settings)
-    if teacher is None:
-      samplers = velocity_samplers(method, method.velocity, self.params, own.teacher_steps)
-    else:
-      if self._frozen is None:
-        self._frozen = teacher.load(self._layout)
-      samplers = velocity_samplers(method, teacher.velocity, self._frozen, own.teacher_steps)
-    if method.is_student:
-      samplers += student_samplers(method, self.settings.sample, self.params)
-    kept = None
-    if self.workdir is not None and (teacher is None or teacher.saved):
-      kept = KeptInFolder(self._experiment, self.workdir)
-    batch_size = self.settings.sample.batch_size
-    report = measure(samplers, self.data, own, self._layout, batch_size=batch_size, kept=kept, quiet=quiet)
-    if out is not None:
-      folder = pathlib.Path(checked_folder(out, "out"))
-      folder.mkdir(parents=True, exist_ok=True)
-      (folder / "evaluation.md").write_text(report.table, encoding="utf-8")
-      save_pictures(report, samplers, self.data, folder)
-    return report
-
-  def save(self, folder: Folder) -> str:
-    """Writes it as a workdir, which the command line and `load` read, and which training goes on from.
-
-    Args:
-      folder: a new one.
-
-    Returns:
-      Its absolute path.
-
-    Raises:
-      ValueError: the folder holds a run; the run was loaded, and is in a folder already; its adapters sit on a teacher
-        that is not saved.
-    """
-    folder, state = checked_folder(folder), self._state
-    if state is None:
-      raise ValueError(f"save: this run was loaded from {self.workdir}; copy that folder")
-    if workdirs.has_checkpoint(folder):
-      raise ValueError(f"{folder} holds a run already; give another folder")
-    settings, saved = self.settings, self._experiment.saved
-    if settings.adapters.table and "teacher" not in saved:
-      raise ValueError("save: the adapters sit on a teacher that is not saved; save that first, and distill from it")
-    inputs = inputs_of(settings, self.data, saved, folder)
-    with Lock(folder, "save"), Checkpointer(f"{folder}/{workdirs.CHECKPOINTS}") as checkpointer:
-      workdirs.claim(folder, settings, inputs)
-      write_metrics(folder, self.history)
-      checkpointer.save(int(state.step), state)
-    self.workdir = absolute_path(folder)
-    return self.workdir
-
-  def as_teacher(self) -> Teacher:
-    """It as the teacher of a student.
-
-    Raises:
-      ValueError: it is a student.
-    """
-    if self._experiment.method.is_student:
-      raise ValueError(f"teacher: expected a run of flow matching, got a student ({self.settings.kind})")
-    return RunTeacher(self)
-
-  def __repr__(self) -> str:
-    where = f", in {self.workdir}" if self.workdir else ""
-    settings = self.settings
-    what = f"{settings.kind}, {settings.model.kind} with head {settings.head.kind}, on {self.data.name}"
-    return f"Run({what}, {self.steps} steps{where})"
-
-  def _sampling(self, nfe: int | None, **changes: Any) -> SampleSettings:
-    return dataclasses.replace(self.settings.sample, **(changes if nfe is None else {**changes, "nfe": (nfe,)}))
-
-  @functools.cache  # noqa: B019 (of the few settings that a run is sampled with)
-  def _sampler(self, settings: SampleSettings, nfe: int) -> Any:
-    return make_sampler(self._experiment.method, settings, nfe)
-
-
-class RunTeacher(Teacher):
-  """A run in memory as the teacher of a student, which starts from its parameters."""
-
-  def __init__(self, run: Run):
-    method, shapes = run._experiment.method, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), run.params)
-    self.settings, self.null_cond = TeacherSettings(), None
-    self._own = {"strong": Part(method.velocity, shapes, method.network, values=run.params)}
+from pflow_jax.training.writer import read_metrics
 
 
 def train(

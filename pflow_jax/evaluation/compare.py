@@ -5,7 +5,7 @@ A comparison is a ConfigDict, such as configs/compare/digits.py makes:
   teacher: dict(config="path/of/config.py:variant", overrides=dict(train=dict(steps=...))), the latter optional.
   weak: the same for a weaker teacher, where a method wants one (autoguidance).
   flops: operations that every student is trained with, its teacher's evaluations included; see `step_flops`.
-  methods: a tuple of the arguments of `Method`.
+  methods: a tuple of the arguments of `compare_plan.Method`.
 
 Runs live in <workdir>/seed<S>/<run>, and what is finished there is not repeated.
 """
@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,22 +25,19 @@ from typing import Annotated, Any
 import jax
 import pydantic
 
+from pflow_jax.evaluation.compare_plan import Run, plan, read_methods
 from pflow_jax.evaluation.compare_report import TEACHER, write_report
 from pflow_jax.evaluation.evaluate import evaluate
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
-from pflow_jax.settings.config_file import read_config_file
-from pflow_jax.settings.renamed import renewed
-from pflow_jax.settings.sections import as_section, call, refuse_unknown
-from pflow_jax.settings.tree import SECTIONS, Settings
+from pflow_jax.settings.sections import refuse_unknown
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.step import step_flops
 from pflow_jax.training.train import train
 
 RESULT = "result.json"
-KEYS = ("teacher", "weak", "flops", "methods")
-WEAK = "weak"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,67 +63,6 @@ class _Result:
   data: str = ""
   features: str = ""
   device: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-  """One method of a comparison.
-
-  Attributes:
-    name: of its folder, and for `only`.   title: in the table and the picture; by default the name.
-    config: "path/of/config.py:variant", the path as for `pflow train`.
-    students: the numbers of evaluations that each student is sampled with: ((1,), (2,)) are two students,
-      ((1, 2),) is one. A policy student with one number is also trained for it, objective.nfe.
-    overrides: nested keys of the config, dict(objective=dict(dropout=0.1)).
-    start: name of an earlier method, from whose student of the same numbers of evaluations this one starts.
-    weak: guided by the weak teacher.
-  """
-
-  name: str
-  config: str
-  students: tuple[tuple[int, ...], ...]
-  title: str = ""
-  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  start: str | None = None
-  weak: bool = False
-
-  def __post_init__(self):
-    if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in (TEACHER, WEAK):
-      raise ValueError(
-        f"config.methods: expected a name of letters, digits, '_', '.' and '-' other than {TEACHER!r} and {WEAK!r}, "
-        f"got {self.name!r}"
-      )
-    numbers = [nfe for student in self.students for nfe in student]
-    if not all(self.students) or not numbers or len(set(numbers)) < len(numbers):
-      raise ValueError(
-        f"config.methods, {self.name}: students: expected groups of numbers of evaluations, none of them twice, such "
-        f"as ((1,), (2,)) or ((1, 2),), got {self.students}"
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """One training and, of a student, its evaluation.
-
-  Attributes:
-    name: its folder below the seed's.   method: its method's name, or "teacher", or "weak".
-    settings: complete but for the workdirs of the runs it needs and, with a budget, train.steps.
-    nfe: numbers of evaluations; () is a teacher, which its students' evaluations measure.
-    flops: budget in operations; None trains for train.steps.
-    needs: runs to be finished before, by the key of the config that takes their folder.
-  """
-
-  name: str
-  method: str
-  settings: Settings
-  nfe: tuple[int, ...] = ()
-  flops: float | None = None
-  needs: Mapping[str, Run] = dataclasses.field(default_factory=dict)
-
-  def described(self) -> dict[str, Any]:
-    """All that its result depends on, as JSON gives it back."""
-    needs = {key: run.described() for key, run in self.needs.items()}
-    return {"config": self.settings.plain(), "flops": self.flops, "needs": needs}
 
 
 def compare(
@@ -200,125 +135,6 @@ def _stopped_by_signals() -> Iterator[None]:
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
-
-
-def read_methods(config: Mapping[str, Any]) -> dict[str, Method]:
-  """The methods of a comparison by name.
-
-  Raises: ValueError for keys that are unknown or missing.
-  """
-  refuse_unknown(config, KEYS, "config")
-  missing = [key for key in KEYS if key != "weak" and not config.get(key)]
-  if missing:
-    raise ValueError(f"config: {', '.join(missing)} must be set")
-  given = foreign.check_arguments(_comparison, {key: config[key] for key in ("flops", "methods")}, where="config")
-  if given["flops"] <= 0:
-    raise ValueError(f"config.flops: expected a number of operations > 0, got {config['flops']}")
-  methods: dict[str, Method] = {}
-  for values in given["methods"]:
-    rest = as_section(values, "config.methods")
-    name = str(rest.pop("name", ""))
-    method = call(Method, f"methods, {name}", rest, name=name)
-    if name in methods:
-      raise ValueError(f"config.methods: expected every name once, got {name!r} twice")
-    if method.start is not None:
-      refuse_unknown({method.start: None}, list(methods), f"config.methods, {name}: start: the list before it")
-      strangers = set(method.students) - set(methods[method.start].students)
-      if strangers:
-        raise ValueError(
-          f"config.methods, {name}: expected students of {method.start} to start from, "
-          f"{methods[method.start].students}, got {method.students}"
-        )
-    if method.weak and not config.get("weak"):
-      raise ValueError(f"config.methods, {name}: weak needs the section config.weak")
-    methods[name] = method
-  return methods
-
-
-def _comparison(flops: float, methods: tuple[Any, ...]) -> None:
-  """Types of the keys of a comparison that are no sections."""
-
-
-def plan(config: Mapping[str, Any], seed: int) -> list[Run]:
-  """All runs of one seed, each after those it needs.
-
-  Raises:
-    ValueError: configs cannot be read, or their students are measured against different teachers.
-  """
-  methods = read_methods(config)
-  numbers = {nfe for method in methods.values() for student in method.students for nfe in student}
-
-  def teacher(section: str) -> Run:
-    return Run(section, section, dataclasses.replace(call(read_config, section, config[section]), seed=seed))
-
-  strong = teacher(TEACHER)
-  common = strong.settings
-  steps = tuple(sorted({*common.evaluate.teacher_steps, *numbers}))
-  runs = {TEACHER: strong} | ({WEAK: teacher(WEAK)} if any(m.weak for m in methods.values()) else {})
-  for method in methods.values():
-    for nfe in method.students:
-      where = f"methods, {method.name}"
-      own = {name: common.plain()[name] for name in ("data", "model", "evaluate")}
-      student = call(read_config, where, {"config": method.config, "overrides": own})
-      student = dataclasses.replace(student, seed=seed).changed("evaluate", teacher_steps=steps)
-      # Times are those of one batch size.
-      student = student.changed("sample", nfe=tuple(nfe), batch_size=common.sample.batch_size)
-      if len(nfe) == 1 and "nfe" in {field.name for field in dataclasses.fields(student.objective)}:
-        student = student.changed("objective", nfe=nfe[0])
-      student = _overridden(student.plain(), method.overrides, f"config.{where}")
-      needs = {"teacher.workdir": strong}
-      if method.weak:
-        needs["teacher.weak_workdir"] = runs[WEAK]
-      if method.start:
-        needs["start.workdir"] = runs[_run_name(method.start, nfe)]
-      name = _run_name(method.name, nfe)
-      runs[name] = Run(name, method.name, student, nfe, config["flops"], needs)
-  _check_reference([run for run in runs.values() if run.nfe])
-  return list(runs.values())
-
-
-def read_config(config: str, overrides: Mapping[str, Any] | None = None) -> Settings:
-  """The settings of "path/of/config.py:variant", with nested keys changed.
-
-  Raises:
-    ValueError: the file fails, or there are sections or keys that the settings do not have.
-  """
-  settings = _overridden(renewed(read_config_file(config).to_dict()), overrides or {}, config)
-  for section in ("train", "optimizer"):
-    settings.need(section)
-  return settings
-
-
-def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Settings:
-  overrides = renewed(overrides)
-  refuse_unknown(overrides, SECTIONS, f"{where}: overrides")
-  merged = dict(values)
-  for section, changes in overrides.items():
-    own = merged.get(section)
-    merged[section] = {**own, **changes} if isinstance(own, Mapping) and isinstance(changes, Mapping) else changes
-  try:
-    return Settings.of(merged)
-  except ValueError as error:
-    raise ValueError(f"{where}: {error}") from error
-
-
-def _run_name(method: str, nfe: tuple[int, ...]) -> str:
-  return f"{method}/nfe{'-'.join(map(str, nfe))}"
-
-
-def _check_reference(runs: Sequence[Run]) -> None:
-  """Raises ValueError unless all students have one teacher, guided and walked alike: what the ratios refer to."""
-
-  def reference(run: Run) -> str:
-    t = run.settings.teacher
-    weak = f", weak teacher {'teacher.weak_workdir' in run.needs}" if t and t.guidance != 1 else ""
-    keys = ("guidance", "interval", "orthogonal", "which")
-    return ", ".join(f"{key} {getattr(t, key, None)}" for key in keys) + f"{weak}, shift {run.settings.objective.shift}"
-
-  references = {run.name: reference(run) for run in runs}
-  if len(set(references.values())) > 1:
-    listing = "".join(f"\n  {name}: {text}" for name, text in references.items())
-    raise ValueError(f"methods that are compared must share a teacher's guidance and shift, got:{listing}")
 
 
 def _in_order(runs: Iterable[Run]) -> list[Run]:

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from pflow_jax.evaluation import compare as module
 from pflow_jax.evaluation import figures
-from pflow_jax.evaluation.compare import affordable_steps, compare, plan, read_methods
+from pflow_jax.evaluation.compare import affordable_steps, compare
+from pflow_jax.evaluation.compare_plan import plan, read_methods
 from pflow_jax.evaluation.compare_report import markdown, summarise
 from pflow_jax.files.lock import Lock
 from tests.programs import ROOT, load_module
@@ -109,13 +110,13 @@ def test_runs_share_what_a_comparison_holds_fixed():
   wide = dict(config=digits("flow_teacher"), overrides=dict(model=dict(width=32), evaluate=dict(num_samples=200)))
   changed = GMFLOW | dict(overrides=dict(objective=dict(nfe=3, dropout=0.2)))
   runs = {run.name: run for run in plan(comparison(changed | dict(name="changed"), GMFLOW, EMD, teacher=wide), seed=5)}
-  teacher = runs["teacher"].config
+  teacher = runs["teacher"].settings
   for run in runs.values():
-    assert run.config.model == teacher.model
-    assert run.config.model.width == 32
-    assert run.config.evaluate.num_samples == 200
-    assert run.config.seed == 5
-  configs = {name: run.config for name, run in runs.items()}
+    assert run.settings.model == teacher.model
+    assert run.settings.model.get("width") == 32
+    assert run.settings.evaluate.num_samples == 200
+    assert run.settings.seed == 5
+  configs = {name: run.settings for name, run in runs.items()}
   assert [configs[f"gmflow/nfe{n}"].objective.nfe for n in (1, 2)] == [1, 2]
   assert [configs[f"gmflow/nfe{n}"].sample.nfe for n in (1, 2)] == [(1,), (2,)]
   assert configs["emd/nfe1-2"].sample.nfe == (1, 2)
@@ -386,9 +387,12 @@ MISTAKES = {
   "unknown section": (dict(methods=(GMFLOW | dict(overrides=dict(trian={})),)), r"no key 'trian'.*'train'"),
   "unknown override": (
     dict(methods=(GMFLOW | dict(overrides=dict(train=dict(stepps=1))),)),
-    r"gmflow: overrides: Key \"stepps\" does not exist",
+    r"config\.methods, gmflow: config\.train has no key 'stepps'; did you mean 'steps'",
   ),
-  "override of another type": (dict(methods=(GMFLOW | dict(overrides=dict(train=dict(steps="x"))),)), r"'steps'"),
+  "override of another type": (
+    dict(methods=(GMFLOW | dict(overrides=dict(train=dict(steps="x"))),)),
+    r"steps: .*got 'x'",
+  ),
   "other guidance": (
     dict(methods=(EMD, GMFLOW | dict(overrides=dict(teacher=dict(guidance=2.0))))),
     r"(?s)share a teacher.*emd/nfe1-2: guidance 1\.0.*gmflow/nfe1: guidance 2\.0",

@@ -1,0 +1,214 @@
+"""Models of PyTorch as workdirs of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax.traverse_util import unflatten_dict
+
+from pflow_jax.checkpoints.stream import save_leaves
+from pflow_jax.conversion import students
+from pflow_jax.conversion.leaves import TensorLeaf
+from pflow_jax.conversion.models import Model, model_of_torch, read_config
+from pflow_jax.conversion.progress import digest, in_words, megabytes
+from pflow_jax.conversion.runs import read_run
+from pflow_jax.core.objectives import PRETRAINED, FlowMatching
+from pflow_jax.families.registry import FAMILIES, sharding_rules
+from pflow_jax.files import foreign
+from pflow_jax.files.lock import Lock
+from pflow_jax.mesh.distributed import is_first
+from pflow_jax.mesh.sharding import Layout, make_layout
+from pflow_jax.settings.mesh import MeshSettings
+from pflow_jax.settings.sample import SampleSettings
+from pflow_jax.settings.sections import call
+from pflow_jax.settings.tree import Choice, Settings
+from pflow_jax.torch_io.check import check_tensors
+from pflow_jax.torch_io.places import Tensors
+from pflow_jax.torch_io.table import is_lora, strip_prefix
+from pflow_jax.torch_io.tensors import open_tensors
+from pflow_jax.training import workdir
+from pflow_jax.training.network import head_class
+from pflow_jax.training.teachers import inputs_of_import
+
+SOURCE = "source.json"  # of a workdir that was converted: of what
+_MARK_BYTES = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Import:
+  """What is to be written: state of the checkpoint, by part and path, and the settings of the workdir."""
+
+  state: dict[str, dict[str, TensorLeaf]]
+  settings: Settings
+  title: str
+  notes: tuple[str, ...] = ()
+
+
+def to_jax(
+  path: pathlib.Path,
+  out: str | os.PathLike,
+  base: str | None,
+  dtype: np.dtype | None,
+  key: str,
+  mesh: Mapping[str, int] | None,
+  options: Mapping[str, Any],
+) -> bool:
+  config = read_config(path)
+  tensors = open_tensors(path, key)
+  tensors = tensors.renamed(strip_prefix(tensors.places))
+  model = model_of_torch(config, tensors.metadata, tensors)
+  name = (path if path.is_dir() else path.parent).resolve().name
+  if not head_class(model.head).has_policy:
+    if base is not None:
+      raise ValueError("--base is for adapters, the source is a model of its own; leave it out")
+    plan = _import_teacher(path, model, tensors, config, dtype, name)
+  else:
+    plan = _import_student(path, model, tensors, base, dtype, name)
+  identity = {"tensors": tensors.identity(), "base": base and os.path.abspath(base), "mesh": mesh and dict(mesh)}
+  source = digest({"config": config, **identity, **options})
+  if _is_finished(epath.Path(out), source):
+    if is_first():
+      print(f"{out} holds this model already")
+    return False
+  layout = _layout(mesh)
+  if layout is not None:
+    for part in plan.state.values():
+      layout.shardings({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in part.items()})
+  leaves = [leaf for part in plan.state.values() for leaf in part.values()]
+  total = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+  if is_first():
+    print(f"{plan.title}: {len(tensors.places)} tensors, {in_words(tensors.nbytes)} -> {out}, {in_words(total)}")
+    for note in plan.notes:
+      print(note)
+  state = {
+    part: unflatten_dict({tuple(p.split("/")): leaf for p, leaf in tree.items()}) for part, tree in plan.state.items()
+  }
+  mark = epath.Path(out) / SOURCE
+  try:
+    with Lock(out, "pflow convert", active=is_first()), megabytes(total, "convert") as report:
+      if is_first():
+        mark.write_text(_mark(source))
+      try:
+        save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
+      except ValueError:  # of the tensors: a source that has been mended is another
+        if is_first():
+          mark.unlink(missing_ok=True)
+        raise
+      inputs = inputs_of_import(plan.settings, out)  # in all processes, which agree on it
+      if is_first():
+        workdir.claim(out, plan.settings, inputs)
+  except ValueError:
+    if is_first() and mark.parent.exists() and not any(mark.parent.iterdir()):
+      mark.parent.rmdir()
+    raise
+  return True
+
+
+def _import_teacher(
+  path: pathlib.Path, model: Model, tensors: Tensors, config: Mapping[str, Any], dtype: np.dtype | None, name: str
+) -> _Import:
+  """A full model that predicts a velocity."""
+  if any(map(is_lora, tensors.places)):
+    raise ValueError(
+      f"{path} holds adapters without the metadata policy_config of a student of π-Flow or ArcFlow; fuse them in their "
+      "model first"
+    )
+  leaves = _all_leaves(path, model, tensors, dtype)
+  walk = dict(FAMILIES[model.kind].teacher)
+  source = {"class": config["_class_name"], "folder": name}
+  if "sample_size" in model.attributes:
+    source["sample_size"] = model.attributes["sample_size"]
+  own = Settings(
+    data=students.data_of(model),
+    model=Choice(model.kind, model.options | {"dtype": _compute_dtype(leaves)}),
+    head=model.head,
+    kind=PRETRAINED,
+    objective=FlowMatching(shift=walk.pop("shift", 1.0)),
+    sample=SampleSettings(**walk),
+    source=source,
+  )
+  notes = tuple(filter(None, [getattr(model.names, "time_note", lambda *_: "")(config, path.name)]))
+  if model.learns_variance:
+    channels = model.attributes["channels"]
+    notes += (
+      f"its variance is learned: of every sub-pixel's {model.attributes['out_channels']} outputs the first {channels} "
+      "are kept; a model trained so predicts noise (DDPM), not a velocity, and is no teacher as it is",
+    )
+  return _Import({"params": leaves}, own, str(config["_class_name"]), notes)
+
+
+def _import_student(
+  path: pathlib.Path, model: Model, tensors: Tensors, base: str | None, dtype: np.dtype | None, name: str
+) -> _Import:
+  """An adapter on a teacher of ours, or a full model of a policy; its parameters and their average are the same."""
+  base = base if base is None or "://" in base else os.path.abspath(base)
+  adapters = None
+  if base is not None:
+    model = students.base_of(base, model)
+  if any(map(is_lora, tensors.places)):
+    if base is None:
+      raise ValueError(f"{path} is an adapter: give --base, a workdir of its teacher, which `pflow convert` makes too")
+    adapters = students.read_adapters(model, tensors, str(path), dtype)
+    leaves = adapters.leaves
+  else:
+    leaves = _all_leaves(path, model, tensors, dtype)
+  compute = read_run(base).model.get("dtype", "float32") if base else _compute_dtype(leaves)
+  settings = students.student_settings(model, base, adapters, tensors.metadata, name, compute)
+  objective = settings.objective
+  notes = (
+    f"taken to be trained for {objective.nfe} evaluations, the last {objective.final_scale} as long as the others, at "
+    f"shift {objective.shift}; sample with --config.objective.nfe=... and so on if it was not",
+  )
+  return _Import({"params": leaves, "ema": leaves}, settings, f"a {model.head.kind} student", notes)
+
+
+def _all_leaves(path: pathlib.Path, model: Model, tensors: Tensors, dtype: np.dtype | None) -> dict[str, TensorLeaf]:
+  check_tensors(model.torch_shapes(), tensors.shapes, str(path))
+  shapes = model.shapes()
+  return {row.flax: students.leaf_of(row, shapes[row.flax], tensors, dtype) for row in model.rows}
+
+
+def _compute_dtype(leaves: Mapping[str, TensorLeaf]) -> str:
+  """What a network with these parameters computes in: what most of them are."""
+  sizes: dict[str, int] = {}
+  for leaf in leaves.values():
+    sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + int(np.prod(leaf.shape))
+  most = max(sizes, key=lambda name: sizes[name])
+  return most if most in ("bfloat16", "float16") else "float32"
+
+
+def _is_finished(out: epath.Path, source: str) -> bool:
+  """Whether `out` holds this model already; ValueError if it holds another run, or part of another."""
+  mark, content = out / SOURCE, _mark(source).encode()
+  found = foreign.read_bytes(mark, _MARK_BYTES) if mark.exists() else None
+  if (out / workdir.CONFIG).exists() or workdir.has_checkpoint(out):
+    if found != content:
+      raise ValueError(f"{out} holds a run that was not made from this source with these options; give another --out")
+    return (out / workdir.CONFIG).exists() and workdir.has_checkpoint(out)
+  if found is not None and not content.startswith(found):  # a conversion may be stopped while it writes the mark
+    raise ValueError(f"{out} holds part of another model, not all of it; remove that, or give another --out")
+  return False
+
+
+def _mark(source: str) -> str:
+  return json.dumps({"source": source}) + "\n"
+
+
+def _layout(mesh: Mapping[str, int] | None) -> Layout | None:
+  """The layout that `mesh` describes: of all devices in a job of several processes, else without devices."""
+  if jax.process_count() > 1:
+    return make_layout(call(MeshSettings, "mesh", mesh or {}), sharding_rules())
+  if not mesh:
+    return None
+  settings = call(MeshSettings, "mesh", {"data": 1} | dict(mesh))
+  if any(size < 1 for size in settings.sizes.values()):
+    raise ValueError(f"--mesh: expected sizes of at least 1, got {dict(mesh)}")
+  return make_layout(settings, sharding_rules(), int(np.prod(list(settings.sizes.values()))))

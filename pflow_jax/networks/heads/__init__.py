@@ -1,0 +1,68 @@
+"""Output layers by the names that a config gives them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pflow_jax.networks.heads.arc import GAMMA_RANGE as GAMMA_RANGE
+from pflow_jax.networks.heads.arc import ArcHead as ArcHead
+from pflow_jax.networks.heads.base import SHARDING as SHARDING
+from pflow_jax.networks.heads.base import Head as Head
+from pflow_jax.networks.heads.dx import DXHead as DXHead
+from pflow_jax.networks.heads.gmflow import GMFlowHead as GMFlowHead
+from pflow_jax.networks.heads.start import head_params_from_teacher as head_params_from_teacher
+from pflow_jax.networks.heads.start import student_params_from_teacher as student_params_from_teacher
+from pflow_jax.networks.heads.velocity import DenoiserHead as DenoiserHead
+from pflow_jax.networks.heads.velocity import VelocityHead as VelocityHead
+
+FROM_NETWORK = ("channels", "patch_size", "layout", "use_bias")  # attributes that are filled in for the network
+
+HEADS: dict[str, type[Head]] = {
+  "velocity": VelocityHead,
+  "denoiser": DenoiserHead,
+  "gmflow": GMFlowHead,
+  "dx": DXHead,
+  "arc": ArcHead,
+}
+"""Output layers by the names that a config gives them; another one is added by `register_head`."""
+
+
+def register_head(kind: str, head: type[Head]) -> None:
+  """Makes a head known to configs.
+
+  Args:
+    kind: the name, as config.head.kind.
+    head: its class.
+
+  Raises:
+    ValueError: another head has that name.
+  """
+  if HEADS.setdefault(kind, head) is not head:
+    raise ValueError(f"there is a head {kind!r} already, {HEADS[kind].__name__}; take another name")
+
+
+def attributes_of(module: nn.Module, hidden: tuple[str, ...]) -> dict[str, Any]:
+  """The attributes of a module as a config keeps them, but those in `hidden`."""
+  own = {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.init}
+  kept = {name: value for name, value in own.items() if name not in ("parent", "name", *hidden)}
+  return kept | ({"dtype": jnp.dtype(kept["dtype"]).name} if kept.get("dtype") is not None else {})
+
+
+def head_options_of(head: Head) -> tuple[str, dict[str, Any]]:
+  """The name of a head in a config, and its options.
+
+  Args:
+    head: of a kind that is registered.
+
+  Raises:
+    ValueError: it is not.
+  """
+  names = [name for name, kind in HEADS.items() if kind is type(head)]
+  if not names:
+    known = sorted(kind.__name__ for kind in HEADS.values())
+    raise ValueError(f"expected a head of {known}, got {type(head).__name__}; make another one known by register_head")
+  return names[0], attributes_of(head, FROM_NETWORK)

@@ -1,0 +1,132 @@
+"""Output layers: tokens -> a velocity or a policy's parameters, and their start from a teacher.
+
+A head is called as `head(tokens, embedding, grid)`: tokens (B, T, D) after the network's last norm
+and modulation, embedding (B, D) the conditioning embedding before its SiLU, grid the space shape in
+patches, () for points. Heads compute in float32 (or wider) whatever the backbone computes in.
+
+Rows of an output layer with M maps of C channels and p x p sub-pixels: ((p1 p + p2) M + m) C + c in
+layout "dit", ((m C + c) p + p1) p + p2 in layout "flux". Layers have the PyTorch releases' names.
+References: pi-Flow, arXiv:2510.14974; ArcFlow; their released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from pflow_jax.networks.layers import accumulation_dtype, gathered, unpatchify
+
+Params = dict[str, Any]
+# Where the parameters lie on a mesh, see `sharding.Layout`.
+SHARDING = (("head/.*/kernel", ("fsdp", None)),)
+
+XAVIER = nn.initializers.xavier_uniform()
+ZEROS = nn.initializers.zeros
+
+
+class Head(nn.Module):
+  """What all heads share.
+
+  Attributes:
+    channels: C of the data. Whoever trains a network on data fills in this and the next two.
+    patch_size: side of a patch, as in the network; 1 for points.
+    layout: row order of the output layers, "dit" or "flux".
+    use_bias: whether the layer that makes velocities has a bias (FLUX.2's has none).
+  """
+
+  channels: int = 0
+  patch_size: int = 1
+  layout: str = "dit"
+  use_bias: bool = True
+
+  def _maps(
+    self,
+    name: str,
+    tokens: jax.Array,
+    grid: tuple[int, ...],
+    shape: tuple[int, int],
+    kernel_init: Any = ZEROS,
+    use_bias: bool = True,
+    bias_init: Any = ZEROS,
+  ) -> jax.Array:
+    """Dense layer `name` on every token, put back in space; shape is (M, C): (B, M, *space, C)."""
+    batch, count, width = tokens.shape
+    groups, channels = shape
+    dense = nn.Dense(
+      self.patch_size ** len(grid) * groups * channels,
+      use_bias=use_bias,
+      dtype=accumulation_dtype(tokens.dtype),
+      kernel_init=kernel_init,
+      bias_init=bias_init,
+      dot_general=gathered("fsdp", None),
+      name=name,
+    )
+    # Two axes, not three: the weight gradient is then one plain matmul.
+    rows = dense(tokens.reshape(-1, width)).reshape(batch, count, dense.features)
+    return unpatchify(rows, grid, self.patch_size, groups, self.layout)
+
+  has_policy: ClassVar[bool] = False
+  """Whether its outputs are a policy's; else they are a velocity."""
+
+  velocity_layer: ClassVar[str] = "proj_out"
+  """Name of the layer that makes its velocity-like maps."""
+
+  starts_policies: ClassVar[bool] = False
+  """Whether the output layer of a policy can start from this one."""
+
+  def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:
+    """Parameters from a checked teacher layer; offset (M, C) goes on the biases of the copies."""
+    raise NotImplementedError
+
+  @property
+  def maps(self) -> int:
+    """How many velocity-like maps (components, coefficients) the head makes."""
+    raise NotImplementedError
+
+  @nn.nowrap
+  def policy(self, x: jax.Array, t: jax.Array, outputs: Mapping[str, Any], *, segment: float, shift: float):
+    """The policy of one example.
+
+    Args:
+      x: state at `t`, (*space, C).
+      t: flow time ().
+      outputs: what the head returned for it.
+      segment: longest segment of the student, in schedule time.
+      shift: time shift of the student.
+    """
+    raise NotImplementedError
+
+  @nn.nowrap
+  def field(self, apply: Callable[[jax.Array, jax.Array, Any], Any]) -> Callable[[jax.Array, jax.Array, Any], Any]:
+    """What a network with this head computes, (x, t, cond) -> outputs, from what its module returns."""
+    return apply
+
+
+def dense_zeros(width: int, rows: int) -> Params:
+  return {"kernel": jnp.zeros((width, rows), jnp.float32), "bias": jnp.zeros(rows, jnp.float32)}
+
+
+def join_rows(a: jax.Array, layout: str) -> jax.Array:
+  """(..., sub-pixels, M, C) -> (..., rows) in the order of `layout`."""
+  return rearrange(a, "... q m c -> ... (q m c)" if layout == "dit" else "... q m c -> ... (m c q)")
+
+
+def tile(head: Head, layer: Params, weights: np.ndarray, offset: jax.Array) -> Params:
+  """Copies an output layer weights (M,) times each into M maps; offset (M, C) on the biases."""
+  pattern = "... (q c) -> ... q 1 c" if head.layout == "dit" else "... (c q) -> ... q 1 c"
+  scale = jnp.asarray(weights, jnp.float32)[:, None]
+
+  def copies(a: jax.Array) -> jax.Array:
+    single = rearrange(a, pattern, c=head.channels)
+    return single * scale.reshape((1,) * (single.ndim - 2) + scale.shape)
+
+  tiled = {name: copies(a) for name, a in layer.items()}
+  if "bias" in tiled:
+    tiled["bias"] = tiled["bias"] + offset[None]
+  return {name: join_rows(a, head.layout) for name, a in tiled.items()}
