@@ -15,6 +15,7 @@ from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
 from pflow_jax.training.network import COMPUTED, make_network
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -80,10 +81,19 @@ def write_pretrained(values, folder, seed=0):
   config |= {"head": {"kind": "velocity"}, "objective": {"kind": "pretrained"}}
   settings = Settings.of(config, converted=True)
   dataset = data.load(**values.data)
-  shapes = make_network(settings.model, settings.head, dataset).shapes(dataset)
+  return _write_checkpoint(settings, make_network(settings.model, settings.head, dataset).shapes(dataset), folder, seed)
+
+
+def write_random(values, folder, seed=0):
+  """A run of `values`, a teacher's config, with random parameters, for which nothing is compiled."""
+  settings = Settings.of(values)
+  return _write_checkpoint(settings, build(settings).method.shapes(), folder, seed)
+
+
+def _write_checkpoint(settings, shapes, folder, seed):
   rng = np.random.default_rng(seed)
   params = jax.tree.map(lambda leaf: rng.normal(scale=0.1, size=leaf.shape).astype("float32"), shapes)
   workdir.claim(folder, settings)
   with Checkpointer(f"{folder}/{workdir.CHECKPOINTS}") as checkpointer:
-    checkpointer.save(0, {"params": params})
+    checkpointer.save(0, {"params": params} if settings.converted else {"params": params, "ema": params})
   return folder

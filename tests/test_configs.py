@@ -1,85 +1,120 @@
-"""Every config: two steps, save, restore, a third step; and nothing in it that nobody reads."""
+"""Every config, small and as it is: nothing in it that nobody reads, and a step that can be traced; six are run."""
 
-import json
+import functools
+import shutil
 
 import jax
+import numpy as np
 import pytest
 
-from pflow_jax import data
-from pflow_jax.training.experiment import build
+from pflow_jax.data import registry
+from pflow_jax.evaluation.sample import sample
+from pflow_jax.training.experiment import build, layout_of
+from pflow_jax.training.step import make_program
 from pflow_jax.training.train import train
-from tests.programs import CONFIGS, ROOT, load_module, quick, write_pretrained
+from pflow_jax.training.workdir import CHECKPOINTS, load_config
+from tests.programs import CONFIGS, ROOT, load_module, quick, write_pretrained, write_random
 
 TEACHERS = ("teacher", "flow_teacher")
 CASES = [(path.stem, variant) for path in CONFIGS for variant in load_module(path).VARIANTS]
+# Between them every policy, the kinds of objective, adapters, an adversary, classes, texts and points, with and without
+# data, guided and not. The recipes that differ from one of these by numbers alone are traced.
+RUN = [
+  ("emoji", "teacher"),
+  ("imagenet", "gmflow"),
+  ("checkerboard", "dx"),
+  ("digits", "arc_adapters"),
+  ("digits", "ayf_emd_adversarial"),
+  ("flux", "gm_data_free"),
+]
 
-
-def to_train():
-  """The cases, without those whose quicktest is another's but for how many evaluations, of more than one, it is for."""
-  found = {}
-  for case in CASES:
-    values = quick(*case).to_dict()
-    if "nfe" in values["objective"]:
-      values["objective"]["nfe"] = min(values["objective"]["nfe"], 2)
-    found.setdefault(json.dumps(values, sort_keys=True), case)
-  return list(found.values())
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-  """Workdir of the three-step teacher that fits a variant, None for a teacher."""
-  folders = {}
+  """Workdir of a random teacher that fits a variant, as its own config makes one; None for a teacher."""
+
+  @functools.cache
+  def write(config, teacher):
+    folder = tmp_path_factory.mktemp(config)
+    if teacher in TEACHERS:
+      return write_random(quick(config, teacher), folder)
+    return write_pretrained(quick(config, teacher), folder)  # its teacher is converted, not trained
 
   def get(config, variant):
+    own = [name for other, name in CASES if other == config and name in TEACHERS]
     if variant in TEACHERS:
       return None
-    if not any(name in TEACHERS for other, name in CASES if other == config):
-      if config not in folders:  # its teacher is converted, not trained
-        folders[config] = write_pretrained(quick(config, variant), tmp_path_factory.mktemp(config))
-      return folders[config]
     scale = quick(config, variant).model.get("time_scale")
-    fitting = next(name for name in TEACHERS if quick(config, name).model.get("time_scale") == scale)
-    if (config, fitting) not in folders:
-      folders[config, fitting] = tmp_path_factory.mktemp(config)
-      train(quick(config, fitting), folders[config, fitting])
-    return folders[config, fitting]
+    fitting = [name for name in own if quick(config, name).model.get("time_scale") == scale]
+    return write(config, fitting[0] if own else "gm")
 
   return get
 
 
-@pytest.mark.usefixtures("float32")
-@pytest.mark.parametrize(("config", "variant"), to_train())
-def test_config_trains_saves_restores_and_goes_on(config, variant, teachers, tmp_path):
-  values = quick(config, variant, teachers(config, variant), steps=2)
-  values.optimizer.schedule = "constant"  # a cosine run keeps its number of steps
-  train(values, tmp_path)
-  values.train.steps = 3
-  state = train(values, tmp_path)
-  assert int(state.step) == 3
-  assert all(bool(jax.numpy.all(jax.numpy.isfinite(x))) for x in jax.tree.leaves(state.params))
+@pytest.mark.parametrize(("config", "variant"), RUN)
+def test_config_trains_goes_on_in_the_same_bits_and_samples(config, variant, teachers, tmp_path):
+  values = quick(config, variant, teachers(config, variant))
+  if "nfe" in values.objective:
+    values.objective.nfe = min(values.objective.nfe, 2)  # more are a longer program of the same
+  whole = train(values, tmp_path)
+  shutil.rmtree(tmp_path / CHECKPOINTS / "3")  # as if it had been stopped after the step before
+  parts = train(values, tmp_path)
+  assert int(parts.step) == 3
+  jax.tree.map(np.testing.assert_array_equal, whole, parts)
+  assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(jax.device_get(parts.params)))
+  own = load_config(tmp_path)
+  nfe = own.objective.get("nfe", 1)
+  with np.load(sample(own, tmp_path, num=2, nfe=nfe).with_suffix(".npz")) as drawn:
+    assert drawn[f"x0_nfe{nfe}"].shape == (2, *build(values).dataset.shape)
+    assert np.isfinite(drawn[f"x0_nfe{nfe}"]).all()
+
+
+def check_trace(experiment, devices=None):
+  """Traces the step over a mesh: shapes, tables and batch fit, and the state comes out as it went in."""
+  program = make_program(experiment, devices and layout_of(experiment.settings, devices))
+  state, metrics = program.trace().out_info
+  shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert shapes(state) == shapes(program.state)
+  assert metrics["loss"].shape == ()
 
 
 @pytest.mark.parametrize(("config", "variant"), CASES)
-def test_full_size_config_is_read_whole(config, variant, tmp_path, monkeypatch):
-  """The real config, not its quicktest: sections fit their owners and the network has a shape."""
+def test_quicktest_fits_its_teacher_and_traces(config, variant, teachers):
+  check_trace(build(quick(config, variant, teachers(config, variant))))
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+  """Emoji without their pictures, with embeddings of the size of MiniLM's."""
+
+  @functools.wraps(registry.emoji)  # the keys are its own
+  def emoji(*, split, size, embeddings):
+    return registry.synthetic_prompts(model="minilm", shape=(size, size, 3), pooled=384, split=split)
+
+  monkeypatch.setitem(registry._SOURCES, "emoji", emoji)
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize(("config", "variant"), CASES)
+def test_full_size_config_is_read_whole_and_traces(config, variant):
+  """The real config on 16 devices, billions of parameters too: nothing is made, nor is the teacher looked for."""
   values = load_module(ROOT / "configs" / f"{config}.py").get_config(variant)
-  if not values.data.name.startswith("prompts:"):  # whose shapes are known without the data
-    monkeypatch.setattr(data, "load", lambda **kw: quick_dataset(config, variant))
-  if variant not in TEACHERS:
-    from pflow_jax.training import experiment
-
-    monkeypatch.setattr(experiment, "load_teacher", lambda *_, **__: None)
-    values.teacher.workdir = "a teacher"
-  made = build(values)
-  x = jax.ShapeDtypeStruct((2, *made.dataset.shape), "float32")
-  t = jax.ShapeDtypeStruct((2,), "float32")
-  shapes = jax.eval_shape(made.network.module.init, jax.random.key(0), x, t, made.dataset.cond_shapes(2))
-  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1000
+  check_trace(build(values, abstract=True), devices=16)
 
 
-def quick_dataset(config, variant):
-  values = quick(config, variant).data.to_dict()
-  return data.registry.load(**values)
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_keys_that_nobody_reads_are_refused(path):
+  """What makes the tests above say that every key is read."""
+  values = load_module(path).get_config()
+  for section in values:
+    if section != "seed":
+      changed = values.copy_and_resolve_references().to_dict()
+      changed[section]["no_such_key"] = 1
+      with pytest.raises(ValueError, match="no_such_key"):
+        build(changed, abstract=True)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
