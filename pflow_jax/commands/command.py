@@ -15,6 +15,7 @@ if TYPE_CHECKING:
   from absl import flags
   from ml_collections import ConfigDict
 
+from pflow_jax.commands.flags import MAX_SEED, call_with_flags, define_flags
 from pflow_jax.files.foreign import may_pass
 from pflow_jax.files.output import without_tracebacks
 from pflow_jax.settings.renamed import renewed_flag
@@ -36,7 +37,6 @@ Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help
 
 A config file is a program, which runs with your rights: read one that is not yours before you name it.
 """
-MAX_SEED = 2**32 - 1  # JAX takes no more bits of one
 CONFIG_HELP = "config file, a Python program that is executed; its variant after a colon"
 
 
@@ -54,28 +54,42 @@ class ConfigSource(NamedTuple):
   describe: Callable[[ConfigDict | None], str]
 
 
-def run_command(define: Callable, body: Callable, argv: list[str], source: ConfigSource | None = None) -> None:
-  """Parses `argv` with the flags that `define` makes and calls `body(flags)`; for mistakes see `one_sentence`."""
+def run_command(
+  function: Callable, argv: list[str], source: Callable[[], ConfigSource] | None = None, joins: bool = False
+) -> None:
+  """Parses `argv` with the flags of a function, see `flags.define_flags`, and calls it.
+
+  For mistakes see `one_sentence`.
+
+  Args:
+    function: the command.
+    argv: its arguments.
+    source: of its argument `config`.
+    joins: whether several processes can run it together.
+  """
   from absl import flags, logging
   from ml_collections import config_flags
 
-  values, name = flags.FlagValues(), f"pflow {body.__name__}"
+  source_of = None if source is None else source()
+  values, name = flags.FlagValues(), f"pflow {function.__name__}"
   try:
     if any(re.match("--?flagfile(=|$)", argument) for argument in argv):
       raise ValueError("--flagfile: files of flags are not read; give the flags themselves")
-    define(values)
-    config, is_file = None, source is not None and source.flag == "config"
-    if source is not None:
-      given, others = _taken(argv, source.flag)
-      config = None if given is None else _read(source, given)
+    define_flags(function, values)
+    if joins:
+      define_join_flags(values)
+    config, is_file = None, source_of is not None and source_of.flag == "config"
+    if source_of is not None:
+      given, others = _taken(argv, source_of.flag)
+      config = None if given is None else _read(source_of, given)
       others = [renewed_flag(argument) for argument in others]
-      argv = others if is_file else [*others, *([] if given is None else [f"--{source.flag}={given}"])]
+      argv = others if is_file else [*others, *([] if given is None else [f"--{source_of.flag}={given}"])]
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
     if is_file and (config is None or asks_for_help):
       flags.DEFINE_string("config", None, CONFIG_HELP, required=True, flag_values=values)
     if asks_for_help:
       print(USAGE, f"\nFlags of {name}:\n", values.get_help(include_special_flags=False), sep="")
-      print(source.describe(config) if source else "")
+      print(source_of.describe(config) if source_of else "")
       return
     if config is not None:
       config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[name, *argv])
@@ -90,13 +104,13 @@ def run_command(define: Callable, body: Callable, argv: list[str], source: Confi
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_handler().addFilter(without_tracebacks)
   _cache_compilations()
-  if "coordinator" in values:
+  if joins:
     from pflow_jax.mesh.distributed import join
 
     join(values.coordinator, values.num_processes, values.process_id, timeout=values.join_timeout)
-    if body.__name__ != "train":  # which alone asks JAX's handler whether it was told to stop
+    if function.__name__ != "train":  # which alone asks JAX's handler whether it was told to stop
       signal.signal(signal.SIGTERM, signal.SIG_DFL)
-  body(values)
+  call_with_flags(function, values)
   if _among_others():
     from pflow_jax.mesh.distributed import finish
 
@@ -169,13 +183,6 @@ def define_join_flags(values) -> None:
   flags.DEFINE_integer("num_processes", None, "processes of this program", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("process_id", None, "which of them this one is", lower_bound=0, flag_values=values)
   flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", lower_bound=1, flag_values=values)
-
-
-def define_teacher_flag(values) -> None:
-  """Where the teacher of a run is."""
-  from absl import flags
-
-  flags.DEFINE_string("teacher", None, "workdir of the run's teacher, if it has moved", flag_values=values)
 
 
 def _read(source: ConfigSource, given: str) -> ConfigDict:

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pflow_jax import data
+from pflow_jax.commands.flags import words_of
 from pflow_jax.core.objectives import OBJECTIVES, PRETRAINED, settings_of
 from pflow_jax.families.registry import NETWORKS
 from pflow_jax.files import foreign
@@ -54,7 +55,7 @@ def describe(config: ConfigDict | None) -> str:
     words: dict[str, str] = {}
     for owner in owners:
       hints |= typing.get_type_hints(owner)
-      words = _words(owner) | words
+      words = words_of(owner) | words
     for key, value in values.items():
       kind = re.sub(r"\b(typing|collections\.abc)\.", "", inspect.formatannotation(hints[key])) if key in hints else ""
       lines.append(_line(f"{section}.{key}", value, kind, words.get(key, "")))
@@ -90,17 +91,3 @@ def _wrapped(text: str, indent: int) -> str:
   return textwrap.fill(
     text, 120, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4), break_long_words=False
   )
-
-
-def _words(owner: Callable) -> dict[str, str]:
-  """What the docstrings of a class, or a function, say of its attributes or arguments."""
-  found: dict[str, str] = {}
-  for one in reversed(inspect.getmro(owner) if inspect.isclass(owner) else (owner,)):
-    block = re.search(r"^(?:Attributes|Args):(.*?)(?:\n\S|\Z)", inspect.cleandoc(one.__doc__ or ""), re.M | re.S)
-    # An entry starts on a line that is not indented further than the first, or three spaces after another.
-    entries = re.split(r"\n {2}(?! )|(?<=\S) {3}(?=\w)", block[1]) if block else ()
-    for entry in entries:
-      names, colon, text = " ".join(entry.split()).partition(": ")
-      if colon and re.fullmatch(r"\w+(, \w+)*", names):
-        found |= dict.fromkeys(names.split(", "), text)
-  return found

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pflow_jax.commands.cli import main
-from pflow_jax.evaluation import compare, evaluate
+from pflow_jax.evaluation import compare, evaluate, sample
 from pflow_jax.planning import plan
-from pflow_jax.training import experiment, sample, step, train
+from pflow_jax.training import experiment, step, train
 from tests.fuzz.cases import limited
 
 SECONDS = 120  # of a busy machine

@@ -1,0 +1,85 @@
+"""Flags derived from a function: a keyword argument is a flag, of its type and with its docstring's words."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+if TYPE_CHECKING:
+  from absl import flags
+
+MAX_SEED = 2**32 - 1  # JAX takes no more bits of one
+
+Repeated = Annotated[list[str], "repeated"]
+"""A flag that may be given several times; a list[str] is one flag with commas."""
+
+Count = Annotated[int, 1, None]
+"""A number of at least 1."""
+
+Seed = Annotated[int, 0, MAX_SEED]
+
+
+def define_flags(function: Callable, values: flags.FlagValues) -> None:
+  """Makes a flag of every argument of `function` but `config`.
+
+  Arguments without a default must be given.
+  """
+  from absl import flags
+
+  words = words_of(function)
+  hints = typing.get_type_hints(function, include_extras=True)
+  for name, parameter in inspect.signature(function).parameters.items():
+    if name == "config":
+      continue
+    hint, notes = _plain(hints[name])
+    needed = parameter.default is parameter.empty
+    default = None if needed or parameter.default == () else parameter.default
+    given: dict[str, Any] = {"flag_values": values, "required": needed}
+    text = words.get(name, "")
+    if typing.get_origin(hint) is Literal:
+      flags.DEFINE_enum(name, default, list(typing.get_args(hint)), text, **given)
+    elif hint is int:
+      low, high = notes or (None, None)
+      flags.DEFINE_integer(name, default, text, lower_bound=low, upper_bound=high, **given)
+    elif typing.get_origin(hint) is list and "repeated" in notes:
+      flags.DEFINE_multi_string(name, default or [], text, **given)
+    elif typing.get_origin(hint) is list:
+      flags.DEFINE_list(name, default, text, **given)
+    else:
+      define: Any = {bool: flags.DEFINE_bool, float: flags.DEFINE_float, str: flags.DEFINE_string}[hint]
+      define(name, default, text, **given)
+
+
+def call_with_flags(function: Callable, values: flags.FlagValues) -> None:
+  """Calls `function` with what its flags, and the config, were given."""
+  names = inspect.signature(function).parameters
+  function(**{name: values[name].value for name in names})
+
+
+def words_of(owner: Callable) -> dict[str, str]:
+  """What the docstring of a class, or a function, says of its attributes or arguments."""
+  found: dict[str, str] = {}
+  for one in reversed(inspect.getmro(owner) if inspect.isclass(owner) else (owner,)):
+    block = re.search(r"^(?:Attributes|Args):(.*?)(?:\n\S|\Z)", inspect.cleandoc(one.__doc__ or ""), re.M | re.S)
+    # An entry starts on a line that is not indented further than the first, or three spaces after another.
+    entries = re.split(r"\n {2}(?! )|(?<=\S) {3}(?=\w)", block[1]) if block else ()
+    for entry in entries:
+      names, colon, text = " ".join(entry.split()).partition(": ")
+      if colon and re.fullmatch(r"\w+(, \w+)*", names):
+        found |= dict.fromkeys(names.split(", "), text)
+  return found
+
+
+def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+  """An annotation without None and notes, and the notes."""
+  notes: tuple[Any, ...] = ()
+  if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
+  if typing.get_origin(hint) is Annotated:
+    hint, *rest = typing.get_args(hint)
+    notes = tuple(rest)
+  return hint, notes
