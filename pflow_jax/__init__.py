@@ -56,6 +56,8 @@ if TYPE_CHECKING:
   from pflow_jax.data.registry import register_source as register_source
   from pflow_jax.evaluation import plot as plot
   from pflow_jax.evaluation.measure import Report as Report
+  from pflow_jax.families.family import Family as Family
+  from pflow_jax.families.registry import register_family as register_family
   from pflow_jax.networks.denoiser import denoiser_velocity as denoiser_velocity
   from pflow_jax.networks.denoiser import edm_denoiser as edm_denoiser
   from pflow_jax.networks.dit import DIT_SIZES as DIT_SIZES
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
   from pflow_jax.networks.heads import DenoiserHead as DenoiserHead
   from pflow_jax.networks.heads import DXHead as DXHead
   from pflow_jax.networks.heads import GMFlowHead as GMFlowHead
+  from pflow_jax.networks.heads import Head as Head
   from pflow_jax.networks.heads import VelocityHead as VelocityHead
   from pflow_jax.networks.heads import register_head as register_head
   from pflow_jax.networks.heads import student_params_from_teacher as student_params_from_teacher
@@ -110,6 +113,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "DXHead",
     "DenoiserHead",
     "GMFlowHead",
+    "Head",
     "VelocityHead",
     "register_head",
     "student_params_from_teacher",
@@ -122,6 +126,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
   "settings.sample": ("EvaluateSettings", "SampleSettings"),
   "settings.teacher": ("StartSettings", "TeacherSettings"),
   "settings.train": ("TrainSettings",),
+  "families.family": ("Family",),
+  "families.registry": ("register_family",),
   "training.methods": ("Method", "register_objective"),
   "training.teachers": ("Teacher",),
   "evaluation.measure": ("Report",),

@@ -78,7 +78,7 @@ def to_jax(
     if is_first():
       print(f"{out} holds this model already")
     return False
-  layout = _layout(mesh)
+  layout = _layout(mesh, model.kind)
   if layout is not None:
     for part in plan.state.values():
       layout.shardings({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in part.items()})
@@ -202,13 +202,13 @@ def _mark(source: str) -> str:
   return json.dumps({"source": source}) + "\n"
 
 
-def _layout(mesh: Mapping[str, int] | None) -> Layout | None:
+def _layout(mesh: Mapping[str, int] | None, kind: str) -> Layout | None:
   """The layout that `mesh` describes: of all devices in a job of several processes, else without devices."""
   if jax.process_count() > 1:
-    return make_layout(call(MeshSettings, "mesh", mesh or {}), sharding_rules())
+    return make_layout(call(MeshSettings, "mesh", mesh or {}), sharding_rules(kind))
   if not mesh:
     return None
   settings = call(MeshSettings, "mesh", {"data": 1} | dict(mesh))
   if any(size < 1 for size in settings.sizes.values()):
     raise ValueError(f"--mesh: expected sizes of at least 1, got {dict(mesh)}")
-  return make_layout(settings, sharding_rules(), int(np.prod(list(settings.sizes.values()))))
+  return make_layout(settings, sharding_rules(kind), int(np.prod(list(settings.sizes.values()))))

@@ -129,13 +129,12 @@ def options_of(module: nn.Module) -> tuple[str, dict[str, Any]]:
   return names[0], heads.attributes_of(module, FROM_DATA)
 
 
-def sharding_rules(first: str | None = None) -> tuple[Rule, ...]:
-  """Where parameters lie on a mesh: the first row that matches decides.
+def sharding_rules(kind: str) -> tuple[Rule, ...]:
+  """Where parameters lie on a mesh in a run of the network `kind`: the first row that matches decides.
 
-  Args:
-    first: network whose own rows come before those of the others.
+  Rows of other networks, of a smaller teacher perhaps, come last.
   """
-  kinds = sorted(NETWORKS, key=lambda name: name != first)
-  own = (row for name in kinds for row in NETWORKS[name].sharding if row not in layers.SHARDING)
-  rows = (*discriminator.SHARDING, *heads.SHARDING, *lora.SHARDING, *own, *layers.SHARDING)
-  return tuple(dict.fromkeys(rows))
+  shared = (*discriminator.SHARDING, *heads.SHARDING, *lora.SHARDING)
+  kinds = sorted(NETWORKS, key=lambda name: name != kind)
+  rows = (row for name in kinds for row in NETWORKS[name].sharding)
+  return tuple(dict.fromkeys((*shared, *rows)))

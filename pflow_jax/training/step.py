@@ -223,7 +223,7 @@ def abstract_batch(
 
 def step_flops(settings: Settings) -> int:
   """Operations of one optimizer step of the run that `settings` describe, teacher included; see `count_flops`."""
-  single = make_layout(MeshSettings(), sharding_rules(), jax.local_devices()[:1])
+  single = make_layout(MeshSettings(), sharding_rules(settings.model.kind), jax.local_devices()[:1])
   program = make_program(build(settings), single)
   program.check_memory()
   return count_flops(program.trace().jaxpr)

@@ -315,7 +315,7 @@ def test_the_checkpoint_may_be_laid_out_for_a_mesh(tmp_path, monkeypatch):
   stored = open_leaves(tmp_path / "run" / CHECKPOINTS, which="params")
   assert stored["double_blocks/img_q/kernel"].chunk == (2, 8, 16)  # of 512 bytes: both layers
   assert stored["double_blocks/img_mlp_in/kernel"].chunk == (1, 8, 64)
-  layout = make_layout(MeshSettings(**mesh), sharding_rules())
+  layout = make_layout(MeshSettings(**mesh), sharding_rules("flux"))
   placed = load_params(tmp_path / "run" / CHECKPOINTS, which="params", layout=layout)
   assert placed["double_blocks"]["img_mlp_in"]["kernel"].sharding.shard_shape((2, 32, 128)) == (2, 8, 64)
   convert(tmp_path / "run", tmp_path / "back")

@@ -136,7 +136,7 @@ def test_sharded_equals_whole(network):
     return jnp.mean(network.apply({"params": params}, x, t, cond) ** 2)
 
   expected = jax.jit(jax.value_and_grad(loss))(params, *args)
-  layout = make_layout(MeshSettings(data=2, fsdp=2, tensor=2, min_size=0), sharding_rules())
+  layout = make_layout(MeshSettings(data=2, fsdp=2, tensor=2, min_size=0), sharding_rules("flux"))
   with layout.context():
     placed, spread = layout.place(params), jax.tree.map(layout.spread, args)
     got = jax.jit(jax.value_and_grad(loss))(placed, *spread)
