@@ -374,15 +374,16 @@ def test_a_state_dict_of_the_releases_teacher_is_read(tmp_path):
   assert {key: after[key] for key in fields} == fields
 
 
-def test_the_command_takes_a_pipelines_folder_and_says_what_it_does(tmp_path):
+def test_the_command_takes_a_pipelines_folder_and_says_what_it_does(tmp_path, capsys):
   write_torch(tmp_path / "pipeline" / "transformer", "dit")
   (tmp_path / "pipeline" / "model_index.json").write_text("{}")
   run = pflow("convert", "--source", tmp_path / "pipeline", "--out", tmp_path / "run", "--mesh=fsdp=2")
   assert "DiTTransformer2DModel: 44 tensors, 0.24 MB" in run.stdout
   assert (tmp_path / "run" / "config.json").exists()
-  run = pflow("convert", "--source", tmp_path / "run", "--out", tmp_path / "run", check=False)
-  assert run.returncode == 2
-  assert "give another --out" in run.stderr
+  with pytest.raises(SystemExit) as exit_:
+    main(["convert", f"--source={tmp_path}/run", f"--out={tmp_path}/run"])
+  assert exit_.value.code == 2
+  assert "give another --out" in capsys.readouterr().err
 
 
 @contextlib.contextmanager
