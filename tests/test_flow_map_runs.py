@@ -20,6 +20,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training import sample as program
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
+from pflow_jax.training.methods import flow_map as flow_map_method
 from pflow_jax.training.network import Network
 from pflow_jax.training.state import create_state
 from pflow_jax.training.step import abstract_batch
@@ -121,7 +122,7 @@ def test_objective_gets_the_network_and_its_teacher_at_the_strength_it_drew(teac
     given.update(network=network, velocity=velocity, **named)
     return jnp.zeros(4), {}
 
-  monkeypatch.setattr(flow_map, "flow_map_loss", noted)
+  monkeypatch.setattr(flow_map_method, "flow_map_loss", noted)
   x, t, label = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.3, 1, 4), jnp.arange(4)
   cases = ((t / 2, 1.5), (t, 1.5), (t / 2, 2.0))
   strengths = jnp.array([1.0, 1.25, 1.5, 2.0])
@@ -157,9 +158,9 @@ def test_resumed_run_ends_in_the_same_bits(teacher, guided_run, tmp_path):
   assert {"length_embed/out/kernel", "guidance_embed/out/kernel"} < moved
 
 
-def drawn(folder, out, **sample):
+def drawn(folder, out, **changes):
   config = load_config(folder)
-  config.sample.update(sample)
+  config.sample.update(changes)
   sample(config, folder, num=6, out=out / "x")
   with np.load(out / "x.npz") as arrays:
     return dict(arrays)
@@ -289,7 +290,7 @@ def test_configs_that_do_not_fit_are_refused(teacher):
   config.head = dict(kind="gmflow", num_components=2)
   refused(config, r"objective\.kind 'ayf_emd' does not train the head 'gmflow'.*'velocity'")
   config = guided_config(teacher)
-  config.objective.kind = "imitation"
+  config.objective = dict(kind="imitation", nfe=1)
   refused(config, "'imitation' does not train the head 'velocity'")
   config = guided_config(teacher)
   with config.objective.unlocked():

@@ -29,7 +29,7 @@ from pflow_jax.settings.train import TrainSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir as workdirs
 from pflow_jax.training.experiment import build, layout_of
-from pflow_jax.training.inputs import absolute_path
+from pflow_jax.training.origins import use_teacher
 from pflow_jax.training.teachers import Teacher, which_of
 from pflow_jax.training.train import train_run
 from pflow_jax.training.writer import read_metrics
@@ -116,6 +116,8 @@ def distill(
     guidance: strength, or all settings of how the teacher is guided.
     adapters: low-rank adapters that train in place of all parameters.
   """
+  if "teacher" not in objective.sections:
+    raise ValueError(f"distill: {type(objective).__name__} learns from data alone; see train")
   run = load(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
   guided = guidance if isinstance(guidance, TeacherSettings) else TeacherSettings(guidance=guidance)
   source: Teacher
@@ -124,7 +126,8 @@ def distill(
     model, own_head = run.settings.model, run.settings.head
     source = run.as_teacher()
     if run.workdir is not None:  # then the student names it, and others find it
-      guided = dataclasses.replace(guided, workdir=run.workdir, which=which_of(run.settings, "ema"))
+      which = guided.which if isinstance(guidance, TeacherSettings) else run._which
+      guided = dataclasses.replace(guided, workdir=run.workdir, which=which)
   else:
     if data is None or network is None:
       raise ValueError("distill: of a teacher that is a function, the student's data and network must be given")
@@ -149,16 +152,20 @@ def load(folder: Folder, *, base: Folder | None = None, which: str = "ema", teac
     ValueError: there is no run and no model, or it cannot be read.
   """
   if not is_run(folder):
+    if teacher is not None:
+      raise ValueError("teacher: is for a run; the teacher of an adapter of PyTorch is `base`")
     with _converted(folder, base) as made:
-      return load(made, which=which)
+      run = load(made)
+      run.workdir = None  # it is gone in a moment, and all that is needed of it is in memory
+      run._frozen = run._experiment.load_frozen(run._layout) if run.settings.adapters.table else None
+      return run
   if base is not None:
     raise ValueError(f"base: {folder} is a run, which knows its teacher; `teacher` says where that has moved")
   settings = workdirs.load_settings(folder)
-  if teacher is not None:
-    settings = settings.changed("teacher", workdir=absolute_path(teacher))
+  settings = use_teacher(settings, teacher)
   experiment, layout = build(settings, run=folder), layout_of(settings)
   params = experiment.load(folder, which_of(settings, which), layout)
-  return Run(experiment, layout, params, history=read_metrics(folder), workdir=folder)
+  return Run(experiment, layout, params, history=read_metrics(folder), workdir=folder, which=which)
 
 
 @contextlib.contextmanager

@@ -183,7 +183,7 @@ def plan(
   from pflow_jax.settings.tree import Settings
 
   settings, where = Settings.of(config), planner.Slice(topology, slices)
-  settings = settings.changed("mesh", **({"slice": slices} if slices > 1 else {}), **mesh_sizes(mesh))
+  settings = settings.changed("mesh", **(({"slice": slices} if slices > 1 else {}) | mesh_sizes(mesh)))
   if batch:
     settings = settings.changed("train", batch_size=batch)
   if json is not None and not pathlib.Path(checked_file(json, "--json")).absolute().parent.is_dir():

@@ -16,9 +16,10 @@ from pflow_jax import data as datasets
 from pflow_jax.checkpoints.checkpoint import Checkpointer, newest_step
 from pflow_jax.evaluation.evaluate import KeptInFolder, save_pictures
 from pflow_jax.evaluation.measure import Report, measure
-from pflow_jax.evaluation.samplers import student_samplers, velocity_samplers
+from pflow_jax.evaluation.samplers import Sampler, student_samplers, velocity_samplers
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
+from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.teacher import TeacherSettings
@@ -29,7 +30,7 @@ from pflow_jax.training.inputs import absolute_path
 from pflow_jax.training.origins import inputs_of
 from pflow_jax.training.sample import draw_noise, evaluations, in_batches, make_sampler
 from pflow_jax.training.state import TrainState
-from pflow_jax.training.teachers import Part, Teacher
+from pflow_jax.training.teachers import Part, Teacher, check_fit
 from pflow_jax.training.writer import write_metrics
 
 Params = Any
@@ -55,9 +56,11 @@ class Run:
     state: TrainState | None = None,
     history: dict[str, np.ndarray] | None = None,
     workdir: Folder | None = None,
+    which: str = "ema",
   ):
     self._experiment, self._layout, self._state = experiment, layout, state
-    self._frozen = frozen
+    self._frozen, self._which = frozen, which
+    self._samplers: dict[str, Any] = {}
     self.params, self.history = params, history or {}
     self.workdir = None if workdir is None else absolute_path(workdir)
 
@@ -73,9 +76,11 @@ class Run:
 
   @property
   def steps(self) -> int:
-    """Optimizer steps that it was trained for."""
+    """Optimizer steps that it was trained for; 0 of a model of PyTorch, which does not tell."""
     if self._state is not None:
       return int(self._state.step)
+    if self.workdir is None:
+      return 0
     return newest_step(f"{self.workdir}/{workdirs.CHECKPOINTS}") or 0
 
   def sample(
@@ -137,14 +142,16 @@ class Run:
     """
     method, teacher = self._experiment.method, self._experiment.teacher
     own = dataclasses.replace(self.settings.evaluate, **settings)
-    if teacher is None:
-      samplers = velocity_samplers(method, method.velocity, self.params, own.teacher_steps)
-    else:
-      if self._frozen is None:
-        self._frozen = teacher.load(self._layout)
-      samplers = velocity_samplers(method, teacher.velocity, self._frozen, own.teacher_steps)
-    if method.is_student:
-      samplers += student_samplers(method, self.settings.sample, self.params)
+
+    def samplers() -> list[Sampler]:
+      if teacher is None:
+        found = velocity_samplers(method, method.velocity, self.params, own.teacher_steps)
+      else:
+        if self._frozen is None:
+          self._frozen = teacher.load(self._layout)
+        found = velocity_samplers(method, teacher.velocity, self._frozen, own.teacher_steps)
+      return found + (student_samplers(method, self.settings.sample, self.params) if method.is_student else [])
+
     kept = None
     if self.workdir is not None and (teacher is None or teacher.saved):
       kept = KeptInFolder(self._experiment, self.workdir)
@@ -154,7 +161,7 @@ class Run:
       folder = pathlib.Path(checked_folder(out, "out"))
       folder.mkdir(parents=True, exist_ok=True)
       (folder / "evaluation.md").write_text(report.table, encoding="utf-8")
-      save_pictures(report, samplers, self.data, folder)
+      save_pictures(report, self.data, folder)
     return report
 
   def save(self, folder: Folder) -> str:
@@ -172,16 +179,21 @@ class Run:
     """
     folder, state = checked_folder(folder), self._state
     if state is None:
-      raise ValueError(f"save: this run was loaded from {self.workdir}; copy that folder")
+      where = self.workdir or "a model of PyTorch, which `pflow convert` makes a workdir of"
+      raise ValueError(f"save: this run was loaded from {where}; copy that folder")
     if workdirs.has_checkpoint(folder):
       raise ValueError(f"{folder} holds a run already; give another folder")
     settings, saved = self.settings, self._experiment.saved
     if settings.adapters.table and "teacher" not in saved:
       raise ValueError("save: the adapters sit on a teacher that is not saved; save that first, and distill from it")
     inputs = inputs_of(settings, self.data, saved, folder)
-    with Lock(folder, "save"), Checkpointer(f"{folder}/{workdirs.CHECKPOINTS}") as checkpointer:
-      workdirs.claim(folder, settings, inputs)
-      write_metrics(folder, self.history)
+    with (
+      Lock(folder, "save", active=is_first()),
+      Checkpointer(f"{folder}/{workdirs.CHECKPOINTS}") as checkpointer,
+    ):
+      workdirs.claim(folder, settings, inputs, write=is_first())
+      if is_first():
+        write_metrics(folder, self.history)
       checkpointer.save(int(state.step), state)
     self.workdir = absolute_path(folder)
     return self.workdir
@@ -205,9 +217,11 @@ class Run:
   def _sampling(self, nfe: int | None, **changes: Any) -> SampleSettings:
     return dataclasses.replace(self.settings.sample, **(changes if nfe is None else {**changes, "nfe": (nfe,)}))
 
-  @functools.cache  # noqa: B019 (of the few settings that a run is sampled with)
   def _sampler(self, settings: SampleSettings, nfe: int) -> Any:
-    return make_sampler(self._experiment.method, settings, nfe)
+    key = f"{settings}, {nfe}"
+    if key not in self._samplers:
+      self._samplers[key] = make_sampler(self._experiment.method, settings, nfe)
+    return self._samplers[key]
 
 
 class RunTeacher(Teacher):
@@ -215,5 +229,9 @@ class RunTeacher(Teacher):
 
   def __init__(self, run: Run):
     method, shapes = run._experiment.method, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), run.params)
-    self.settings, self.null_cond = TeacherSettings(), None
+    self.settings, self.null_cond, self._settings = TeacherSettings(), None, run.settings
     self._own = {"strong": Part(method.velocity, shapes, method.network, values=run.params)}
+
+  def check(self, settings: Settings, dataset: datasets.Dataset, strengths: tuple[float, float]) -> None:
+    asked = settings.teacher or TeacherSettings()
+    check_fit(settings, self._settings, "this run", asked, dataset, asked.is_guided(strengths), about_data=True)

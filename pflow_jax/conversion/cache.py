@@ -56,7 +56,7 @@ def cache(
 
   Args:
     prompts: a .txt, .jsonl or .csv file, see `data.read_prompts`, or "data:<name>" for the texts of a data set.
-    model, encoders, max_length, dtype: see `text.load_encoder`; text is stored in bfloat16 however it is computed.
+    model, encoders, max_length, dtype: see `families.text.load_encoder`. Text is always stored in bfloat16.
     batch_size: prompts at a time.   shard_records: in a file; default what gives files of 4 GiB at most.
     field, file_field: of the file of prompts: what names the prompt, and a file beside it that holds x0.
     read_x0: reads those files; default NumPy's .npy, (*space, C) each, such as latents.

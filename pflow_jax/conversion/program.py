@@ -45,7 +45,7 @@ def convert(
     max_shard_gb: size of a file for PyTorch, in 10^9 bytes.
     key: of the state dict in a .pth file, where it holds several.
     mesh: sizes of the axes of a mesh whose devices' parts are to lie together in the checkpoint, see
-      `sharding.MeshSettings`. In a job of several processes it is that of all their devices.
+      `settings.mesh.MeshSettings`. In a job of several processes it is that of all their devices.
   Returns: whether anything was left to do.
   Raises: ValueError for what cannot be converted, before anything is written.
   """

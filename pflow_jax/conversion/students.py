@@ -147,11 +147,12 @@ def student_settings(
   What the files do not tell is taken from the releases' recipes, and from the name of the folder, such as
   "gmflux_k8_piid_8step"; the data are random ones of the network's shapes. All can be changed when it is used.
   """
-  told = sampling_of(metadata) or dict(FAMILIES[model.kind].students[model.head.kind])
+  recipe = FAMILIES[model.kind].students[model.head.kind]
+  told = sampling_of(metadata) or dict(recipe)
   stated = re.search(r"(\d+)[-_]?(?:step|nfe)", name)
   if stated and not sampling_of(metadata):
     told["nfe"] = int(stated[1])
-  temperature = told.pop("temperature", 1.0)
+  temperature = told.pop("temperature", recipe.get("temperature", 1.0))
   sampling: dict[str, Any] = {"auto_temperature": True} if temperature == "auto" else {"temperature": temperature}
   release = told.pop("release", NEWEST)
   if release != NEWEST:  # asked for by whoever exported it

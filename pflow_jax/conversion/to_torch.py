@@ -60,7 +60,8 @@ def to_torch(
     metadata |= sampling_metadata(*grid, sampling.temperature_of_segments, sampling.method)
   exporter = Exporter(leaves, rows, dtype, _scales(leaves, settings.adapters.rows), _unused(leaves))
   identity = {"folder": os.path.abspath(folder), "step": step, "sums": _sums(checkpoints, step)}
-  source = digest({"config": settings.plain(), **identity, **options, "max_bytes": max_bytes})
+  config = foreign.read_json(epath.Path(folder) / workdir.CONFIG)
+  source = digest({"config": config, **identity, **options, "max_bytes": max_bytes})
   target = ModelFolder(out, torch_config, exporter.planned, source, metadata, max_bytes)
   if target.is_complete():
     print(f"{out} holds this model already")

@@ -28,6 +28,7 @@ import pydantic
 from pflow_jax.evaluation.compare_plan import Run, plan, read_methods
 from pflow_jax.evaluation.compare_report import TEACHER, write_report
 from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder
@@ -200,7 +201,7 @@ def _train_and_evaluate(run: Run, root: pathlib.Path, results: Mapping[str, Mapp
     settings = settings.changed("train", steps=affordable_steps(run.flops, flops))
   steps = settings.need("train").steps
   print(f"{run.name}: {steps:,} steps of {flops:.3g} operations, {steps * flops:.3g} in all", flush=True)
-  state = train(settings, folder)
+  state = train(settings, folder, picture=(save_picture, preview_size))
   if int(state.step) < steps:
     raise KeyboardInterrupt(f"{folder}: stopped at step {int(state.step)} of {steps}")
   # What it costs to have this run besides the teacher: others that it needs are counted once in a method.

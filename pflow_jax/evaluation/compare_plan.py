@@ -136,7 +136,7 @@ def plan(config: Mapping[str, Any], seed: int) -> list[Run]:
     for nfe in method.students:
       where = f"methods, {method.name}"
       own = {name: common.plain()[name] for name in ("data", "model", "evaluate")}
-      student = call(read_config, where, {"config": method.config, "overrides": own})
+      student = Settings.of({**call(read_config, where, {"config": method.config}).plain(), **own})
       student = dataclasses.replace(student, seed=seed).changed("evaluate", teacher_steps=steps)
       # Times are those of one batch size.
       student = student.changed("sample", nfe=tuple(nfe), batch_size=common.sample.batch_size)

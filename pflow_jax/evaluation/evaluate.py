@@ -64,15 +64,19 @@ def evaluate(
   settings, sampling = experiment.settings.evaluate, experiment.settings.sample
   _check_teachers(experiments)
   dataset, layout = experiment.dataset, layout_of(experiment.settings)
-  frozen = experiment.load_frozen(layout)
-  samplers = teacher_samplers(experiment, layout, folder, settings.teacher_steps, frozen)
-  for name, one in experiments.items():
-    if one.method.is_student:
-      suffix = f" ({pathlib.Path(name).name})" if others else ""
-      mine, teachers = (each.teacher and each.teacher.settings.dtype for each in (one, experiment))
-      shared = frozen if one.teacher and mine == teachers else None
-      params = one.load(name, layout=layout, frozen=shared)
-      samplers += student_samplers(one.method, one.settings.sample, params, suffix)
+
+  def samplers() -> list[Sampler]:
+    frozen = experiment.load_frozen(layout)
+    found = teacher_samplers(experiment, layout, folder, settings.teacher_steps, frozen)
+    for name, one in experiments.items():
+      if one.method.is_student:
+        suffix = f" ({pathlib.Path(name).name})" if others else ""
+        mine, teachers = (each.teacher and each.teacher.settings.dtype for each in (one, experiment))
+        shared = frozen if one.teacher and mine == teachers else None
+        params = one.load(name, layout=layout, frozen=shared)
+        found += student_samplers(one.method, one.settings.sample, params, suffix)
+    return found
+
   kept = KeptInFolder(experiment, folder)
   measured = measure(samplers, dataset, settings, layout, batch_size=sampling.batch_size, kept=kept)
   report = {"workdirs": list(experiments), **measured.about, "rows": measured.rows}
@@ -81,7 +85,7 @@ def evaluate(
   out.mkdir(parents=True, exist_ok=True)
   for name, text in {"evaluation.json": json.dumps(report, indent=2) + "\n", "evaluation.md": measured.table}.items():
     write_atomically(out / name, text)
-  save_pictures(measured, samplers, dataset, out)
+  save_pictures(measured, dataset, out)
   print(measured.table)
   print(f"wrote {out}/evaluation.json, evaluation.md and samples.png")
   return report
@@ -164,11 +168,12 @@ def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[
     return None, 0.0
 
 
-def save_pictures(report: Report, samplers: Sequence[Sampler], dataset: data.Dataset, out: pathlib.Path) -> None:
+def save_pictures(report: Report, dataset: data.Dataset, out: pathlib.Path) -> None:
   """samples.png: teacher and students; for 2-D data trajectories.png as well."""
-  shown = [s for s in samplers if s.is_student or s.nfe in (1, YARDSTICK_STEPS, REFERENCE_STEPS)]
-  shown.sort(key=lambda s: (s.is_student, -s.nfe))
-  rows = {s.name: report.samples[s.name] for s in shown}
+  numbers = {row["name"]: row["nfe"] for row in report.rows}
+  shown = [name for name, n in numbers.items() if name in report.students or n in (1, YARDSTICK_STEPS, REFERENCE_STEPS)]
+  shown.sort(key=lambda name: (name in report.students, -numbers[name]))
+  rows = {name: report.samples[name] for name in shown}
   if dataset.shape == (2,):
     figures.scatter_panels(out / "samples.png", {"data": report.real} | rows)
     in_order = {name: report.paths[name] for name in rows if name in report.paths}

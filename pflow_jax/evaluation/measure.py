@@ -64,6 +64,7 @@ class Report:
     labels: of the samples.
     real: data, (num_real, *space, C).
     paths: states of 64 samples by sampler, of data that are points.
+    students: names of the samplers that are students.
   """
 
   rows: list[dict[str, Any]]
@@ -72,6 +73,7 @@ class Report:
   labels: np.ndarray
   real: np.ndarray
   paths: dict[str, np.ndarray]
+  students: set[str]
 
   @property
   def table(self) -> str:
@@ -86,7 +88,7 @@ class Report:
 
 
 def measure(
-  samplers: Sequence[Sampler],
+  make_samplers: Callable[[], Sequence[Sampler]],
   dataset: data.Dataset,
   settings: EvaluateSettings,
   layout: Layout,
@@ -98,7 +100,7 @@ def measure(
   """Measures samplers, the teacher at REFERENCE_STEPS and YARDSTICK_STEPS among them, on the same noise and conditions.
 
   Args:
-    samplers: who draws.
+    make_samplers: returns who draws; it is called when all that can be refused has been looked at.
     dataset: what they were trained on.
     settings: how much is drawn, and how it is measured.
     layout: of the mesh that is drawn on.
@@ -135,6 +137,7 @@ def measure(
     real_spaces = {"fd_pixels": real_features}
   else:
     _check_count(settings.num_samples, real_features.shape[1])
+  samplers = make_samplers()
   keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
@@ -173,7 +176,8 @@ def measure(
   paths = {}
   if dataset.shape == (2,):
     paths = {s.name: s.path(noise[:64], cond[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}
-  return Report(rows, about, samples, labels, real, paths)
+  students = {s.name for s in samplers if s.is_student}
+  return Report(rows, about, samples, labels, real, paths, students)
 
 
 def _draw(

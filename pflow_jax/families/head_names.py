@@ -76,7 +76,7 @@ def head_rows(policy: Mapping[str, Any], output: str) -> tuple[Row, ...]:
 
 
 def policy_from_config(kind: str, config: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
-  """The section `policy` for a model's config.json and the metadata of its files.
+  """The section `head` for a model's config.json and the metadata of its files.
 
   Args:
     kind: that its class is for.
@@ -165,7 +165,7 @@ def sampling_metadata(
 
 
 def release_of(method: str) -> str:
-  """The release whose samples those by a method of `integrate.rollout` are, or approach."""
+  """The release whose samples those by a method of `core.rollout.rollout` are, or approach."""
   return method if method in RELEASES else "piflow-0.1" if method == "euler" else NEWEST
 
 
@@ -202,7 +202,7 @@ def student_of(kind: str, classes: Mapping[str, str]) -> str:
 def sampling_of(metadata: Mapping[str, str]) -> dict[str, Any]:
   """What the metadata of a student tell of its sampling: nfe, final_scale and shift, or nothing.
 
-  And "temperature", a number or "auto", and "release", of `integrate.RELEASES`, where this package wrote the file.
+  And "temperature", a number or "auto", and "release", of `core.rollout.RELEASES`, where this package wrote the file.
   """
   if SAMPLING in metadata:
     told = dataclasses.asdict(parse_json(metadata[SAMPLING], _Sampling, where=f"metadata {SAMPLING}"))

@@ -66,7 +66,7 @@ def current_name(name: str) -> str:
 
 
 def rows(model: Mapping[str, Any]) -> tuple[Row, ...]:
-  """Table of names for attributes of `models.vae.AutoencoderKL`."""
+  """Table of names for attributes of `networks.vae.AutoencoderKL`."""
   module = AutoencoderKL(**model)
   table = [
     *_half("encoder", "down_blocks", "downsamplers.0.conv", module.widths, module.depth, module),
@@ -112,7 +112,7 @@ def _norm(torch: str, flax: str) -> tuple[Row, Row]:
 
 
 def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Attributes of `models.vae.AutoencoderKL` for a config.json.
+  """Attributes of `networks.vae.AutoencoderKL` for a config.json.
 
   Raises: ValueError naming everything in it that the network does not have.
   """

@@ -19,7 +19,7 @@ from pflow_jax.networks.layers import Dtype, accumulation_dtype
 
 _normal = nn.initializers.normal(1.0)
 
-# Where the parameters lie on a mesh, as part of a training state; see `sharding.Layout`.
+# Where the parameters lie on a mesh, as part of a training state; see `mesh.sharding.Layout`.
 SHARDING = (("opponent/.*/kernel", (None, "fsdp")),)
 
 

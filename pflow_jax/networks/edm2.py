@@ -38,7 +38,7 @@ MIN_TIME = 1e-4  # log-sigma is finite in [MIN_TIME, 1 - MIN_TIME]
 
 _KERNEL = "mp_kernel"  # `normalize_weights` finds the kernels by this name
 
-# Where the kernels lie on a mesh, see `sharding.Layout`: filters whole, for they are normalised.
+# Where the kernels lie on a mesh, see `mesh.sharding.Layout`: filters whole, for they are normalised.
 SHARDING = ((f".*/{_KERNEL}", (None, "fsdp")),)
 
 

@@ -23,7 +23,7 @@ Dtype = Any
 COLUMNS = ("fsdp", "tensor")  # the mesh axes that split the kernel of a Dense layer with `in_parts`
 FREQUENCIES = 256  # width of the sinusoid that feeds the time MLP, as in DiT
 
-# Where the parameters of this module lie on a mesh, and of what is like them in DiT and MLP; see `sharding.Layout`.
+# Where the parameters of this module lie on a mesh, and of those like them in DiT and MLP; see `mesh.sharding.Layout`.
 SHARDING = (
   ("adaln/kernel", ("fsdp", None)),
   ("(qkv|mlp_in)/kernel", ("fsdp", "tensor")),

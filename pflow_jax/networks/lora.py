@@ -29,7 +29,7 @@ from pflow_jax.settings.adapters import Adapter
 
 Params = dict[str, Any]
 
-# Where the adapters lie on a mesh, see `sharding.Layout`.
+# Where the adapters lie on a mesh, see `mesh.sharding.Layout`.
 SHARDING = ((".*/lora_a", ("fsdp", None)), (".*/lora_b", (None, "fsdp")))
 
 

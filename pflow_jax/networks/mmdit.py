@@ -33,7 +33,7 @@ from pflow_jax.networks.layers import (
   scanned,
 )
 
-# Where the parameters lie on a mesh, see `sharding.Layout`.
+# Where the parameters lie on a mesh, see `mesh.sharding.Layout`.
 SHARDING = (
   (r"(double|single)_blocks/((img|txt)_)?mod/kernel", (None, COLUMNS)),
   (r"(double|single)_blocks/((img|txt)_)?(q|k|v|mlp_in)/kernel", ("fsdp", "tensor")),
@@ -72,7 +72,7 @@ class _Block(nn.Module):
 
   Attributes:
     num_heads: of `head_dim` channels each.   mlp_ratio: width of the MLP over that of the tokens.
-    dtype: compute dtype.   attention: implementation, see `models.attention`.
+    dtype: compute dtype.   attention: implementation, see `networks.attention`.
   """
 
   num_heads: int
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
     num_heads, head_dim: their product is the width.
     rope_axes: channels of a head that turn with a token's frame, row and column.
     dtype: compute dtype and that of the residual stream. Norms, embeddings and outputs stay float32.
-    remat, scan_unroll: see `layers.scanned`.   attention: see `models.attention`.
+    remat, scan_unroll: see `layers.scanned`.   attention: see `networks.attention`.
   """
 
   head: Any = None

@@ -20,7 +20,7 @@ from flax import linen as nn
 from pflow_jax.networks.attention import attention
 from pflow_jax.networks.layers import Dtype, accumulation_dtype
 
-# Small beside the networks whose latents they make: whole on every device, see `sharding.Layout`.
+# Small beside the networks whose latents they make: whole on every device, see `mesh.sharding.Layout`.
 SHARDING = (("(encoder|decoder)/.*|(post_)?quant_conv/(kernel|bias)", ()),)
 
 SCORES = 2**24  # attention scores of an image that are held at once: those of 64 x 64 tokens
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """`models.attention.attention` of q, k, v (B, T, H, D) that never holds more than SCORES scores a head and example.
+  """`networks.attention.attention` of q, k, v (B, T, H, D) that never holds more than SCORES scores a head and example.
 
   With more tokens than that allows, the queries are taken in parts, one after the other, also by the backward pass.
   """

@@ -147,7 +147,7 @@ def plan(
     fast: compile with little effort: about the same memory, but more traffic, and with it longer estimates.
     search: if it does not fit, look for what would make it fit.
     sampling: plan the sampler as well.
-  Returns: a report for JSON, see `plan_report.as_text`. Bytes are of a device, operations and bytes sent of a step.
+  Returns: a report for JSON, see `planning.report.as_text`. Bytes are of a device, operations and bytes sent of a step.
   Raises: ValueError for a config, a mesh or a batch that does not fit together.
   """
   note = ""

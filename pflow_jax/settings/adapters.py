@@ -42,7 +42,7 @@ class AdapterSettings:
   """The section `adapters` of a config: low-rank adapters on a frozen teacher; without rows everything trains.
 
   Attributes:
-    table: rows (pattern, rank, alpha, dropout) or shorter, see `models.lora.Adapter`.
+    table: rows (pattern, rank, alpha, dropout) or shorter, see `networks.lora.Adapter`.
     train: patterns of the teacher's parameters that train in full beside the adapters and the output layers ("head"),
       which always do.
   """

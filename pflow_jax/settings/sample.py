@@ -20,8 +20,8 @@ class SampleSettings:
     h: noise level between segments, 0 is deterministic.
     temperature: of the policies of every segment but the last.
     auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
-    substeps, method: of the rollouts, see `integrate.rollout`.
-    gamma: noise that a flow map renews between its steps, see `sampler.sample_flow_map`.
+    substeps, method: of the rollouts, see `core.rollout.rollout`.
+    gamma: noise that a flow map renews between its steps, see `core.samplers.sample_flow_map`.
     guidance: strength that a flow map trained for several is asked for; None is its teacher's (teacher.guidance), which
       evaluation compares with whatever is set here. Of a teacher that is sampled itself, the strength of
       classifier-free guidance; None is none.

@@ -44,7 +44,12 @@ class TeacherSettings:
 
   @property
   def autoguided(self) -> bool:
+    """Whether a weaker model guides it."""
     return self.weak_workdir is not None or self.weak_step is not None
+
+  def is_guided(self, strengths: tuple[float, float]) -> bool:
+    """Whether it is guided, by itself or for a student that asks for these strengths."""
+    return self.guidance != 1 or strengths != (1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from pflow_jax.files import foreign
-
-WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
@@ -45,7 +41,5 @@ class TrainSettings:
     for name in ("checkpoint_every", "keep_every", "sample_every", "num_workers"):
       if getattr(self, name) < 0:
         raise ValueError(f"config.train.{name}: expected at least 0, got {getattr(self, name)}")
-    workers = self.num_workers * WORKER_BYTES
-    foreign.check_memory(f"config.train.num_workers={self.num_workers}", workers, "ask for fewer")
     if len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]:
       raise ValueError(f"config.train.profile: expected (first, last), 0 <= first <= last, got {self.profile}")

@@ -172,7 +172,7 @@ class Settings:
     elif isinstance(own, Mapping):
       new[section] = {**own, **values}
     else:
-      new[section] = dataclasses.replace(own, **values)
+      new[section] = call(type(own), section, _fields(own) | values)
     return dataclasses.replace(self, **new)
 
   def plain(self) -> dict[str, Any]:

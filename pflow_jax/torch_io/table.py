@@ -2,7 +2,7 @@
 
 A model's table is a tuple of rows, read from left to right to import and from right to left to export. Tensors are
 only transposed, reshaped, joined and copied, never computed with: there and back is exact to the bit. Adapters of
-`models.lora` have no rows of their own, see `lora_rows`.
+`networks.lora` have no rows of their own, see `lora_rows`.
 """
 
 from __future__ import annotations

@@ -207,6 +207,9 @@ def build(
 
   def find_teacher(strengths: tuple[float, float]) -> Teacher:
     if teacher is not None:
+      if settings.teacher is not None and settings.teacher.autoguided:
+        raise ValueError("teacher: a weaker model guides a teacher that is in a workdir; save it, distill from there")
+      teacher.check(settings, dataset, strengths)
       return teacher.on(dataset, settings.teacher)
     return load_teacher(settings, dataset, strengths, abstract, run)
 

@@ -138,7 +138,8 @@ def make_network(
     )
   size = kind.of_data(model.kind, dataset.name, dataset.shape[-1], dataset.num_classes, dataset.cond_shapes(1))
   patch = model.get("patch_size", kind.defaults.get("patch_size", 1))
-  output = call(owner, "head", head.options, channels=size["channels"], patch_size=patch, layout=kind.layout)
+  sizes = {"channels": size["channels"], "patch_size": patch, "layout": kind.layout, "use_bias": True}
+  output = call(owner, "head", head.options, **sizes)
   own = {"head": output} if kind.has_head else {}
   return Network(call(kind.module, "model", model.options, **own, **size), output, adapters, kind.project)
 

@@ -118,6 +118,12 @@ class Teacher:
       return guidance.autoguided(field, self.parts["weak"].field(params["weak"]), scale=scale, **options)
     return guidance.guided(field, self.null_cond, scale=scale, **options)
 
+  def check(self, settings: Settings, dataset: data.Dataset, strengths: tuple[float, float]) -> None:
+    """Raises ValueError where it does not fit a student that asks for guidance of these strengths."""
+    asked = settings.teacher or TeacherSettings()
+    if asked.is_guided(strengths) and self.null_cond is None and dataset.null_cond is None:
+      raise ValueError("teacher: guidance needs the empty condition, which these data lack; give null_cond")
+
   def on(self, dataset: data.Dataset, settings: TeacherSettings | None = None) -> Teacher:
     """The same for a student on these data, perhaps guided in another way."""
     one = copy.copy(self)
@@ -166,7 +172,7 @@ def load_teacher(
     ValueError: there is none, or it does not fit the student, with all that differs.
   """
   own = settings.teacher or TeacherSettings()
-  is_guided = own.guidance != 1 or strengths != (1.0, 1.0)
+  is_guided = own.is_guided(strengths)
   if own.autoguided and not is_guided:
     raise ValueError(
       "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "
@@ -212,23 +218,13 @@ def _find(
   if inputs is not None and run is not None:
     folder = locate(ROLES["weak" if weak else "strong"], folder, run, inputs)
   own = _settings_of_a_teacher(folder, key)
-  sections: tuple[str, ...] = ()
-  if not weak:
-    # The student starts from its teacher's parameters: same data, same network but for how it is computed.
-    # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
-    has_policy = head_class(settings.head).has_policy
-    if has_policy and not head_class(own.head).starts_policies:
-      raise ValueError(
-        f"config.teacher.workdir: {folder} holds a {own.head.kind!r}; a policy's output layer starts from that of a "
-        "teacher with head.kind='velocity'"
-      )
-    sections = ("model",) if has_policy else ("model", "head")
-    # A run that has been trained passed this; what describes its data has no empty prompt.
-    if is_guided and not asked.autoguided and inputs is None:
-      _check_knows_nothing(own, dataset, asked)
-  # A student that has been trained may be looked at beside other data.
+  # A student that has been trained may be looked at beside other data. A run that has been trained passed the check of
+  # guidance, and what describes its data has no empty prompt.
   about_data = not own.converted and inputs is None
-  _check_same(settings, own, folder, ("data", *sections) if about_data else sections, dataset)
+  if weak:
+    _check_same(settings, own, folder, ("data",) if about_data else (), dataset)
+  else:
+    check_fit(settings, own, folder, asked, dataset, is_guided and inputs is None, about_data=about_data)
   network = make_network(_computed_as(settings.model, own.model), own.head, dataset)
   saved = Saved(folder, which_of(own, asked.which), step, asked.dtype)
   shapes = saved.shapes()
@@ -240,6 +236,42 @@ def _find(
       f"restore the {workdir.CONFIG} that it was trained with"
     )
   return Part(functools.partial(velocity_of, network), shapes, network, saved)
+
+
+def check_fit(
+  settings: Settings,
+  own: Settings,
+  folder: str,
+  asked: TeacherSettings,
+  dataset: data.Dataset,
+  is_guided: bool,
+  *,
+  about_data: bool,
+) -> None:
+  """Raises ValueError where a student cannot start from a teacher, or be guided by it.
+
+  The student starts from its teacher's parameters: same data, same network but for how it is computed.
+
+  Args:
+    settings: the student's.
+    own: the teacher's.
+    folder: where the teacher is, for errors.
+    asked: how it is to be guided.
+    dataset: the student's.
+    is_guided: whether it needs the empty condition, unless a weaker model guides it.
+    about_data: whether it must have been trained on the same data.
+  """
+  # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
+  has_policy = head_class(settings.head).has_policy
+  if has_policy and not head_class(own.head).starts_policies:
+    raise ValueError(
+      f"config.teacher.workdir: {folder} holds a {own.head.kind!r}; a policy's output layer starts from that of a "
+      "teacher with head.kind='velocity'"
+    )
+  if is_guided and not asked.autoguided:
+    _check_knows_nothing(own, dataset, asked)
+  sections = ("model",) if has_policy else ("model", "head")
+  _check_same(settings, own, folder, ("data", *sections) if about_data else sections, dataset)
 
 
 def inputs_of_import(settings: Settings, folder: str | os.PathLike) -> Inputs | None:

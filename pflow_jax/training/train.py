@@ -12,6 +12,7 @@ import numpy as np
 
 from pflow_jax import data
 from pflow_jax.files.folders import checked_folder
+from pflow_jax.files.foreign import check_memory
 from pflow_jax.files.lock import Lock
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
@@ -25,6 +26,9 @@ from pflow_jax.training.sample import preview
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.step import make_program
 from pflow_jax.training.teachers import Teacher
+from pflow_jax.training.writer import read_metrics
+
+WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
 
 Picture = tuple[Callable[..., None], Callable[[data.Dataset], int]]
 """Draws samples, see `sample.preview`, and says how many there are to be of a data set."""
@@ -100,7 +104,10 @@ def train_run(
   """
   length = settings.need("train")
   _ = settings.need("optimizer")
+  workers = length.num_workers * WORKER_BYTES
+  check_memory(f"config.train.num_workers={length.num_workers}", workers, "ask for fewer")
   if folder is None:
+    settings = workdir.pinned(None, settings)
     experiment = build(settings, dataset=dataset, teacher=teacher)
     keeper: Keeper = Keeper()
     program = make_program(experiment)
@@ -118,9 +125,10 @@ def train_run(
     if bar:
       mesh = program.layout.described()
       print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {mesh}", flush=True)
-  frozen = experiment.load_frozen(program.layout)
   draw = None
   if length.sample_every and picture is not None:
     draw = preview(experiment, program.layout, picture[0], picture[1](experiment.dataset))
+  frozen = experiment.load_frozen(program.layout)
   state = fit(program, keeper, frozen, experiment.start_params, draw, bar=bar)
-  return Trained(experiment, program.layout, frozen, state, keeper.history)
+  history = keeper.history if folder is None else read_metrics(folder)
+  return Trained(experiment, program.layout, frozen, state, history)

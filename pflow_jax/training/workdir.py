@@ -105,28 +105,29 @@ def has_checkpoint(workdir: str | os.PathLike) -> bool:
   )
 
 
-def pinned(workdir: str | os.PathLike, settings: Settings) -> Settings:
+def pinned(workdir: str | os.PathLike | None, settings: Settings) -> Settings:
   """The same settings, with names for good of what they only point to.
 
   A student's teachers, by absolute folders and the step of a checkpoint of each: one that trains on would otherwise
   change under a student that is resumed or evaluated. One that has moved with the run is found. Of a folder of prompts
-  what `data.pinned` tells.
+  what `data.pinned` tells. `workdir` is that of the run, None of one that has none.
   """
   settings = dataclasses.replace(settings, data=data.pinned(settings.data))
-  resumed = from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir))
-  inputs = read_inputs(workdir) if resumed else None
+  inputs, before = None, None
+  if workdir is not None and from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir)):
+    inputs, before = read_inputs(workdir), load_settings(workdir)
   for name, section, prefix in (("teacher", "teacher", ""), ("weak", "teacher", "weak_"), ("start", "start", "")):
     values, folder, step = getattr(settings, section), prefix + "workdir", prefix + "step"
     if values is None or not getattr(values, folder):
       continue
     place = absolute_path(expanded(getattr(values, folder), f"config.{section}.{folder}"))
     known = inputs.models.get(name) if inputs else None
-    if known and known.relative is not None and not is_run(place):
+    if known and workdir is not None and known.relative is not None and not is_run(place):
       beside = joined(workdir, known.relative)
       place = beside if is_run(beside) else place
     number = getattr(values, step)
     if number is None:
-      number = getattr(load_settings(workdir).need(section), step) if resumed else newest_step(f"{place}/{CHECKPOINTS}")
+      number = getattr(before.need(section), step) if before else newest_step(f"{place}/{CHECKPOINTS}")
     settings = settings.changed(section, **{folder: place, step: number})
   return settings
 

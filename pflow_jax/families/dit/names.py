@@ -103,7 +103,7 @@ _BLOCK = (("norm1.linear", "adaln"), ("attn1.to_out.0", "proj"), ("ff.net.0.proj
 
 
 def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tuple[Row, ...]:
-  """Table of names for attributes of `models.dit.DiT` and the section `policy`.
+  """Table of names for attributes of `networks.dit.DiT` and the section `head`.
 
   `model` may have "out_channels", those of a file with a learned variance, whose first `channels` are the velocity.
   """
@@ -140,7 +140,7 @@ def _is_diffusers(model: Mapping[str, Any], policy: Mapping[str, Any]) -> bool:
 
 
 def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """Attributes of `models.dit.DiT` for a config.json, and "out_channels" where the variance is learned too.
+  """Attributes of `networks.dit.DiT` for a config.json, and "out_channels" where the variance is learned too.
 
   Raises: ValueError naming the fields that this package's network does not have.
   """
@@ -197,7 +197,7 @@ def time_note(config: Mapping[str, Any], name: str) -> str:
 
 
 def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """A config.json for attributes of `models.dit.DiT`, "sample_size" beside them, and the section `policy`.
+  """A config.json for attributes of `networks.dit.DiT`, "sample_size" beside them, and the section `head`.
 
   Raises: ValueError for attributes that the PyTorch classes do not have.
   """

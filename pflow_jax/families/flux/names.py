@@ -65,7 +65,7 @@ _SINGLE = (
 
 
 def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tuple[Row, ...]:
-  """Table of names for attributes of `models.flux.Flux` and the section `policy`."""
+  """Table of names for attributes of `families.flux.network.Flux` and the section `head`."""
   embeddings = {"timestep_embedder": "time_embed", "text_embedder": "pooled_embed"}
   if model["guidance"] is not None:
     embeddings["guidance_embedder"] = "guidance_embed"
@@ -83,7 +83,7 @@ def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tupl
 
 
 def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """Attributes of `models.flux.Flux` for a config.json.
+  """Attributes of `families.flux.network.Flux` for a config.json.
 
   Raises: ValueError naming the fields that this package's network does not have.
   """
@@ -96,7 +96,7 @@ def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VEL
 
 
 def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """A config.json for attributes of `models.flux.Flux` and the section `policy`."""
+  """A config.json for attributes of `families.flux.network.Flux` and the section `head`."""
   outputs = model["channels"] * mmdit.SUB_PIXELS
   # A class that π-Flow's loader knows has no DX in it.
   kind = "velocity" if policy["kind"] == "dx" else policy["kind"]

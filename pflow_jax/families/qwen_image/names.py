@@ -66,7 +66,7 @@ _DOUBLE = (
 
 
 def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tuple[Row, ...]:
-  """Table of names for attributes of `models.qwen_image.QwenImage` and the section `policy`."""
+  """Table of names for attributes of `families.qwen_image.network.QwenImage` and the section `head`."""
   return (
     *dense("img_in", "img_in"),
     *dense("txt_in", "txt_in"),
@@ -79,7 +79,7 @@ def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tupl
 
 
 def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """Attributes of `models.qwen_image.QwenImage` for a config.json.
+  """Attributes of `families.qwen_image.network.QwenImage` for a config.json.
 
   Raises: ValueError naming the fields that plain Qwen-Image does not have.
   """
@@ -87,7 +87,7 @@ def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VEL
 
 
 def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """A config.json for attributes of `models.qwen_image.QwenImage` and the section `policy`."""
+  """A config.json for attributes of `families.qwen_image.network.QwenImage` and the section `head`."""
   outputs = model["channels"] * mmdit.SUB_PIXELS
   fields = config_from_policy(policy, outputs, mmdit.SUB_PIXELS)
   kind = policy["kind"]

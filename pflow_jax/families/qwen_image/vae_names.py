@@ -47,7 +47,7 @@ FIELDS = dict.fromkeys(CLASS_NAMES, Fields)
 
 
 def rows(model: Mapping[str, Any]) -> tuple[Row, ...]:
-  """Table of names for attributes of `models.qwen_vae.QwenVAE`."""
+  """Table of names for attributes of `families.qwen_image.vae.QwenVAE`."""
   module = QwenVAE(**model)
   table = [*_conv("quant_conv", "quant_conv"), *_conv("post_quant_conv", "post_quant_conv")]
   for name in ("encoder", "decoder"):
@@ -115,7 +115,7 @@ def _norm(torch: str, flax: str) -> Row:
 
 
 def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Attributes of `models.qwen_vae.QwenVAE` for a config.json.
+  """Attributes of `families.qwen_image.vae.QwenVAE` for a config.json.
 
   Raises: ValueError naming everything in it that the network does not have.
   """

@@ -65,4 +65,6 @@ def head_options_of(head: Head) -> tuple[str, dict[str, Any]]:
   if not names:
     known = sorted(kind.__name__ for kind in HEADS.values())
     raise ValueError(f"expected a head of {known}, got {type(head).__name__}; make another one known by register_head")
+  if not head.use_bias:
+    raise ValueError("head: expected use_bias=True, which the networks of this package have, got False")
   return names[0], attributes_of(head, FROM_NETWORK)

@@ -23,7 +23,7 @@ from flax import linen as nn
 from pflow_jax.networks.layers import accumulation_dtype, gathered, unpatchify
 
 Params = dict[str, Any]
-# Where the parameters lie on a mesh, see `sharding.Layout`.
+# Where the parameters lie on a mesh, see `mesh.sharding.Layout`.
 SHARDING = (("head/.*/kernel", ("fsdp", None)),)
 
 XAVIER = nn.initializers.xavier_uniform()

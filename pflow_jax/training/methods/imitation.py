@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pflow_jax import data
 from pflow_jax.core.batches import per_example
@@ -114,8 +115,9 @@ class ImitationMethod(Method[Imitation]):
 
   def trajectory(self, sampling: SampleSettings, nfe: int):
     shift = self.objective.shift
-    grid = jnp.asarray(segment_grid(nfe, self.objective.final_scale), jnp.float32)
-    count = max(WAYPOINTS // nfe, 2)
+    grid, count = segment_grid(nfe, self.objective.final_scale), max(WAYPOINTS // nfe, 2)
+    # Of every segment, its ends as they are: a hair below 0 there is no velocity.
+    points = np.linspace(grid[:-1], grid[1:], count + 1, axis=1, dtype=np.float32)
 
     def roll(policy, x, r_start, r_end):
       one = lambda p, x: rollout(p, x, r_start, r_end, shift=shift, substeps=sampling.substeps, method=sampling.method)
@@ -125,14 +127,12 @@ class ImitationMethod(Method[Imitation]):
       student = self.student(params)
 
       def segment(source, times):
-        r_start, r_end = times
-        t = jnp.broadcast_to(shift_time(r_start, shift), noise.shape[:1])
+        t = jnp.broadcast_to(shift_time(times[0], shift), noise.shape[:1])
         policy = student(source, t, cond)
-        points = r_start + (r_end - r_start) * jnp.arange(1, count + 1) / count
-        states = jax.lax.map(lambda r: roll(policy, source, r_start, r), points)
+        states = jax.lax.map(lambda r: roll(policy, source, times[0], r), times[1:])
         return states[-1], states
 
-      _, states = jax.lax.scan(segment, noise, (grid[:-1], grid[1:]))
+      _, states = jax.lax.scan(segment, noise, points)
       return jnp.concatenate([noise[None], states.reshape(-1, *noise.shape)])
 
     return run
