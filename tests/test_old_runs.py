@@ -53,13 +53,19 @@ def test_they_draw_what_they_drew(name, runs, expected):
 
 @pytest.mark.parametrize("name", ["board_gmflow", "digits_arc"])
 def test_they_are_gone_on_with(name, runs, expected):
+  """The third step is the old one's but for what is drawn at random, whose keys are others now.
+
+  A lost optimizer state or average makes a step of another size in another direction.
+  """
+  averages = lambda step: flatten_dict(load_params(f"{runs / name}/checkpoints", which="ema", step=step), sep="/")
+  before = averages(2)
   config = load_config(runs / name)
   config.train.steps = 3
   assert int(train(config, runs / name).step) == 3
-  ema = flatten_dict(load_params(f"{runs / name}/checkpoints", which="ema", step=3), sep="/")
-  assert_close(ema, below(expected, f"{name}/third/"), atol=1e-5)
-  before = flatten_dict(load_params(f"{runs / name}/checkpoints", which="ema"), sep="/")
-  assert before.keys() == ema.keys()
+  now, then = averages(3), below(expected, f"{name}/third/")
+  assert now.keys() == then.keys()
+  step = lambda after: np.concatenate([np.ravel(after[path] - before[path]) for path in sorted(before)])
+  assert np.linalg.norm(step(now) - step(then)) < 0.4 * np.linalg.norm(step(then))
 
 
 def test_they_are_evaluated(runs, expected):

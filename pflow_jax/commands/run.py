@@ -28,7 +28,7 @@ from pflow_jax.training import workdir as workdirs
 from pflow_jax.training.experiment import Experiment
 from pflow_jax.training.inputs import absolute_path
 from pflow_jax.training.origins import inputs_of
-from pflow_jax.training.sample import draw_noise, evaluations, in_batches, make_sampler
+from pflow_jax.training.sample import draw_noise, evaluations, in_batches, make_sampler, sample_keys
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.teachers import Part, Teacher, check_fit
 from pflow_jax.training.writer import write_metrics
@@ -111,7 +111,7 @@ class Run:
       raise ValueError(f"num: expected at least 1 sample, got {num}")
     settings = self._sampling(nfe, **sampling)
     noise, cond = draw_noise(self.data, num, seed, labels)
-    keys = jax.random.split(jax.random.key(seed + 1), num)
+    keys = sample_keys(num, seed)
     run = self._sampler(settings, evaluations(self._experiment.method, settings)[0])
     draw = functools.partial(run, self.params)
     return in_batches(draw, self._layout, settings.batch_size, noise, cond, keys)

@@ -18,7 +18,7 @@ from pflow_jax.evaluation.samplers import Sampler, teacher_name
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS, EvaluateSettings
-from pflow_jax.training.sample import check_room, draw_noise, in_batches, labels_of
+from pflow_jax.training.sample import check_room, draw_noise, in_batches, labels_of, sample_keys
 
 Drawn = tuple[np.ndarray, float]
 """Samples, and how many a second."""
@@ -138,7 +138,7 @@ def measure(
   else:
     _check_count(settings.num_samples, real_features.shape[1])
   samplers = make_samplers()
-  keys = jax.random.split(jax.random.key(settings.seed + 1), settings.num_samples)
+  keys = sample_keys(settings.num_samples, settings.seed)
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
   for s in samplers:

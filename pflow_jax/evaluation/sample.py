@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -29,6 +28,7 @@ from pflow_jax.training.sample import (
   in_batches,
   labels_of,
   make_sampler,
+  sample_keys,
   warn_of_gaps,
 )
 from pflow_jax.training.teachers import which_of
@@ -86,7 +86,7 @@ def sample(
   noise, cond = draw_noise(dataset, num, seed, labels)
   params = experiment.load(folder, which_of(settings, which), layout)
   classes = labels_of(cond, num)
-  keys = jax.random.split(jax.random.key(seed + 1), num)
+  keys = sample_keys(num, seed)
   rows = {}
   for n in numbers:
     run = functools.partial(make_sampler(method, sampling, n), params)

@@ -28,7 +28,7 @@ from pflow_jax.mesh.distributed import is_first
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.origins import use_teacher
-from pflow_jax.training.sample import check_room, evaluations, in_batches, make_sampler, warn_of_gaps
+from pflow_jax.training.sample import check_room, evaluations, in_batches, make_sampler, sample_keys, warn_of_gaps
 from pflow_jax.training.teachers import which_of
 from pflow_jax.training.workdir import CHECKPOINTS
 
@@ -94,7 +94,7 @@ def sample_prompts(
   key = jax.random.key(seed)
   draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
   noise = np.asarray(draw(jnp.arange(len(prompts))))
-  keys = jax.random.split(jax.random.key(seed + 1), len(prompts))
+  keys = sample_keys(len(prompts), seed)
   run = functools.partial(make_sampler(method, settings, nfe), params)
   x0 = in_batches(run, layout, settings.batch_size, noise, cond, keys)
   warn_of_gaps(f"{nfe} NFE", x0, params)

@@ -55,7 +55,6 @@ class Adversary:
   ) -> tuple[Any, Opponent, dict[str, Array]]:
     """Adds the generator's adversarial gradient to `grads`, and trains the discriminator on the same samples."""
     s, real, cond = self.settings, batch["x0"], batch["cond"]
-    key = jax.random.fold_in(key, 0xAD)  # split, which the loss uses, makes the small numbers
 
     def judge(judge_params: Any) -> Callable[[Array, Any], Any]:
       return lambda x, cond: self.module.apply({"params": judge_params}, x, cond)

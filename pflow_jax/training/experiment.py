@@ -32,9 +32,6 @@ from pflow_jax.training.teachers import ROLES, Teacher, load_teacher
 Array = jax.Array
 Params = Any
 
-# Folded from the run's key for the adapters' start: beyond the numbers of keys that a split makes of it.
-ADAPTERS = 0xAA
-
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -78,8 +75,9 @@ class Experiment:
     """What trains, at the start: `start` if given, random, or for a student made from its teacher's."""
     if start:
       return jax.tree.map(jnp.array, start)
-    params, base = self.method.init(key, frozen), frozen.get("strong", {})
-    return self.network.trained(params, base, jax.random.fold_in(key, ADAPTERS))
+    key_params, key_adapters = jax.random.split(key)
+    params, base = self.method.init(key_params, frozen), frozen.get("strong", {})
+    return self.network.trained(params, base, key_adapters)
 
   def loss(
     self, trained: Params, frozen: Params, batch: Mapping[str, Array], key: Array, step: Array

@@ -82,6 +82,16 @@ def draw_noise(
   return noise, np.asarray(classes, np.int32)[turn] if classes else turn
 
 
+def sample_keys(count: int, seed: int) -> jax.Array:
+  """Returns a key a sample, for what is drawn on its way to the data.
+
+  Args:
+    count: of samples.
+    seed: of their noise. These keys come from the next one, so that a seed's noise stays what it was in earlier runs.
+  """
+  return jax.random.split(jax.random.key(seed + 1), count)
+
+
 def class_numbers(labels: Sequence[int | str], dataset: data.Dataset) -> list[int]:
   """Numbers of classes that are given by number or by name; a text that is both is the name.
 

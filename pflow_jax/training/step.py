@@ -64,11 +64,11 @@ class Step:
       key: the run's key; the step's own is folded from it, so a resumed run draws the same numbers.
     Returns: the new state, and scalar metrics.
     """
-    key = jax.random.fold_in(key, state.step)
-    loss, aux, grads = self._gradient(state, frozen, batch, key)
+    key_loss, key_opponent = jax.random.split(jax.random.fold_in(key, state.step))
+    loss, aux, grads = self._gradient(state, frozen, batch, key_loss)
     opponent = state.opponent
     if self.adversary is not None:
-      grads, opponent, more = self.adversary.step(opponent, state.params, frozen, grads, batch, key)
+      grads, opponent, more = self.adversary.step(opponent, state.params, frozen, grads, batch, key_opponent)
       aux = aux | more
     updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -103,13 +103,12 @@ class Step:
       micro = jax.tree.map(lambda x: x.reshape(-1, self.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
       def micro_step(total, inputs):
-        micro_batch, i = inputs
-        one = gradient(state.params, micro_batch, jax.random.fold_in(key, i))
+        one = gradient(state.params, *inputs)
         return jax.tree.map(lambda a, b: a + b / self.accumulation, total, one), None
 
       shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro), key)
       start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      out, _ = jax.lax.scan(micro_step, start, (micro, jnp.arange(self.accumulation)))
+      out, _ = jax.lax.scan(micro_step, start, (micro, jax.random.split(key, self.accumulation)))
     (loss, aux), grads = out
     return loss, aux, grads
 
@@ -149,9 +148,8 @@ class Program:
   def init(self, key: Array, frozen: Any, start: Any = ()) -> TrainState:
     """The state at step 0, made where it lies; `start`: parameters to start from, on the devices."""
     shardings = jax.tree.map(lambda s: s.sharding, self.state)
-    make = lambda key, frozen, start: self.step.init(key, self.experiment.init(key, frozen, start))
     with self.layout.context():
-      return jax.jit(make, out_shardings=shardings)(key, frozen, start)
+      return jax.jit(_init(self.step, self.experiment), out_shardings=shardings)(key, frozen, start)
 
   def check_memory(self) -> None:
     """Raises ValueError for arguments that this machine cannot hold, whatever else a step needs."""
@@ -202,12 +200,22 @@ def make_program(experiment: Experiment, layout: Layout | None = None) -> Progra
       f"{layout.batch_parts} x {step.accumulation}, got {batch_size}"
     )
   key = jax.random.key(0)
-  state = jax.eval_shape(lambda key, frozen: step.init(key, experiment.init(key, frozen)), key, experiment.frozen)
+  state = jax.eval_shape(_init(step, experiment), key, experiment.frozen)
   batch = abstract_batch(experiment, batch_size, layout.batch)
   program = Program(experiment, step, layout, layout.abstract(state), layout.abstract(experiment.frozen), batch)
   if here:
     program.check_memory()
   return program
+
+
+def _init(step: Step, experiment: Experiment) -> Callable[..., TrainState]:
+  """(key, frozen parameters, parameters to start from) -> the state at step 0."""
+
+  def init(key: Array, frozen: Any, start: Any = ()) -> TrainState:
+    key_params, key_opponent = jax.random.split(key)
+    return step.init(key_opponent, experiment.init(key_params, frozen, start))
+
+  return init
 
 
 def abstract_batch(

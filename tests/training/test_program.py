@@ -57,7 +57,7 @@ class Case:
     self.program = make_program(experiment, layout_of(Settings.of(config), devices))
     layout = self.program.layout
     self.frozen = experiment.load_frozen(layout)
-    key = layout.everywhere(jax.random.key(3))
+    key = layout.everywhere(jax.random.key(4))
     self.state = self.program.init(key, self.frozen)
     self.start = jax.device_get(self.state.params)
     rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pflow_jax.checkpoints.checkpoint import load_params
@@ -54,7 +55,9 @@ def test_state_and_checkpoint_hold_what_trains_alone(adapted_run):
 def test_frozen_leaves_stay_where_their_neighbours_move(adapted_run, teacher_run):
   experiment, folder, _ = adapted_run
   teacher = leaves_of(load_params(teacher_run / CHECKPOINTS))
-  start = leaves_of(experiment.init(jax.random.split(jax.random.key(0))[0], experiment.load_frozen()))
+  key_init, _ = jax.random.split(jax.random.key(0))
+  key_params, _ = jax.random.split(key_init)
+  start = leaves_of(experiment.init(key_params, experiment.load_frozen()))
   after = leaves_of(experiment.load(folder))
   assert set(after) == TRAINED | {path for path in teacher if not path.startswith(("head/", "final_norm/"))}
   for path, leaf in after.items():
@@ -63,6 +66,32 @@ def test_frozen_leaves_stay_where_their_neighbours_move(adapted_run, teacher_run
     else:
       np.testing.assert_array_equal(leaf, teacher[path], err_msg=path)
   assert {"blocks/mlp_in/kernel", "blocks/qkv/kernel", "time_embed/in/bias"} <= set(after) - TRAINED
+
+
+def test_every_draw_of_a_step_has_a_key_of_its_own():
+  """The loss, each of its micro-batches and the adversary, at every step."""
+
+  def drawn(params, frozen, batch, key, step):
+    u = jax.random.uniform(key, batch["x0"].shape)
+    return params["a"] * batch["x0"], {"drawn": u, "squared": u * u}
+
+  class Judge:
+    def step(self, opponent, params, frozen, grads, batch, key):
+      return grads, opponent, {"judged": jax.random.uniform(key)}
+
+  def numbers(accumulation):
+    step = Step(drawn, optax.apply_if_finite(optax.sgd(0.1), 3), lambda step: 0.9, accumulation, adversary=Judge())
+    params = {"a": jnp.ones(())}
+    state, found = create_state(params, step.optimizer), []
+    for _ in range(3):
+      state, metrics = step(state, {}, {"x0": jnp.ones(accumulation)}, jax.random.key(0))
+      found += [float(metrics["drawn"]), float(metrics["judged"])]
+      variance = metrics["squared"] - metrics["drawn"] ** 2
+      assert (variance > 1e-6) == (accumulation == 2), "two micro-batches draw two numbers"
+    return found
+
+  assert len(set(numbers(1))) == 6
+  assert len(set(numbers(2))) == 6
 
 
 def test_merged_run_says_what_the_adapted_one_says(adapted_run):

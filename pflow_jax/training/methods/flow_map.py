@@ -15,7 +15,6 @@ from pflow_jax.networks.attention import IMPLEMENTATIONS, supports_jvp
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.methods.base import Method, Teachers, copied
-from pflow_jax.training.methods.imitation import DROPOUT
 from pflow_jax.training.network import Network
 
 Array = jax.Array
@@ -61,8 +60,7 @@ class FlowMapMethod(Method[FlowMap]):
 
   def loss(self, params, frozen, batch, key, step):
     precise, teacher = self.network.float32, self.teacher
-    # One key: the dropout of both evaluations of a step is the same.
-    key_dropout = jax.random.fold_in(key, DROPOUT)
+    key_loss, key_dropout = jax.random.split(key)  # the dropout of both evaluations of a step is the same
 
     def jump(network, params):
       def average_velocity(x, t, s, cond, strength):
@@ -79,7 +77,7 @@ class FlowMapMethod(Method[FlowMap]):
       velocity if teacher else None,
       batch["x0"],
       batch["cond"],
-      key,
+      key_loss,
       step,
       self.objective,
       null_cond=self.dataset.null_cond,

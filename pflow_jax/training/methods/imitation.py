@@ -24,7 +24,6 @@ from pflow_jax.training.methods.base import Method, Teachers
 from pflow_jax.training.network import Network
 
 Array = jax.Array
-DROPOUT = 0xD0  # of adapters: folded into the key of a step, which the loss splits
 WAYPOINTS = 32  # states on the way of a sample, over all its segments
 
 
@@ -55,19 +54,18 @@ class ImitationMethod(Method[Imitation]):
 
   def loss(self, params, frozen, batch, key, step):
     assert self.teacher is not None
-    settings = self.objective
-    student = self.student(params, jax.random.fold_in(key, DROPOUT))
+    settings, teacher = self.objective, self.teacher.velocity(frozen)
+    key_loss, key_dropout, key_noise = jax.random.split(key, 3)
+    student = self.student(params, key_dropout)
     if not settings.data_free:
-      return imitation_loss(student, self.teacher.velocity(frozen), batch["x0"], batch["cond"], key, step, settings)
+      return imitation_loss(student, teacher, batch["x0"], batch["cond"], key_loss, step, settings)
     if settings.nfe > 1 and getattr(self.network.module, "remat", "none") != "none":
       # A segment's source is detached from the segment before. So the backward pass evaluates the student again, an
       # eighth of a FLUX.1 step, rather than have every segment keep its blocks' inputs at once.
       student = jax.checkpoint(student, prevent_cse=False)
-    key_noise, key = jax.random.split(key)
     count = jax.tree.leaves(batch)[0].shape[0]
     noise = jax.random.normal(key_noise, (count, *self.dataset.shape), jnp.float32)
-    teacher = self.teacher.velocity(frozen)
-    return imitation_loss_data_free(student, teacher, noise, batch["cond"], key, step, settings)
+    return imitation_loss_data_free(student, teacher, noise, batch["cond"], key_loss, step, settings)
 
   def student(self, params: Any, key: Array | None = None) -> Callable[[Array, Array, Any], Policy]:
     """The network as a student: (x, t, cond) -> batch of policies; `key` is for the adapters' dropout."""
