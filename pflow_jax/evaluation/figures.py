@@ -363,10 +363,11 @@ def _some(panels: Mapping[str, Any], name: str = "panels") -> Mapping[str, Any]:
 def _figure(path: str | os.PathLike | None, width: float, height: float) -> Iterator[Any]:
   """A matplotlib Figure in this module's style, saved to `path`, if there is one, when the block ends well."""
   import matplotlib
-  from matplotlib.figure import Figure
+
+  from pflow_jax.evaluation.shown import ShownFigure
 
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    figure = ShownFigure(figsize=(width, height), dpi=DPI, facecolor="white")
     yield figure
     if path is not None:
       pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)

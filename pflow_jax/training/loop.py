@@ -23,7 +23,7 @@ from pflow_jax.training.flops import count_flops
 from pflow_jax.training.keeping import Keeper
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.step import Program
-from pflow_jax.training.writer import Progress, parameter_table, progress
+from pflow_jax.training.writer import Progress, progress
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def fit(
   with Interruption(keeper) as interruption, keeper:
     restored = keeper.restore(program.state)
     state, start = restored or (program.init(key_init, frozen, layout.place(start_values)), 0)
-    if shown:
-      print(f"resuming {keeper.name} from step {start}" if restored else parameter_table(state.params))
+    if shown and restored:
+      print(f"resuming {keeper.name} from step {start}")
     if start >= length.steps:
       if shown:
         print(f"{keeper.name}: already trained for {start} of {length.steps} steps")

@@ -26,7 +26,7 @@ from pflow_jax.training.sample import preview
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.step import make_program
 from pflow_jax.training.teachers import Teacher
-from pflow_jax.training.writer import read_metrics
+from pflow_jax.training.writer import parameter_table, read_metrics
 
 WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
 
@@ -78,7 +78,7 @@ def train(
     TakenOver: another has taken the folder.
     Busy: another holds it that may have ended by the next try.
   """
-  return train_run(Settings.of(config), folder, force=force, picture=picture).state
+  return train_run(Settings.of(config), folder, force=force, picture=picture, details=True).state
 
 
 def train_run(
@@ -90,6 +90,7 @@ def train_run(
   force: bool = False,
   picture: Picture | None = None,
   bar: bool = True,
+  details: bool = False,
 ) -> Trained:
   """The same, from pieces that need not be in files, and with all that is left of it.
 
@@ -101,6 +102,7 @@ def train_run(
     force: see `train`.
     picture: see `train`.
     bar: whether to report progress.
+    details: whether to print the mesh and the table of parameters.
   """
   length = settings.need("train")
   _ = settings.need("optimizer")
@@ -122,9 +124,11 @@ def train_run(
     workdir.claim(folder, settings, inputs, write=False)
     program = make_program(experiment)
     keeper = WorkdirKeeper(folder, settings, inputs, lock)
-    if bar:
-      mesh = program.layout.described()
-      print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {mesh}", flush=True)
+  if details:
+    mesh = program.layout.described()
+    print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {mesh}", flush=True)
+    if is_first() and not keeper.is_resumed:
+      print(parameter_table(program.state.params))
   draw = None
   if length.sample_every and picture is not None:
     draw = preview(experiment, program.layout, picture[0], picture[1](experiment.dataset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -141,7 +142,7 @@ def write_metrics(workdir: str | os.PathLike, history: Mapping[str, np.ndarray])
 
 
 class Progress:
-  """Progress with rate, time left and loss: a bar on a terminal, else a plain line at intervals.
+  """Progress with rate, time left and loss: a bar on a terminal or in a notebook, else a plain line at intervals.
 
   The rate counts from the first `update`, so that compiling does not enter it.
 
@@ -160,7 +161,7 @@ class Progress:
     self._task: Any = None
 
   def __enter__(self) -> Progress:
-    if not self._disable and sys.stdout.isatty():
+    if not self._disable and _shows_bars():
       from rich import progress as rich_progress
 
       self._bar = rich_progress.Progress(
@@ -219,6 +220,17 @@ def progress(
 ) -> Progress:
   """Context manager that reports steps, or another `unit`, `initial` to `total`; plain lines every `interval` s."""
   return Progress(total, initial, description, disable, interval, unit)
+
+
+def _shows_bars() -> bool:
+  """Whether the output is a terminal, or a notebook with the widgets that rich draws its bar with."""
+  if sys.stdout.isatty():
+    return True
+  if "IPython" not in sys.modules:  # nothing to ask rich for, which takes a while to import
+    return False
+  import rich
+
+  return rich.get_console().is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 def parameter_table(params: PyTree) -> str:

@@ -1,5 +1,6 @@
 """What a notebook calls: the twelve lines, without a folder and with one."""
 
+import io
 import os
 import signal
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 import pflow_jax as pf
 from pflow_jax.commands.cli import main
@@ -164,7 +166,9 @@ def test_plots_are_figures(student, teacher):
   assert isinstance(pf.plot.samples({"student": x, "teacher": teacher.sample(4, nfe=2)}), Figure)
   assert isinstance(pf.plot.samples(np.zeros((50, 2))), Figure)
   assert isinstance(pf.plot.trajectories(np.random.default_rng(0).normal(size=(5, 9, 2)), np.ones((9, 2))), Figure)
-  assert isinstance(pf.plot.losses(teacher), Figure)
+  figure = pf.plot.losses(teacher)
+  assert isinstance(figure, Figure)
+  assert Image.open(io.BytesIO(figure._repr_png_())).size == tuple(figure.bbox.size), "what a notebook shows"
   assert isinstance(pf.plot.losses({"a": teacher, "b": teacher.history}, metric="gradient_norm"), Figure)
   with pytest.raises(ValueError, match="expected the metric 'los', got"):
     pf.plot.losses(teacher, metric="los")

@@ -1,14 +1,17 @@
 """Logs that stay valid and clean over kills and resumes, and the two progress reports."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.progress
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
@@ -189,6 +192,20 @@ def test_terminal_shows_a_bar(capsys, monkeypatch):
   assert "student" in out
   assert "3/3" in out
   assert "loss 0.25" in out
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_notebook_shows_a_bar_where_it_has_widgets(widgets, capsys, monkeypatch):
+  """As IPython's kernel looks to rich: its module is there, the console is Jupyter's, the output is no terminal."""
+  shown = []
+  monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+  monkeypatch.setattr(rich.get_console(), "is_jupyter", True)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if widgets and name == "ipywidgets" else None)
+  monkeypatch.setattr(rich.progress.Progress, "start", lambda bar: shown.append(bar))
+  with progress(3, description="student") as report:
+    report.update(3, loss=0.25)
+  assert len(shown) == int(widgets)
+  assert ("student 3/3 loss 0.25" in capsys.readouterr().out) != widgets
 
 
 def test_disabled_progress_is_silent(capsys):
