@@ -34,15 +34,19 @@ import numpy as np
 import optax
 
 import pflow_jax as pf
-from pflow_jax.training.experiment import make_student
 from pflow_jax.training.flops import count_flops
-from pflow_jax.training.network import Network
 
 CLASSES = 10
 
 
 def make_dit(head, channels, **size):
   return pf.DiT(channels=channels, patch_size=2, num_classes=CLASSES, head=head(channels, 2), **size)
+
+
+def make_student(module, params):
+  """A network with GMFlow's head as (x, t, cond) -> policies."""
+  create = jax.vmap(lambda x, t, out: pf.GMFlowPolicy.create(x, t, **out))
+  return lambda x, t, cond: create(x, t, module.apply({"params": params}, x, t, cond))
 
 
 def make_batch(batch, space, channels):
@@ -155,7 +159,7 @@ def imitation_overhead(batch, rounds, components=32, space=(32, 32), channels=4)
 
   def whole(params, frozen, outputs, states, data):
     def of_params(params):
-      return loss(make_student(Network(module), settings, params), teacher(frozen), *data)
+      return loss(make_student(module, params), teacher(frozen), *data)
 
     return jax.value_and_grad(of_params)(params)
 
@@ -202,7 +206,7 @@ def compare_methods(batch, rounds, components=8, space=(32, 32), channels=4):
 
   def whole(settings, params, frozen, outputs, data):
     teacher = lambda x, t, cond: teacher_module.apply({"params": frozen}, x, t, cond)
-    return loss(make_student(Network(module), settings, params), teacher, settings, *data)
+    return loss(make_student(module, params), teacher, settings, *data)
 
   def alone(settings, outputs, frozen, params, data):
     create = jax.vmap(lambda x, t, out: pf.GMFlowPolicy.create(x, t, **out))
