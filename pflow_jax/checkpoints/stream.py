@@ -13,6 +13,7 @@ import logging
 import math
 import pathlib
 import shutil
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ import tensorstore as ts
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from pflow_jax.checkpoints.checkpoint import STATE, Checkpointer, _storage, absolute, is_remote, saved_part
+from pflow_jax.checkpoints.checkpoint import STATE, UNFINISHED, Checkpointer, _storage, absolute, is_remote, saved_part
 from pflow_jax.files import foreign
 from pflow_jax.mesh.sharding import Layout
 
@@ -31,6 +32,7 @@ PyTree = Any
 Index = tuple[slice, ...]
 
 CHUNK_BYTES = 8 * 2**20  # of what is written at once, beside the layer that it is a part of
+TREE_BYTES = 100 * 2**20  # of the tree of keys that are kept in memory
 _INTERRUPTED = "interrupted"
 
 
@@ -155,7 +157,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
   def __init__(self, directory: epath.Path, interrupted: pathlib.Path | None):
     super().__init__()
-    self._folder, self._interrupted = directory, interrupted
+    self._folder, self._interrupted, self._context = directory, interrupted, _context()
     self.error: Exception | None = None
 
   async def serialize(self, values, infos, args=None):
@@ -178,14 +180,27 @@ class _Handler(ocp.type_handlers.NumpyHandler):
       raise
 
   async def _write_leaf(self, leaf: _Streamed, info: ocp.type_handlers.ParamInfo) -> None:
-    spec = ocp.type_handlers.get_json_tspec_write(
-      info, use_ocdbt=True, global_shape=leaf.shape, local_shape=leaf.shape, dtype=leaf.dtype, process_index=0
-    )
-    spec["metadata"]["chunks"] = list(leaf.chunk)
+    layout = {"shape": leaf.shape, "chunks": leaf.chunk, "compressor": {"id": "zstd", "level": 1}}
+    spec = _spec(info.parent_dir / "ocdbt.process_0", info.name) | {"metadata": layout, "dtype": leaf.dtype.name}
     with _storage(self._folder):
-      store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+      store = await ts.open(spec, create=True, open=True, context=self._context)
       written = {key.decode() for key in await store.kvstore.list()}  # type: ignore[union-attr]
     await leaf.write(store, written, self._folder)
+
+
+def _spec(folder: epath.Path, name: str, driver: str = "zarr") -> dict[str, Any]:
+  """TensorStore's specification of an array in a folder of Orbax's, where one tree of keys has the chunks of all."""
+  scheme, _, path = str(folder).rpartition("://")
+  base = f"{scheme or 'file'}://{urllib.parse.quote(path)}/"
+  # All chunks are written, those of zeros too: one that is missing is an error, and no zeros.
+  whole = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
+  tree = {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#tree"}
+  return {"driver": driver, "kvstore": tree} | whole
+
+
+def _context() -> ts.Context:
+  """What arrays share that are open together: the nodes of the tree of their keys, and none of their data."""
+  return ts.Context({"cache_pool#tree": {"total_bytes_limit": TREE_BYTES}})
 
 
 class _StreamCheckpointer(Checkpointer):
@@ -194,7 +209,8 @@ class _StreamCheckpointer(Checkpointer):
   def __init__(self, directory: str | epath.PathLike, handler: _Handler):
     super().__init__(directory, max_to_keep=None)
     registry = ocp.type_handlers.create_type_handler_registry((_Streamed, handler))
-    self._item_handlers = {STATE: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+    self._handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    self._handlers.add(STATE, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
 
   def _save_args(self, state: PyTree) -> Any:
     return ocp.args.PyTreeSave(state)
@@ -260,7 +276,7 @@ def _quiet() -> Iterator[None]:
 
 def _unfinished(directory: epath.Path, step: int) -> tuple[epath.Path, epath.Path]:
   """Where an unfinished step lies: as Orbax writes it, and moved out of the way of Orbax."""
-  return directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}", directory / f"{step}.{_INTERRUPTED}"
+  return directory / f"{step}{UNFINISHED}", directory / f"{step}.{_INTERRUPTED}"
 
 
 def _set_aside(directory: epath.Path, step: int, resume: bool) -> pathlib.Path | None:
@@ -327,14 +343,10 @@ def open_leaves(directory: str | epath.PathLike, *, which: str = "ema", step: in
   """
   path, item = saved_part(directory, which, step)
   folder = path / STATE
-  zarr3 = bool(foreign.read_json(str(folder / "_METADATA")).get("use_zarr3"))
-  leaves, context = {}, ocp.type_handlers.get_ts_context()
+  driver = "zarr3" if foreign.read_json(str(folder / "_METADATA")).get("use_zarr3") else "zarr"
+  leaves, context = {}, _context()
   for keys, leaf in flatten_dict(item).items():
-    info = ocp.type_handlers.ParamInfo(
-      name=".".join(keys), parent_dir=folder, is_ocdbt_checkpoint=True, use_zarr3=zarr3, ts_context=context
-    )
-    spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
     with _storage(folder):
-      store = ts.open(ts.Spec(spec), open=True, context=context).result()
+      store = ts.open(_spec(folder, ".".join(keys), driver), open=True, context=context).result()
     leaves["/".join(keys[1:])] = Stored(store, tuple(leaf.shape), np.dtype(leaf.dtype), folder)
   return leaves

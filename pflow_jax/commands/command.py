@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 from pflow_jax.commands.flags import MAX_SEED, call_with_flags, define_flags
 from pflow_jax.files.foreign import may_pass
+from pflow_jax.files.nearest import nearest
 from pflow_jax.files.output import without_tracebacks
 from pflow_jax.settings.renamed import renewed_flag
 
@@ -205,7 +205,7 @@ def _parsed(values: flags.FlagValues, argv: list[str], config: ConfigDict | None
     known = {name: name for name in values}
     for section, keys in config.items() if config is not None else ():
       known |= {key: f"config.{section}.{key}" for key in keys if key not in known} if hasattr(keys, "keys") else {}
-    near = difflib.get_close_matches(error.flagname, known, n=1, cutoff=0.6)
+    near = nearest(error.flagname, known)
     hint = f"; did you mean --{known[near[0]]}?" if near else "; `--help` lists them"
     raise ValueError(f"there is no flag --{error.flagname}{hint}") from error
   except flags.IllegalFlagValueError as error:

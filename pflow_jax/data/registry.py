@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +17,7 @@ from pflow_jax.data.points import checkerboard
 from pflow_jax.data.prompts.dataset import prompts, synthetic_prompts
 from pflow_jax.data.tfds_source import tfds_images
 from pflow_jax.files.foreign import check_arguments
+from pflow_jax.files.nearest import did_you_mean
 
 _SOURCES: dict[str, Callable[..., Dataset]] = {
   "digits": digits,
@@ -96,6 +96,4 @@ def _find(name: str) -> tuple[Callable[..., Dataset], list[str]]:
 
 def _unknown(message: str, got: str, known: Iterable[str], what: str) -> str:
   known = list(known)
-  nearest = difflib.get_close_matches(got, known, n=1, cutoff=0.4)
-  hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-  return f"{message}{hint} The {what} are: {', '.join(known) or 'none'}."
+  return f"{message}{did_you_mean(got, known, '.')} The {what} are: {', '.join(known) or 'none'}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import pathlib
 import sys
@@ -16,6 +15,7 @@ from pflow_jax.data.dataset import Dataset, check_classes
 from pflow_jax.data.pixels import MODES, check_image_options, to_pixels, to_unit
 from pflow_jax.data.records import Record, SourceRecords
 from pflow_jax.files.foreign import MAX_JSON, decoding, in_bytes, open_image, read_json, regular_file, shown
+from pflow_jax.files.nearest import nearest
 
 _FILE_MODES = MODES | {4: "RGBA"}  # of images that are taken as they are
 
@@ -122,7 +122,6 @@ def tfds_images(
 
 def _prepare(name: str, data_dir: str | None) -> Any:
   import tensorflow_datasets as tfds
-  from tensorflow_datasets.core.registered import DatasetNotFoundError
 
   if data_dir is not None:
     data_dir = os.path.expanduser(data_dir)
@@ -131,11 +130,11 @@ def _prepare(name: str, data_dir: str | None) -> Any:
     try:
       builder = tfds.builder(name, data_dir=data_dir)
       prepared = builder.is_prepared()
-    except DatasetNotFoundError as error:
+    except tfds.core.DatasetNotFoundError as error:
       # The message of tfds lists its thousand sets. Community sets would need the network to list.
       known = tfds.list_builders(with_community_datasets=False)
-      nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-      hint = f"; the nearest names are {', '.join(nearest)}." if nearest else "."
+      near = nearest(name, known, 3)
+      hint = f"; the nearest names are {', '.join(near)}." if near else "."
       raise ValueError(f"tfds has no data set {name!r}{hint}") from error
   if not prepared:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike
 
 Array = np.ndarray
 Limits = tuple[tuple[float, float], tuple[float, float]]
-Density = ArrayLike | Callable[[Array], Array]
 
 
 def points_of(x: ArrayLike, name: str) -> Array:
@@ -26,25 +25,16 @@ def square_limits(points: Sequence[Array]) -> Limits:
   x = np.concatenate(points)
   x = x[np.isfinite(x).all(axis=1)]
   if not len(x):
-    raise ValueError("panels: expected finite points, got none; give limits to draw an empty panel")
+    raise ValueError("panels: expected finite points, got none")
   centre, half = (x.max(axis=0) + x.min(axis=0)) / 2, np.ptp(x, axis=0).max() / 2 * 1.04 or 1.0
   (a, b), (c, d) = ((float(c - half), float(c + half)) for c in centre)
   return (a, b), (c, d)
 
 
-def density_image(density: Density, limits: Limits, bins: int) -> Array:
-  """Density on a (bins, bins) grid over the limits, rows upwards in y."""
-  (x_low, x_high), (y_low, y_high) = limits
-  if not callable(density):
-    points = points_of(density, "density")
-    counts = np.histogram2d(points[:, 1], points[:, 0], bins, range=((y_low, y_high), (x_low, x_high)))[0]
-    return counts / len(points)
-  middle = (np.arange(bins) + 0.5) / bins
-  grid = np.meshgrid(x_low + middle * (x_high - x_low), y_low + middle * (y_high - y_low))
-  values = np.asarray(density(np.stack(grid, axis=-1).reshape(-1, 2)), np.float64)
-  if values.shape != (bins * bins,):
-    raise ValueError(f"density: expected a function (M, 2) -> (M,), got {values.shape} for M = {bins * bins}")
-  return values.reshape(bins, bins)
+def density_image(points: Array, limits: Limits, bins: int) -> Array:
+  """Shares of the points (n, 2) on a (bins, bins) grid over the limits, rows upwards in y."""
+  counts = np.histogram2d(points[:, 1], points[:, 0], bins, range=(limits[1], limits[0]))[0]
+  return counts / len(points)
 
 
 def ceiling(image: Array) -> float:

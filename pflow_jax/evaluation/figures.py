@@ -15,15 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pflow_jax.evaluation.densities import (
-  Density,
-  Limits,
-  ceiling,
-  density_image,
-  points_of,
-  show_density,
-  square_limits,
-)
+from pflow_jax.evaluation.densities import Limits, ceiling, density_image, points_of, show_density, square_limits
 from pflow_jax.evaluation.lettering import DPI, FONT, fitted, text_width
 
 Array = np.ndarray
@@ -183,31 +175,28 @@ def captioned_images(
 
 def trajectory_plot(
   path: str | os.PathLike | None,
-  density: Density,
+  data: ArrayLike,
   panels: Mapping[str, ArrayLike],
   *,
   title: str | None = None,
-  limits: Limits | None = None,
 ) -> Any:
   """Trajectories of 2-D points over the data's density, one square panel per method.
 
+  All panels show the square around all trajectories and points.
+
   Args:
-    density: points of the data (N, 2), drawn as a histogram, or a function (M, 2) -> (M,).
+    data: points (N, 2), drawn as a histogram.
     panels: label -> states (steps, n, 2), steps >= 2, from noise to data; a ring marks the start, a
       dot the end.
-    limits: ((x_low, x_high), (y_low, y_high)); common to all panels; by default the square
-      around all trajectories and given points.
   Raises: ValueError on other shapes.
   """
   paths = {label: np.asarray(x, np.float64) for label, x in _some(panels).items()}
   for label, x in paths.items():
     if x.ndim != 3 or x.shape[0] < 2 or x.shape[-1] != 2 or x.size == 0:
       raise ValueError(f"panels[{label!r}]: expected (steps >= 2, n, 2), got {x.shape}")
-  known = [x.reshape(-1, 2) for x in paths.values()]
-  if not callable(density):
-    known.append(points_of(density, "density"))
-  limits = limits or square_limits(known)
-  image = density_image(density, limits, bins=100)
+  points = points_of(data, "data")
+  limits = square_limits([points, *(x.reshape(-1, 2) for x in paths.values())])
+  image = density_image(points, limits, bins=100)
   with _square_panels(path, list(paths), limits, title) as all_axes:
     for axes, x in zip(all_axes, paths.values(), strict=True):
       show_density(axes, image, limits)
@@ -222,18 +211,16 @@ def scatter_panels(
   panels: Mapping[str, ArrayLike],
   *,
   title: str | None = None,
-  limits: Limits | None = None,
   bins: int = 120,
 ) -> Any:
-  """2-D samples (n, 2) as density histograms side by side, with common limits and a common colour
-  scale.
+  """2-D samples (n, 2) as density histograms side by side, with common limits and a common colour scale.
 
-  Args: limits: as in `trajectory_plot`; by default those of the first panel (the data, say), so
-    that strays of another do
-  not shrink it.   Raises: ValueError on other shapes.
+  The limits are those of the first panel (the data, say), so that strays of another do not shrink it.
+
+  Raises: ValueError on other shapes.
   """
   points = {label: points_of(x, f"panels[{label!r}]") for label, x in _some(panels).items()}
-  limits = limits or square_limits([next(iter(points.values()))])
+  limits = square_limits([next(iter(points.values()))])
   images = [density_image(x, limits, bins) for x in points.values()]
   top = ceiling(images[0])
   with _square_panels(path, list(points), limits, title) as all_axes:
@@ -393,4 +380,3 @@ def _square_panels(
     if title:
       figure.text(gap / width, 1 - 0.18 / height, title, va="center", fontsize=11, parse_math=False)
     yield all_axes
-  return figure

@@ -200,16 +200,6 @@ def available_formats() -> tuple[str, ...]:
   return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
 
-def check_within_file(what: str, count: int, path: str | os.PathLike) -> None:
-  """Refuses a count that a file states and cannot hold: each of the things counted takes a byte of it at least.
-
-  Raises: ValueError for a count below 0 or above the file's size.
-  """
-  size = os.stat(path).st_size
-  if not 0 <= count <= size:
-    raise ValueError(f"{path}: {what}: {shown(count)} cannot be in a file of {in_bytes(size)}")
-
-
 def check_memory(what: str, nbytes: int, advice: str = "", *, have: int | None = None) -> None:
   """Refuses what needs more bytes than the machine has memory.
 

@@ -13,7 +13,6 @@ References: LoRA, arXiv:2106.09685; the released students of pi-Flow (rank = alp
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from pflow_jax.files.nearest import nearest
 from pflow_jax.mesh.partition import first_match
 from pflow_jax.mesh.sharding import gather
 from pflow_jax.networks.layers import accumulation_dtype
@@ -54,7 +54,7 @@ def init_adapters(params: Mapping[str, Any], table: Table, key: jax.Array) -> Pa
   rows = [first_match((adapter.pattern for adapter in table), path) for path in paths]
   for i, adapter in enumerate(table):
     if i not in rows:
-      near = difflib.get_close_matches(adapter.pattern, paths, n=3, cutoff=0.3) or paths
+      near = nearest(adapter.pattern, paths, 3) or paths
       raise ValueError(
         f"adapter {adapter.pattern!r}: expected a pattern for the whole path of a layer that no earlier row takes, "
         f"got none; near: {near}"

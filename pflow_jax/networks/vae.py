@@ -258,7 +258,7 @@ class Autoencoder(nn.Module):
 
 
 class AutoencoderKL(Autoencoder):
-  """Autoencoder of Stable Diffusion 1.x (defaults), 2, XL and 3, and of FLUX.1 (`FLUX_VAE`).
+  """Autoencoder of Stable Diffusion 1.x (defaults), 2, XL and 3, and of FLUX.1.
 
   Methods, with `apply({"params": p}, ..., method=...)`: "encode", "decode" and "moments".
 
@@ -300,8 +300,3 @@ class AutoencoderKL(Autoencoder):
 
   def _normalisation(self) -> tuple[Any, Any]:
     return self.shift, self.scale
-
-
-FLUX_VAE: dict[str, Any] = dict(
-  latent_channels=16, scale=0.3611, shift=0.1159, use_quant_conv=False, use_post_quant_conv=False
-)

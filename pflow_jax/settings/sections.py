@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import pydantic
 from ml_collections import ConfigDict
 
 from pflow_jax.files import foreign
+from pflow_jax.files.nearest import did_you_mean
 
 
 def call(
@@ -78,9 +78,7 @@ def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) 
   """Raises ValueError for the first key that is not known, with the nearest that is."""
   for key in values:
     if key not in known:
-      near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ValueError(f"{where} has no key {key!r}{hint} (it takes: {', '.join(sorted(known))})")
+      raise ValueError(f"{where} has no key {key!r}{did_you_mean(key, known)} (it takes: {', '.join(sorted(known))})")
 
 
 def choose(table: Mapping[str, Any], section: str, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import math
@@ -15,6 +14,7 @@ import numpy as np
 
 from pflow_jax import data
 from pflow_jax.files import foreign
+from pflow_jax.files.nearest import did_you_mean
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout, to_host
 from pflow_jax.settings.sample import SampleSettings
@@ -105,9 +105,8 @@ def class_numbers(labels: Sequence[int | str], dataset: data.Dataset) -> list[in
   for label in labels:
     number = known.get(label, known.get(label.casefold())) if isinstance(label, str) else label
     if number is None and not str(label).isdecimal():
-      near = difflib.get_close_matches(str(label).casefold(), [name.casefold() for name in names], n=1, cutoff=0.4)
-      hint = f"; did you mean {names[known[near[0]]]!r}?" if near else ""
       listed = f"one of {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}, or " if names else ""
+      hint = did_you_mean(str(label), names)
       raise ValueError(f"labels: there is no class {label!r}{hint} (expected {listed}a number in [0, {count}))")
     numbers.append(int(label if number is None else number))
   bad = [number for number in numbers if not 0 <= number < count]

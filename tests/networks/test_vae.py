@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from pflow_jax.families import kl_names as names
 from pflow_jax.mesh.sharding import MeshSettings, make_layout
 from pflow_jax.networks import vae
-from pflow_jax.networks.vae import FLUX_VAE, AutoencoderKL
+from pflow_jax.networks.vae import AutoencoderKL
 from pflow_jax.torch_io.table import to_flax, torch_shapes_of
 from tests.networks.test_dit import QUICK, equations
 from tests.torch_io.tables import to_torch
@@ -43,6 +43,7 @@ PUBLISHED = dict(
   up_block_types=["UpDecoderBlock2D"] * 4,
 )
 FLUX_CONFIG = {key: value for key, value in CONFIGS["flux"].items() if key not in TINY}
+FLUX = dict(latent_channels=16, scale=0.3611, shift=0.1159, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def randomised(network, seed=0):
@@ -231,7 +232,7 @@ def test_bfloat16_is_within_its_precision(method):
 
 @pytest.mark.parametrize(
   ("model", "config", "count"),
-  [({}, {}, 83_653_863), (FLUX_VAE, FLUX_CONFIG, 83_819_683)],
+  [({}, {}, 83_653_863), (FLUX, FLUX_CONFIG, 83_819_683)],
   ids=["sd", "flux"],
 )
 def test_published_sizes(model, config, count):
@@ -312,7 +313,7 @@ def test_attention_in_parts_is_that_of_all_queries(monkeypatch):
 def test_a_large_picture_does_not_hold_all_scores():
   """Decoding 1024 x 1024: shapes alone, of the program and of its backward pass."""
   z = jax.ShapeDtypeStruct((1, 128, 128, 16), jnp.float32)
-  module = AutoencoderKL(**FLUX_VAE)
+  module = AutoencoderKL(**FLUX)
   params = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
   loss = lambda params, z: jnp.sum(module.apply(params, z, method="decode"))
   jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=1))(params, z)
