@@ -17,7 +17,7 @@ def text_width(text: str, size: float = FONT) -> int:
 
   if not text.strip():
     return 0
-  width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(["sans-serif"], size=size), False)
+  width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(family="sans-serif", size=size), False)
   return round(width * DPI / 72)
 
 
