@@ -55,7 +55,8 @@ def compilation_cache(tmp_path_factory):
   """The runs of all tests share their compiled programs, in this process and in those it starts."""
   folder = str(tmp_path_factory.getbasetemp().parent / "xla")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # by default the many that take less than a second are not kept
+  # By default the many that take less than a second are not kept.
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

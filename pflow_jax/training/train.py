@@ -127,7 +127,8 @@ def train_run(
   if details:
     mesh = program.layout.described()
     print(f"process {jax.process_index()} of {jax.process_count()}: a mesh of {mesh}", flush=True)
-    if is_first() and not keeper.is_resumed:
+    resumed = keeper.is_resumed  # all processes ask: they agree on it
+    if is_first() and not resumed:
       print(parameter_table(program.state.params))
   draw = None
   if length.sample_every and picture is not None:
