@@ -61,6 +61,14 @@ def compilation_cache(tmp_path_factory):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+  """A file's compiled programs go with it. Each is mapped into memory in parts, of which Linux allows 65,530: beyond
+  them, a program that is compiled ends the process."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def float32():
   """The programs as they run: without float64 and with JAX's own broadcasting rules."""
