@@ -30,7 +30,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Attributes: title; methods: config and slices by name; most: examples a chip that are tried first."""
+  """A table to print.
+
+  Attributes:
+    title: its heading.
+    methods: config and slices by name.
+    most: examples a chip that are tried first.
+  """
 
   title: str
   methods: dict[str, tuple[str, tuple[str, ...]]]

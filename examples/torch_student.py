@@ -61,8 +61,13 @@ STUDENTS |= {"GM" + DIT + "V2": (DIT, "GMFlow"), "DX" + DIT: (DIT, "DX"), "Arc" 
 class GMFlow:
   """A Gaussian mixture over the data, one categorical a pixel.
 
-  Args: velocities of the components (B, K, C, H, W), logits of their weights (B, K, 1, H, W), log of their standard
-    deviation, as velocities, (B, 1, 1, 1, 1).
+  Args:
+    x_s: state, (B, C, H, W).
+    t_s: its noise level.
+    means: the components' means, as velocities, (B, K, C, H, W).
+    logits: of the components' weights, (B, K, 1, H, W).
+    log_std: log of the components' standard deviation, as velocities, (B, 1, 1, 1, 1).
+    eps: lower bound of noise levels.
   """
 
   def __init__(self, x_s, t_s, means, logits, log_std, *, eps=1e-6):
@@ -131,7 +136,12 @@ class DX:
 class ArcFlow:
   """A mixture of velocities that grow or decay: v(t) = sum_k w_k v_k exp(g_k (t_s - t)), g_0 = 0.
 
-  Args: velocities (B, K, C, H, W), logits (B, K, 1, H, W), log_gammas (B, K - 1, 1, H, W), the g_k.
+  Args:
+    x_s: state, (B, C, H, W).
+    t_s: its noise level.
+    velocities: v_k, (B, K, C, H, W).
+    logits: of the w_k, (B, K, 1, H, W).
+    log_gammas: the g_k but the first, (B, K - 1, 1, H, W).
   """
 
   def __init__(self, x_s, t_s, velocities, logits, log_gammas):
@@ -193,9 +203,11 @@ def sample(
 
   Args:
     student: (x, t, cond) -> policy, one network evaluation for each of `nfe` segments.
-    final_scale: length of the last segment over that of the others, in schedule time.   shift: see `shift_time`.
+    final_scale: length of the last segment over that of the others, in schedule time.
+    shift: see `shift_time`.
     temperature: of the mixtures in all segments but the last; "auto" is π-Flow's.
-    substeps: Euler steps for a unit of schedule time.   release: of RELEASES, whose number of them is taken.
+    substeps: Euler steps for a unit of schedule time.
+    release: of RELEASES, whose number of them is taken.
   """
   if release not in RELEASES:
     raise ValueError(f"release: expected one of {list(RELEASES)}, got {release!r}")
@@ -375,7 +387,9 @@ def load_student(folder, base=None, dtype: torch.dtype = torch.float32, **fields
 
   Args:
     fields: of config.json, where it leaves them unsaid.
-  Raises: ValueError that says what was expected; of tensors all that are missing, unexpected or mis-shaped.
+
+  Raises:
+    ValueError: that says what was expected; of tensors all that are missing, unexpected or mis-shaped.
   """
   folder = pathlib.Path(folder)
   config = read_config(folder) | fields

@@ -82,8 +82,12 @@ class Checkpointer:
     Args:
       state: pytree of arrays; may be donated to the next training step right after.
       force: also save a step older than the newest checkpoint.
-    Returns: whether a save was started.
-    Raises: ValueError for such an older step; a failure of the previous save.
+
+    Returns:
+      whether a save was started.
+
+    Raises:
+      ValueError: for such an older step; a failure of the previous save.
     """
     with _storage(self._directory):
       manager = self._open()
@@ -107,7 +111,10 @@ class Checkpointer:
     Args:
       abstract_state: pytree of jax.ShapeDtypeStruct or arrays. Arrays are placed by its shardings,
         on the first device where it has none.
-    Returns: (state, step).
+
+    Returns:
+      (state, step).
+
     Raises:
       ValueError: leaves that differ in name, shape or dtype, all named; no such step; there are checkpoints, and every
         one (or the one asked for) is damaged.
@@ -235,9 +242,13 @@ def load_params(
     step: None for the newest intact checkpoint.
     layout: where they go on the devices, each of which is given its part alone; None is to the host.
     dtype: of floating leaves; None is as saved.
-  Returns: nested dict of NumPy arrays, or with a `layout` of global arrays.
-  Raises: ValueError if there is no checkpoint, no such step or no such part in it, or the layout does not fit,
-    or all are damaged.
+
+  Returns:
+    nested dict of NumPy arrays, or with a `layout` of global arrays.
+
+  Raises:
+    ValueError: if there is no checkpoint, no such step or no such part in it, or the layout does not fit, or all are
+      damaged.
   """
   path, item = saved_part(directory, which, step)
   as_saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
@@ -289,7 +300,8 @@ def _as_dtype(own: Any, wanted: Any) -> Any:
 def newest_step(directory: str | epath.PathLike) -> int | None:
   """Step of the newest intact checkpoint in `directory`, for all processes the same; None if there is none.
 
-  Raises: ValueError if all are damaged.
+  Raises:
+    ValueError: if all are damaged.
   """
   return _agreed(absolute(directory), None)[0]
 
@@ -350,7 +362,9 @@ def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[i
 def _metadata(path: epath.Path) -> dict[str, Any]:
   """Shape and dtype of every saved leaf, as nested dicts and lists; opens every leaf, and reads none.
 
-  Raises: ValueError for what cannot be opened; OSError where storage may be at fault.
+  Raises:
+    ValueError: for what cannot be opened
+    OSError: where storage may be at fault.
   """
   try:
     return ocp.PyTreeCheckpointHandler().metadata(path / STATE).tree

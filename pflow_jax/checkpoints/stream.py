@@ -230,13 +230,16 @@ def save_leaves(
   In a job of several processes the devices hold the leaves in between, each process's its parts.
 
   Args:
-    directory: as of a Checkpointer.   state: such as {"params": leaves}.
+    directory: as of a Checkpointer.
+    state: such as {"params": leaves}.
     layout: chunks of the arrays on disk are the parts that its devices hold (it may be one without devices); None is
       whole layers.
     resume: go on with what an interrupted call wrote, which must have been of the same leaves and layout.
     report: called with the number of bytes written since.
-  Raises: what the leaves raise; then there is no checkpoint, and what was written waits for `resume`, but after a
-    ValueError, which another try would only repeat: then nothing of it is left.
+
+  Raises:
+    Exception: any that reading a leaf raises. There is no checkpoint then. The written part waits for `resume`; after a
+      ValueError, which another try would repeat, it is removed.
   """
   if jax.process_count() > 1:
     if layout is None:

@@ -195,7 +195,8 @@ def _read(source: ConfigSource, given: str) -> ConfigDict:
 def _parsed(values: flags.FlagValues, argv: list[str], config: ConfigDict | None) -> list[str]:
   """Gives flags their values, and returns the other arguments.
 
-  Raises: ValueError for a flag that is not known, with the nearest one that is, or missing.
+  Raises:
+    ValueError: for a flag that is not known, with the nearest one that is, or missing.
   """
   from absl import flags
 
@@ -256,7 +257,8 @@ def mesh_sizes(sizes: list[str]) -> dict[str, int]:
 def whole_numbers(flag: str, texts: list[str]) -> list[int]:
   """The numbers of a list of seeds.
 
-  Raises: ValueError for none, and for what is none from 0 to MAX_SEED.
+  Raises:
+    ValueError: for none, and for what is none from 0 to MAX_SEED.
   """
   if not texts or not all(re.fullmatch("[0-9]{1,10}", text) and int(text) <= MAX_SEED for text in texts):
     raise ValueError(

@@ -36,7 +36,9 @@ def check_returned(what: str, value: Any, like: Array) -> Array:
   Args:
     what: the function with its arguments, for the message.
     value: must be one floating array of the shape of `like`, in its dtype or a narrower one.
-  Raises: ValueError with what was expected and what was got.
+
+  Raises:
+    ValueError: with what was expected and what was got.
   """
   fits = hasattr(value, "dtype") and tuple(value.shape) == like.shape and jnp.issubdtype(value.dtype, jnp.floating)
   if not fits or jnp.promote_types(value.dtype, like.dtype) != like.dtype:
@@ -52,7 +54,9 @@ def checked(what: str, function: Callable[..., Array]) -> Callable[..., Array]:
 
   Args:
     what: who calls it and as what, such as "imitation_loss: teacher(x, t, cond)".
-  Raises: ValueError where it is no function.
+
+  Raises:
+    ValueError: where it is no function.
   """
   check_callable(what, function)
 
@@ -69,7 +73,8 @@ def checked_student(what: str, student: Callable[..., Any]) -> Callable[..., Any
   A batch of policies is a pytree whose arrays have the batch axis of x in front, and a policy's velocity at a state is
   an array like that state.
 
-  Raises: ValueError where it is no function; the returned function, where it returns something else.
+  Raises:
+    ValueError: where it is no function; the returned function, where it returns something else.
   """
   check_callable(what, student)
 

@@ -25,8 +25,12 @@ def guidance_bias(v_pos: Array, v_neg: Array, scale: Array, *, orthogonal: float
     scale: guidance scale w, (B,); 1 is none.
     orthogonal: o in [0, 1]: how much of the bias's projection on `axis` is removed. 0 is plain guidance.
     axis: (B, *space, C); needed when `orthogonal` is not 0. The release uses the positive branch's x0 estimate.
-  Returns: (B, *space, C).
-  References: adaptive projected guidance, arXiv:2410.02416; pi-Flow release.
+
+  Returns:
+    (B, *space, C).
+
+  References:
+    adaptive projected guidance, arXiv:2410.02416; pi-Flow release.
   """
   over = tuple(range(1, v_pos.ndim))
   bias = (v_pos - v_neg) * over_space(scale - 1, v_pos)
@@ -62,7 +66,9 @@ def guided(
     scale: w, a number or one an example (B,); the number 1 returns `velocity` itself, at one evaluation instead of two.
     interval: flow times [low, high] where guidance acts.
     orthogonal: see `guidance_bias`; the axis is the positive branch's x0 = x - t v.
-  References: classifier-free guidance, arXiv:2207.12598; limited interval, arXiv:2404.07724.
+
+  References:
+    classifier-free guidance, arXiv:2207.12598; limited interval, arXiv:2404.07724.
   """
 
   field = checked("guided: velocity(x, t, cond)", velocity)
@@ -86,7 +92,8 @@ def autoguided(
 ) -> Velocity:
   """A velocity field guided away from a weaker model's: scale v + (1 - scale) v_weak. Arguments as for `guided`.
 
-  References: autoguidance, arXiv:2406.02507.
+  References:
+    autoguidance, arXiv:2406.02507.
   """
   strong = checked("autoguided: velocity(x, t, cond)", velocity)
   weak = checked("autoguided: weak(x, t, cond)", weak)

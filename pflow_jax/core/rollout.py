@@ -55,9 +55,15 @@ def rollout(
       0.02 to 0.7 of Euler's with all of them.
     max_length: static bound on r_start - r_end; sets the length of the compiled loop. A longer stretch is still
       covered, with longer steps.
-  Returns: (*space, C).
-  Raises: ValueError for an unknown method, `exact` without a closed form, or times out of order.
-  References: pi-Flow, arXiv:2510.14974, Sec. 3.1.
+
+  Returns:
+    (*space, C).
+
+  Raises:
+    ValueError: for an unknown method, `exact` without a closed form, or times out of order.
+
+  References:
+    pi-Flow, arXiv:2510.14974, Sec. 3.1.
   """
   _check(r_start, r_end, shift, substeps, method, max_length)
   x, r_start, r_end, shift = _in_one_type(policy, x, r_start, r_end, shift)
@@ -82,7 +88,8 @@ def average_velocity(
   than two substeps is represented by the velocity at its start, as in all PyTorch releases; `max_length=0` says that it
   always is, and compiles no loop.
 
-  Returns: (*space, C), the velocity v with x(r_end) = x + v (t_end - t_start).
+  Returns:
+    (*space, C), the velocity v with x(r_end) = x + v (t_end - t_start).
   """
   _check(r_start, r_end, shift, substeps, method, max_length)
   x, r_start, r_end, shift = _in_one_type(policy, x, r_start, r_end, shift)

@@ -46,8 +46,11 @@ def kept_noise(t: Array, t_next: Array, h: float, xp=jnp) -> Array:
 def flow_map_sde_target(t: Array, t_next: Array, h: float, xp=jnp) -> tuple[Array, Array]:
   """Where the flow map must land so that re-noising ends at `t_next` (FlowMapSDE); arguments as in `kept_noise`.
 
-  Returns: the landing time t_dst <= t_next, and the share m of noise that is kept.
-  References: pi-Flow, arXiv:2510.14974, and its release.
+  Returns:
+    the landing time t_dst <= t_next, and the share m of noise that is kept.
+
+  References:
+    pi-Flow, arXiv:2510.14974, and its release.
   """
   m = kept_noise(t, t_next, h, xp)
   return t_next * m / xp.maximum(1 - t_next + t_next * m, MIN_PRODUCT), m
@@ -61,7 +64,8 @@ def flow_map_sde_renoise(x: Array, noise: Array, t_next: Array, m: Array) -> Arr
 def flow_sde_step(x: Array, v: Array, noise: Array, t: Array, t_next: Array, h: float) -> Array:
   """One step of a velocity sampler that renews part of the noise (FlowSDE); h = 0 is the Euler step.
 
-  Args: x, v, noise: (*shape). t, t_next: (). h: noise level.
+  Args:
+    x, v, noise: (*shape). t, t_next: (). h: noise level.
   """
   m = kept_noise(t, t_next, h)
   x0, eps = x - t * v, x + (1 - t) * v
@@ -93,7 +97,9 @@ def sample_student(
     h: noise level between segments (FlowMapSDE).
     temperature: of the policies of every segment but the last.
     substeps, method: of the rollouts, see `rollout`; "lakonlab-0.2" draws the samples that the PyTorch releases draw.
-  Returns: (B, *space, C).
+
+  Returns:
+    (B, *space, C).
   """
   if h > 0 and keys is None and nfe > 1:
     raise ValueError("sample_student: h > 0 renews noise between segments and needs `keys`, one a sample")
@@ -153,7 +159,9 @@ def sample_teacher(
     noise: initial states at t = 1, (B, *space, C).
     steps: number of steps.
     trajectory: return all states, (steps + 1, B, *space, C), from noise to data.
-  Returns: (B, *space, C).
+
+  Returns:
+    (B, *space, C).
   """
   if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
     raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
@@ -200,8 +208,12 @@ def sample_flow_map(
     grid: decreasing flow times, from 1 to 0 as a rule.
     gamma: in [0, 1]: 0 is deterministic, 1 jumps to the data and noises anew, like a consistency model.
     trajectory: return all states, (steps + 1, B, *space, C).
-  Returns: (B, *space, C).
-  References: Align Your Flow, arXiv:2506.14603 (gamma-sampling, after CTM, arXiv:2310.02279).
+
+  Returns:
+    (B, *space, C).
+
+  References:
+    Align Your Flow, arXiv:2506.14603 (gamma-sampling, after CTM, arXiv:2310.02279).
   """
   steps = len(grid) - 1
   if steps < 1 or any(t <= s for t, s in itertools.pairwise(grid)) or grid[0] > 1 or grid[-1] < 0:

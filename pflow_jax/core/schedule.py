@@ -24,8 +24,12 @@ def shift_time(r, m):
   Args:
     r: schedule time in [0, 1], any shape.
     m: shift, a scalar in [1e-6, 1e6]. 1 is the identity; 3.2 is used for FLUX and Qwen-Image.
-  Returns: flow time in [0, 1], the shape of `r`.
-  Raises: ValueError for another shift, where it is known.
+
+  Returns:
+    flow time in [0, 1], the shape of `r`.
+
+  Raises:
+    ValueError: for another shift, where it is known.
   """
   check_range("shift", m, MIN_SHIFT, MAX_SHIFT)
   return m * r / (1 + (m - 1) * r)
@@ -54,7 +58,9 @@ def dynamic_shift(tokens: int, *, base=(256, 0.5), top=(4096, 1.15)) -> float:
   Args:
     tokens: image tokens of a sample.
     base, top: two points (tokens, log m) of the line; the defaults are FLUX.1's.
-  Returns: the shift m.
+
+  Returns:
+    the shift m.
   """
   slope = (top[1] - base[1]) / (top[0] - base[0])
   return float(np.exp((tokens - base[0]) * slope + base[1]))
@@ -84,8 +90,12 @@ def segment_grid(nfe: int, final_scale: float = 1.0) -> np.ndarray:
   Args:
     nfe: network evaluations, one a segment.
     final_scale: length of the last segment (the one that ends at the data) relative to the others, in (0, 1].
-  Returns: (nfe + 1,) float64, decreasing from 1 to 0; entry i is the source of segment i.
-  References: pi-Flow, arXiv:2510.14974; ArcFlow (arXiv:2602.09014) calls final_scale "timestep_ratio".
+
+  Returns:
+    (nfe + 1,) float64, decreasing from 1 to 0; entry i is the source of segment i.
+
+  References:
+    pi-Flow, arXiv:2510.14974; ArcFlow (arXiv:2602.09014) calls final_scale "timestep_ratio".
   """
   length = segment_length(nfe, final_scale)
   return np.append(1.0 - length * np.arange(nfe), 0.0)
@@ -97,7 +107,9 @@ def sample_segment(uniform: Array, nfe: int, final_scale: float = 1.0) -> tuple[
   Args:
     uniform: draws from U[0, 1), any shape.
     nfe, final_scale: as in `segment_grid`. The last segment is drawn as seldom as it is short.
-  Returns: source r_s in [1e-4, 1] and the length of the segment, both of the shape of `uniform`.
+
+  Returns:
+    source r_s in [1e-4, 1] and the length of the segment, both of the shape of `uniform`.
   """
   length = segment_length(nfe, final_scale)
   r = jnp.maximum(1.0 - uniform, MIN_TIME)

@@ -22,8 +22,11 @@ def npz(path: str, *, split: str = "train", held_out: int = 0) -> Dataset:
 
   Args:
     path: of the .npz file; x0 (n, *space, C), uint8 or floating, label (n,) integers, class_names (classes,) strings.
-    split: "train" or "test".   held_out: records kept out of "train" for "test".
-  Raises: ValueError for a missing or unreadable file, unknown arrays, or arrays that do not fit (see `from_arrays`).
+    split: "train" or "test".
+    held_out: records kept out of "train" for "test".
+
+  Raises:
+    ValueError: for a missing or unreadable file, unknown arrays, or arrays that do not fit (see `from_arrays`).
   """
   name = f"npz:{path}"
   try:

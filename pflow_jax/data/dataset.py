@@ -25,7 +25,8 @@ class Embedding:
 
   Attributes:
     lengths: L of "text" (B, L, text_width) bfloat16, ascending, one of them a batch; empty without "text".
-    text_width: of "text".   masked: whether there is "mask" (B, L) bool, True where there is a token.
+    text_width: of "text".
+    masked: whether there is "mask" (B, L) bool, True where there is a token.
     pooled_width: of "pooled" (B, pooled_width) float32, 0 without it.
     null: the empty prompt's, without the batch axis and of the longest L, or None if it is not known.
   """
@@ -70,7 +71,9 @@ class Dataset:
     embedding: of the prompts that are the condition in place of a label, or None.
     has_x0: False for prompts alone, from which one can only train without data.
     options: arguments of `load` that give it again; of arrays in memory a name that nothing is loaded by.
-  Raises: ValueError for sizes below 1, more classes than MAX_CLASSES, or an example that the machine cannot hold.
+
+  Raises:
+    ValueError: for sizes below 1, more classes than MAX_CLASSES, or an example that the machine cannot hold.
   """
 
   name: str
@@ -107,7 +110,8 @@ class Dataset:
   def cond_shapes(self, batch_size: int, length: int | None = None) -> Any:
     """Shapes of a batch's condition, with text of `length`, one of `lengths`, by default the longest.
 
-    Returns: a jax.ShapeDtypeStruct (batch_size,) int32, or a dict of them.
+    Returns:
+      a jax.ShapeDtypeStruct (batch_size,) int32, or a dict of them.
     """
     from jax import ShapeDtypeStruct as struct
 
@@ -219,7 +223,8 @@ def split_rows(name: str, count: int, split: str, held_out: int) -> np.ndarray:
   "test" is `held_out` records drawn once and for all (the same in every run); "train" is the rest,
   so with held_out = 0 it is everything.
 
-  Raises: ValueError for another split, or a "test" with nothing held out.
+  Raises:
+    ValueError: for another split, or a "test" with nothing held out.
   """
   if split not in ("train", "test"):
     raise ValueError(f"{name}: split must be 'train' or 'test', got {split!r}.")

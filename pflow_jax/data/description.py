@@ -42,7 +42,8 @@ class Description:
   def dataset(self) -> Dataset:
     """The data set, of which nothing is read before its records are asked for.
 
-    Raises: ValueError for a description of none.
+    Raises:
+      ValueError: for a description of none.
     """
     if not self.shape or min(self.shape) < 1:
       raise ValueError(f"expected a data set's shape (*space, C) of sizes >= 1, got {self.shape}")

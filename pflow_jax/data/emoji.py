@@ -65,12 +65,18 @@ def emoji(
   Skin tones are records of their own: "father christmas: dark skin tone".
 
   Args:
-    split: "train" or "test".   held_out: records kept out of "train" for "test".
-    size: 32 or 64 pixels.   cache_dir: where `fetch_emoji` was told to put them.
+    split: "train" or "test".
+    held_out: records kept out of "train" for "test".
+    size: 32 or 64 pixels.
+    cache_dir: where `fetch_emoji` was told to put them.
     embeddings: folder of the names' embeddings, which are then the condition in place of the class:
       `pflow cache --prompts=data:emoji --model=minilm --out=<folder>`.
-  Raises: ValueError if they were never fetched or are damaged, for another size, or embeddings that are not there.
-  Source: npm package emoji-datasource-google (code MIT, images Apache-2.0).
+
+  Raises:
+    ValueError: if they were never fetched or are damaged, for another size, or embeddings that are not there.
+
+  References:
+    npm package emoji-datasource-google (code MIT, images Apache-2.0).
   """
   if size not in _SIZES:
     raise ValueError(f"emoji: size must be one of {_SIZES}, got {size}.")
@@ -102,8 +108,13 @@ def fetch_emoji(cache_dir: str | None = None) -> pathlib.Path:
 
   Args:
     cache_dir: default $XDG_CACHE_HOME/pflow_jax, or ~/.cache/pflow_jax.
-  Returns: the package's folder in the cache; at once if it is there already.
-  Raises: ValueError if npm is not installed; RuntimeError, with npm's words, if it fails.
+
+  Returns:
+    the package's folder in the cache; at once if it is there already.
+
+  Raises:
+    ValueError: if npm is not installed
+    RuntimeError: if npm fails, with its words.
   """
   package = _package_dir(cache_dir)
   if _is_complete(package):
@@ -132,7 +143,8 @@ def fetch_emoji(cache_dir: str | None = None) -> pathlib.Path:
 def _unpack(archive: pathlib.Path, target: pathlib.Path) -> None:
   """Writes the files that are used; what the archive has besides is not looked at.
 
-  Raises: RuntimeError for an archive that is cut short, damaged, or has something else in their place.
+  Raises:
+    RuntimeError: for an archive that is cut short, damaged, or has something else in their place.
   """
   what = f"emoji: the package {_PACKAGE}@{_VERSION}"
   try:

@@ -35,8 +35,9 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
   Records between those that are read may differ unnoticed. Files of images are compared as they are, not as they are
   decoded, which differs between versions of the decoders.
 
-  Returns: "shape", "records" (None without end), digests of "class_names" and of the empty condition "null", and what
-    its records tell: digests by name.
+  Returns:
+    "shape", "records" (None without end), digests of "class_names" and of the empty condition "null", and what its
+      records tell: digests by name.
   """
   null = dataset.embedding.null if dataset.embedding else None
   return {

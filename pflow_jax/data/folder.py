@@ -57,13 +57,17 @@ def folder(
 
   Args:
     path: the folder of class folders, or of images.
-    split: "train" or "test".   held_out: records kept out of "train" for "test".
-    image_size: side in pixels, required.   channels: 3 (RGB) or 1 (grey).
+    split: "train" or "test".
+    held_out: records kept out of "train" for "test".
+    image_size: side in pixels, required.
+    channels: 3 (RGB) or 1 (grey).
     allow_unreadable: skip files that cannot be decoded, with a warning, instead of refusing.
     check: decode every file once now, so that a broken one does not stop a run in the night; with
       False that cost is saved, and the error comes when the file is read.
-  Raises: ValueError for a folder without images, or with some beside class folders or class folders without; and for
-    unreadable files: all of them in one message, with their count and the first names.
+
+  Raises:
+    ValueError: for a folder without images, or with some beside class folders or class folders without; and for
+      unreadable files: all of them in one message, with their count and the first names.
   """
   name = f"folder:{path}"
   check_image_options(name, image_size, channels)

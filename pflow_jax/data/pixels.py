@@ -30,9 +30,14 @@ def to_pixels(image: Image.Image, size: int | tuple[int, int], channels: int) ->
 
   Args:
     image: any Pillow image, of several frames the first; transparency is composited over white.
-    size: height and width of the result in pixels, or the side of a square.   channels: 1 (grey) or 3 (RGB).
-  Returns: (height, width, channels), uint8.
-  Raises: ValueError for 32-bit pixels, whose range is unknown.
+    size: height and width of the result in pixels, or the side of a square.
+    channels: 1 (grey) or 3 (RGB).
+
+  Returns:
+    (height, width, channels), uint8.
+
+  Raises:
+    ValueError: for 32-bit pixels, whose range is unknown.
   """
   if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
     image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))

@@ -45,7 +45,9 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
       "folder:<path>", "npz:<path>", "latents:<path>" or "prompts:<path>".
     split: "train" or "test"; for tfds any split it understands. See `held_out` of the sources.
     **options: keyword arguments of the source's function in this package.
-  Raises: ValueError for an unknown name or option, with the nearest one and the list, or one of another type.
+
+  Raises:
+    ValueError: for an unknown name or option, with the nearest one and the list, or one of another type.
   """
   source, arguments = _find(name)
   parameters = inspect.signature(source).parameters.values()

@@ -25,7 +25,8 @@ class Shards:
   def __init__(self, name: str, paths: Sequence[str | os.PathLike]):
     """Opens `paths`; `name` begins errors.
 
-    Raises: ValueError for a file that is none of array_record's.
+    Raises:
+      ValueError: for a file that is none of array_record's.
     """
     from grain.sources import ArrayRecordDataSource
 

@@ -88,12 +88,15 @@ def tfds_images(
   prepared as array_record.
 
   Args:
-    name: as tfds knows it, "name/config:version".   split: any tfds split, e.g. "train[:90%]".
+    name: as tfds knows it, "name/config:version".
+    split: any tfds split, e.g. "train[:90%]".
     data_dir: default $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: crop to the centred square and resize; None keeps images that have one size.
     image_key, label_key: features to read; label_key None for no classes.
-  Raises: ValueError for an unknown set, split or feature, for images of varying size without
-    image_size, and for data prepared as tfrecord.
+
+  Raises:
+    ValueError: for an unknown set, split or feature, for images of varying size without image_size, and for data
+      prepared as tfrecord.
   """
   import tensorflow_datasets as tfds
 
@@ -145,7 +148,8 @@ def _prepare(name: str, data_dir: str | None) -> Any:
 def _check_files(name: str, data_dir: str | None) -> None:
   """Looks at the files of a prepared set before tfds does, which opens pipes and imports what features.json names.
 
-  Raises: ValueError for what is no regular file, too large a table, or a feature of another package.
+  Raises:
+    ValueError: for what is no regular file, too large a table, or a feature of another package.
   """
   root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets"))
   for folder, _, files in os.walk(root / name.partition("/")[0].partition(":")[0]):

@@ -76,8 +76,12 @@ def compare(
   Args:
     seeds: one teacher and one student of everything for each.
     only: methods to work on, and what they start from; the table shows the others as far as they are finished.
-  Returns: what compare.json holds.
-  Raises: ValueError for a comparison that does not fit, before any work; KeyboardInterrupt when told to stop.
+
+  Returns:
+    what compare.json holds.
+
+  Raises:
+    ValueError: for a comparison that does not fit, before any work; KeyboardInterrupt when told to stop.
   """
   folder = checked_folder(folder)
   methods = read_methods(config)
@@ -215,7 +219,8 @@ def _train_and_evaluate(run: Run, root: pathlib.Path, results: Mapping[str, Mapp
 def affordable_steps(budget: float, flops: float) -> int:
   """Whole optimizer steps of `flops` operations each within `budget`.
 
-  Raises: ValueError where there is none.
+  Raises:
+    ValueError: where there is none.
   """
   steps = int(budget // flops)
   if steps < 1:

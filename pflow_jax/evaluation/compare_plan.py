@@ -23,7 +23,8 @@ class Method:
   """One method of a comparison.
 
   Attributes:
-    name: of its folder, and for `only`.   title: in the table and the picture; by default the name.
+    name: of its folder, and for `only`.
+    title: in the table and the picture; by default the name.
     config: "path/of/config.py:variant", the path as for `pflow train`.
     students: the numbers of evaluations that each student is sampled with: ((1,), (2,)) are two students,
       ((1, 2),) is one. A policy student with one number is also trained for it, objective.nfe.
@@ -59,7 +60,8 @@ class Run:
   """One training and, of a student, its evaluation.
 
   Attributes:
-    name: its folder below the seed's.   method: its method's name, or "teacher", or "weak".
+    name: its folder below the seed's.
+    method: its method's name, or "teacher", or "weak".
     settings: complete but for the workdirs of the runs it needs and, with a budget, train.steps.
     nfe: numbers of evaluations; () is a teacher, which its students' evaluations measure.
     flops: budget in operations; None trains for train.steps.
@@ -82,7 +84,8 @@ class Run:
 def read_methods(config: Mapping[str, Any]) -> dict[str, Method]:
   """The methods of a comparison by name.
 
-  Raises: ValueError for keys that are unknown or missing.
+  Raises:
+    ValueError: for keys that are unknown or missing.
   """
   refuse_unknown(config, KEYS, "config")
   missing = [key for key in KEYS if key != "weak" and not config.get(key)]

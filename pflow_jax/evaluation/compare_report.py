@@ -35,7 +35,9 @@ def summarise(runs: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> l
   Euler steps of its teacher, over the same seeds; `failed` the seeds without a result. training_flops is the method's
   total: all its students, what they start from, the weak teacher.
 
-  Args: runs: as in compare.json.   titles: of the methods by name, in their order.
+  Args:
+    runs: as in compare.json.
+    titles: of the methods by name, in their order.
   """
   rows: dict[tuple[str, int], dict[int, Mapping[str, Any]]] = {}
   failed: dict[tuple[str, int], list[int]] = {}

@@ -50,8 +50,12 @@ def evaluate(
     config: of the run in `folder`, perhaps with other settings for evaluation.
     others: workdirs of more students of the same teacher, with their own settings, for the same table and picture.
     teacher: workdir of that teacher, if it has moved.
-  Returns: what evaluation.json holds.
-  Raises: ValueError for students of different teachers, or fewer samples than a Fréchet distance needs.
+
+  Returns:
+    what evaluation.json holds.
+
+  Raises:
+    ValueError: for students of different teachers, or fewer samples than a Fréchet distance needs.
   """
   folder = expanded(folder)
   check_local(out, folder)

@@ -78,7 +78,8 @@ class Classifier:
 
   Attributes:
     params: nested dict of float32 NumPy arrays.
-    image_shape: (H, W, C).   num_classes, num_features: sizes of the two outputs.
+    image_shape: (H, W, C).
+    num_classes, num_features: sizes of the two outputs.
   """
 
   params: dict[str, Any]
@@ -129,9 +130,11 @@ class Classifier:
   ) -> Classifier:
     """Reads what `save` wrote.
 
-    Args: image_shape, num_classes: what the data set needs, checked where given.
-    Raises: ValueError for a file that is missing or damaged, other content, or a classifier of
-      other data.
+    Args:
+      image_shape, num_classes: what the data set needs, checked where given.
+
+    Raises:
+      ValueError: for a file that is missing or damaged, other content, or a classifier of other data.
     """
     try:
       names = flatten_dict(_abstract_params((8, 8, 1), 2, 1), sep="/").keys()  # the same of every size
@@ -179,8 +182,9 @@ def train_classifier(
     labels: int (N,) in [0, num_classes), num_classes >= 2.
     num_features: dimension of `Classifier.features`.
     seed: of the initialisation and the order of batches.
-  Raises: ValueError on other shapes or labels. Data without classes or images has no classifier:
-    use `pixel_features`.
+
+  Raises:
+    ValueError: on other shapes or labels. Data without classes or images has no classifier: use `pixel_features`.
   """
   x0, labels = _images(x0), np.asarray(labels)
   if num_classes < 2:

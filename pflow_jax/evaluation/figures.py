@@ -64,7 +64,9 @@ def image_grid(
     scale: pixels of the picture for each pixel of an image, nearest neighbour; by default images
       become about 96 wide.
     columns: images side by side, the others continue below; by default all.
-  Raises: ValueError on other shapes.
+
+  Raises:
+    ValueError: on other shapes.
   """
   if not rows:
     raise ValueError("rows: expected at least one row of images, got none")
@@ -131,9 +133,12 @@ def captioned_images(
 
   Args:
     images: (n, H, W, C) in [-1, 1] (clipped; not finite becomes mid-grey), C 1 or 3.
-    captions: n texts.   columns: images a row.
+    captions: n texts.
+    columns: images a row.
     side: pixels of an image's longer side: smaller ones by whole pixels (nearest neighbour), larger ones shrunk.
-  Raises: ValueError on other shapes.
+
+  Raises:
+    ValueError: on other shapes.
   """
   import textwrap
 
@@ -188,7 +193,9 @@ def trajectory_plot(
     data: points (N, 2), drawn as a histogram.
     panels: label -> states (steps, n, 2), steps >= 2, from noise to data; a ring marks the start, a
       dot the end.
-  Raises: ValueError on other shapes.
+
+  Raises:
+    ValueError: on other shapes.
   """
   paths = {label: np.asarray(x, np.float64) for label, x in _some(panels).items()}
   for label, x in paths.items():
@@ -217,7 +224,8 @@ def scatter_panels(
 
   The limits are those of the first panel (the data, say), so that strays of another do not shrink it.
 
-  Raises: ValueError on other shapes.
+  Raises:
+    ValueError: on other shapes.
   """
   points = {label: points_of(x, f"panels[{label!r}]") for label, x in _some(panels).items()}
   limits = square_limits([next(iter(points.values()))])
@@ -242,8 +250,11 @@ def curves(
   """Lines with markers, such as error against work; log-log unless `xscale` or `yscale` is
   "linear".
 
-  Args: series: label -> (x (n,), y (n,)), n >= 1.
-  Raises: ValueError on other shapes, or a value that its logarithmic axis cannot show.
+  Args:
+    series: label -> (x (n,), y (n,)), n >= 1.
+
+  Raises:
+    ValueError: on other shapes, or a value that its logarithmic axis cannot show.
   """
   lines = _lines(series, xscale, yscale)
   with _figure(path, 5.4, 3.6) as figure:
@@ -268,8 +279,11 @@ def curve_panels(
   """Panels of log-log lines side by side, titled, with one legend: a label looks the same in all of them.
 
   Args:
-    panels: title -> label -> (x (n,), y (n,)), n >= 1.   dashed: labels of references, drawn in black dashes.
-  Raises: ValueError on other shapes, or a value that is not positive.
+    panels: title -> label -> (x (n,), y (n,)), n >= 1.
+    dashed: labels of references, drawn in black dashes.
+
+  Raises:
+    ValueError: on other shapes, or a value that is not positive.
   """
   drawn = {title: _lines(series, "log", "log") for title, series in _some(panels).items()}
   labels = list(dict.fromkeys(label for lines in drawn.values() for label in lines))

@@ -41,8 +41,12 @@ def alignment_errors(samples: ArrayLike, reference: ArrayLike) -> Array:
 
   Args:
     samples, reference: (N, *axes), row i of both from the same noise and label.
-  Returns: (N,), float64, in the units of the samples (the mean runs over all axes of a sample).
-  Raises: ValueError on different shapes or non-finite values.
+
+  Returns:
+    (N,), float64, in the units of the samples (the mean runs over all axes of a sample).
+
+  Raises:
+    ValueError: on different shapes or non-finite values.
   """
   if np.shape(samples) != np.shape(reference):
     raise ValueError(
@@ -100,10 +104,15 @@ def frechet_distance(a: ArrayLike | Moments, b: ArrayLike | Moments) -> float:
 
   Args:
     a, b: features (N, F) or their `Moments`.
-  Returns: a float, >= 0, in squared units of the features (what the literature calls FID for
-    Inception features).
-  Raises: ValueError on different F, or fewer than 2 F samples.
-  References: Heusel et al., arXiv:1706.08500, Eq. 6.
+
+  Returns:
+    a float, >= 0, in squared units of the features (what the literature calls FID for Inception features).
+
+  Raises:
+    ValueError: on different F, or fewer than 2 F samples.
+
+  References:
+    Heusel et al., arXiv:1706.08500, Eq. 6.
   """
   a = a if isinstance(a, Moments) else Moments.from_features(a)
   b = b if isinstance(b, Moments) else Moments.from_features(b)
@@ -165,7 +174,9 @@ def paired_bootstrap(
     reference: features (M, F), or Moments.
     num_resamples: the error's own relative error is 1 / sqrt(2 num_resamples): 7 % for 100.
     seed: of the resampling.
-  Raises: ValueError where the rows do not pair up, or where the baseline's metric is 0.
+
+  Raises:
+    ValueError: where the rows do not pair up, or where the baseline's metric is 0.
   """
   a, b = _Centred(candidate, "candidate"), _Centred(baseline, "baseline")
   if a.values.shape != b.values.shape:
@@ -207,8 +218,11 @@ def ratio_of_means(candidate: ArrayLike, baseline: ArrayLike) -> PairedEstimate:
   The error is the delta method's std(c - R b) / (sqrt(N) mean(b)): what `paired_bootstrap`
   of the means tends to.
 
-  Args: candidate, baseline: (N,), N >= 2, row i of both from the same noise.
-  Raises: ValueError on different shapes, or where the baseline's mean is 0.
+  Args:
+    candidate, baseline: (N,), N >= 2, row i of both from the same noise.
+
+  Raises:
+    ValueError: on different shapes, or where the baseline's mean is 0.
   """
   c, b = _flat(candidate, "candidate"), _flat(baseline, "baseline")
   if c.shape != b.shape or c.shape[1] != 1 or len(c) < 2:
@@ -252,8 +266,12 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 5) -> PrecisionR
   Args:
     real, fake: features (N, F) and (M, F), N, M > k.
     k: a ball reaches to the k-th neighbour in its own set.
-  Raises: ValueError on different F or too few samples.
-  References: Kynkäänniemi et al., arXiv:1904.06991, Eqs. 1 and 2.
+
+  Raises:
+    ValueError: on different F or too few samples.
+
+  References:
+    Kynkäänniemi et al., arXiv:1904.06991, Eqs. 1 and 2.
   """
   real, fake = _flat(real, "real"), _flat(fake, "fake")
   if real.shape[1] != fake.shape[1]:
@@ -289,9 +307,11 @@ def diversity(samples: ArrayLike, labels: ArrayLike) -> float:
   relative diversity.
 
   Args:
-    samples: (N, *axes).   labels: int (N,); all equal for data without classes.
-  Raises: ValueError where lengths differ or no class has two samples (a class with one sample has
-    no pair and is left out).
+    samples: (N, *axes).
+    labels: int (N,); all equal for data without classes.
+
+  Raises:
+    ValueError: where lengths differ or no class has two samples (a class with one sample has no pair and is left out).
   """
   samples, labels = _flat(samples, "samples"), np.asarray(labels)
   if labels.shape != (len(samples),):
@@ -322,7 +342,9 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | M
     rows: one dict a row. Floats get about three digits, a pair (value, error) becomes
       "value ± error", None or an absent key "-".
     columns: keys in order, or key -> heading; by default all keys in order of appearance.
-  Raises: ValueError without rows, or for a column that no row has.
+
+  Raises:
+    ValueError: without rows, or for a column that no row has.
   """
   if not rows:
     raise ValueError("rows: expected at least one row, got none")

@@ -56,12 +56,17 @@ def sample_prompts(
       a run on MiniLM's embeddings and pixels.
     height, width: in pixels; by default those that the run was trained for.
     nfe: network evaluations, by default those of config.sample.nfe; of several the first.
-    seed: picture i starts from noise that depends on it and i alone.   which: "ema" or "params".
+    seed: picture i starts from noise that depends on it and i alone.
+    which: "ema" or "params".
     teacher: workdir of its teacher, if that has moved; only adapters need it.
     out: folder for 0000.png, ... (a file a prompt), overview.png and samples.npz: noise, prompts, the condition and the
       result "x0", what it takes to sample the same elsewhere. Default: <folder>/samples/prompts_seed<seed>.
-  Returns: `out`.
-  Raises: ValueError for a run, a folder or a size that does not fit.
+
+  Returns:
+    `out`.
+
+  Raises:
+    ValueError: for a run, a folder or a size that does not fit.
   """
   folder = expanded(folder)
   check_local(out, folder)

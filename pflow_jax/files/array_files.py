@@ -27,9 +27,12 @@ def read_npz(
   """Reads an .npz file of plain arrays.
 
   Args:
-    source: a file, or its bytes.   required, optional: names of its arrays.
+    source: a file, or its bytes.
+    required, optional: names of its arrays.
     name: for errors, of bytes, by default that of the file.
-  Raises: ValueError for a file that cannot be read, has other arrays, or says that it holds more than is in it.
+
+  Raises:
+    ValueError: for a file that cannot be read, has other arrays, or says that it holds more than is in it.
   """
   file = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source)
   limit = len(source) if isinstance(source, bytes) else os.stat(source).st_size

@@ -16,7 +16,9 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
   Args:
     path: of this machine or of an object store (gs://...). Its folder must exist; a file that is there is replaced.
     content: a text is written as UTF-8.
-  Raises: OSError where nothing can be written.
+
+  Raises:
+    OSError: where nothing can be written.
   """
   file = epath.Path(path)
   partial = file.with_name(f"{file.name}.{os.getpid()}.partial")

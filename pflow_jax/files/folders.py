@@ -26,7 +26,8 @@ _CROWDED = (
 def expanded(path: str | os.PathLike, flag: str = "--workdir") -> str:
   """The path of a folder that is read, with the home folder for "~" and without slashes at its end.
 
-  Raises: ValueError for one that is empty or no path.
+  Raises:
+    ValueError: for one that is empty or no path.
   """
   if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
     raise ValueError(f"{flag}: expected a path, got {path!r}")
@@ -58,10 +59,15 @@ def checked_folder(path: str | os.PathLike, flag: str = "--workdir") -> str:
   """A folder that results may be written to; it need not exist, and nothing is made.
 
   Args:
-    path: of this machine, or gs://BUCKET/FOLDER.   flag: what a refusal calls it.
-  Returns: the path as of `expanded`.
-  Raises: ValueError for a path that is empty, no folder, not writable or one that a checkpoint cannot be read back
-    from, and for a folder of others: the root, a home, the system's, this package's.
+    path: of this machine, or gs://BUCKET/FOLDER.
+    flag: what a refusal calls it.
+
+  Returns:
+    the path as of `expanded`.
+
+  Raises:
+    ValueError: for a path that is empty, no folder, not writable or one that a checkpoint cannot be read back from, and
+      for a folder of others: the root, a home, the system's, this package's.
   """
   text = _checked_text(path, flag)
   if is_remote(text):
@@ -81,7 +87,9 @@ def checked_file(path: str | os.PathLike, flag: str = "--out", *, ending: str = 
 
   Args:
     ending: of the file's name, which is added to `path`.
-  Returns: the path, without the ending.
+
+  Returns:
+    the path, without the ending.
   """
   text = _checked_text(path, flag)
   if os.fspath(path).rstrip(" ").rsplit("/", 1)[-1] in ("", ".", "..", "~"):

@@ -55,7 +55,8 @@ def may_pass(error: BaseException) -> bool:
 def regular_file(path: str | os.PathLike) -> pathlib.Path:
   """Returns `path`, a regular file or a link to one; opening anything else can wait for ever or change a device.
 
-  Raises: ValueError for a file that is missing, cannot be looked at, or is a folder, pipe, socket or device.
+  Raises:
+    ValueError: for a file that is missing, cannot be looked at, or is a folder, pipe, socket or device.
   """
   _expect(path, stat.S_IFREG)
   return pathlib.Path(path)
@@ -75,8 +76,9 @@ def is_there(path: str | os.PathLike) -> bool:
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
   """Reads a file, or an object of a store, of at most `limit` bytes.
 
-  Raises: ValueError for what is no regular file, cannot be read, or is larger. What a disk or a network raises passes
-    as it is, here and in all that reads.
+  Raises:
+    ValueError: for what is no regular file, cannot be read, or is larger. What a disk or a network raises passes as it
+      is, here and in all that reads.
   """
   file = epath.Path(path) if is_remote(path) else regular_file(path)
   try:
@@ -107,7 +109,9 @@ def read_json(path: str | os.PathLike, schema: Any = dict[str, Any], *, limit: i
     path: of the file; gs:// works too.
     schema: a type that pydantic knows, such as a frozen dataclass or list[str]; JSON's own types are not converted.
     limit: largest size in bytes.
-  Raises: ValueError with all that does not fit.
+
+  Raises:
+    ValueError: with all that does not fit.
   """
   return parse_json(read_bytes(path, limit), schema, where=str(path))
 
@@ -140,7 +144,8 @@ def check_arguments(function: Callable, values: Mapping[str, Any], *, where: str
   Lists become tuples. Numbers are finite, whole ones below 2^31, which is what arrays count in, seeds below 2^32. What
   the function does not annotate is of any type.
 
-  Raises: ValueError for the first that does not fit, named `where`.argument.
+  Raises:
+    ValueError: for the first that does not fit, named `where`.argument.
   """
   hints = _hints(function)
   checked = {}
@@ -175,9 +180,12 @@ def open_image(source: str | os.PathLike | bytes, name: str = "") -> Iterator[Im
   """Opens an image of one of IMAGE_FORMATS, whatever its name ends in: other formats start other programs.
 
   Args:
-    source: a file, or its bytes.   name: for errors, of bytes, by default that of the file.
-  Raises: ValueError for what is none of them or has more pixels than Pillow thinks harmless, and for what is raised
-    while it is decoded in the body.
+    source: a file, or its bytes.
+    name: for errors, of bytes, by default that of the file.
+
+  Raises:
+    ValueError: for what is none of them or has more pixels than Pillow thinks harmless, and for what is raised while it
+      is decoded in the body.
   """
   file = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source)
   with decoding(f"cannot read the image {name or os.fsdecode(source)}"):

@@ -53,7 +53,10 @@ class Lock:
     force: take it over from whoever holds it.
     hint: how a user does that, for the refusal.
     active: False does nothing, for all processes of a program but the first.
-  Raises on entering: ValueError if a process of this machine holds the folder; Busy if another gives signs of life.
+
+  Raises:
+    ValueError: on entering, if a process of this machine holds the folder.
+    Busy: on entering, if another machine's process gives signs of life.
   """
 
   def __init__(

@@ -52,7 +52,9 @@ def join(
     coordinator: host:port of process 0, a free port there.
     num_processes: of the program; 1 without a coordinator is a process alone, wherever it runs.
     process_id: of this one, in [0, num_processes).
-  Raises: ValueError for arguments that do not fit together.
+
+  Raises:
+    ValueError: for arguments that do not fit together.
   """
   given = (coordinator, num_processes, process_id)
   if given == (None, None, None):
@@ -120,7 +122,8 @@ def from_first(value: Any) -> Any:
 def agreed(compute: Callable[[], Any]) -> Any:
   """Calls `compute` in the first process alone, and returns its value, in plain JSON, in all of them.
 
-  Raises: what `compute` raises, in the others by its kind and its words.
+  Raises:
+    Exception: any that `compute` raises; the other processes raise one of its kind with its words.
   """
   if jax.process_count() == 1:
     return compute()

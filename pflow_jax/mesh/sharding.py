@@ -34,7 +34,8 @@ Rule = tuple[str, tuple[Any, ...]]
 def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, ...]:
   """Sizes of AXES over `count` devices.
 
-  Raises: ValueError if they do not multiply to it.
+  Raises:
+    ValueError: if they do not multiply to it.
   """
   sizes = settings.sizes
   known = math.prod(size for size in sizes.values() if size != -1)
@@ -59,7 +60,8 @@ def make_mesh(settings: MeshSettings = MeshSettings(), devices: Sequence[Any] | 
   Neighbours in a slice's mesh are neighbours in its network. Devices other than TPUs are dealt out in the order of
   their processes: what JAX calls their slice is the machine they are in.
 
-  Raises: ValueError for sizes that do not fit the devices, or their slices.
+  Raises:
+    ValueError: for sizes that do not fit the devices, or their slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = mesh_shape(settings, len(devices))
@@ -123,7 +125,8 @@ class Layout:
   def shardings(self, tree: PyTree) -> PyTree:
     """Sharding of every leaf of a tree of parameters, or of what goes with them (arrays or shapes).
 
-    Raises: ValueError that names every leaf that no row covers, or whose shape its row does not fit.
+    Raises:
+      ValueError: that names every leaf that no row covers, or whose shape its row does not fit.
     """
     problems: list[str] = []
 
@@ -178,7 +181,8 @@ class Layout:
   def local_rows(self, size: int) -> np.ndarray:
     """Positions (n,), ascending, of the rows of a batch of `size` that this process's devices hold.
 
-    Raises: ValueError if the batch does not split evenly.
+    Raises:
+      ValueError: if the batch does not split evenly.
     """
     if size % self.batch_parts:
       raise ValueError(
@@ -190,7 +194,8 @@ class Layout:
   def shard_batch(self, batch: PyTree, size: int) -> PyTree:
     """Global arrays (size, ...) of a batch, of which each process has the rows that `local_rows` says, as NumPy.
 
-    Raises: ValueError for another number of rows.
+    Raises:
+      ValueError: for another number of rows.
     """
     rows = self.local_rows(size)
 

@@ -55,12 +55,16 @@ def attention(
   """Full (bidirectional) scaled dot-product attention, softmax in float32 (or wider).
 
   Args:
-    q: queries, (B, T, H, D).   k, v: keys and values, (B, S, H, D).
+    q: queries, (B, T, H, D).
+    k, v: keys and values, (B, S, H, D).
     mask: which keys are attended to, (B, S) bool, at least one an example; None is all.
     implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, float16 or bfloat16 inputs only; "splash" on TPUs.
 
-  Returns: (B, T, H, D) in the dtype of `q`.
-  Raises: ValueError for an unknown implementation.
+  Returns:
+    (B, T, H, D) in the dtype of `q`.
+
+  Raises:
+    ValueError: for an unknown implementation.
   """
   _check(implementation)
   if implementation == "splash":

@@ -2,7 +2,8 @@
 
 The EDM state y = x0 + sigma eps is the flow state over its weight of the data: y = x_t / (1 - t), sigma = t / (1 - t).
 
-References: EDM, arXiv:2206.00364; flow maps, arXiv:2506.14603.
+References:
+  EDM, arXiv:2206.00364; flow maps, arXiv:2506.14603.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ def edm_denoiser(network: Callable[[Array, Array, Any], Array], sigma_data: floa
     network: F (x, c_noise, cond) -> (B, *space, C), x of unit variance, c_noise = log(sigma) / 4 (B,). One that takes
       flow time, like `EDM2UNet`, gets t = sigmoid(4 c_noise).
     sigma_data: standard deviation of the data, > 0.
-  Returns: (y, sigma, cond) -> D, y (B, *space, C), sigma (B,) > 0.
-  References: EDM, arXiv:2206.00364, Table 1.
+
+  Returns:
+    (y, sigma, cond) -> D, y (B, *space, C), sigma (B,) > 0.
+
+  References:
+    EDM, arXiv:2206.00364, Table 1.
   """
   if not 0 < sigma_data < math.inf:
     raise ValueError(f"sigma_data: expected the data's standard deviation, > 0, got {sigma_data}")
@@ -56,8 +61,11 @@ def denoiser_velocity(denoiser: Denoiser, max_sigma: float = 80.0, min_sigma: fl
   EDM state is infinite, and towards t = 0 a network's error, like rounding, grows as 1 / t while the exact velocity
   only tends to -x. The defaults are EDM's range.
 
-  Returns: (x, t, cond) -> v, x (B, *space, C), t (B,) in [0, 1].
-  Raises: ValueError unless 0 < min_sigma < max_sigma.
+  Returns:
+    (x, t, cond) -> v, x (B, *space, C), t (B,) in [0, 1].
+
+  Raises:
+    ValueError: unless 0 < min_sigma < max_sigma.
   """
   if not 0 < min_sigma < max_sigma < math.inf:
     raise ValueError(f"noise levels: expected 0 < min_sigma < max_sigma, got {min_sigma}, {max_sigma}")

@@ -2,8 +2,11 @@
 
 Layers have StyleGAN2's equalised learning rate: unit-normal kernels, scaled by 1/sqrt(fan-in) at run time, so that one
 rate suits them all. Nothing here has a custom derivative: gradient penalties differentiate twice.
-References: StyleGAN2, arXiv:1912.04958; projection onto the class, arXiv:1802.05637; minibatch standard deviation,
-arXiv:1710.10196.
+
+References:
+  StyleGAN2, arXiv:1912.04958.
+  Projection onto the class, arXiv:1802.05637.
+  Minibatch standard deviation, arXiv:1710.10196.
 """
 
 from __future__ import annotations
@@ -104,7 +107,9 @@ class Discriminator(nn.Module):
       32768 / H, up to 512.
     group_size: examples that share a minibatch standard deviation, see `minibatch_std`; 1 keeps examples apart.
     dtype: compute dtype down to 4 x 4. Parameters and what follows stay float32.
-  Raises: ValueError for a shape that cannot be halved down to 4 x 4.
+
+  Raises:
+    ValueError: for a shape that cannot be halved down to 4 x 4.
   """
 
   shape: tuple[int, int, int]
@@ -142,7 +147,14 @@ class Discriminator(nn.Module):
 class PointDiscriminator(nn.Module):
   """MLP with the image discriminator's layers: `apply({"params": p}, x, cond)` -> logits (B,), float32.
 
-  Each point is judged alone. Attributes: shape (C,); the others as for `Discriminator`.
+  Each point is judged alone.
+
+  Attributes:
+    shape: (C,) of a point.
+    num_classes: as for `Discriminator`.
+    width: features of the hidden layers.
+    depth: hidden layers.
+    dtype: as for `Discriminator`.
   """
 
   shape: tuple[int]
@@ -176,7 +188,8 @@ def make_discriminator(
 ) -> Discriminator | PointDiscriminator:
   """Discriminator for examples of `shape`: (H, W, C) images, or (C,) points, whose layers all have `width`.
 
-  Raises: ValueError for other shapes, see `Discriminator`.
+  Raises:
+    ValueError: for other shapes, see `Discriminator`.
   """
   shape = tuple(shape)
   if len(shape) == 3:

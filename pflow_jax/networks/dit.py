@@ -1,6 +1,7 @@
 """DiT: a transformer over patches, conditioned on time and class, or a text's vector, through adaLN-zero.
 
-References: DiT, arXiv:2212.09748; SiT, arXiv:2401.08740.
+References:
+  DiT, arXiv:2212.09748; SiT, arXiv:2401.08740.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class DiT(nn.Module):
       the host's memory, where the device has a way there: TPU and GPU).
     attention: implementation name, see `pflow_jax.networks.attention`.
     norm_eps: added to the variance by the norms before the MLPs, as diffusers has it; the other norms have 1e-6.
-    time_scale: factor on t before its sinusoid.   frequency_shift: of that, see `layers.sinusoid`.
+    time_scale: factor on t before its sinusoid.
+    frequency_shift: of that, see `layers.sinusoid`.
     flip_time: the sinusoid is given 1 - t: 0 is noise and 1 data, as in SiT.
     scan_unroll: blocks unrolled in one iteration of the scan over depth.
   """

@@ -3,7 +3,8 @@
 Every layer keeps unit-variance inputs at unit variance, so nothing needs a bias or a learned norm. The directions of
 the weights are what trains: apply `normalize_weights` after every update.
 
-References: EDM2 (config G), arXiv:2312.02696; flow maps, arXiv:2506.14603; time features, arXiv:2410.11081.
+References:
+  EDM2 (config G), arXiv:2312.02696; flow maps, arXiv:2506.14603; time features, arXiv:2410.11081.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def normalize_weights(params: Any) -> Any:
 
   Without it the kernels grow, which the forward pass does not see, and the effective learning rate decays.
 
-  References: EDM2, Sec. 2.3, Eq. 66.
+  References:
+    EDM2, Sec. 2.3, Eq. 66.
   """
 
   def project(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -133,7 +135,8 @@ class Block(nn.Module):
     features: channels of the output.
     decoder: a decoder block widens after its residual branch, and has no pixel norm.
     resample: "keep", "down" (mean of 2 x 2) or "up" (nearest neighbour).
-    num_heads: of the attention; 0 for none.   attention: implementation name.
+    num_heads: of the attention; 0 for none.
+    attention: implementation name.
   """
 
   features: int
@@ -251,9 +254,14 @@ class EDM2UNet(nn.Module):
     H and W are multiples of 2^(levels - 1).
 
     Args:
-      s: flow time where the flow map ends, s <= t, (B,).   guidance: strength, (B,).
-    Returns: (B, H, W, C), float32 (or wider).
-    Raises: ValueError for sizes that do not fit.
+      s: flow time where the flow map ends, s <= t, (B,).
+      guidance: strength, (B,).
+
+    Returns:
+      (B, H, W, C), float32 (or wider).
+
+    Raises:
+      ValueError: for sizes that do not fit.
     """
     self._check(x, t=t, cond=cond, s=s, guidance=guidance)
     dtype, wide = jnp.dtype(self.dtype), accumulation_dtype(self.dtype)

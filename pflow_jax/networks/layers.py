@@ -48,8 +48,11 @@ def scanned(block: Any, depth: int, remat: str = "none", unroll: int = 1) -> Any
   Parameters have a leading axis `depth`.
 
   Args:
-    remat: see REMAT_POLICIES.   unroll: blocks in one iteration.
-  Raises: ValueError for an unknown `remat`.
+    remat: see REMAT_POLICIES.
+    unroll: blocks in one iteration.
+
+  Raises:
+    ValueError: for an unknown `remat`.
   """
   if remat not in REMAT_POLICIES:
     raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {remat!r}")
@@ -118,7 +121,8 @@ def unpatchify(rows: jax.Array, grid: tuple[int, ...], patch_size: int, groups: 
       (m, c, p1, p2) for "flux".
     groups: M, how many maps (components, coefficients) a row holds.
 
-  Returns: (B, M, *space, C), space = grid * patch_size.
+  Returns:
+    (B, M, *space, C), space = grid * patch_size.
   """
   axes = len(grid)
   names, sub, space = _patch_axes(axes, layout)

@@ -7,7 +7,8 @@ A table, a sequence of `Adapter`, says which layers; the first row that matches 
     with adapted(table):
       out = network.apply({"params": params}, x, t, cond)
 
-References: LoRA, arXiv:2106.09685; the released students of pi-Flow (rank = alpha = 256, dropout 0.05).
+References:
+  LoRA, arXiv:2106.09685; the released students of pi-Flow (rank = alpha = 256, dropout 0.05).
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ def init_adapters(params: Mapping[str, Any], table: Table, key: jax.Array) -> Pa
   (..., rank, out), zeros; float32. Leading axes are those of nn.scan: every depth has its own draw. A layer's draw
   depends on `key` and on the layers of `params`, not on the table's other rows.
 
-  Raises: ValueError for a row that takes no layer, and for a rank above min(in, out).
-  References: the release's LoraConfig(init_lora_weights="gaussian"), which in huggingface/peft,
-    tuners/lora/layer.py, reset_lora_parameters, is normal_(std=1 / r): the rank divides the deviation, not the
-    variance.
+  Raises:
+    ValueError: for a row that takes no layer, and for a rank above min(in, out).
+
+  References:
+    the release's LoraConfig(init_lora_weights="gaussian"), which in huggingface/peft, tuners/lora/layer.py,
+      reset_lora_parameters, is normal_(std=1 / r): the rank divides the deviation, not the variance.
   """
   flat = flatten_dict(params)
   layers = sorted(keys[:-1] for keys, value in flat.items() if keys[-1] == "kernel" and value.ndim >= 2)
@@ -94,7 +97,8 @@ def adapted(table: Table) -> contextlib.AbstractContextManager[None]:
   formed. Dropout engages where the rng collection "dropout" reaches the layer: give apply rngs={"dropout": key} when
   training, and an nn.scan split_rngs={"dropout": True}.
 
-  Raises: on apply, ValueError for an adapter of another table, or on a layer that is not an nn.Dense.
+  Raises:
+    ValueError: on apply, for an adapter of another table, or on a layer that is not an nn.Dense.
   """
 
   def interceptor(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -124,7 +128,8 @@ def merge_adapters(params: Mapping[str, Any], table: Table) -> Params:
   The sum is made in float32 (or wider) at the highest precision and kept in the kernel's dtype; all other leaves are
   the same objects.
 
-  Raises: ValueError for an adapter of another table.
+  Raises:
+    ValueError: for an adapter of another table.
   """
   flat = flatten_dict(params)
   merged = {keys: value for keys, value in flat.items() if keys[-1] not in ("lora_a", "lora_b")}

@@ -4,7 +4,8 @@ A double block has weights of its own for text and for image tokens, which meet 
 has one set for both, and its attention and MLP side by side. Residual streams have the network's compute dtype, as in
 the released models; norms are float32 within.
 
-References: MMDiT, arXiv:2403.03206; FLUX.1 (Black Forest Labs); Qwen-Image, arXiv:2508.02324.
+References:
+  MMDiT, arXiv:2403.03206; FLUX.1 (Black Forest Labs); Qwen-Image, arXiv:2508.02324.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ class _Block(nn.Module):
   """What both kinds of block share.
 
   Attributes:
-    num_heads: of `head_dim` channels each.   mlp_ratio: width of the MLP over that of the tokens.
-    dtype: compute dtype.   attention: implementation, see `networks.attention`.
+    num_heads: of `head_dim` channels each.
+    mlp_ratio: width of the MLP over that of the tokens.
+    dtype: compute dtype.
+    attention: implementation, see `networks.attention`.
   """
 
   num_heads: int
@@ -123,7 +126,8 @@ class DoubleBlock(_Block):
     """carry: image (B, T, D) and text (B, L, D) tokens.
 
     Args:
-      condition: SiLU of the embedding, (B, D).   ropes: of image and text, see `rope_tables`.
+      condition: SiLU of the embedding, (B, D).
+      ropes: of image and text, see `rope_tables`.
       mask: which tokens are attended to, (B, L + T), text first; None is all.
     """
     tokens = [constrain(x, BATCH, None, None) for x in carry]
@@ -172,7 +176,8 @@ class Transformer(nn.Module):
     num_heads, head_dim: their product is the width.
     rope_axes: channels of a head that turn with a token's frame, row and column.
     dtype: compute dtype and that of the residual stream. Norms, embeddings and outputs stay float32.
-    remat, scan_unroll: see `layers.scanned`.   attention: see `networks.attention`.
+    remat, scan_unroll: see `layers.scanned`.
+    attention: see `networks.attention`.
   """
 
   head: Any = None

@@ -4,7 +4,8 @@ Images are (B, H, W, C) in [-1, 1]. Latents are (B, h, w, latent_channels) as a 
 to a variance of about one; h = H / down_factor. The networks run in their compute dtype, as they are released, but for
 norms, the softmax and outputs, which are float32.
 
-References: latent diffusion, arXiv:2112.10752; the released AutoencoderKL of diffusers.
+References:
+  latent diffusion, arXiv:2112.10752; the released AutoencoderKL of diffusers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Layers:
   """The layers that encoder and decoder are made of, here AutoencoderKL's.
 
   Attributes:
-    dtype: compute dtype of convolutions.   groups: of the norms.
+    dtype: compute dtype of convolutions.
+    groups: of the norms.
   """
 
   dtype: Dtype
@@ -115,7 +117,9 @@ class Level(nn.Module):
   """The blocks of one resolution, and the way to the next ("down" or "up"), if there is one ("keep").
 
   Attributes:
-    features: channels of the blocks.   depth: their number.   index: of the level, in the order of computation.
+    features: channels of the blocks.
+    depth: their number.
+    index: of the level, in the order of computation.
   """
 
   features: int
@@ -151,8 +155,11 @@ class Encoder(nn.Module):
   """Image -> mean and log-variance side by side.
 
   Attributes:
-    features: channels of the output.   stem: channels of the first convolution.
-    widths: channels of each level, the finest first.   depth: blocks a level.   attention: in the middle.
+    features: channels of the output.
+    stem: channels of the first convolution.
+    widths: channels of each level, the finest first.
+    depth: blocks a level.
+    attention: in the middle.
   """
 
   features: int
@@ -176,7 +183,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
   """Latent -> image.
 
-  Attributes: as the encoder's; `widths` too is of the finest level first, though that is the last one here. Levels have
+  Attributes:
+    as the encoder's; `widths` too is of the finest level first, though that is the last one here. Levels have
     one block more.
   """
 
@@ -218,7 +226,9 @@ class Autoencoder(nn.Module):
 
     Args:
       x: images (B, H, W, channels) in [-1, 1]; H and W are multiples of `down_factor`.
-    Raises: ValueError for other shapes.
+
+    Raises:
+      ValueError: for other shapes.
     """
     channels, factor = self.channels, self.down_factor  # type: ignore[attr-defined]
     if x.ndim != 4 or x.shape[-1] != channels or any(size % factor or size < 1 for size in x.shape[1:3]):
@@ -246,7 +256,8 @@ class Autoencoder(nn.Module):
   def decode(self, z: jax.Array) -> jax.Array:
     """Images of latents z (B, h, w, latent_channels): (B, H, W, channels), about [-1, 1]; float32.
 
-    Raises: ValueError for other shapes.
+    Raises:
+      ValueError: for other shapes.
     """
     channels = self.latent_channels  # type: ignore[attr-defined]
     if z.ndim != 4 or z.shape[-1] != channels or 0 in z.shape[1:3]:
@@ -264,8 +275,10 @@ class AutoencoderKL(Autoencoder):
 
   Attributes:
     channels, latent_channels: of images and of latents.
-    widths: channels of each level, the finest first.   depth: blocks of an encoder's level; a decoder's has one more.
-    groups: of the group norms.   mid_attention: whether encoder and decoder attend at the coarsest level.
+    widths: channels of each level, the finest first.
+    depth: blocks of an encoder's level; a decoder's has one more.
+    groups: of the group norms.
+    mid_attention: whether encoder and decoder attend at the coarsest level.
     scale, shift: z = (latent - shift) * scale.
     use_quant_conv, use_post_quant_conv: whether 1 x 1 convolutions follow the encoder and precede the decoder.
     dtype: compute dtype. Parameters, norms and outputs stay float32.

@@ -29,7 +29,8 @@ class Chip:
     devices: JAX devices a chip. 2 where each TensorCore is a device of its own, with half of the memory, of the
       operations and of the bandwidths.
     cores: TensorCores, which the Cloud names of some generations count.
-    dimensions: of a slice's torus.   max_chips: of a slice.
+    dimensions: of a slice's torus.
+    max_chips: of a slice.
   """
 
   name: str
@@ -80,8 +81,12 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...], int]:
     text: a topology, "v5e:16x16" or "v5p:4x4x4"; or a Cloud name, "v5e-256" (also "v5litepod-256"), "v6e-64" or
       "v5p-128", which stands for the usual shape of that size. It counts TensorCores: one a chip of v5e and v6e,
       two of v3, v4, v5p and tpu7x.
-  Raises: ValueError for a chip, a shape or a size that there is not.
-  References: cloud.google.com/tpu/docs/system-architecture-tpu-vm and the generations' pages.
+
+  Raises:
+    ValueError: for a chip, a shape or a size that there is not.
+
+  References:
+    cloud.google.com/tpu/docs/system-architecture-tpu-vm and the generations' pages.
   """
   topology = re.fullmatch(r"(\w+):([0-9]{1,9}(?:x[0-9]{1,9})*)", text.strip())
   if topology:
@@ -129,7 +134,8 @@ def links_of_axis(text: str) -> int:
 def compiler_topology(text: str) -> tuple[str, dict[str, Any]]:
   """Name and options of a slice for `jax.experimental.topologies.get_topology_desc(name, platform="tpu", **options)`.
 
-  Args: see `parse_topology`.
+  Args:
+    text: as for `parse_topology`.
   """
   name, shape, number = parse_topology(text)
   options: dict[str, Any] = {}

@@ -78,7 +78,9 @@ def collectives(text: str, devices_per_slice: int | None = None) -> Collectives:
     text: of `compiled.as_text()`.
     devices_per_slice: splits the traffic of a program over several slices, if the devices of the mesh are listed slice
       by slice. The TPU compiler needs no such hint: its program is one slice's, and says what leaves it.
-  Raises: ValueError for a text without an entry computation, or collectives of an unknown form.
+
+  Raises:
+    ValueError: for a text without an entry computation, or collectives of an unknown form.
   """
   module = Module(text)
   totals, unknown = _walk(Scope(module, module.entry, {}), devices_per_slice)
@@ -201,7 +203,9 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
 
   {{0,1},{2,3}}, or {} for all; [2,4]<=[8] or [4,2]<=[2,4]T(1,0), a reshaped (and transposed) count; and
   mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, or {'a':(2)2} for a part of an axis: all that differ there.
-  References: openxla/xla, hlo/ir/replica_group.cc and mesh_and_axis.cc.
+
+  References:
+    openxla/xla, hlo/ir/replica_group.cc and mesh_and_axis.cc.
   """
   if pairs := re.search(r"source_target_pairs=(\{[{}\d,\s]*\})", attributes):
     return _lists(pairs[1], num_devices)

@@ -47,7 +47,8 @@ class Slice:
   """The chips to plan for.
 
   Attributes:
-    topology: of one slice, "v5e:16x16" or a Cloud name, see `chips.parse_topology`.   slices: how many of them.
+    topology: of one slice, "v5e:16x16" or a Cloud name, see `chips.parse_topology`.
+    slices: how many of them.
   """
 
   topology: str
@@ -76,7 +77,8 @@ class Slice:
   def devices(self) -> Sequence[Any]:
     """Devices that can be compiled for, and nothing else.
 
-    Raises: NoCompiler.
+    Raises:
+      NoCompiler: the compiler is not installed.
     """
     os.environ |= _compiler_environment()
     from jax.experimental import topologies
@@ -95,7 +97,8 @@ class Slice:
 def find_compiler() -> str:
   """Path of the TPU compiler's library.
 
-  Raises: NoCompiler.
+  Raises:
+    NoCompiler: it is not installed.
   """
   places = [os.environ.get("TPU_LIBRARY_PATH"), os.path.expanduser(f"{CACHE}/libtpu/libtpu.so")]
   spec = importlib.util.find_spec("libtpu")
@@ -147,8 +150,12 @@ def plan(
     fast: compile with little effort: about the same memory, but more traffic, and with it longer estimates.
     search: if it does not fit, look for what would make it fit.
     sampling: plan the sampler as well.
-  Returns: a report for JSON, see `planning.report.as_text`. Bytes are of a device, operations and bytes sent of a step.
-  Raises: ValueError for a config, a mesh or a batch that does not fit together.
+
+  Returns:
+    a report for JSON, see `planning.report.as_text`. Bytes are of a device, operations and bytes sent of a step.
+
+  Raises:
+    ValueError: for a config, a mesh or a batch that does not fit together.
   """
   note = ""
   try:

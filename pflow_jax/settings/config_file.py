@@ -22,7 +22,9 @@ def read_config_file(config: str) -> ConfigDict:
   Args:
     config: "path/of/config.py" or "path/of/config.py:variant"; get_config takes the variant, if there is one. A name
       without ".py", such as "digits:gmflow", is a file that comes with this package.
-  Raises: ValueError for what is no Python file, or fails, with the line.
+
+  Raises:
+    ValueError: for what is no Python file, or fails, with the line.
   """
   path, _, variant = config.partition(":")
   expected = "expected a Python file, and perhaps a variant after a colon, such as configs/digits.py:teacher"

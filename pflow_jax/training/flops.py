@@ -15,8 +15,10 @@ def count_flops(jaxpr: Any) -> int:
 
   Args:
     jaxpr: a ClosedJaxpr, such as `jax.jit(f).trace(*args).jaxpr`.
-  Returns: operations of the whole (global) computation. A while loop counts one iteration, a cond its largest branch,
-    a Pallas kernel as often as its grid has steps, elementwise work nothing.
+
+  Returns:
+    operations of the whole (global) computation. A while loop counts one iteration, a cond its largest branch, a Pallas
+      kernel as often as its grid has steps, elementwise work nothing.
   """
   return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 

@@ -40,7 +40,8 @@ class ModelInput:
   """A model that a run was made from.
 
   Attributes:
-    workdir: its folder at the time, absolute.   relative: the same from the run's own folder, None if there is no way.
+    workdir: its folder at the time, absolute.
+    relative: the same from the run's own folder, None if there is no way.
     step, which: of its parameters.
     about: what it is, for people: its kind, network and policy.
     parameters: digest of names, shapes and spread values of its parameters, however they are stored.
@@ -110,7 +111,8 @@ class Inputs:
 def read_inputs(workdir: str | os.PathLike) -> Inputs | None:
   """What the run in `workdir` says that it was made from; None where it does not, as runs of old.
 
-  Raises: ValueError for a file that is none.
+  Raises:
+    ValueError: for a file that is none.
   """
   path = epath.Path(workdir) / INPUTS
   if not path.exists():
@@ -161,7 +163,9 @@ def locate(name: str, given: str, workdir: str | os.PathLike, inputs: Inputs) ->
     name: of the model, one of `Inputs.models`.
     given: its folder as the run's config says; another than at the time was given by somebody, and is the only one.
     inputs: of the run; where they do not know the model, `given` is believed.
-  Raises: ValueError where it is not, or another model is in its place.
+
+  Raises:
+    ValueError: where it is not, or another model is in its place.
   """
   model = inputs.models.get(name)
   if model is None:
@@ -217,7 +221,8 @@ def digest_of_parameters(folder: str, step: int | None, which: str) -> str:
 
   It does not depend on how they are stored. At most a chunk is read of at most LEAVES leaves.
 
-  Raises: as `checkpoint.load_params`.
+  Raises:
+    ValueError: as `checkpoint.load_params`.
   """
   leaves = open_leaves(f"{folder}/{CHECKPOINTS}", which=which, step=step)
   names = sorted(leaves)

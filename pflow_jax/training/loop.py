@@ -52,7 +52,7 @@ def fit(
 
   Raises:
     FloatingPointError: updates stay non-finite.
-    Whatever the keeper makes of a place that takes nothing more.
+    Exception: the keeper's, for a place that takes nothing more.
   """
   experiment, layout = program.experiment, program.layout
   settings, length = experiment.settings, experiment.settings.need("train")
@@ -156,7 +156,8 @@ class Meter:
   def flush(self, final: bool = False) -> None:
     """Writes the interval that is complete, if one is; `final` writes what there is.
 
-    Raises: FloatingPointError after max_skipped non-finite updates in a row.
+    Raises:
+      FloatingPointError: after max_skipped non-finite updates in a row.
     """
     if not self._pending or not (self._due or final):
       return

@@ -105,7 +105,8 @@ def _scaled(updates: PyTree, rates: Sequence[tuple[str, float]]) -> PyTree:
 def skipped(opt_state: optax.OptState) -> tuple[Array, Array]:
   """Skipped non-finite updates so far: (in a row up to now, in total), each () int32.
 
-  Raises: ValueError if `opt_state` is not from `make_optimizer` (wrapped or not).
+  Raises:
+    ValueError: if `opt_state` is not from `make_optimizer` (wrapped or not).
   """
   in_a_row = optax.tree_utils.tree_get(opt_state, "notfinite_count")
   total = optax.tree_utils.tree_get(opt_state, "total_notfinite")

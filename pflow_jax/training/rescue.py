@@ -35,7 +35,8 @@ def rescue(
 
   Of a run of several processes, each of which has a part of the state and a disk of its own, nothing is saved.
 
-  Returns: what the run ends with, `cause` and where it is and how to go on, Rescued, or why it is not saved.
+  Returns:
+    what the run ends with, `cause` and where it is and how to go on, Rescued, or why it is not saved.
   """
   step = int(state.step)
   if jax.process_count() > 1:

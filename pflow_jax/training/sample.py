@@ -95,7 +95,8 @@ def sample_keys(count: int, seed: int) -> jax.Array:
 def class_numbers(labels: Sequence[int | str], dataset: data.Dataset) -> list[int]:
   """Numbers of classes that are given by number or by name; a text that is both is the name.
 
-  Raises: ValueError for a class that there is not, with the nearest name.
+  Raises:
+    ValueError: for a class that there is not, with the nearest name.
   """
   names, count = dataset.class_names, max(dataset.num_classes, 1)
   known: dict[Any, int] = {}

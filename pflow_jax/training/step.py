@@ -59,10 +59,13 @@ class Step:
     """One optimizer step.
 
     Args:
-      state: what trains.   frozen: what does not, the teacher's parameters: an argument, not part of the state.
+      state: what trains.
+      frozen: what does not, the teacher's parameters: an argument, not part of the state.
       batch: pytree of arrays with a leading axis of examples.
       key: the run's key; the step's own is folded from it, so a resumed run draws the same numbers.
-    Returns: the new state, and scalar metrics.
+
+    Returns:
+      the new state, and scalar metrics.
     """
     key_loss, key_opponent = jax.random.split(jax.random.fold_in(key, state.step))
     loss, aux, grads = self._gradient(state, frozen, batch, key_loss)
@@ -189,7 +192,9 @@ def make_program(experiment: Experiment, layout: Layout | None = None) -> Progra
 
   Args:
     layout: by default that of the section `mesh` over this machine's devices, which must be able to hold it.
-  Raises: ValueError for a mesh, a table or a batch that does not fit.
+
+  Raises:
+    ValueError: for a mesh, a table or a batch that does not fit.
   """
   here, layout = layout is None, layout or layout_of(experiment.settings)
   batch_size = experiment.settings.need("train").batch_size

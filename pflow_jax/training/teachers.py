@@ -61,7 +61,8 @@ class Teacher:
     settings: how it is guided. Its `workdir` and `step` are those of a run, and of no use here.
     null_cond: the empty condition, for guidance; by default that of the data it is used with.
 
-  References: pi-Flow, arXiv:2510.14974, whose objective knows a teacher by nothing else.
+  References:
+    pi-Flow, arXiv:2510.14974, whose objective knows a teacher by nothing else.
   """
 
   def __init__(

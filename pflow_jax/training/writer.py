@@ -68,7 +68,8 @@ class MetricsWriter:
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Logs scalars: Python, NumPy or JAX numbers of shape ().
 
-    Raises: ValueError for a value that is not a single number, naming it.
+    Raises:
+      ValueError: for a value that is not a single number, naming it.
     """
     if self._log is None:
       return

@@ -1,7 +1,9 @@
 """Adversarial finetuning: relativistic pairing with zero-centred gradient penalties.
 
 The generator's total is its distillation loss + weight * adaptive weight * `generator_loss`.
-References: Align Your Flow, arXiv:2506.14603; R3GAN, arXiv:2501.05441, Eq. 2 and 3; VQGAN, arXiv:2012.09841, Eq. 7.
+
+References:
+  Align Your Flow, arXiv:2506.14603; R3GAN, arXiv:2501.05441, Eq. 2 and 3; VQGAN, arXiv:2012.09841, Eq. 7.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ def discriminator_loss(
   Args:
     real, fake: data and generated samples, (B, *space, C), paired one to one. No gradient goes into them.
     cond: condition of both.
-  Returns: loss per example (B,), and metrics (B,): the margin D(real) - D(fake), and the squared gradient norms.
+
+  Returns:
+    loss per example (B,), and metrics (B,): the margin D(real) - D(fake), and the squared gradient norms.
   """
   real, fake = jax.lax.stop_gradient(as_float(real, fake))
   real_logits, real_norm = _logits_and_slope(discriminator, real, cond)
@@ -93,7 +97,9 @@ def adaptive_weight(gradient: Any, adversarial_gradient: Any, *, max_weight: flo
 
   Args:
     gradient, adversarial_gradient: pytrees, of the two losses with respect to the generator's last layer.
-  Returns: scalar; always finite, 0 where a gradient is not.
+
+  Returns:
+    scalar; always finite, 0 where a gradient is not.
   """
   ratio = _norm(gradient) / (_norm(adversarial_gradient) + 1e-4)
   return jax.lax.stop_gradient(jnp.where(jnp.isfinite(ratio), jnp.minimum(ratio, max_weight), 0.0))

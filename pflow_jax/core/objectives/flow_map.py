@@ -4,7 +4,8 @@ A flow map jumps from flow time t to s, f(x, t, s) = x + (s - t) F(x, t, s): F i
 the network. All objectives regress F on what the identity that defines it says of F's own derivative, taken forward
 (`jax.jvp`); they differ in the settings of `FlowMap`, see `ayf_emd`, `ayf_lmd`, `mean_flow` and `consistency`.
 
-References: Align Your Flow, arXiv:2506.14603; MeanFlow, arXiv:2505.13447; sCM, arXiv:2410.11081.
+References:
+  Align Your Flow, arXiv:2506.14603; MeanFlow, arXiv:2505.13447; sCM, arXiv:2410.11081.
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ def mean_flow(**changes: Any) -> FlowMap:
   itself whether s = t, and then whether its label is dropped; the release takes the first 75 % of a batch, and of these
   the first rows. Without classes set kappa and cond_dropout to 0, which saves two evaluations of the network a step.
 
-  References: MeanFlow, arXiv:2505.13447.
+  References:
+    MeanFlow, arXiv:2505.13447.
   """
   settings = FlowMap(
     target="data",
@@ -187,7 +189,8 @@ def consistency(**changes: Any) -> FlowMap:
   0.27. `time_mean` and `time_std` change them. The warm-up and the normalisation are AYF's; sCM's learned weight of the
   loss is left out.
 
-  References: sCM, arXiv:2410.11081.
+  References:
+    sCM, arXiv:2410.11081.
   """
   return dataclasses.replace(FlowMap(to_data=1.0, time_mean=-1.0, time_std=1.4), **changes)
 
@@ -226,11 +229,16 @@ def residual(
   """How far F is from what its own derivative says, F - v +- warmup (t - s) dF; 0 for the exact flow map.
 
   Args:
-    network: see `Network`.   velocity: (x, t) -> v, like x.
-    x: states at `t`, (B, *space, C).   t, s: flow times (B,), s <= t.
-    side: "eulerian" or "lagrangian".   warmup: share of the derivative.
+    network: see `Network`.
+    velocity: (x, t) -> v, like x.
+    x: states at `t`, (B, *space, C).
+    t, s: flow times (B,), s <= t.
+    side: "eulerian" or "lagrangian".
+    warmup: share of the derivative.
     precise: the network in float32, for the derivative, where `network` computes in less; one more evaluation.
-  Returns: F with its gradient, and without theirs the residual and dF (dF/dt along the flow, or dF/ds); all like x.
+
+  Returns:
+    F with its gradient, and without theirs the residual and dF (dF/dt along the flow, or dF/ds); all like x.
   """
 
   def jump(x, t, s):
@@ -273,12 +281,20 @@ def flow_map_loss(
   Args:
     network: average velocity, see `Network`; must have a forward derivative.
     teacher: velocity, see `Teacher`; None with target="data".
-    x0: data, (B, *space, C).   cond, null_cond: see `flow_matching.replace_condition`.
-    step: optimizer step, for the warm-up.   precise: see `residual`.
-  Returns: loss per example (B,), and metrics per example: rms of the residual and of the derivative, the share of
-    examples left out because they are not finite, and the warm-up.
-  Raises: ValueError for a network or teacher that returns anything but an array like x.
-  References: Align Your Flow, arXiv:2506.14603, Sec. 3 and 4.
+    x0: data, (B, *space, C).
+    cond, null_cond: see `flow_matching.replace_condition`.
+    step: optimizer step, for the warm-up.
+    precise: see `residual`.
+
+  Returns:
+    loss per example (B,), and metrics per example: rms of the residual and of the derivative, the share of examples
+      left out because they are not finite, and the warm-up.
+
+  Raises:
+    ValueError: for a network or teacher that returns anything but an array like x.
+
+  References:
+    Align Your Flow, arXiv:2506.14603, Sec. 3 and 4.
   """
   where = "flow_map_loss: {}(x, t, {}cond, guidance)"
   network = checked(where.format("network", "s, "), network)

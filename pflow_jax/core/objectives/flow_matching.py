@@ -88,9 +88,15 @@ def flow_matching_loss(
     network: (x, t, cond) -> velocity, like x.
     x0: data, (B, *space, C).
     cond, null_cond: condition of the examples, and the empty one, see `drop_condition`.
-  Returns: loss per example (B,), the mean squared error over a sample, and no metrics.
-  Raises: ValueError for a network that returns anything but an array like x.
-  References: flow matching, arXiv:2210.02747; logit-normal times, arXiv:2403.03206.
+
+  Returns:
+    loss per example (B,), the mean squared error over a sample, and no metrics.
+
+  Raises:
+    ValueError: for a network that returns anything but an array like x.
+
+  References:
+    flow matching, arXiv:2210.02747; logit-normal times, arXiv:2403.03206.
   """
   s = settings
   network = checked("flow_matching_loss: network(x, t, cond)", network)

@@ -1,7 +1,8 @@
 """π-ID: imitation of the teacher's velocity along the policy's own trajectory.
 
-References: pi-Flow, arXiv:2510.14974, Algorithm 1; the release's generalisation with a teacher ratio and windows;
-ArcFlow (arXiv:2602.09014) trains with the same objective.
+References:
+  pi-Flow, arXiv:2510.14974, Algorithm 1, and the release's generalisation with a teacher ratio and windows.
+  ArcFlow, arXiv:2602.09014, trains with the same objective.
 """
 
 from __future__ import annotations
@@ -155,7 +156,9 @@ def segment_loss(
     ratio: share of the segment walked by the teacher, in [0, 1]. A Python 0 compiles the shorter program.
     destination: also return the state at r - length, where the detached policy arrives from the last intermediate
       state.
-  Returns: loss per example (B,), and the destination (B, *space, C) or None.
+
+  Returns:
+    loss per example (B,), and the destination (B, *space, C) or None.
   """
   s = settings
   teacher = _detached(checked("π-ID: teacher(x, t, cond)", teacher))
@@ -223,8 +226,12 @@ def imitation_loss(
     teacher: velocity of the teacher, guided if it is to be.
     x0: data, (B, *space, C); matters only where a source has t < 1, that is for nfe > 1.
     step: optimizer step, for the teacher ratio.
-  Returns: loss per example (B,), and metrics.
-  Raises: ValueError for a student that returns no batch of policies, or a teacher that returns no array like x.
+
+  Returns:
+    loss per example (B,), and metrics.
+
+  Raises:
+    ValueError: for a student that returns no batch of policies, or a teacher that returns no array like x.
   """
   student = checked_student("imitation_loss: student(x, t, cond)", student)
   (x0,) = as_float(x0)

@@ -19,7 +19,8 @@ class ArcPolicy(Mixture):
   Each component is a velocity that grows or decays exponentially; the trajectory is closed form. Make one with
   `ArcPolicy.create`.
 
-  References: ArcFlow, arXiv:2602.09014.
+  References:
+    ArcFlow, arXiv:2602.09014.
   """
 
   velocities: Array  # (K, *space, C)
@@ -39,7 +40,9 @@ class ArcPolicy(Mixture):
       velocities: (K, *space, C).
       logits: unnormalised log-weights of the components, (K, *space).
       log_gammas: growth rates g_k of components 1..K-1, (K - 1, *space).
-    Raises: ValueError for shapes that do not fit or a t_s outside (0, 1].
+
+    Raises:
+      ValueError: for shapes that do not fit or a t_s outside (0, 1].
     """
     x_s, t_s, velocities, logits, log_gammas = as_float(x_s, t_s, velocities, logits, log_gammas)
     check_source(x_s, t_s)

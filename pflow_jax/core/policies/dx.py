@@ -22,8 +22,8 @@ class DXPolicy(Policy):
   schedule time elapsed since the source. Velocity and integral are linear in the X_i, so both are one weighted sum.
   Make one with `DXPolicy.create`.
 
-  References: pi-Flow, arXiv:2510.14974, Sec. 3.2. The exact integral is this project's (the release takes Euler
-  substeps).
+  References:
+    pi-Flow, arXiv:2510.14974, Sec. 3.2. The exact integral is this project's; the release takes Euler substeps.
   """
 
   states: Array  # (N, *space, C), data space
@@ -60,7 +60,9 @@ class DXPolicy(Policy):
       compat: read polynomials as the PyTorch release does, which converts every coefficient with x_s - t_s d_i. Neither
         reading is the other with other weights, as x_s changes with the sample: a student keeps the one it has learnt.
       eps: lower bound of flow times and of the segment's length.
-    Raises: ValueError for shapes that do not fit, an unknown basis, or values out of range.
+
+    Raises:
+      ValueError: for shapes that do not fit, an unknown basis, or values out of range.
     """
     if basis not in BASES:
       raise ValueError(f"basis: expected one of {BASES}, got {basis!r}")

@@ -31,7 +31,8 @@ class GMFlowPolicy(Mixture):
   Arrays are kept as (C, K, P), pixels flattened and last: the posterior mean is evaluated at every substep of a
   rollout and this layout ran 20x faster on CPU than (K, H, W, C).
 
-  References: GMFlow, arXiv:2504.05304; pi-Flow, arXiv:2510.14974, Sec. 3.2.
+  References:
+    GMFlow, arXiv:2504.05304; pi-Flow, arXiv:2510.14974, Sec. 3.2.
   """
 
   x_s: Array  # (C, P)
@@ -54,8 +55,12 @@ class GMFlowPolicy(Mixture):
       logits: unnormalised log-weights of the components, (K, *space).
       log_std: log standard deviation in velocity space, (); shared by all components and pixels.
       eps: lower bound of flow times and denominators. The PyTorch release uses 1e-6, and 1e-4 in its sampler.
-    Returns: the policy, in float32 (or float64 if an input is).
-    Raises: ValueError for shapes that do not fit or a t_s outside (0, 1].
+
+    Returns:
+      the policy, in float32 (or float64 if an input is).
+
+    Raises:
+      ValueError: for shapes that do not fit or a t_s outside (0, 1].
     """
     x_s, t_s, means, logits, log_std = as_float(x_s, t_s, means, logits, log_std)
     check_source(x_s, t_s)
@@ -90,8 +95,12 @@ class GMFlowPolicy(Mixture):
     Args:
       x: state at `t`, (*space, C).
       t: flow time in [0, t_s], (); clamped to at least eps.
-    Returns: (*space, C).
-    References: pi-Flow, arXiv:2510.14974, Sec. 3.2.
+
+    Returns:
+      (*space, C).
+
+    References:
+      pi-Flow, arXiv:2510.14974, Sec. 3.2.
     """
     check_state(x, self.shape)
     nu, denominator, mixture = self._mixture(_channels_first(x), t)

@@ -21,8 +21,9 @@ def dropout(policy: P, key: Array, rate: float) -> P:
     policy: one policy (unbatched).
     key: a PRNG key.
     rate: probability in [0, 1). If all components would go, none does.
-  References: pi-Flow, arXiv:2510.14974, Sec. 3.4 (applied to the detached policy that makes the rollouts, in
-  training only).
+
+  References:
+    pi-Flow, arXiv:2510.14974, Sec. 3.4: applied to the detached policy that makes the rollouts, in training only.
   """
   check_range("rate", rate, 0.0, 1.0)
   _check_one(policy)

@@ -37,7 +37,8 @@ class BucketRecords:
   """Records with texts of different lengths.
 
   Attributes:
-    buckets: lengths, ascending, or empty for records without text.   masked: whether batches have a mask.
+    buckets: lengths, ascending, or empty for records without text.
+    masked: whether batches have a mask.
   """
 
   source: TextSource

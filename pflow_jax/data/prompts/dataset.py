@@ -36,7 +36,9 @@ def prompts(
     buckets: lengths of text, see `buckets`; by default one, the longest text's. A model that attends to padding has
       texts of one length alone.
     max_length: tokens that texts were cut to, see `pinned`; it has to be the folder's.
-  Raises: ValueError for a folder that says otherwise, or is needed and not there.
+
+  Raises:
+    ValueError: for a folder that says otherwise, or is needed and not there.
   """
   name = f"prompts:{path}"
   if split not in ("train", "test"):
@@ -98,7 +100,8 @@ def pinned(options: Mapping[str, Any]) -> dict[str, Any]:
 def with_embeddings(dataset: Dataset, folder: str) -> Dataset:
   """A set in memory with the "pooled" embeddings of its texts, from a folder of prompts, in place of its classes.
 
-  Raises: ValueError for a folder without such embeddings, or that lacks a text.
+  Raises:
+    ValueError: for a folder without such embeddings, or that lacks a text.
   """
   name = f"{dataset.name}: embeddings={folder}"
   index = read_index(folder)
@@ -140,10 +143,14 @@ def synthetic_prompts(
   """Random arrays of any shape as x0 and as the embeddings of a model, for benchmarks and tests; the same in every run.
 
   Args:
-    split: "train" or "test", which differ.   model: one of `MODELS`.   shape: (*space, C).
+    split: "train" or "test", which differ.
+    model: one of `MODELS`.
+    shape: (*space, C).
     text, pooled: (tokens, width) of text and width of pooled, by default the model's.
     num_records: how many to keep in memory.
-  Raises: ValueError for another split or model, an embedding that the model lacks, or sizes below 1.
+
+  Raises:
+    ValueError: for another split or model, an embedding that the model lacks, or sizes below 1.
   """
   if split not in ("train", "test"):
     raise ValueError(f"synthetic_prompts: split must be 'train' or 'test', got {split!r}.")

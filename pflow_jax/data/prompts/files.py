@@ -20,7 +20,8 @@ class Prompts:
   """Prompts without blank and repeated ones, in the order of the file.
 
   Attributes:
-    texts: n of them.   paths: the file beside each, or empty.
+    texts: n of them.
+    paths: the file beside each, or empty.
     where: of each, for messages: "prompts.txt, line 3".
     blank, repeated: how many were left out.
   """
@@ -39,7 +40,9 @@ def read_prompts(path: str, field: str | None = None, file_field: str | None = N
     field: of a JSON line or column of the table that is the prompt, by default the first of `FIELDS` that is there.
     file_field: that names a file beside each prompt, relative to the folder of `path`; then a prompt is repeated only
       where its file is.
-  Raises: ValueError for a file that cannot be read, naming the line, or without prompts.
+
+  Raises:
+    ValueError: for a file that cannot be read, naming the line, or without prompts.
   """
   file = pathlib.Path(os.path.expanduser(path))
   readers, suffix = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table}, file.suffix.lower()

@@ -40,7 +40,9 @@ class Fields:
   """The arrays of a record.
 
   Attributes:
-    text_width: D, 0 without text.   pooled_width: P, 0 without.   shape: of x0, empty without.
+    text_width: D, 0 without text.
+    pooled_width: P, 0 without.
+    shape: of x0, empty without.
     masked: whether a network needs to be told which tokens are padding; else all texts have one length.
   """
 
@@ -104,9 +106,11 @@ class Index:
   """What the records of a folder are.
 
   Attributes:
-    model: that the prompts are encoded for, one of `MODELS`.   fields: of the records.
+    model: that the prompts are encoded for, one of `MODELS`.
+    fields: of the records.
     max_length: tokens at most; of a model that attends to padding, tokens of every text.
-    longest: tokens of the longest text.   num_records, shard_records: in all, and in a shard but for the last.
+    longest: tokens of the longest text.
+    num_records, shard_records: in all, and in a shard but for the last.
     made: how, in plain JSON, shown to who asks and not read: encoders, template, dtype and such.
   """
 
