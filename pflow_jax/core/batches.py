@@ -20,10 +20,10 @@ BATCH = ("slice", "data", "fsdp")  # the axes that split the batch
 
 
 def per_example(function: F) -> F:
-  """`function` of arrays with a leading batch axis, each example on its own: under a mesh, a shard_map over the batch.
+  """Returns `function` with each example on its own: under a mesh, a shard_map over the batch.
 
-  Every leaf of its arguments and results has the batch as its leading axis. What is wrapped is work that no device has
-  to share with another; GSPMD, which cannot know that, is kept from moving any of it.
+  Every leaf of its arguments and results has the batch as its leading axis. No device has to share this work with
+  another. GSPMD cannot know that; the shard_map keeps it from moving any of it.
   """
 
   @functools.wraps(function)
@@ -38,6 +38,6 @@ def per_example(function: F) -> F:
 
 
 def current_mesh() -> AbstractMesh | None:
-  """The mesh whose context this is traced in, if it is one of ours, and not inside of a shard_map already."""
+  """The mesh in whose context this is traced; None for a mesh of others, and inside of a shard_map."""
   mesh = jax.sharding.get_abstract_mesh()
   return mesh if not mesh.empty and set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes else None

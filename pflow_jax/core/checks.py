@@ -1,4 +1,4 @@
-"""Checks of what a user hands in: functions that return the wrong thing, settings that are no numbers.
+"""Checks of a user's functions and settings: wrong shapes and types, numbers that are not finite.
 
 The functions are checked while they are traced, so a compiled program pays nothing. Left alone, JAX would broadcast a
 velocity (B, 1) over a state (B, 2) without a word.
@@ -38,7 +38,7 @@ def check_returned(what: str, value: Any, like: Array) -> Array:
     value: must be one floating array of the shape of `like`, in its dtype or a narrower one.
 
   Raises:
-    ValueError: with what was expected and what was got.
+    ValueError: the value does not fit; the message says what was expected and what was got.
   """
   fits = hasattr(value, "dtype") and tuple(value.shape) == like.shape and jnp.issubdtype(value.dtype, jnp.floating)
   if not fits or jnp.promote_types(value.dtype, like.dtype) != like.dtype:
@@ -50,13 +50,14 @@ def check_returned(what: str, value: Any, like: Array) -> Array:
 
 
 def checked(what: str, function: Callable[..., Array]) -> Callable[..., Array]:
-  """Returns `function` of (x, ...), what it returns checked against x, see `check_returned`.
+  """Returns `function` of (x, ...) with its value checked against x, see `check_returned`.
 
   Args:
-    what: who calls it and as what, such as "imitation_loss: teacher(x, t, cond)".
+    what: its caller and its role, such as "imitation_loss: teacher(x, t, cond)".
+    function: returns an array like x.
 
   Raises:
-    ValueError: where it is no function.
+    ValueError: it is no function.
   """
   check_callable(what, function)
 
@@ -68,13 +69,13 @@ def checked(what: str, function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def checked_student(what: str, student: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns `student` of (x, t, cond), the batch of policies that it returns checked.
+  """Returns `student` of (x, t, cond) with its batch of policies checked.
 
   A batch of policies is a pytree whose arrays have the batch axis of x in front, and a policy's velocity at a state is
-  an array like that state.
+  an array like that state. The returned function raises ValueError for anything else.
 
   Raises:
-    ValueError: where it is no function; the returned function, where it returns something else.
+    ValueError: `student` is no function.
   """
   check_callable(what, student)
 

@@ -18,10 +18,11 @@ Velocity = Callable[[Array, Array, Any], Array]
 
 
 def guidance_bias(v_pos: Array, v_neg: Array, scale: Array, *, orthogonal: float = 0.0, axis=None) -> Array:
-  """What guidance adds to the positive branch: (scale - 1) (v_pos - v_neg), per example.
+  """Guidance's addition to the positive branch: (scale - 1) (v_pos - v_neg), per example.
 
   Args:
-    v_pos, v_neg: velocities with and without the condition, (B, *space, C).
+    v_pos: velocity with the condition, (B, *space, C).
+    v_neg: velocity without it, (B, *space, C).
     scale: guidance scale w, (B,); 1 is none.
     orthogonal: o in [0, 1]: how much of the bias's projection on `axis` is removed. 0 is plain guidance.
     axis: (B, *space, C); needed when `orthogonal` is not 0. The release uses the positive branch's x0 estimate.
@@ -30,7 +31,7 @@ def guidance_bias(v_pos: Array, v_neg: Array, scale: Array, *, orthogonal: float
     (B, *space, C).
 
   References:
-    adaptive projected guidance, arXiv:2410.02416; pi-Flow release.
+    Adaptive projected guidance, arXiv:2410.02416; pi-Flow release.
   """
   over = tuple(range(1, v_pos.ndim))
   bias = (v_pos - v_neg) * over_space(scale - 1, v_pos)
@@ -68,7 +69,7 @@ def guided(
     orthogonal: see `guidance_bias`; the axis is the positive branch's x0 = x - t v.
 
   References:
-    classifier-free guidance, arXiv:2207.12598; limited interval, arXiv:2404.07724.
+    Classifier-free guidance, arXiv:2207.12598; limited interval, arXiv:2404.07724.
   """
 
   field = checked("guided: velocity(x, t, cond)", velocity)
@@ -93,7 +94,7 @@ def autoguided(
   """A velocity field guided away from a weaker model's: scale v + (1 - scale) v_weak. Arguments as for `guided`.
 
   References:
-    autoguidance, arXiv:2406.02507.
+    Autoguidance, arXiv:2406.02507.
   """
   strong = checked("autoguided: velocity(x, t, cond)", velocity)
   weak = checked("autoguided: weak(x, t, cond)", weak)

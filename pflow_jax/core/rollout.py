@@ -43,16 +43,17 @@ def rollout(
   Args:
     policy: one policy (unbatched; batch with jax.vmap).
     x: state at `r_start`, (*space, C).
-    r_start, r_end: schedule times (), 1 >= r_start >= r_end >= 0. May be traced.
+    r_start: schedule time of `x`, (), at most 1. May be traced.
+    r_end: schedule time of the result, (), in [0, r_start]. May be traced.
     shift: time shift m between schedule and flow time.
-    substeps: resolution: substeps a unit of schedule time.
-    method: "piflow-0.1" and "lakonlab-0.2" do as those versions of the PyTorch release: Euler steps even in schedule
-      time, (r_start - r_end) substeps of them, rounded to the nearest, half to even, until v0.1.2 and up since v0.2.0
-      (at least 1); of a policy that has a release with a closed form (ArcFlow), that. "euler" takes the steps of
-      "piflow-0.1" with every policy. "ab2" spreads substeps * max_length steps of a second-order two-step scheme over
-      the stretch; "exact" is the policy's closed form; "auto" is exact where a closed form exists, else a third of
-      ab2's steps at third order (but 10, if there are so many): with 128 substeps its RMS error on random mixtures was
-      0.02 to 0.7 of Euler's with all of them.
+    substeps: resolution, in substeps a unit of schedule time.
+    method: the scheme. "piflow-0.1" and "lakonlab-0.2" do as those versions of the PyTorch release: (r_start - r_end)
+      * substeps Euler steps, even in schedule time, at least 1; "piflow-0.1" rounds their number to the nearest, half
+      to even, as the release until v0.1.2, "lakonlab-0.2" up, as since v0.2.0. Both take the closed form of a policy
+      whose release has one (ArcFlow). "euler" takes the steps of "piflow-0.1" with every policy. "ab2" spreads
+      substeps * max_length steps of a second-order two-step scheme over the stretch. "exact" is the policy's closed
+      form. "auto" is exact where a closed form exists, else a third of ab2's steps at third order, at least 10 where
+      there are so many: with 128 substeps its RMS error on random mixtures was 0.02 to 0.7 of Euler's with all of them.
     max_length: static bound on r_start - r_end; sets the length of the compiled loop. A longer stretch is still
       covered, with longer steps.
 
@@ -84,9 +85,9 @@ def average_velocity(
 ) -> Array:
   """Average over flow time of the policy's velocity along its own trajectory from `x` at `r_start` to `r_end`.
 
-  Arguments as in `rollout`, but that of few substeps "auto" takes a half, and one more. A stretch that rounds to fewer
-  than two substeps is represented by the velocity at its start, as in all PyTorch releases; `max_length=0` says that it
-  always is, and compiles no loop.
+  Arguments are those of `rollout`. Of few substeps "auto" takes a half, and one more. A stretch that rounds to fewer
+  than two substeps is represented by the velocity at its start, as in all PyTorch releases; with `max_length=0` every
+  stretch is, and no loop is compiled.
 
   Returns:
     (*space, C), the velocity v with x(r_end) = x + v (t_end - t_start).
@@ -120,13 +121,13 @@ def _check(r_start, r_end, shift, substeps, method, max_length) -> None:
 
 
 def _in_one_type(policy: Policy, *arrays) -> list[Array]:
-  """The type of the policy's arrays and x together, float32 at least; the times follow."""
+  """Casts arrays to the type of the policy's arrays and x together, float32 at least."""
   dtype = jnp.result_type(jnp.float32, arrays[0], *jax.tree.leaves(policy))
   return [jnp.asarray(a, dtype) for a in arrays]
 
 
 def _end(policy, x, r_start, r_end, shift, substeps, method, max_length, start=None) -> Array:
-  """`rollout` of what has been checked; `start` is the velocity at the start, given for a window."""
+  """`rollout` with checked arguments; `start` is the velocity at the start, given for a window."""
   if policy.has_closed_form and (method == "auto" or (method in RELEASES and policy.closed_form_in_release)):
     method = "exact"
   if method == "exact":
@@ -140,8 +141,8 @@ def _end(policy, x, r_start, r_end, shift, substeps, method, max_length, start=N
   if method == "ab2":
     return _multistep(policy, x, r_start, r_end, shift, bound, 2, start)
   if method == "auto":
-    # The first steps, of lower order, count where a stretch is all of a policy's way from its source to the data. A
-    # window is not, and half of them, and one more, are better there than all of Euler's.
+    # The first steps are of lower order. They count where a stretch is all of a policy's way from its source to the
+    # data. In a window, half of the steps and one more are better than all of Euler's.
     few = int(most / 2) + 1 if window else bound
     steps = max(math.ceil(most / SAVING - 1e-6), min(few, FEWEST))
     return _multistep(policy, x, r_start, r_end, shift, steps, 3, start)

@@ -30,9 +30,10 @@ def kept_noise(t: Array, t_next: Array, h: float, xp=jnp) -> Array:
   """Share m in [0, 1] of the present noise that a stochastic step from `t` to `t_next` keeps.
 
   Args:
-    t, t_next: flow times, 1 >= t >= t_next >= 0, any shape.
+    t: flow times in [0, 1], any shape.
+    t_next: flow times in [0, t], the same shape.
     h: noise level of the sampler: 0 keeps all noise (deterministic), inf replaces all of it.
-    xp: what computes, jax.numpy or NumPy.
+    xp: the array library, jax.numpy or NumPy.
   """
   _check_level(h)
   if h == 0:
@@ -44,7 +45,7 @@ def kept_noise(t: Array, t_next: Array, h: float, xp=jnp) -> Array:
 
 
 def flow_map_sde_target(t: Array, t_next: Array, h: float, xp=jnp) -> tuple[Array, Array]:
-  """Where the flow map must land so that re-noising ends at `t_next` (FlowMapSDE); arguments as in `kept_noise`.
+  """Landing time of the flow map from which re-noising ends at `t_next` (FlowMapSDE); arguments as in `kept_noise`.
 
   Returns:
     the landing time t_dst <= t_next, and the share m of noise that is kept.
@@ -65,7 +66,12 @@ def flow_sde_step(x: Array, v: Array, noise: Array, t: Array, t_next: Array, h: 
   """One step of a velocity sampler that renews part of the noise (FlowSDE); h = 0 is the Euler step.
 
   Args:
-    x, v, noise: (*shape). t, t_next: (). h: noise level.
+    x: state at `t`, of any shape.
+    v: velocity there, like x.
+    noise: unit normal, like x.
+    t: flow time, ().
+    t_next: flow time of the result, ().
+    h: noise level.
   """
   m = kept_noise(t, t_next, h)
   x0, eps = x - t * v, x + (1 - t) * v
@@ -93,10 +99,13 @@ def sample_student(
     noise: initial states at t = 1, (B, *space, C).
     cond: condition, passed on.
     keys: PRNG keys (B,); needed when h > 0.
-    nfe, final_scale, shift: the grid, see `segment_grid` and `shift_time`.
+    nfe: network evaluations, see `segment_grid`.
+    final_scale: length of the last segment relative to the others, see `segment_grid`.
+    shift: time shift m of the grid, see `shift_time`.
     h: noise level between segments (FlowMapSDE).
     temperature: of the policies of every segment but the last.
-    substeps, method: of the rollouts, see `rollout`; "lakonlab-0.2" draws the samples that the PyTorch releases draw.
+    substeps: of the rollouts, see `rollout`.
+    method: of the rollouts, see `rollout`; "lakonlab-0.2" draws the samples that the PyTorch releases draw.
 
   Returns:
     (B, *space, C).
@@ -120,7 +129,7 @@ def sample_student(
 
     x = per_example(jax.vmap(roll))(policy, x)
     if keys is not None and h > 0:
-      x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)  # of which none is left at t_next = 0
+      x = flow_map_sde_renoise(x, _fresh_noise(keys, i, x), t_next, m)  # adds no noise at t_next = 0
     return x.astype(noise.dtype), None
 
   # A loop, whatever its length: a thousand evaluations compile as one does.
@@ -129,10 +138,10 @@ def sample_student(
 
 
 def _stops(nfe: int, final_scale: float, shift: float, h: float, dtype) -> tuple[Any, ...]:
-  """Of every segment t, t_next and the share m, see `flow_map_sde_target`, and where its rollout starts and ends, r.
+  """Times of every segment: t, t_next, the share m, see `flow_map_sde_target`, and r at its rollout's ends.
 
-  In `dtype`, NumPy's where `shift` is known, by the steps of the PyTorch release's pipelines, which keep 1000 t: a
-  segment of 64 substeps may come out a hair longer and, where they are rounded up, be one of 65.
+  They are in `dtype`, NumPy's where `shift` is known. They follow the steps of the PyTorch release's pipelines, which
+  keep 1000 t: a segment of 64 substeps may come out a hair longer and, where they are rounded up, be one of 65.
   """
   xp: Any = jnp if isinstance(shift, jax.core.Tracer) else np
   t = shift_time(segment_grid(nfe, final_scale).astype(dtype), shift)
@@ -157,7 +166,11 @@ def sample_teacher(
   Args:
     teacher: (x, t, cond) -> v; one network evaluation (two when guided).
     noise: initial states at t = 1, (B, *space, C).
+    cond: condition, passed on.
+    keys: PRNG keys (B,); needed when h > 0.
     steps: number of steps.
+    shift: time shift m, see `shift_time`.
+    h: noise level of FlowSDE; 0 is deterministic.
     trajectory: return all states, (steps + 1, B, *space, C), from noise to data.
 
   Returns:
@@ -204,6 +217,7 @@ def sample_flow_map(
   Args:
     flow_map: (x, t, s, cond) -> average velocity between t and s; one network evaluation.
     noise: initial states at grid[0], (B, *space, C).
+    cond: condition, passed on.
     keys: PRNG keys (B,); needed when gamma > 0 and there is more than one step.
     grid: decreasing flow times, from 1 to 0 as a rule.
     gamma: in [0, 1]: 0 is deterministic, 1 jumps to the data and noises anew, like a consistency model.

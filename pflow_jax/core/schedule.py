@@ -36,7 +36,7 @@ def shift_time(r, m):
 
 
 def unshift_time(t, m):
-  """Schedule time of a flow time: the inverse of `shift_time`. Shapes and errors as there."""
+  """Schedule time of a flow time: the inverse of `shift_time`, with its shapes and errors."""
   check_range("shift", m, MIN_SHIFT, MAX_SHIFT)
   return t / (m + (1 - m) * t)
 
@@ -57,7 +57,8 @@ def dynamic_shift(tokens: int, *, base=(256, 0.5), top=(4096, 1.15)) -> float:
 
   Args:
     tokens: image tokens of a sample.
-    base, top: two points (tokens, log m) of the line; the defaults are FLUX.1's.
+    base: a point (tokens, log m) of the line; the default is FLUX.1's.
+    top: another point of it.
 
   Returns:
     the shift m.
@@ -106,7 +107,8 @@ def sample_segment(uniform: Array, nfe: int, final_scale: float = 1.0) -> tuple[
 
   Args:
     uniform: draws from U[0, 1), any shape.
-    nfe, final_scale: as in `segment_grid`. The last segment is drawn as seldom as it is short.
+    nfe: network evaluations, as in `segment_grid`.
+    final_scale: as in `segment_grid`. The last segment is drawn as seldom as it is short.
 
   Returns:
     source r_s in [1e-4, 1] and the length of the segment, both of the shape of `uniform`.

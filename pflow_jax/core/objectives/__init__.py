@@ -1,4 +1,4 @@
-"""What students and teachers learn from, by the names that a config gives the kinds."""
+"""Objectives of students and teachers, by the names that a config gives the kinds."""
 
 from __future__ import annotations
 

@@ -28,10 +28,14 @@ class Adversarial:
 
   Attributes:
     weight: of the adversarial loss, a factor of the adaptive weight.
-    r1, r2: weights of the gradient penalties at data and at samples, see `discriminator_loss`.
-    learning_rate, b1, b2: of the discriminator's Adam. The rate is StyleGAN2's, for its equalised layers, whose
-      weights have unit variance.
-    width, max_width: size of the discriminator, see `pflow_jax.networks.discriminator`.
+    r1: weight of the gradient penalty at data, see `discriminator_loss`.
+    r2: weight of the gradient penalty at samples.
+    learning_rate: of the discriminator's Adam. The rate is StyleGAN2's, for its equalised layers, whose weights have
+      unit variance.
+    b1: decay of Adam's first moment.
+    b2: decay of Adam's second moment.
+    width: the discriminator's channels at full resolution, see `pflow_jax.networks.discriminator`.
+    max_width: their upper bound.
   """
 
   weight: float = 0.1
@@ -78,8 +82,12 @@ def discriminator_loss(
   holds what a pixel does to every logit of its group, as in StyleGAN2's and R3GAN's code; else it is the example's own.
 
   Args:
-    real, fake: data and generated samples, (B, *space, C), paired one to one. No gradient goes into them.
+    discriminator: (x, cond) -> logits (B,), high for data.
+    real: data, (B, *space, C). No gradient goes into them.
+    fake: generated samples, (B, *space, C), each paired with one of `real`. No gradient goes into them.
     cond: condition of both.
+    r1: weight of the penalty at data.
+    r2: weight of the penalty at samples.
 
   Returns:
     loss per example (B,), and metrics (B,): the margin D(real) - D(fake), and the squared gradient norms.
@@ -96,7 +104,9 @@ def adaptive_weight(gradient: Any, adversarial_gradient: Any, *, max_weight: flo
   """|gradient| / (|adversarial gradient| + 1e-4), at most `max_weight`, without gradient: VQGAN's lambda.
 
   Args:
-    gradient, adversarial_gradient: pytrees, of the two losses with respect to the generator's last layer.
+    gradient: pytree, of the distillation loss with respect to the generator's last layer.
+    adversarial_gradient: the same of the adversarial loss.
+    max_weight: upper bound of the result.
 
   Returns:
     scalar; always finite, 0 where a gradient is not.

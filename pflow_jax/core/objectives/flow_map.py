@@ -57,11 +57,13 @@ class FlowMap:
       0.0020 and 0.0010 off with 1, 2 and 4 steps. 1 has no such bias.
     normalisation: of the residual g of a sample, g / (size + norm_offset)^norm_power: "rms" takes the root mean square
       for its size, "l2" the plain norm, "adaptive" MeanFlow's sum of squares; "none" leaves g as it is.
-    norm_power, norm_offset: the exponent and what keeps a small residual finite; MeanFlow's p and c.
+    norm_power: the exponent, MeanFlow's p.
+    norm_offset: keeps a small residual finite, MeanFlow's c.
     guidance: (low, high) strengths of guidance, drawn uniformly for every example; a student trained with several is
       conditioned on its own. (1, 1) is the teacher as it is set.
-    omega, kappa: MeanFlow's guidance of its own target with target="data": v = omega (eps - x0) + (1 - omega - kappa)
-      F_null(t, t) + kappa F_cond(t, t), as strong as a guidance of omega / (1 - kappa).
+    omega: weight of the data in MeanFlow's guidance of its own target with target="data": v = omega (eps - x0) +
+      (1 - omega - kappa) F_null(t, t) + kappa F_cond(t, t), as strong as a guidance of omega / (1 - kappa).
+    kappa: weight of the network's conditional velocity in it.
     interval: flow times (low, high) of t, inclusive, in which omega and kappa count.
     cond_dropout: share of all examples whose condition is replaced by the empty one, with target="data"; they are drawn
       among those with s = t, and their target is not guided.
@@ -136,7 +138,7 @@ class FlowMap:
 
   @property
   def guided(self) -> bool:
-    """Whether the student is conditioned on a guidance strength."""
+    """Returns whether the student is conditioned on a guidance strength."""
     return tuple(self.guidance) != (1.0, 1.0)
 
   def warmup(self, step: Array) -> Array | float:
@@ -226,19 +228,22 @@ def residual(
   warmup: Array | float,
   precise: Network | None = None,
 ) -> tuple[Array, Array, Array]:
-  """How far F is from what its own derivative says, F - v +- warmup (t - s) dF; 0 for the exact flow map.
+  """Distance of F from what its own derivative says, F - v +- warmup (t - s) dF; 0 for the exact flow map.
 
   Args:
     network: see `Network`.
     velocity: (x, t) -> v, like x.
     x: states at `t`, (B, *space, C).
-    t, s: flow times (B,), s <= t.
+    t: flow times, (B,).
+    s: flow times s <= t, (B,).
+    cond: condition, passed on.
+    guidance: strengths, (B,), or None.
     side: "eulerian" or "lagrangian".
     warmup: share of the derivative.
     precise: the network in float32, for the derivative, where `network` computes in less; one more evaluation.
 
   Returns:
-    F with its gradient, and without theirs the residual and dF (dF/dt along the flow, or dF/ds); all like x.
+    F with its gradient; the residual and dF (dF/dt along the flow, or dF/ds), both without one; all like x.
   """
 
   def jump(x, t, s):
@@ -282,8 +287,11 @@ def flow_map_loss(
     network: average velocity, see `Network`; must have a forward derivative.
     teacher: velocity, see `Teacher`; None with target="data".
     x0: data, (B, *space, C).
-    cond, null_cond: see `flow_matching.replace_condition`.
+    cond: condition of the examples, see `flow_matching.replace_condition`.
+    key: a PRNG key.
     step: optimizer step, for the warm-up.
+    settings: the objective's.
+    null_cond: the empty condition.
     precise: see `residual`.
 
   Returns:

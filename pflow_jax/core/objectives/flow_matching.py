@@ -24,7 +24,8 @@ class FlowMatching:
   Attributes:
     cond_dropout: rate at which the condition is replaced by the empty one, for classifier-free guidance.
     shift: time shift applied to the drawn times.
-    time_mean, time_std: of the logit-normal the times are drawn from; time_mean None draws them uniformly.
+    time_mean: of the logit-normal that the times are drawn from; None draws them uniformly.
+    time_std: standard deviation of that logit-normal.
   """
 
   sections: ClassVar[tuple[str, ...]] = ()
@@ -87,7 +88,10 @@ def flow_matching_loss(
   Args:
     network: (x, t, cond) -> velocity, like x.
     x0: data, (B, *space, C).
-    cond, null_cond: condition of the examples, and the empty one, see `drop_condition`.
+    cond: condition of the examples.
+    key: a PRNG key.
+    settings: the objective's.
+    null_cond: the empty condition, see `drop_condition`.
 
   Returns:
     loss per example (B,), the mean squared error over a sample, and no metrics.
@@ -96,7 +100,7 @@ def flow_matching_loss(
     ValueError: for a network that returns anything but an array like x.
 
   References:
-    flow matching, arXiv:2210.02747; logit-normal times, arXiv:2403.03206.
+    Flow matching, arXiv:2210.02747; logit-normal times, arXiv:2403.03206.
   """
   s = settings
   network = checked("flow_matching_loss: network(x, t, cond)", network)

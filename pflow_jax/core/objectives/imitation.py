@@ -53,8 +53,9 @@ class Imitation:
     ratio_decay: D, optimizer steps over which the share of the segment that the teacher walks decays from 1 to 0; 0
       starts at 0.
     loss_scale: factor of the loss; 3 for ImageNet, 30 for FLUX and Qwen-Image.
-    substeps, method: of the rollouts, see `rollout`; "lakonlab-0.2" and "piflow-0.1" reproduce the PyTorch releases,
-      ArcFlow's with its policy.
+    substeps: of the rollouts, in a unit of schedule time, see `rollout`.
+    method: of the rollouts, see `rollout`; "lakonlab-0.2" and "piflow-0.1" reproduce the PyTorch releases, ArcFlow's
+      with its policy.
     data_free: whether the student's own trajectory from noise takes the place of data, see `imitation_loss_data_free`.
   """
 
@@ -145,14 +146,18 @@ def segment_loss(
 ) -> tuple[Array, Array | None]:
   """π-ID loss of one segment.
 
-  The detached policy walks from `x`, in turns with the teacher when `ratio` > 0, to M intermediate states. At each, the
-  policy's velocity (averaged over the window) is to be the teacher's.
+  The detached policy walks from `x`, in turns with the teacher when `ratio` > 0, to M intermediate states. The loss is
+  the distance of the policy's velocity, averaged over the window, from the teacher's at each of them.
 
   Args:
     policy: batch of policies, with gradient.
     teacher: velocity of the teacher, (B, *space, C).
-    x, r, length: sources (B, *space, C), schedule times (B,) and lengths (B,) of the segments.
+    x: sources of the segments, (B, *space, C).
+    r: their schedule times, (B,).
+    length: of the segments, (B,).
+    cond: condition, passed on.
     draws: uniform random numbers, see `draw`.
+    settings: the objective's.
     ratio: share of the segment walked by the teacher, in [0, 1]. A Python 0 compiles the shorter program.
     destination: also return the state at r - length, where the detached policy arrives from the last intermediate
       state.
@@ -225,7 +230,10 @@ def imitation_loss(
     student: one evaluation of the student, differentiable.
     teacher: velocity of the teacher, guided if it is to be.
     x0: data, (B, *space, C); matters only where a source has t < 1, that is for nfe > 1.
+    cond: condition, passed on.
+    key: a PRNG key.
     step: optimizer step, for the teacher ratio.
+    settings: the objective's.
 
   Returns:
     loss per example (B,), and metrics.
@@ -258,8 +266,8 @@ def imitation_loss_data_free(
 ) -> tuple[Array, dict[str, Array]]:
   """π-ID without data: the student's own trajectory from noise, all segments in one optimizer step.
 
-  Arguments and result as for `imitation_loss`, but for `noise`, the states at t = 1. Segments are weighted by their
-  length.
+  Arguments and result are those of `imitation_loss`; `noise`, the states at t = 1, takes the place of `x0`. Segments
+  are weighted by their length.
   """
   student = checked_student("imitation_loss_data_free: student(x, t, cond)", student)
   (noise,) = as_float(noise)

@@ -16,8 +16,8 @@ from pflow_jax.core.policies.base import Array, Mixture, as_float, check_shape, 
 class ArcPolicy(Mixture):
   """Velocity that depends on time alone: v(t) = sum_k w_k v_k exp(g_k (t_s - t)), with g_0 = 0.
 
-  Each component is a velocity that grows or decays exponentially; the trajectory is closed form. Make one with
-  `ArcPolicy.create`.
+  Each component is a velocity that grows or decays exponentially; the trajectory is closed form. `ArcPolicy.create`
+  makes one.
 
   References:
     ArcFlow, arXiv:2602.09014.
@@ -37,7 +37,7 @@ class ArcPolicy(Mixture):
     Args:
       x_s: state where the network was evaluated, (*space, C); gives the shape.
       t_s: flow time of `x_s`, (), in (0, 1].
-      velocities: (K, *space, C).
+      velocities: v_k of the components, (K, *space, C).
       logits: unnormalised log-weights of the components, (K, *space).
       log_gammas: growth rates g_k of components 1..K-1, (K - 1, *space).
 

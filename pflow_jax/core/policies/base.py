@@ -1,4 +1,4 @@
-"""What every policy is: data, and a velocity that costs no network evaluation."""
+"""Base of the policies: data, and a velocity that costs no network evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Policy:
   """Base of the policies: immutable pytrees of arrays for *one* sample; batch with `jax.vmap`.
 
   A policy is predicted by one evaluation of the student at (x_s, t_s) and stands in for the network from there on.
-  Integrators and objectives use what is declared here and nothing else.
+  Integrators and objectives use the attributes and methods of this class and nothing else.
   """
 
   num_components: int = 0

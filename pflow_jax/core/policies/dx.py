@@ -18,9 +18,9 @@ BASES = ("grid", "polynomial")
 class DXPolicy(Policy):
   """Posterior mean that depends on time alone: x0(r) = sum_i weight_i(r) X_i.
 
-  grid: piecewise linear between N denoised states on an even grid over the segment. polynomial: powers of the
-  schedule time elapsed since the source. Velocity and integral are linear in the X_i, so both are one weighted sum.
-  Make one with `DXPolicy.create`.
+  The basis "grid" is piecewise linear between N denoised states on an even grid over the segment; "polynomial" has
+  powers of the schedule time elapsed since the source. Velocity and integral are linear in the X_i, so both are one
+  weighted sum. `DXPolicy.create` makes one.
 
   References:
     pi-Flow, arXiv:2510.14974, Sec. 3.2. The exact integral is this project's; the release takes Euler substeps.
