@@ -1,4 +1,4 @@
-"""What a data set is: a shape, its conditions, and the records behind them."""
+"""Data sets: a shape, its conditions, and the records behind them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TEXT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class Embedding:
-  """What a set's prompts are embedded as, a dict of arrays.
+  """Shapes of the arrays that a set's prompts are embedded as, a dict.
 
   Attributes:
-    lengths: L of "text" (B, L, text_width) bfloat16, ascending, one of them a batch; empty without "text".
-    text_width: of "text".
+    lengths: L of "text" (B, L, text_width) bfloat16, ascending; a batch has one of them. Empty without "text".
+    text_width: features of "text".
     masked: whether there is "mask" (B, L) bool, True where there is a token.
-    pooled_width: of "pooled" (B, pooled_width) float32, 0 without it.
-    null: the empty prompt's, without the batch axis and of the longest L, or None if it is not known.
+    pooled_width: features of "pooled" (B, pooled_width) float32; 0 without it.
+    null: the empty prompt's arrays, without the batch axis and of the longest L; None if they are not known.
   """
 
   lengths: tuple[int, ...] = ()
@@ -68,9 +68,9 @@ class Dataset:
     class_names: one name a class, in label order; empty without classes.
     records: `ArrayRecords`, `GeneratedRecords`, `SourceRecords` or `BucketRecords`.
     texts: one description a record, in record order, or empty.
-    embedding: of the prompts that are the condition in place of a label, or None.
-    has_x0: False for prompts alone, from which one can only train without data.
-    options: arguments of `load` that give it again; of arrays in memory a name that nothing is loaded by.
+    embedding: arrays of the prompts that are the condition in place of a label, or None.
+    has_x0: False for prompts alone, on which training is data-free.
+    options: arguments of `load` that give it again; for arrays in memory, the name IN_MEMORY.
 
   Raises:
     ValueError: for sizes below 1, more classes than MAX_CLASSES, or an example that the machine cannot hold.
@@ -184,7 +184,7 @@ def check_classes(name: str, count: int) -> None:
 
 
 def check_labels(name: str, label: np.ndarray, count: int) -> None:
-  """Raises ValueError unless `label` is `count` integers, of which none is below 0 or is of a class too many."""
+  """Raises ValueError unless `label` is `count` integers, none of them negative or too large for MAX_CLASSES."""
   if label.shape != (count,) or label.dtype.kind not in "iu":
     raise ValueError(f"{name}: label must be {count} integers, got {label.dtype} of shape {label.shape}.")
   if label.min() < 0:

@@ -1,4 +1,4 @@
-"""The shapes and names of a data set, which are all that sampling needs to know of it."""
+"""The shapes and names of a data set: sampling needs nothing else of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from pflow_jax.data.registry import load
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What a `Dataset` is but for its records, in plain JSON; see there.
+  """A `Dataset` without its records, in plain JSON; see there.
 
   Attributes:
-    options: that `load` was given.
-    embedding: arguments of an `Embedding` but for the empty prompt's arrays, or None.
+    options: arguments that `load` was given.
+    shape: as of `Dataset`.
+    num_classes: as of `Dataset`.
+    class_names: as of `Dataset`.
+    has_x0: as of `Dataset`.
+    embedding: arguments of an `Embedding` without the empty prompt's arrays, or None.
   """
 
   options: dict[str, Any]
@@ -33,17 +37,17 @@ class Description:
 
   @classmethod
   def of(cls, dataset: Dataset, options: Mapping[str, Any]) -> Description:
-    """Describes what `load(**options)` gave, `options` in plain JSON."""
+    """Describes the data set that `load(**options)` gave, `options` in plain JSON."""
     own = dataset.embedding
     shapes = EmbeddingShapes(own.lengths, own.text_width, own.masked, own.pooled_width) if own else None
     names = tuple(dataset.class_names)
     return cls(dict(options), tuple(dataset.shape), dataset.num_classes, names, dataset.has_x0, shapes)
 
   def dataset(self) -> Dataset:
-    """The data set, of which nothing is read before its records are asked for.
+    """The data set; its records are read when they are asked for.
 
     Raises:
-      ValueError: for a description of none.
+      ValueError: it describes no data set.
     """
     if not self.shape or min(self.shape) < 1:
       raise ValueError(f"expected a data set's shape (*space, C) of sizes >= 1, got {self.shape}")
@@ -63,7 +67,7 @@ class Description:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingShapes:
-  """See `dataset.Embedding`."""
+  """The fields of `dataset.Embedding` that plain JSON can hold."""
 
   lengths: tuple[int, ...]
   text_width: int

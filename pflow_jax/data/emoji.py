@@ -38,7 +38,7 @@ _SKIN_TONES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
-  """Where an image is on the sheet."""
+  """Place of an image on the sheet."""
 
   sheet_x: pydantic.NonNegativeInt
   sheet_y: pydantic.NonNegativeInt
@@ -68,12 +68,12 @@ def emoji(
     split: "train" or "test".
     held_out: records kept out of "train" for "test".
     size: 32 or 64 pixels.
-    cache_dir: where `fetch_emoji` was told to put them.
+    cache_dir: the folder that `fetch_emoji` was given.
     embeddings: folder of the names' embeddings, which are then the condition in place of the class:
       `pflow cache --prompts=data:emoji --model=minilm --out=<folder>`.
 
   Raises:
-    ValueError: if they were never fetched or are damaged, for another size, or embeddings that are not there.
+    ValueError: if the images were never fetched or are damaged, for another size, or embeddings that are not there.
 
   References:
     npm package emoji-datasource-google (code MIT, images Apache-2.0).
@@ -110,10 +110,10 @@ def fetch_emoji(cache_dir: str | None = None) -> pathlib.Path:
     cache_dir: default $XDG_CACHE_HOME/pflow_jax, or ~/.cache/pflow_jax.
 
   Returns:
-    the package's folder in the cache; at once if it is there already.
+    the package's folder in the cache. Nothing is fetched if it is there already.
 
   Raises:
-    ValueError: if npm is not installed
+    ValueError: if npm is not installed.
     RuntimeError: if npm fails, with its words.
   """
   package = _package_dir(cache_dir)
@@ -141,10 +141,10 @@ def fetch_emoji(cache_dir: str | None = None) -> pathlib.Path:
 
 
 def _unpack(archive: pathlib.Path, target: pathlib.Path) -> None:
-  """Writes the files that are used; what the archive has besides is not looked at.
+  """Writes the files that are used and ignores the rest of the archive.
 
   Raises:
-    RuntimeError: for an archive that is cut short, damaged, or has something else in their place.
+    RuntimeError: for an archive that is cut short, damaged, or lacks these files.
   """
   what = f"emoji: the package {_PACKAGE}@{_VERSION}"
   try:

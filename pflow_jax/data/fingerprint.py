@@ -1,7 +1,7 @@
-"""A data set told by its content: counts, names, and a hash of records spread over all of it.
+"""Fingerprints of data sets: counts, names, and a hash of records spread over all of the set.
 
-The same on every machine, whatever the path and the dates of its files, and quick for sets of any size: what is in
-memory is read up to `MOST_BYTES`, of what lies in files a few records.
+A fingerprint is the same on every machine, whatever the path and the dates of the files. It is quick for sets of any
+size: of arrays in memory it reads up to `MOST_BYTES`, of files a few records.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Fingerprint = dict[str, Any]
 
 
 def fingerprint(dataset: Dataset) -> Fingerprint:
-  """What tells a data set from another, in plain JSON: equal for equal records in an equal order.
+  """Fingerprint of a data set, in plain JSON: equal for equal records in an equal order.
 
   Records between those that are read may differ unnoticed. Files of images are compared as they are, not as they are
   decoded, which differs between versions of the decoders.
 
   Returns:
-    "shape", "records" (None without end), digests of "class_names" and of the empty condition "null", and what its
-      records tell: digests by name.
+    "shape", "records" (None without end), digests of "class_names" and of the empty condition "null", and digests of
+      the records, by name.
   """
   null = dataset.embedding.null if dataset.embedding else None
   return {
@@ -50,7 +50,7 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-  """What differs between two fingerprints, a line each; empty if they are the same."""
+  """Differences between two fingerprints, a line each; empty if they are the same."""
   return [
     f"{key}: was {before.get(key, 'not there')}, is {now.get(key, 'not there')}"
     for key in sorted(before.keys() | now.keys())
@@ -59,7 +59,7 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 class _Hash:
-  """A digest that grows; what is added cannot be mistaken for anything else that could have been."""
+  """A digest that grows; different additions never give the same bytes to hash."""
 
   def __init__(self) -> None:
     self._hash = hashlib.blake2b(digest_size=8)
@@ -85,13 +85,13 @@ class _Hash:
 
 
 def _spread(count: int, most: int = RECORDS) -> np.ndarray:
-  """At most `most` rows of `count`, even apart, the first and the last among them."""
+  """At most `most` rows of `count`, evenly spaced, with the first and the last."""
   return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64)) if count else np.arange(0)
 
 
 @functools.singledispatch
 def _content(records: Any) -> Fingerprint:
-  """Digests of records of a kind that is not known here, by what every kind can."""
+  """Digests of records of an unknown kind, by the methods that every kind has."""
   batch = records.sample(min(records.num_records or RECORDS, RECORDS), 0)
   cond = batch["cond"] if isinstance(batch["cond"], dict) else {"label": batch["cond"]}
   x0 = {"x0": batch["x0"]} if "x0" in batch else {}
@@ -100,7 +100,7 @@ def _content(records: Any) -> Fingerprint:
 
 @_content.register
 def _(records: GeneratedRecords) -> Fingerprint:
-  return {}  # made by code, which is no data
+  return {}  # code makes these records
 
 
 @_content.register
@@ -141,7 +141,7 @@ def _(source: TfdsSource) -> Fingerprint:
     return _of_source.dispatch(object)(source)
   content = _Hash()
   for record in records:
-    # How often each byte is there: the features of a record lie in another order where it was prepared anew.
+    # Counts of bytes do not depend on the order of a record's features, which changes when it is prepared anew.
     content.array(np.bincount(np.frombuffer(record, np.uint8), minlength=256))
   return {"content": content.digest()}
 

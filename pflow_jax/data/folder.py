@@ -51,9 +51,10 @@ def folder(
 ) -> Dataset:
   """Images in <path>/<class>/**, classes in sorted order, or in <path> itself, without classes.
 
-  They become (image_size, image_size, channels): cropped to the centred square and resized, transparency over white,
-  of several frames the first. What is no image by its ending is left out, with one warning that counts it; what
-  begins with a dot without one. Links to folders are followed to a class, and not within it.
+  They become (image_size, image_size, channels): cropped to the centred square and resized, with transparency over
+  white; of several frames the first is read. Files without an image's ending are left out, with one warning that counts
+  them; files whose names begin with a dot are left out without one. Links to folders are followed to a class, and not
+  within it.
 
   Args:
     path: the folder of class folders, or of images.
@@ -62,12 +63,11 @@ def folder(
     image_size: side in pixels, required.
     channels: 3 (RGB) or 1 (grey).
     allow_unreadable: skip files that cannot be decoded, with a warning, instead of refusing.
-    check: decode every file once now, so that a broken one does not stop a run in the night; with
-      False that cost is saved, and the error comes when the file is read.
+    check: decode every file once now. False saves that time; a broken file is then an error when it is read.
 
   Raises:
-    ValueError: for a folder without images, or with some beside class folders or class folders without; and for
-      unreadable files: all of them in one message, with their count and the first names.
+    ValueError: for a folder without images, for images beside class folders, for class folders without images, and for
+      unreadable files: one message has their count and the first names.
   """
   name = f"folder:{path}"
   check_image_options(name, image_size, channels)
@@ -123,19 +123,19 @@ def _scan(name: str, root: pathlib.Path) -> tuple[list[_File], tuple[str, ...]]:
 
 
 def _endings() -> frozenset[str]:
-  """Of the files that Pillow is asked to read."""
+  """Endings of the files that Pillow is asked to read."""
   formats = available_formats()
   return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
 def _entries(path: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-  """What is in a folder, sorted, but for what is hidden."""
+  """The entries of a folder that are not hidden, sorted."""
   with os.scandir(os.fspath(path)) as entries:
     return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def _walk(folder: os.DirEntry) -> list[pathlib.Path]:
-  """All files below a folder, sorted, and the links to folders among them, which may lead in circles."""
+  """All files below a folder, sorted, with the links to folders, which are not followed: they may lead in circles."""
   found: list[pathlib.Path] = []
   waiting: list[os.DirEntry] = [folder]
   while waiting:

@@ -53,9 +53,9 @@ def synthetic(
 
   Args:
     split: "train" or "test", which differ.
-    shape: (*space, C).
+    shape: (*space, C) of a record.
     num_classes: 0 for no classes.
-    num_records: how many to keep in memory (one byte a value).
+    num_records: records to keep in memory, one byte a value.
 
   Raises:
     ValueError: for another split, sizes below 1, or more than the machine's memory holds.

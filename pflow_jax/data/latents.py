@@ -29,7 +29,7 @@ LABEL, VALUES = np.dtype("<i4"), np.dtype("<f2")
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-  """What a folder says of its records; their number is not in older ones."""
+  """A folder's info.json; older folders lack the number of records."""
 
   shape: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)]
   num_classes: pydantic.NonNegativeInt
@@ -59,7 +59,7 @@ class LatentSource:
     return {"x0": x0, "label": label}
 
   def __getstate__(self) -> dict[str, Any]:
-    # Worker processes open the files themselves.
+    # A worker process opens the files itself.
     return {name: value for name, value in self.__dict__.items() if name != "_records"}
 
   @functools.cached_property
@@ -87,11 +87,13 @@ def latents(
 
   Args:
     path: of the folder; split "test" reads the one beside it that is named <path>_test.
-    shape, num_classes: of its records, by default what the folder says; with both given, a run can be planned on a
+    split: "train" or "test".
+    shape: (*space, C) of its records, by default the folder's. With `num_classes` given too, a run can be planned on a
       machine that does not have the data.
+    num_classes: of its records, by default the folder's.
 
   Raises:
-    ValueError: for a folder that says otherwise, or is needed and not there.
+    ValueError: for a folder with another shape or number of classes, or one that is needed and not there.
   """
   if split not in ("train", "test"):
     raise ValueError(f"latents:{path}: split must be 'train' or 'test', got {split!r}.")
@@ -157,14 +159,14 @@ def write_latents(
       writer.close()
   if not count:
     raise ValueError(f"{path}: no records to write.")
-  # Last, so that a folder that was cut short is none.
+  # It comes last: a folder without it is not finished.
   info = {"shape": shape, "num_classes": num_classes, "num_records": count}
   (folder / INFO).write_text(json.dumps(info) + "\n")
   return count
 
 
 def _read_info(folder: str) -> Info | None:
-  """What a folder says of its records; None where there is nothing."""
+  """Reads a folder's info.json; None where there is none."""
   path = pathlib.Path(folder) / INFO
   try:
     return read_json(path, Info) if is_there(path) else None

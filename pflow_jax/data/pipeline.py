@@ -73,8 +73,8 @@ def batches(
 def examples(dataset: Dataset, n: int, seed: int = 0) -> tuple[Any, Any]:
   """`n` records without replacement, for evaluation: x0 (n, *space, C) float32, label (n,) int32.
 
-  Of a set of prompts: x0 or None, and a dict of arrays (n, ...), their text of the longest length. The same for the
-  same `seed`, whatever the batches. Of a generated set, points of a stream of their own.
+  A set of prompts gives x0 or None, and a dict of arrays (n, ...) with text of the longest length. The records are the
+  same for the same `seed`, whatever the batches. A generated set draws them from a stream of their own.
 
   Raises:
     ValueError: if the set has fewer than `n` records, for n < 1, or for more than the machine's memory holds.
@@ -103,8 +103,8 @@ def _check_seed(seed: int) -> None:
 
 
 def _parse_absl_flags() -> None:
-  # grain's worker processes are started with absl, which refuses while flags are unparsed, as they
-  # are in a notebook or a program that does not use absl.app.
+  # grain starts its worker processes with absl, which refuses while flags are unparsed. They are unparsed in a notebook
+  # and in a program that does not use absl.app.
   from absl import flags
 
   if not flags.FLAGS.is_parsed():

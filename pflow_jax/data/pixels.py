@@ -29,7 +29,7 @@ def to_pixels(image: Image.Image, size: int | tuple[int, int], channels: int) ->
   """Cuts around the middle to the shape of `size`, resizes, and converts.
 
   Args:
-    image: any Pillow image, of several frames the first; transparency is composited over white.
+    image: any Pillow image; of several frames the first is taken, and transparency is composited over white.
     size: height and width of the result in pixels, or the side of a square.
     channels: 1 (grey) or 3 (RGB).
 
@@ -55,7 +55,7 @@ def read_pixels(path: str | os.PathLike, size: int | tuple[int, int], channels: 
   with open_image(path) as image:
     try:
       upright = ImageOps.exif_transpose(image)
-    except Exception:  # of EXIF data that are none; what is wrong with the pixels is raised again below
+    except Exception:  # EXIF data may be broken; an error in the pixels is raised again below
       upright = image
     return to_pixels(upright, size, channels)
 

@@ -3,7 +3,7 @@
 The order of a run is one endless stream: epoch 0's shuffle of all records, then epoch 1's, and so
 on. Global batch i is the stretch [i * B, (i + 1) * B) of the stream, so a batch may end one epoch
 and begin the next, every record comes once an epoch, and B may be larger than the set. A process
-reads the rows of each global batch that its devices hold, whichever they are.
+reads those rows of each global batch that its devices hold.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EXAMPLES_KEY = 2**63
 
 
 class Records(Protocol):
-  """What `batches` and `examples` need to know of a data set."""
+  """Interface of records, as `batches` and `examples` use it."""
 
   @property
   def num_records(self) -> int | None:

@@ -27,7 +27,7 @@ _SOURCES: dict[str, Callable[..., Dataset]] = {
   "synthetic": synthetic,
   "synthetic_prompts": synthetic_prompts,
 }
-# Called with what follows the colon.
+# Each is called with the text after the colon.
 _OPEN_SOURCES: dict[str, Callable[..., Dataset]] = {
   "tfds:<name>": tfds_images,
   "folder:<path>": folder,
@@ -43,11 +43,11 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
   Args:
     name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "synthetic_prompts", "tfds:<name>",
       "folder:<path>", "npz:<path>", "latents:<path>" or "prompts:<path>".
-    split: "train" or "test"; for tfds any split it understands. See `held_out` of the sources.
+    split: "train" or "test"; for tfds any split that it understands. See `held_out` of the sources.
     **options: keyword arguments of the source's function in this package.
 
   Raises:
-    ValueError: for an unknown name or option, with the nearest one and the list, or one of another type.
+    ValueError: for an unknown name or option, with the nearest one and the list, or an option of another type.
   """
   source, arguments = _find(name)
   parameters = inspect.signature(source).parameters.values()
@@ -64,7 +64,7 @@ def register_source(name: str, source: Callable[..., Dataset]) -> None:
   """Makes a data set known to `load` and to configs.
 
   Args:
-    name: as config.data.name; "name:<path>" is called with what follows the colon.
+    name: value of config.data.name; for "name:<path>" the source is called with the text after the colon.
     source: returns the data set; its keyword arguments are the keys of config.data, `split` among them.
 
   Raises:
@@ -76,7 +76,7 @@ def register_source(name: str, source: Callable[..., Dataset]) -> None:
 
 
 def sources() -> dict[str, Callable[..., Dataset]]:
-  """The functions behind the names, by what comes before a colon."""
+  """The functions behind the names, by the part of the name before a colon."""
   return {name.partition(":")[0]: source for name, source in {**_SOURCES, **_OPEN_SOURCES}.items()}
 
 

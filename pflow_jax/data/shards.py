@@ -1,7 +1,7 @@
 """Records in array_record files that others wrote.
 
-The library checks sums of all that it reads, and answers what is damaged with an error; but a file that it cannot open
-has, for it, no records. Here that is an error too.
+The library checks the sums of all that it reads and raises an error for damaged records. A file that it cannot open has
+no records for it; here that is an error too.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Shards:
   """Random access to the records of files, one after the other."""
 
   def __init__(self, name: str, paths: Sequence[str | os.PathLike]):
-    """Opens `paths`; `name` begins errors.
+    """Opens `paths`; messages begin with `name`.
 
     Raises:
-      ValueError: for a file that is none of array_record's.
+      ValueError: for a file of another format.
     """
     from grain.sources import ArrayRecordDataSource
 
@@ -34,7 +34,7 @@ class Shards:
     with ThreadPoolExecutor(_THREADS) as pool:
       counts = list(pool.map(num_records, paths))
     with decoding(name):
-      # With the counts: it would open every file again to find them.
+      # Without the counts it would open every file again to find them.
       self._records = ArrayRecordDataSource([f"{path}[0:{n}]" for path, n in zip(paths, counts, strict=True)])
 
   def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Shards:
 
 
 def num_records(path: str | os.PathLike) -> int:
-  """Records of a file; ValueError for one that is none of array_record's, or damaged where it is opened."""
+  """Counts the records of a file; ValueError for one of another format, or one that cannot be opened."""
   from array_record.python.array_record_module import ArrayRecordReader
 
   file = regular_file(path)
@@ -54,7 +54,7 @@ def num_records(path: str | os.PathLike) -> int:
     reader = ArrayRecordReader(str(file), **_OPTIONS)
     try:
       if not reader.ok():
-        reader.read([0])  # which says why
+        reader.read([0])  # raises the reason
       return reader.num_records()
     finally:
       reader.close()
@@ -66,6 +66,6 @@ def _reading(what: str) -> Iterator[None]:
     try:
       yield
     except RuntimeError as error:
-      if "() failed: " in str(error):  # a call of the system: another try may mend it
+      if "() failed: " in str(error):  # a system call failed; another try may succeed
         raise OSError(errno.EIO, f"{what}: {error}") from error
       raise

@@ -17,13 +17,13 @@ from pflow_jax.data.records import Record, SourceRecords
 from pflow_jax.files.foreign import MAX_JSON, decoding, in_bytes, open_image, read_json, regular_file, shown
 from pflow_jax.files.nearest import nearest
 
-_FILE_MODES = MODES | {4: "RGBA"}  # of images that are taken as they are
+_FILE_MODES = MODES | {4: "RGBA"}  # modes of images that keep their size
 
 
 class TfdsSource:
   """Random access to the serialized examples of tfds: {"x0": (H, W, C) float32, "label": () int32}.
 
-  Only the two features that are wanted are decoded, images here: tfds lets Pillow start other programs for some.
+  Only the image and the label are decoded. Images are decoded here: for some, tfds lets Pillow start other programs.
   """
 
   def __init__(
@@ -36,7 +36,7 @@ class TfdsSource:
     shape: tuple[int, int, int],
     num_classes: int,
   ):
-    """Takes the features, those two alone, beside their serialized examples; `name` begins errors."""
+    """Takes the two features and the serialized examples; messages begin with `name`."""
     self.name, self.source, self.features = name, source, features
     self.image_key, self.label_key = image_key, label_key
     self.shape, self.num_classes = shape, num_classes
@@ -92,7 +92,8 @@ def tfds_images(
     split: any tfds split, e.g. "train[:90%]".
     data_dir: default $TFDS_DATA_DIR or ~/tensorflow_datasets.
     image_size: crop to the centred square and resize; None keeps images that have one size.
-    image_key, label_key: features to read; label_key None for no classes.
+    image_key: the feature with the image.
+    label_key: the feature with the label; None for no classes.
 
   Raises:
     ValueError: for an unknown set, split or feature, for images of varying size without image_size, and for data
@@ -146,10 +147,10 @@ def _prepare(name: str, data_dir: str | None) -> Any:
 
 
 def _check_files(name: str, data_dir: str | None) -> None:
-  """Looks at the files of a prepared set before tfds does, which opens pipes and imports what features.json names.
+  """Checks the files of a prepared set before tfds, which opens pipes and imports the modules named in features.json.
 
   Raises:
-    ValueError: for what is no regular file, too large a table, or a feature of another package.
+    ValueError: for a file that is not regular, too large a table, or a feature of another package.
   """
   root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets"))
   for folder, _, files in os.walk(root / name.partition("/")[0].partition(":")[0]):

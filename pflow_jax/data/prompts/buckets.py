@@ -4,8 +4,8 @@ A record belongs to the shortest bucket that its text fits into, or to the longe
 an endless stream of its own, epoch after epoch, as in `records`; what does not fill a batch at the end of an epoch
 begins the bucket's next batch, so nothing is lost and nothing padded further than its bucket. After e epochs a bucket
 of n records has given floor(e n / B) batches of B; an epoch's batches of all buckets come in a shuffled order. So batch
-i is found without the ones before it, and of which bucket it is, all processes agree. A bucket of fewer records than a
-batch repeats them within one, every B / n epochs.
+i is found without the ones before it, and all processes agree on its bucket. A bucket of fewer records than a batch
+repeats them within one, every B / n epochs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class BucketRecords:
   """Records with texts of different lengths.
 
   Attributes:
+    source: reads the records.
     buckets: lengths, ascending, or empty for records without text.
     masked: whether batches have a mask.
+    read_threads: threads that read by default.
   """
 
   source: TextSource
@@ -53,7 +55,7 @@ class BucketRecords:
   def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
     members = self._members()
     schedule = Schedule(tuple(map(len, members)), batch_size, seed)
-    # Buckets of one size would else be shuffled alike.
+    # With one seed for all, buckets of one size would be shuffled alike.
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(members))]
     streams = {
       bucket: grain.MapDataset.range(len(members[bucket])).seed(seeds[bucket]).shuffle().repeat()
@@ -82,10 +84,12 @@ class BucketRecords:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Of which bucket batch i is, and the how-manieth of that bucket: `schedule(i)` -> (bucket, number).
+  """The bucket of batch i, and the batch's number in it: `schedule(i)` -> (bucket, number).
 
   Attributes:
     counts: records of every bucket.
+    batch_size: global batch size.
+    seed: of the order of an epoch's batches.
   """
 
   counts: tuple[int, ...]
@@ -108,11 +112,11 @@ class Schedule:
 
 @functools.lru_cache(maxsize=4)
 def _order(schedule: Schedule, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-  """Buckets of the batches of an epoch in their order, and which of their bucket they are."""
+  """Buckets of the batches of an epoch in their order, and their numbers within their buckets."""
   first, last = schedule.before(epoch), schedule.before(epoch + 1)
   buckets = np.repeat(np.arange(len(first)), np.subtract(last, first))
   numbers = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
-  # Sorted again within a bucket: its batches come in the order of its stream.
+  # Within a bucket the numbers are sorted again: its batches come in the order of its stream.
   buckets = np.random.default_rng([schedule.seed, epoch]).permutation(buckets)
   result = np.empty_like(numbers)
   result[np.argsort(buckets, kind="stable")] = numbers

@@ -30,15 +30,16 @@ def prompts(
 
   Args:
     path: of the folder; split "test" reads the one beside it that is named <path>_test.
-    model: that they must be encoded for, by default whatever they are; with `shape`, a run can be planned on a machine
-      that does not have the data, and is assumed to have latents.
+    split: "train" or "test".
+    model: the model that they must be encoded for, by default the folder's. With `shape` given too, a run can be
+      planned on a machine that does not have the data, which is then assumed to have latents.
     shape: (*space, C) of x0, by default that of the latents.
     buckets: lengths of text, see `buckets`; by default one, the longest text's. A model that attends to padding has
       texts of one length alone.
     max_length: tokens that texts were cut to, see `pinned`; it has to be the folder's.
 
   Raises:
-    ValueError: for a folder that says otherwise, or is needed and not there.
+    ValueError: for a folder that does not fit these arguments, or is needed and not there.
   """
   name = f"prompts:{path}"
   if split not in ("train", "test"):
@@ -72,7 +73,7 @@ def prompts(
   lengths = _lengths(folder, fields, longest, buckets)
   embedding = Embedding(lengths, fields.text_width, fields.masked, fields.pooled_width)
   check_memory(f"{name}: an embedding with texts of {shown(lengths)} tokens", embedding.nbytes)
-  # Zeros where there is no data: what is planned needs the shapes alone.
+  # Without data there are zeros: a plan needs the shapes alone.
   zeros = {leaf: np.zeros(size, dtype) for leaf, (size, dtype) in embedding.leaves().items()}
   null = zeros if index is None else _padded(null, zeros)
   return Dataset(
@@ -91,7 +92,7 @@ def _folder(path: str, split: str) -> str:
 
 
 def pinned(options: Mapping[str, Any]) -> dict[str, Any]:
-  """Options of a data set, see `load`, and what a prompt has to be embedded with where the set is not at hand."""
+  """Options of a data set, see `load`, with those that embedding a prompt needs where the set is not at hand."""
   kind, _, path = str(options.get("name")).partition(":")
   index = read_index(_folder(path, options.get("split", "train"))) if kind == "prompts" else None
   return {**options} if index is None else {**options, "max_length": index.max_length}
@@ -101,7 +102,7 @@ def with_embeddings(dataset: Dataset, folder: str) -> Dataset:
   """A set in memory with the "pooled" embeddings of its texts, from a folder of prompts, in place of its classes.
 
   Raises:
-    ValueError: for a folder without such embeddings, or that lacks a text.
+    ValueError: for a folder without such embeddings, or one that lacks a text.
   """
   name = f"{dataset.name}: embeddings={folder}"
   index = read_index(folder)
@@ -145,9 +146,10 @@ def synthetic_prompts(
   Args:
     split: "train" or "test", which differ.
     model: one of `MODELS`.
-    shape: (*space, C).
-    text, pooled: (tokens, width) of text and width of pooled, by default the model's.
-    num_records: how many to keep in memory.
+    shape: (*space, C) of x0.
+    text: (tokens, width) of the text's embedding, by default the model's.
+    pooled: width of the pooled embedding, by default the model's.
+    num_records: records to keep in memory.
 
   Raises:
     ValueError: for another split or model, an embedding that the model lacks, or sizes below 1.
@@ -203,7 +205,7 @@ def _lengths(folder: str, fields: Fields, longest: int, buckets: Iterable[int] |
       raise ValueError(f"prompts:{folder}: there are no texts to put in buckets; leave out buckets=.")
     return ()
   lengths = tuple(sorted({int(bucket) for bucket in buckets or (longest,)}))
-  # A program is compiled for each: none for texts longer than there are.
+  # A program is compiled for each length. Lengths beyond the longest text are left out.
   lengths = lengths[: bisect.bisect_left(lengths, longest) + 1]
   if lengths[0] < 1:
     raise ValueError(f"prompts:{folder}: buckets must be lengths of text, at least 1, got {lengths}.")

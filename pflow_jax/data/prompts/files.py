@@ -20,10 +20,11 @@ class Prompts:
   """Prompts without blank and repeated ones, in the order of the file.
 
   Attributes:
-    texts: n of them.
+    texts: n prompts.
     paths: the file beside each, or empty.
-    where: of each, for messages: "prompts.txt, line 3".
-    blank, repeated: how many were left out.
+    where: place of each, for messages: "prompts.txt, line 3".
+    blank: number of blank prompts left out.
+    repeated: number of repeated ones left out.
   """
 
   texts: list[str]
@@ -37,12 +38,13 @@ def read_prompts(path: str, field: str | None = None, file_field: str | None = N
   """The prompts of a .txt, .jsonl or .csv file in UTF-8, without the white space around them.
 
   Args:
-    field: of a JSON line or column of the table that is the prompt, by default the first of `FIELDS` that is there.
-    file_field: that names a file beside each prompt, relative to the folder of `path`; then a prompt is repeated only
-      where its file is.
+    path: of the file.
+    field: field of a JSON line, or column of the table, with the prompt; by default the first of `FIELDS` that is there.
+    file_field: field or column that names a file beside each prompt, relative to the folder of `path`. A prompt then
+      counts as repeated only where its file is repeated too.
 
   Raises:
-    ValueError: for a file that cannot be read, naming the line, or without prompts.
+    ValueError: for a file without prompts, or one that cannot be read; the message names the line.
   """
   file = pathlib.Path(os.path.expanduser(path))
   readers, suffix = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table}, file.suffix.lower()
@@ -75,7 +77,7 @@ def read_prompts(path: str, field: str | None = None, file_field: str | None = N
   return Prompts(texts, paths, where, blank, repeated)
 
 
-_Line = tuple[int, str, str | None]  # its number, the prompt and the file beside it
+_Line = tuple[int, str, str | None]  # number of the line, prompt, file beside it
 
 
 def _text_lines(file: pathlib.Path) -> Iterator[str]:
@@ -119,7 +121,7 @@ def _table(file: pathlib.Path, field: str | None, file_field: str | None) -> Ite
   reader, line = csv.reader(_text_lines(file), strict=True), 0
   try:
     columns = {name: i for i, name in enumerate(next(reader, []))}
-    # Of many columns only those that are looked at are taken from every row; of none that fit, all for the message.
+    # Rows are read with the columns that are needed. If none fits, all are read, for the message.
     fitting = [name for name in ((field,) if field else FIELDS) if name in columns]
     columns = {name: columns[name] for name in (*fitting, file_field) if name in columns} if fitting else columns
     line = reader.line_num
@@ -129,7 +131,7 @@ def _table(file: pathlib.Path, field: str | None, file_field: str | None) -> Ite
         values = {name: row[i] if i < len(row) else None for name, i in columns.items()}
         yield _row(f"{file}, line {line}", line, values, field, file_field)
   except csv.Error as error:
-    # Of the row that could not be read, where it begins.
+    # The line is the one on which the unreadable row begins.
     raise ValueError(f"{file}, line {line + 1}: expected comma-separated values, got {error}.") from error
 
 

@@ -1,13 +1,15 @@
 """Embeddings of prompts in array_record shards, with or without an image's latents beside each.
 
-A folder, written by `pflow cache`, holds
-  index.json: what the records are, see `Index`; written last, so that a folder without it is not finished.
-  index.npz: of every record "length", tokens of its text, int32, and "hash" of its prompt, uint64.
-  *.array_record: shards, read in the order of their names.
-  null.record: one record more, that of the empty prompt.
+A folder, written by `pflow cache`, holds:
+
+* index.json: the description of the records, see `Index`; written last, so that a folder without it is not finished.
+* index.npz: "length" of every record, the tokens of its text, int32, and "hash" of its prompt, uint64.
+* *.array_record: shards, read in the order of their names.
+* null.record: the record of the empty prompt.
+
 A record is the number l of its text's tokens, int32; "text" (l, D) bfloat16; "pooled" (P,) float32, small beside the
-text and so kept in full; "x0" (*space, C) float16; and the prompt in UTF-8. All is little-endian and row-major; what a
-model does not have takes no room.
+text and so kept in full; "x0" (*space, C) float16; and the prompt in UTF-8. All is little-endian and row-major. A field
+that a model does not have takes no bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Fields:
     text_width: D, 0 without text.
     pooled_width: P, 0 without.
     shape: of x0, empty without.
-    masked: whether a network needs to be told which tokens are padding; else all texts have one length.
+    masked: whether the network needs a mask of the padding; otherwise all texts have one length.
   """
 
   text_width: NonNegativeInt = 0
@@ -88,8 +90,8 @@ class Fields:
     return data[offset:].decode(), record
 
 
-# What the published models take, for a run that is planned where the data is not, and the tokens that their pipelines
-# give a text unless told otherwise.
+# Fields of the published models, for a run that is planned without the data, and the default number of tokens of their
+# pipelines.
 MODELS = {
   "flux": Fields(text_width=4096, pooled_width=768),
   "qwen_image": Fields(text_width=3584, masked=True),
@@ -103,15 +105,16 @@ MAX_TOKENS = 2**15  # of a text, as many as Qwen2.5-VL has positions
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """What the records of a folder are.
+  """Description of a folder's records.
 
   Attributes:
-    model: that the prompts are encoded for, one of `MODELS`.
+    model: the model that the prompts are encoded for, one of `MODELS`.
     fields: of the records.
-    max_length: tokens at most; of a model that attends to padding, tokens of every text.
+    max_length: tokens at most; tokens of every text for a model that attends to padding.
     longest: tokens of the longest text.
-    num_records, shard_records: in all, and in a shard but for the last.
-    made: how, in plain JSON, shown to who asks and not read: encoders, template, dtype and such.
+    num_records: records in all.
+    shard_records: records in a shard; the last may have fewer.
+    made: how they were made, in plain JSON, for people: encoders, template, dtype and such.
   """
 
   model: str
@@ -168,7 +171,7 @@ class PromptSource:
     return self._table("length")
 
   def find(self, prompts: Sequence[str]) -> np.ndarray:
-    """Rows (n,) int64 of `prompts`; -1 for one that is not there."""
+    """Finds the rows (n,) int64 of `prompts`; -1 for one that is not there."""
     hashes, wanted = self._table("hash"), prompt_hashes(prompts)
     order = np.argsort(hashes, kind="stable")
     place = np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(hashes) - 1)
@@ -207,13 +210,13 @@ class PromptSource:
 
 
 def prompt_hashes(prompts: Iterable[str]) -> np.ndarray:
-  """(n,) uint64 that tell prompts apart."""
+  """Hashes of prompts, (n,) uint64."""
   digest = b"".join(hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in prompts)
   return np.frombuffer(digest, HASH)
 
 
 def read_index(folder: str, name: str = INDEX) -> Index | None:
-  """What the records of a folder are; None where there is none."""
+  """Reads the description of a folder's records; None where there is none."""
   path = pathlib.Path(folder) / name
   if not is_there(path):
     return None
@@ -227,7 +230,7 @@ def read_index(folder: str, name: str = INDEX) -> Index | None:
 
 
 def read_null(folder: str, fields: Fields) -> Record | None:
-  """The empty prompt's arrays; None where they are not there."""
+  """Reads the empty prompt's arrays; None where they are not there."""
   path = pathlib.Path(folder) / NULL
   if not is_there(path):
     return None
