@@ -1,6 +1,6 @@
-"""NumPy's files, read after their headers have been: what they say they hold has to be in them.
+"""NumPy's files, with their headers checked against their sizes.
 
-Nothing is unpickled, and nothing is allocated before it is known that the file has the bytes for it.
+Nothing is unpickled. Nothing is allocated before the file is known to have the bytes for it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ def read_npz(
 
   Args:
     source: a file, or its bytes.
-    required, optional: names of its arrays.
-    name: for errors, of bytes, by default that of the file.
+    required: names of arrays that it must have.
+    optional: names of arrays that it may have.
+    name: of bytes, for errors; by default that of the file.
 
   Raises:
-    ValueError: for a file that cannot be read, has other arrays, or says that it holds more than is in it.
+    ValueError: for a file that cannot be read, has other arrays, or has a header that promises more bytes than it has.
   """
   file = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source)
   limit = len(source) if isinstance(source, bytes) else os.stat(source).st_size
@@ -60,12 +61,12 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
 
 
 def _check_memory(nbytes: int) -> None:
-  check_memory("what it says it holds", 2 * nbytes)  # twice: arrays are converted
+  check_memory("what it says it holds", 2 * nbytes)  # twice, because arrays are converted
 
 
 def _read(stream: IO[bytes], size: int, name: str) -> np.ndarray:
   """The array of a stream of `size` bytes, called `name`."""
-  if (version := np.lib.format.read_magic(stream)) != (1, 0):  # others are of records, or of a long header
+  if (version := np.lib.format.read_magic(stream)) != (1, 0):  # other versions are for records, or a long header
     raise ValueError(f"{name} is of NumPy's format {version}, expected (1, 0), which np.save writes")
   shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
   if dtype.kind not in _KINDS or dtype.fields or dtype.subdtype or not dtype.itemsize:
@@ -78,7 +79,7 @@ def _read(stream: IO[bytes], size: int, name: str) -> np.ndarray:
   view = memoryview(data)
   while count := stream.readinto(view[:_CHUNK]):  # type: ignore[attr-defined]
     view = view[count:]
-  # One byte more, which is not there: at the end a zip's checksum is compared.
+  # Reading one byte beyond the end makes zipfile compare the checksum.
   if view or stream.read(1):
     raise ValueError(f"{name} is cut short")
   return np.ndarray(shape, dtype, data, order="F" if fortran_order else "C")

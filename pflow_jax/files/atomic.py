@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a process is killed."""
+"""Atomic writing: a file is there whole or not at all, whenever a process is killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from etils import epath
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
-  """Writes a file beside its place and renames it: a reader finds what was there before, or all of what is new.
+  """Writes a file beside its place and renames it: a reader finds the old content or all of the new one.
 
   The partial file has a name of this process alone. It is removed when writing fails; a killed process leaves it.
 
@@ -18,7 +18,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     content: a text is written as UTF-8.
 
   Raises:
-    OSError: where nothing can be written.
+    OSError: nothing can be written there.
   """
   file = epath.Path(path)
   partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
@@ -26,6 +26,6 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(file)
   except BaseException:
-    with contextlib.suppress(OSError):  # the first error is the one to tell of
+    with contextlib.suppress(OSError):  # the first error is the one to raise
       partial.unlink(missing_ok=True)
     raise

@@ -41,14 +41,14 @@ def _checksum(file: pathlib.Path, *_: int) -> tuple[int, int]:
 
 
 def damage(path: pathlib.Path) -> str | None:
-  """What is wrong with the files of the checkpoint in `path`; None if nothing is."""
+  """Describes the damage of the files of the checkpoint in `path`; None if they are intact."""
   try:
     if not (path / CHECKSUMS).is_file():
       return f"{CHECKSUMS} cannot be read: there is none"
     expected = read_json(path / CHECKSUMS, dict[str, tuple[int, int]])
     for name, (size, crc) in expected.items():
       file = path / name
-      # A pipe would be waited for, and a device be read without end.
+      # Opening a pipe waits, and a device has no end.
       if ".." in file.parts or not file.is_relative_to(path) or not file.is_file():
         return f"{name} is missing"
       if file.stat().st_size != size:

@@ -1,4 +1,4 @@
-"""Where programs may write: the folders and files that a user names are looked at before any work is done."""
+"""Checks of the folders and files that a user names for results, before any work is done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_BYTES = 3500  # of a path: files of a checkpoint add some 200, and systems t
 MAX_NAME = 255  # bytes
 
 _PACKAGE = os.path.dirname(os.path.realpath(__file__))
-# Nothing is written below these, and nothing into those.
+# Nothing is written below the folders of _SYSTEM, and nothing directly into those of _CROWDED.
 _SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", _PACKAGE)
 _CROWDED = (
   *("/dev/shm", "/home", "/media", "/opt", "/root", "/run", "/srv", "/tmp", "/usr", "/usr/local", "/var", "/var/tmp"),
@@ -24,10 +24,10 @@ _CROWDED = (
 
 
 def expanded(path: str | os.PathLike, flag: str = "--workdir") -> str:
-  """The path of a folder that is read, with the home folder for "~" and without slashes at its end.
+  """Returns the path of a folder that is read, with the home folder for "~" and without slashes at its end.
 
   Raises:
-    ValueError: for one that is empty or no path.
+    ValueError: it is empty or no path.
   """
   if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
     raise ValueError(f"{flag}: expected a path, got {path!r}")
@@ -38,36 +38,36 @@ def expanded(path: str | os.PathLike, flag: str = "--workdir") -> str:
 
 
 class _Folder(type(epath.Path())):  # type: ignore[misc]
-  """A folder whose own name is no pattern; in one with a "[" Orbax would not find the parts of a checkpoint."""
+  """A folder whose name `glob` takes literally; Orbax would find no checkpoint in one with a "[" in its name."""
 
   def glob(self, pattern: str) -> Iterator[_Folder]:
     return map(type(self), epath.Path(glob.escape(str(self))).glob(pattern))
 
 
 def absolute(path: str | epath.PathLike) -> epath.Path:
-  """The absolute path, which the libraries that it is given to take by its letters."""
+  """Returns the absolute path; libraries take its name literally."""
   folder = epath.Path(path)
   return _Folder(folder if is_remote(folder) else folder.expanduser().absolute())
 
 
 def is_remote(path: str | epath.PathLike) -> bool:
-  """Whether a path is of an object store."""
+  """Returns whether a path is of an object store."""
   return "://" in str(path)
 
 
 def checked_folder(path: str | os.PathLike, flag: str = "--workdir") -> str:
-  """A folder that results may be written to; it need not exist, and nothing is made.
+  """Checks a folder that results are to be written to; it need not exist, and nothing is made.
 
   Args:
     path: of this machine, or gs://BUCKET/FOLDER.
-    flag: what a refusal calls it.
+    flag: its name in a refusal.
 
   Returns:
     the path as of `expanded`.
 
   Raises:
-    ValueError: for a path that is empty, no folder, not writable or one that a checkpoint cannot be read back from, and
-      for a folder of others: the root, a home, the system's, this package's.
+    ValueError: the path is empty, no folder, not writable, or one that a checkpoint cannot be read back from; or the
+      folder is not the user's to fill: the root, a home, the system's, this package's.
   """
   text = _checked_text(path, flag)
   if is_remote(text):
@@ -83,9 +83,11 @@ def checked_folder(path: str | os.PathLike, flag: str = "--workdir") -> str:
 
 
 def checked_file(path: str | os.PathLike, flag: str = "--out", *, ending: str = "") -> str:
-  """A file that may be written, as `checked_folder` for folders.
+  """Checks a file that is to be written, as `checked_folder` does for folders.
 
   Args:
+    path: of the file.
+    flag: its name in a refusal.
     ending: of the file's name, which is added to `path`.
 
   Returns:
@@ -107,7 +109,7 @@ def checked_file(path: str | os.PathLike, flag: str = "--out", *, ending: str = 
 
 
 def _checked_text(path: str | os.PathLike, flag: str) -> str:
-  """The path as `expanded`, of characters that all who are given it take for themselves."""
+  """Returns the path as `expanded`; ValueError for characters that a library would take for a pattern or an address."""
   text = expanded(path, flag)
   given = os.fspath(path)
   bad = next((name for sign, name in {"\0": "NUL", "\\": "backslash"}.items() if sign in text), None)
@@ -138,7 +140,7 @@ def _is_of_system(real: str) -> bool:
 
 
 def _check_parent(folder: str, text: str, flag: str) -> None:
-  """Refuses a path whose nearest part that is there is no folder, or cannot be written."""
+  """Refuses a path whose nearest existing parent is no folder, or cannot be written."""
   nearest = folder
   while not os.path.lexists(nearest):
     nearest = os.path.dirname(nearest)

@@ -1,9 +1,8 @@
-"""The entrance for bytes that others wrote: what is opened, how much of it is read, and which shape it must have.
+"""Checked reading of files that others wrote: their kind, their size and their content.
 
-Every reader of a user's file goes through here before it trusts one: a file is a regular one, JSON is bounded and has
-the types that its reader names, an image is of a format that is decoded in this process. What a file makes the program
-allocate is bounded by the size of the file, and what a user asks for by the memory of the machine. Errors are
-ValueErrors of one sentence.
+Every reader of a user's file uses this module. A file is a regular one, JSON is bounded and has the types that its
+reader names, an image is of a format that is decoded in this process. The size of a file bounds the memory that it
+makes the program allocate; the memory of the machine bounds a user's requests. Errors are ValueErrors of one sentence.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ MAX_JSON = 32 * 2**20  # bytes; the index of the largest models has 10 MB
 MAX_IMAGE_FILE = 2**30  # bytes
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _PROBLEMS_SHOWN = 8
-# What the system says of a path that is wrong. All else that it says is of a disk, a network or a busy machine.
+# Numbers of the system's errors for a wrong path. All others are of a disk, a network or a busy machine.
 _OF_A_PATH = (
   *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
   *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.EILSEQ, errno.EXDEV),
@@ -43,9 +42,9 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def may_pass(error: BaseException) -> bool:
-  """Whether another try may mend what was raised: a lack of memory or threads, a disk or a network.
+  """Returns whether another try may succeed: after a lack of memory or threads, an error of a disk or a network.
 
-  A decoder's own OSErrors, which have no number, are of what it was given.
+  A decoder's own OSErrors have no number; another try would not help.
   """
   if isinstance(error, OSError):
     return isinstance(error, (ConnectionError, TimeoutError)) or error.errno not in (None, *_OF_A_PATH)
@@ -56,20 +55,20 @@ def regular_file(path: str | os.PathLike) -> pathlib.Path:
   """Returns `path`, a regular file or a link to one; opening anything else can wait for ever or change a device.
 
   Raises:
-    ValueError: for a file that is missing, cannot be looked at, or is a folder, pipe, socket or device.
+    ValueError: the file is missing, cannot be looked at, or is a folder, pipe, socket or device.
   """
   _expect(path, stat.S_IFREG)
   return pathlib.Path(path)
 
 
 def real_folder(path: str | os.PathLike) -> pathlib.Path:
-  """Returns `path`, a folder or a link to one; ValueError for what is missing, cannot be looked at, or is a file."""
+  """Returns `path`, a folder or a link to one; ValueError if it is missing, cannot be looked at, or is a file."""
   _expect(path, stat.S_IFDIR)
   return pathlib.Path(path)
 
 
 def is_there(path: str | os.PathLike) -> bool:
-  """Whether there is anything at `path`; ValueError where that cannot be looked at."""
+  """Returns whether there is anything at `path`; ValueError where that cannot be looked at."""
   return _kind(path) is not None
 
 
@@ -77,8 +76,8 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
   """Reads a file, or an object of a store, of at most `limit` bytes.
 
   Raises:
-    ValueError: for what is no regular file, cannot be read, or is larger. What a disk or a network raises passes as it
-      is, here and in all that reads.
+    ValueError: it is no regular file, cannot be read, or is larger. Errors of a disk or a network pass as they are, in
+      all functions of this module.
   """
   file = epath.Path(path) if is_remote(path) else regular_file(path)
   try:
@@ -111,7 +110,7 @@ def read_json(path: str | os.PathLike, schema: Any = dict[str, Any], *, limit: i
     limit: largest size in bytes.
 
   Raises:
-    ValueError: with all that does not fit.
+    ValueError: the content does not fit; the message lists every misfit.
   """
   return parse_json(read_bytes(path, limit), schema, where=str(path))
 
@@ -120,7 +119,7 @@ def parse_json(data: bytes | str, schema: Any = dict[str, Any], *, where: str) -
   """Parses JSON whose content must be of type `schema`; `where` names it in errors, see `read_json`."""
   try:
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-    json.loads(text, parse_float=_finite, parse_constant=_finite, parse_int=_finite)  # a float may be written as an int
+    json.loads(text, parse_float=_finite, parse_constant=_finite, parse_int=_finite)  # a float may look like an int
     return _adapter(schema).validate_json(text, strict=True)
   except pydantic.ValidationError as error:
     raise ValueError(f"{where}: {_problems(error)}") from error
@@ -129,7 +128,7 @@ def parse_json(data: bytes | str, schema: Any = dict[str, Any], *, where: str) -
 
 
 def check_type(value: Any, schema: Any, *, where: str) -> Any:
-  """Returns a value that was read otherwise, of type `schema`; ValueError with all that does not fit."""
+  """Returns a value as type `schema`; ValueError that lists every misfit."""
   try:
     return _adapter(schema).validate_python(value, strict=True)
   except pydantic.ValidationError as error:
@@ -141,8 +140,8 @@ def check_type(value: Any, schema: Any, *, where: str) -> Any:
 def check_arguments(function: Callable, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
   """Returns keyword arguments for `function`, a class or a function, each of the type that it is annotated with.
 
-  Lists become tuples. Numbers are finite, whole ones below 2^31, which is what arrays count in, seeds below 2^32. What
-  the function does not annotate is of any type.
+  Lists become tuples. Numbers are finite; whole ones are below 2^31, the range in which arrays count, seeds below 2^32.
+  Arguments without an annotation take any type.
 
   Raises:
     ValueError: for the first that does not fit, named `where`.argument.
@@ -163,9 +162,9 @@ def check_arguments(function: Callable, values: Mapping[str, Any], *, where: str
 
 @contextlib.contextmanager
 def decoding(what: str | os.PathLike) -> Iterator[None]:
-  """Turns whatever a decoder raises on broken bytes into a ValueError of one sentence that begins with `what`.
+  """Turns any error of a decoder on broken bytes into a ValueError of one sentence that begins with `what`.
 
-  What `may_pass` passes as it is.
+  Errors for which `may_pass` holds pass as they are.
   """
   try:
     yield
@@ -181,11 +180,10 @@ def open_image(source: str | os.PathLike | bytes, name: str = "") -> Iterator[Im
 
   Args:
     source: a file, or its bytes.
-    name: for errors, of bytes, by default that of the file.
+    name: of bytes, for errors; by default that of the file.
 
   Raises:
-    ValueError: for what is none of them or has more pixels than Pillow thinks harmless, and for what is raised while it
-      is decoded in the body.
+    ValueError: it is none of them, has more pixels than Pillow's limit, or fails to decode in the body.
   """
   file = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source)
   with decoding(f"cannot read the image {name or os.fsdecode(source)}"):
@@ -209,12 +207,13 @@ def available_formats() -> tuple[str, ...]:
 
 
 def check_memory(what: str, nbytes: int, advice: str = "", *, have: int | None = None) -> None:
-  """Refuses what needs more bytes than the machine has memory.
+  """Raises ValueError for more bytes than the machine has memory.
 
   Args:
-    what: that asks for them, the start of the sentence.
-    advice: what to ask for instead, its end.
-    have: bytes that a device has, in place of the machine.
+    what: the purpose of the bytes; the message begins with it.
+    nbytes: how many are needed.
+    advice: a remedy; the message ends with it.
+    have: bytes of a device's memory, in place of the machine's.
   """
   owner = "this machine" if have is None else "a device"
   have = machine_memory() if have is None else have
@@ -242,7 +241,7 @@ def in_bytes(count: int) -> str:
 
 
 def shown(value: Any, width: int = 60) -> str:
-  """Writes a foreign value as it can be put into a message: escaped, on one line, cut to `width`."""
+  """Writes a foreign value for a message: escaped, on one line, cut to `width`."""
   if isinstance(value, int) and abs(value) > 10**width:
     return f"a number of more than {width} digits"
   short = reprlib.Repr()
@@ -252,12 +251,12 @@ def shown(value: Any, width: int = 60) -> str:
 
 
 def _kind(path: str | os.PathLike) -> int | None:
-  """The type of what is at `path`, one of the constants of `stat`, or None if nothing is."""
+  """The type of the file at `path`, one of the constants of `stat`; None if there is none."""
   try:
     return stat.S_IFMT(os.stat(path).st_mode)
   except (FileNotFoundError, NotADirectoryError):
     return None
-  except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a NUL in it
+  except (OSError, ValueError) as error:  # a loop of links, too long a name, a NUL in it
     if may_pass(error):
       raise
     raise ValueError(f"{shown(str(path))}: cannot be looked at ({_reason(error)})") from error
@@ -303,7 +302,7 @@ def _finite(number: str) -> float:
 
 
 def _problems(error: pydantic.ValidationError) -> str:
-  """All that pydantic found, each as "place: message, got value"."""
+  """All problems that pydantic found, each as "place: message, got value"."""
   found = []
   for problem in error.errors(include_url=False, include_context=False):
     place = ".".join(shown(part).strip("'") for part in problem["loc"])

@@ -1,9 +1,10 @@
 """One writer to a folder: a lock that names its holder, and that shows when it is gone.
 
-The lock is a file in the folder, on whatever that lies (a disk, NFS, gs://), and no lock of the operating system, which
-few of these have for several machines. A holder on this machine is asked for by its process. Of one on another machine
-it is waited for whether it still beats: clocks of machines are not compared. The same goes for a lock that is not the
-file that its holder made: in a copy of the folder it does not beat, through another mount of it it does.
+The lock is a file in the folder, on any storage (a disk, NFS, gs://). Locks of the operating system do not work across
+machines on most of these. A holder on this machine is alive if its process runs. A holder on another machine is alive
+if the lock's beat changes within a while; clocks of machines are not compared. The same test holds for a lock that is
+not the file that its holder made: in a copy of the folder it does not beat, through another mount of the folder it
+does.
 """
 
 from __future__ import annotations
@@ -30,28 +31,29 @@ BEAT = 15.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one after which a holder counts as dead, and without an answer, storage as lost
 SETTLE = 0.5  # seconds in which two that take a lock at once see each other
 
-_MOST = 2**16  # bytes of a lock that are looked at
+_MOST = 2**16  # bytes of a lock that are read
 
 
 class Unwritable(OSError):
-  """A folder that was written to takes nothing more, or is not there any more."""
+  """The folder can no longer be written to, or is gone."""
 
 
 class TakenOver(RuntimeError):
-  """Another has taken the folder over."""
+  """Another process has taken the folder over."""
 
 
 class Busy(RuntimeError):
-  """Another holds the folder, of which only signs of life tell: by the next try it may have ended."""
+  """Another machine's process holds the folder; it may have ended by the next try."""
 
 
 class Lock:
   """Holds a folder, which is made if need be, while the context lasts.
 
   Args:
-    program: what the folder is written by.
-    force: take it over from whoever holds it.
-    hint: how a user does that, for the refusal.
+    folder: to hold.
+    program: name of the program that writes to it.
+    force: take it over from its holder.
+    hint: advice on taking over, for the refusal.
     active: False does nothing, for all processes of a program but the first.
 
   Raises:
@@ -67,9 +69,9 @@ class Lock:
     self._remote = is_remote(folder)
     self._token, self._beats = uuid.uuid4().hex, 0
     self._since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    self._names = [str(self._path)]  # of its file, see `_Found`
-    self._lost: Exception | None = None  # what the last look that was answered has found
-    self._heard = 0.0  # when that was
+    self._names = [str(self._path)]  # names of its file, see `_Found`
+    self._lost: Exception | None = None  # the finding of the last look that got an answer
+    self._heard = 0.0  # time of that look
     self._ended = threading.Event()
     self._heart: threading.Thread | None = None
 
@@ -88,12 +90,12 @@ class Lock:
       return
     self._ended.set()
     self._heart.join(BEAT)
-    with contextlib.suppress(Exception):  # what was to be written is; a lock that is left goes stale with its process
+    with contextlib.suppress(Exception):  # the work is done; a lock that is left goes stale with its process
       if self._look():
         self._path.unlink()
 
   def refuse_early(self) -> None:
-    """Raises what entering would where that can be told at once; before work that would be in vain."""
+    """Raises the error of entering if it is known at once; called before work that would be in vain."""
     found = _read(self._path) if self._active and not self._force else None
     if found is not None and _runs(found):
       raise self._refusal(found)
@@ -102,7 +104,7 @@ class Lock:
     """Raises TakenOver if another has the folder by now, Unwritable if it is gone, or could not be read for long."""
     if not self._active:
       return
-    # A look into a bucket takes longer than a step: there `_live` does that, unless it was kept from it.
+    # A look into a bucket takes longer than a step. `_live` looks there, unless it has been silent.
     if not self._remote or self._is_silent():
       self._look()
     if self._lost is not None:
@@ -110,7 +112,7 @@ class Lock:
 
   @contextlib.contextmanager
   def writing(self) -> Iterator[None]:
-    """What is written meanwhile; raises Unwritable for an OSError, and as `check` before."""
+    """Context for writing to the folder; raises Unwritable for an OSError, and as `check` before."""
     self.check()
     try:
       yield
@@ -133,20 +135,20 @@ class Lock:
       self._path.unlink(missing_ok=True)
       self._make()
       self._let_stop(found)
-    # Of several that have come so far the last one has it, and all see that.
+    # If several take the lock at once, the last one has it, and all see that.
     time.sleep(SETTLE)
     found = _read(self._path)
     if found is None or found.holder.get("token") != self._token:
       raise self._refusal(found)
 
   def _let_stop(self, found: _Found) -> None:
-    """Waits for one from whom the lock was taken by force: it writes nothing new, but ends a save that is under way."""
+    """Waits for a holder whose lock was taken by force: it writes nothing new, but ends a save that is under way."""
     end = time.monotonic() + (PATIENCE if self._force and found.holder.get("pid") != os.getpid() else 0)
     while time.monotonic() < end and _runs(found):
       time.sleep(SETTLE)
 
   def _make(self) -> bool:
-    """Writes the lock if there is none; whether it did."""
+    """Writes the lock if there is none; returns whether it did."""
     if self._remote:
       self._path.write_text(self._content())
       return True
@@ -170,7 +172,7 @@ class Lock:
     return json.dumps(own) + "\n"
 
   def _alive(self, found: _Found) -> _Found | None:
-    """The lock of a holder that is alive, as it was seen last."""
+    """Returns the lock of a holder that is alive, as it was seen last; None of one that is not."""
     if (runs := _runs(found)) is not None:
       return found if runs else None
     who = _named(found.holder)
@@ -191,9 +193,9 @@ class Lock:
     return ValueError(text) if found and _runs(found) else Busy(text)
 
   def _look(self) -> bool:
-    """Whether the folder is surely held; `_lost` is what speaks against it.
+    """Returns whether the folder is surely held; `_lost` has the reason if not.
 
-    A look without an answer says nothing, until others, who saw no beat either, may take this holder for dead.
+    A look without an answer changes nothing until others, who saw no beat either, may take this holder for dead.
     """
     try:
       found = _read(self._path)
@@ -218,8 +220,8 @@ class Lock:
   def _live(self) -> None:
     """Gives signs of life, and looks for those of others, in a thread."""
     while not self._ended.wait(BEAT):
-      with contextlib.suppress(Exception):  # of storage that takes nothing for a while: who writes to it will say so
-        if self._look() and not self._ended.is_set():  # a look may take until after the end, which removes the lock
+      with contextlib.suppress(Exception):  # storage may fail for a while: the next write to it raises the error
+        if self._look() and not self._ended.is_set():  # a look may outlast the end, which removes the lock
           self._beat()
 
   def _beat(self) -> None:
@@ -231,9 +233,14 @@ class Lock:
 
 
 class _Found(NamedTuple):
-  """A lock: what it says of its holder, what changes with its beats, and the names of its file.
+  """A lock that was read.
 
-  A file that moves on this machine keeps one of them, and a copy that lies elsewhere has none of them.
+  A file that moves on this machine keeps one of its names; a copy that lies elsewhere has none of them.
+
+  Attributes:
+    holder: the lock's description of its holder.
+    pulse: changes with every beat.
+    names: names of its file.
   """
 
   holder: dict[str, Any]
@@ -242,14 +249,14 @@ class _Found(NamedTuple):
 
 
 def _read(path: epath.Path) -> _Found | None:
-  """The lock, None if there is none; of a file that is no lock nothing is known."""
+  """Reads the lock, None if there is none; the holder of a file that is no lock is unknown."""
   try:
     if is_remote(path):
       content = path.read_bytes()
       pulse: Any = content
       names = [str(path)]
     else:
-      number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opened, NFS asks its server anew
+      number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening makes NFS ask its server anew
       try:
         told = os.fstat(number)
         content = os.read(number, _MOST) if stat.S_ISREG(told.st_mode) else b""
@@ -277,20 +284,20 @@ def _named(holder: dict[str, Any]) -> str:
 
 
 def _runs(found: _Found) -> bool | None:
-  """Whether the process that took the lock still runs; None where that cannot be asked for, but beats tell."""
+  """Returns whether the process that took the lock still runs; None if only its beats can tell."""
   pid, then = found.holder.get("pid"), found.holder.get("started")
   if found.holder.get("machine") != _machine() or type(pid) is not int or pid <= 0:
     return None
   now = _started(pid)
   if now is None or (now != then and 0 not in (now, then)):
     return False
-  # It may hold another folder, of which this one is a copy.
+  # The holder may hold another folder, of which this one is a copy.
   made = found.holder.get("file")
   return True if isinstance(made, list) and any(name in made for name in found.names) else None
 
 
 def _machine() -> list[str]:
-  """What tells this machine, since it was started, from all others that see its processes under other numbers."""
+  """Identity of this machine, since it was started, and of its process numbers."""
   parts = [socket.gethostname()]
   for source in (lambda: pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip(), _namespace):
     try:
@@ -305,7 +312,7 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> int | None:
-  """When process `pid` of this machine was started, in a unit of the system's; None if there is none, 0 if unknown."""
+  """Start time of process `pid` of this machine, in the system's unit; None if there is none, 0 if unknown."""
   try:
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])  # a zombie has ended

@@ -1,4 +1,4 @@
-"""What a program says: to people, who may have gone, and to a log."""
+"""Output of programs: to a terminal or a pipe, which may be closed, and to a log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 LOG = "train.log"
-_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a pipe or a terminal that nobody reads any more
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # errors of a pipe or a terminal without a reader
 
 
 class _Tolerant:
-  """A text stream that loses what cannot be written."""
+  """A text stream that drops text that cannot be written."""
 
   def __init__(self, stream: Any):
     self._stream = stream
@@ -35,7 +35,7 @@ class _Tolerant:
       self._lose(last or error.errno in _GONE)
 
   def _lose(self, for_good: bool) -> None:
-    if for_good:  # or what is still in the buffer would be an error again, at the latest when Python ends
+    if for_good:  # else the rest of the buffer would raise again, at the latest when Python ends
       with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
@@ -47,12 +47,12 @@ class _Tolerant:
 
 @contextlib.contextmanager
 def tolerant_output() -> Iterator[None]:
-  """Lets a program go on, and end with its own code, whose output is closed, full or was never open."""
+  """Lets a program run on, and end with its own code, if its output is closed, full or was never open."""
   for number in range(3):
     try:
       os.fstat(number)
     except OSError:
-      os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which else the next file would have
+      os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which the next file would have otherwise
   streams = [_Tolerant(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)]  # noqa: SIM115
   with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
     try:
@@ -64,7 +64,7 @@ def tolerant_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def logged_tracebacks() -> Iterator[None]:
-  """Logs errors that nobody can catch, of threads and callbacks of libraries, in place of printing them."""
+  """Logs errors of threads and of libraries' callbacks, which nobody can catch, in place of printing them."""
   before = sys.unraisablehook, threading.excepthook
   sys.unraisablehook = lambda args: _log(args.exc_value)
   threading.excepthook = lambda args: _log(args.exc_value)
@@ -79,12 +79,12 @@ def _log(error: BaseException | None) -> None:
 
 
 def without_tracebacks(record: logging.LogRecord) -> bool:
-  """A filter for what people read: libraries log tracebacks of errors that they also raise."""
+  """A filter of log records for the terminal: libraries log tracebacks of errors that they also raise."""
   return not record.exc_info or bool(os.environ.get("PFLOW_TRACEBACK"))
 
 
 class _LogFile(logging.FileHandler):
-  """A log that is not written where it cannot be."""
+  """A log file that ignores errors of writing it."""
 
   def emit(self, record: logging.LogRecord) -> None:
     with contextlib.suppress(OSError):
@@ -96,9 +96,9 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def logged(folder: str) -> Iterator[None]:
-  """Appends warnings and errors of all libraries meanwhile, with their tracebacks, to <folder>/train.log.
+  """Context that appends warnings and errors of all libraries, with their tracebacks, to <folder>/train.log.
 
-  The file is made with the first of them; in an object store there is none.
+  The first of them makes the file; an object store gets none.
   """
   if "://" in folder:
     yield

@@ -1,4 +1,4 @@
-"""Config files: programs in Python, which run with the rights of who names them; their `get_config` is the config."""
+"""Config files: programs in Python whose `get_config` returns the config; they run with the rights of the user."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_config_file(config: str) -> ConfigDict:
       without ".py", such as "digits:gmflow", is a file that comes with this package.
 
   Raises:
-    ValueError: for what is no Python file, or fails, with the line.
+    ValueError: it is no Python file, or it fails; the message names the line.
   """
   path, _, variant = config.partition(":")
   expected = "expected a Python file, and perhaps a variant after a colon, such as configs/digits.py:teacher"
@@ -40,7 +40,7 @@ def read_config_file(config: str) -> ConfigDict:
   module = types.ModuleType("pflow_config")
   module.__file__ = path
   try:
-    # Not imported, which would leave compiled files beside it, and take those that lie there.
+    # An import would leave compiled files beside it, and take those that lie there.
     exec(compile(program, path, "exec", dont_inherit=True), module.__dict__)
     if not callable(getattr(module, "get_config", None)):
       raise TypeError("expected a function get_config")
@@ -63,7 +63,7 @@ def shipped() -> dict[str, pathlib.Path]:
 
 
 def _line(error: BaseException, path: str) -> str:
-  """Where in the file the error came up: ", line 3"; nothing where it did not."""
+  """Place of the error in the file: ", line 3"; empty for an error raised elsewhere."""
   if isinstance(error, SyntaxError) and error.filename == path:
     return f", line {error.lineno}"
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -71,7 +71,7 @@ def _line(error: BaseException, path: str) -> str:
 
 
 def _said(error: BaseException) -> str:
-  """The error on one line; a ValueError, which is how configs refuse a variant, without its name."""
+  """The error on one line; configs refuse a variant with a ValueError, whose name is left out."""
   text = error.msg if isinstance(error, SyntaxError) else str(error.args[0] if error.args else error)
   text = " ".join(text.split())
   if isinstance(error, ModuleNotFoundError) and error.name == "pflow_jax.defaults":

@@ -1,4 +1,4 @@
-"""What the files in configs/ are made of: every key with its default, and variants by their names."""
+"""Parts of the files in configs/: every key with its default, and variants by their names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def default_config(objective: str) -> ConfigDict:
     raise ValueError(f"objective: expected one of {known}, got {objective!r}")
   settings: Any = settings_of(kind)
   config = ConfigDict({"seed": 0, "objective": {"kind": kind, **_typed(settings, defaults_of(kind) | changes)}})
-  own = {name for other in OBJECTIVES for name in settings_of(other).sections}  # of some objectives alone
+  own = {name for other in OBJECTIVES for name in settings_of(other).sections}  # only some objectives have them
   for name, owner in OWNERS.items():
     if name in settings.sections or name not in own:
       config[name] = _typed(owner, {field.name: _default(field) for field in dataclasses.fields(owner)})
@@ -47,7 +47,7 @@ def default_config(objective: str) -> ConfigDict:
 def pick(
   variant: str, variants: Mapping[str, Callable[[], ConfigDict]], quicktest: Callable[[ConfigDict], None]
 ) -> ConfigDict:
-  """The config of a variant, as it is named after the colon behind a config file's path.
+  """Returns the config of a variant, the name after the colon of a config file's path.
 
   Args:
     variant: one of the names in `variants`; ",quicktest" after it shrinks the run to a smoke test.

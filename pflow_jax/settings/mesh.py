@@ -15,8 +15,11 @@ class MeshSettings:
   """The section `mesh` of a config.
 
   Attributes:
-    slice, data, fsdp, tensor: sizes of the axes; one of them may be -1, the devices that the others leave. On TPUs
-      slice 1 is as many as there are.
+    slice: size of the axis over pod slices; on TPUs 1 is as many as there are. One of the four sizes may be -1, the
+      devices that the others leave.
+    data: size of the axis that splits the batch.
+    fsdp: size of the axis that splits batch and parameters.
+    tensor: size of the axis that splits the work on one example.
     rules: rows (pattern, spec) that come before the network's own table, see `Layout`.
     min_size: parameters of fewer elements are kept whole on every device.
   """
@@ -48,7 +51,7 @@ class MeshSettings:
 
 
 def check_pattern(pattern: str) -> None:
-  """Raises ValueError for what is no regular expression."""
+  """Raises ValueError unless `pattern` is a regular expression."""
   try:
     re.compile(pattern)
   except re.error as error:

@@ -16,7 +16,7 @@ class OptimizerSettings:
     schedule: "constant", or "cosine", which reaches 0 at the end of the run.
     b1: decay rate of the first moment.
     b2: decay rate of the second moment.
-    eps: what keeps the quotient of the moments finite.
+    eps: keeps the quotient of the moments finite.
     weight_decay: decoupled decay of every parameter.
     clip_norm: largest global norm of the gradient (pi-Flow's release uses 50); None never clips.
     rates: rows (pattern, factor on the learning rate, and with it on the decay) on the parameter's path; empty is a
@@ -66,8 +66,8 @@ class EmaSettings:
   Attributes:
     kind: "karras", a share of the past that grows with the run, or "constant".
     start: step up to which the average is the parameters themselves.
-    gamma: of "karras".
-    decay: of "constant".
+    gamma: exponent of "karras".
+    decay: share of the past in "constant".
   """
 
   kind: str = "karras"

@@ -1,4 +1,4 @@
-"""Names that configs had before, and what they are now: old runs, old files and old flags are understood."""
+"""Former names of config keys and their present ones: old runs, old files and old flags are understood."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _DATA_FREE = "imitation_data_free"
 
 
 def renewed(config: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
-  """Returns a config, nested or not, with the names of today.
+  """Returns a config, nested or not, with the present names.
 
   Args:
     config: sections by name; it stays as it is.
-    quiet: whether to say nothing, as of a finished run, which nobody is going to edit.
+    quiet: whether to leave out the warning, as for a finished run, whose config is not edited.
 
   Raises:
     ValueError: a section is there under both names.
@@ -41,12 +41,12 @@ def renewed(config: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]
 
 
 def renewed_kind(kind: str) -> tuple[str, dict[str, Any]]:
-  """The kind of an objective by its name of today, and the settings that its old name stood for."""
+  """Returns an objective's kind by its present name, and the settings that its former name stood for."""
   return ("imitation", {"data_free": True}) if kind == _DATA_FREE else (kind, {})
 
 
 def renewed_flag(argument: str) -> str:
-  """A command-line argument --config.SECTION.KEY with the section's name of today."""
+  """Returns a command-line argument --config.SECTION.KEY with the section's present name."""
   for old, now in SECTIONS.items():
     for dashes in ("--", "-"):
       if argument.startswith(f"{dashes}config.{old}."):

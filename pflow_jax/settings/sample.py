@@ -7,7 +7,7 @@ import dataclasses
 from pflow_jax.core.objectives.imitation import MAX_SUBSTEPS
 
 MAX_EVALUATIONS = 10_000
-REFERENCE_STEPS, YARDSTICK_STEPS = 128, 4  # of a teacher, that students are measured with
+REFERENCE_STEPS, YARDSTICK_STEPS = 128, 4  # Euler steps of the teacher; students are measured against both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +16,16 @@ class SampleSettings:
 
   Attributes:
     nfe: numbers of network evaluations to sample with; () is the one that a policy student was trained for, 1, 2, 4
-      and 8 of a flow map, 128 Euler steps of a teacher.
+      and 8 for a flow map, 128 Euler steps for a teacher.
     h: noise level between segments, 0 is deterministic.
     temperature: of the policies of every segment but the last.
     auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
-    substeps, method: of the rollouts, see `core.rollout.rollout`.
+    substeps: of the rollouts, in a unit of schedule time, see `core.rollout.rollout`.
+    method: of the rollouts, see `core.rollout.rollout`.
     gamma: noise that a flow map renews between its steps, see `core.samplers.sample_flow_map`.
-    guidance: strength that a flow map trained for several is asked for; None is its teacher's (teacher.guidance), which
-      evaluation compares with whatever is set here. Of a teacher that is sampled itself, the strength of
-      classifier-free guidance; None is none.
+    guidance: strength of guidance. A flow map that was trained for several takes this one; None is its teacher's
+      (teacher.guidance), which evaluation always compares with. A teacher that is sampled itself takes it as the
+      strength of classifier-free guidance; None is none.
     batch_size: samples at a time.
   """
 

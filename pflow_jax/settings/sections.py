@@ -16,22 +16,26 @@ from pflow_jax.files.nearest import did_you_mean
 def call(
   function: Callable, section: str, values: Mapping[str, Any], *, settings: Callable | None = None, **given: Any
 ) -> Any:
-  """`function(**values, **given)`, where a key of another type than that of its argument is a ValueError.
-
-  So is a key that it does not take, or needs and does not get. A key whose value is None is one that is not set. What
-  the function itself refuses is named after the section.
+  """Returns `function(**values, **given)`.
 
   Args:
-    settings: what names and annotates the keys, where that is not `function` itself, which takes any.
+    function: the owner of the section.
+    section: its name, with which messages begin, also those of errors that `function` raises.
+    values: the section's keys; one whose value is None is not set.
+    settings: the dataclass that names and annotates the keys of a `function` that takes any.
+    **given: arguments that are no keys.
+
+  Raises:
+    ValueError: a key has another type than its argument, is unknown, or is missing.
   """
   where = f"config.{section}"
   parameters = inspect.signature(settings or function).parameters
-  hidden = {*given, *(("parent", "name") if "parent" in parameters else ())}  # which all networks have
+  hidden = {*given, *(("parent", "name") if "parent" in parameters else ())}  # all Flax modules have these two
   values, takes_any = as_section(values, where), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
   known = {
     name: p.default is p.empty for name, p in parameters.items() if name not in hidden and p.kind is not p.VAR_KEYWORD
   }
-  if not takes_any:  # which looks at the others itself
+  if not takes_any:  # a function that takes any key checks them itself
     refuse_unknown(values, list(known), where)
   values = {key: value for key, value in values.items() if value is not None}
   missing = [name for name, required in known.items() if required and name not in values]
@@ -47,7 +51,7 @@ def call(
 
 
 def as_section(values: Any, where: str) -> dict[str, Any]:
-  """The keys of a section, sections within it as dicts; a ValueError that names it where it is none."""
+  """Returns the keys of a section, sections within it as dicts; ValueError for a value that is no section."""
   if isinstance(values, ConfigDict):
     return values.to_dict()
   if not isinstance(values, Mapping):
@@ -58,9 +62,9 @@ def as_section(values: Any, where: str) -> dict[str, Any]:
 def check_sections(
   config: Mapping[str, Any], known: Sequence[str], required: Sequence[str] = (), *, where: str = "config"
 ) -> None:
-  """Raises ValueError for a section that is not known, is none, or is required and not there.
+  """Raises ValueError for a section that is unknown, is no section, or is required and missing.
 
-  A section's `kind` is a string. `seed`, which is no section, is a number that JAX takes for one.
+  A section's `kind` has to be a string. `seed` is a number instead of a section, of JAX's range.
   """
   refuse_unknown(config, known, where)
   for name, values in config.items():
@@ -75,7 +79,7 @@ def check_sections(
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-  """Raises ValueError for the first key that is not known, with the nearest that is."""
+  """Raises ValueError for the first unknown key, with the nearest known one."""
   for key in values:
     if key not in known:
       raise ValueError(f"{where} has no key {key!r}{did_you_mean(key, known)} (it takes: {', '.join(sorted(known))})")

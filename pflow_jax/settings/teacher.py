@@ -10,13 +10,17 @@ class TeacherSettings:
   """The section `teacher` of a config.
 
   Attributes:
-    workdir, step: of its run; step None is the newest checkpoint, and a student keeps the one it started with.
+    workdir: of its run.
+    step: of its checkpoint; None is the newest, and a student keeps the one it started with.
     which: "ema" or "params".
-    guidance, interval, orthogonal: how it is guided, see `guidance.guided`.
-    weak_workdir, weak_step: a weaker model, an early checkpoint or a smaller network, which guides it in place of the
-      empty condition (autoguidance). weak_step alone is a checkpoint of the teacher's own run.
-    bias_noise: of a student's start, see `heads.head_params_from_teacher`.
-    dtype: that its parameters, and what of a student does not train, are kept in; None is as they were saved.
+    guidance: scale of its guidance, see `guidance.guided`.
+    interval: flow times in which guidance acts, see `guidance.guided`.
+    orthogonal: share of the guidance along x0 that is removed, see `guidance.guidance_bias`.
+    weak_workdir: run of a weaker model, an early checkpoint or a smaller network, which guides it in place of the empty
+      condition (autoguidance).
+    weak_step: checkpoint of that run; without weak_workdir, an early checkpoint of the teacher's own run.
+    bias_noise: noise on the biases of a student's head at its start, see `heads.head_params_from_teacher`.
+    dtype: of its parameters, and of a student's that do not train; None keeps the saved one.
   """
 
   workdir: str | None = None
@@ -44,17 +48,23 @@ class TeacherSettings:
 
   @property
   def autoguided(self) -> bool:
-    """Whether a weaker model guides it."""
+    """Returns whether a weaker model guides it."""
     return self.weak_workdir is not None or self.weak_step is not None
 
   def is_guided(self, strengths: tuple[float, float]) -> bool:
-    """Whether it is guided, by itself or for a student that asks for these strengths."""
+    """Returns whether it is guided, by its own settings or for a student of these strengths."""
     return self.guidance != 1 or strengths != (1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class StartSettings:
-  """The section `start` of a config: a finished run of the same network whose parameters a new run starts from."""
+  """The section `start` of a config: a finished run of the same network whose parameters a new run starts from.
+
+  Attributes:
+    workdir: of that run.
+    step: of its checkpoint; None is the newest.
+    which: "ema" or "params".
+  """
 
   workdir: str | None = None
   step: int | None = None

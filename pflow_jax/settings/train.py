@@ -13,11 +13,14 @@ class TrainSettings:
     steps: optimizer steps of the whole run.
     batch_size: examples a step, over all processes.
     accumulation: micro-batches that a step's batch is cut into, one after the other.
-    log_every, checkpoint_every, sample_every: in steps; 0 never (checkpoints: only at the end).
+    log_every: steps between two lines of metrics; 0 writes none.
+    checkpoint_every: steps between two checkpoints; 0 saves one at the end alone.
     keep_checkpoints: newest checkpoints to keep.
     keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
+    sample_every: steps between two pictures of samples; 0 draws none.
     max_skipped: non-finite updates in a row after which the run stops with an error.
     profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
+    tensorboard: whether metrics are written for TensorBoard too.
     num_workers: processes that read data; 0 reads in this one.
   """
 

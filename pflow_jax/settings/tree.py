@@ -40,9 +40,9 @@ SECTIONS = ("seed", "data", "model", "head", "objective", *OWNERS)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """One of several things that can be chosen, by its name, and its options.
+  """The name and the options of one of several kinds, such as a network's.
 
-  What an option may be is known where the thing is made: options are looked at there.
+  The options are checked by the code that makes it.
   """
 
   kind: str
@@ -73,19 +73,26 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What decides a run; each field is a section of its config.
+  """Settings of a run; each field is a section of its config.
 
   Attributes:
-    data: options of `data.load`, its name among them; none of a model that was converted by an early version.
+    data: options of `data.load`, its name among them; empty for a model that an early version converted.
     model: the network, of `networks.registry`.
     head: its output layer.
     kind: of the objective, one of `core.objectives.OBJECTIVES`.
     objective: its settings.
-    teacher: of a student; None of what learns from data alone.
-    adversarial: of a flow map that is finetuned so.
-    optimizer: None of what was not trained here.
-    train: None of what was not trained here.
-    source: of a converted model, where it is from.
+    adapters: low-rank adapters of a student.
+    teacher: a student's teacher; None for a run that learns from data alone.
+    start: the run that the parameters start from.
+    adversarial: adversarial finetuning of a flow map, or None.
+    optimizer: None for a model that was not trained here.
+    ema: the average of the parameters.
+    train: length and bookkeeping; None for a model that was not trained here.
+    sample: of the samples.
+    evaluate: of the evaluation.
+    mesh: of the devices.
+    seed: of the whole run.
+    source: origin of a converted model, or None.
   """
 
   data: Mapping[str, Any]
@@ -110,16 +117,16 @@ class Settings:
   def of(
     cls, config: Settings | Mapping[str, Any], *, converted: bool = False, quiet: bool = False, where: str = "config"
   ) -> Settings:
-    """Parses a config; what is parsed already is returned as it is.
+    """Parses a config; parsed settings are returned as they are.
 
     Args:
       config: sections by name, such as a ConfigDict.
-      converted: whether it may be that of a model that was converted.
-      quiet: whether to understand old names without a word.
-      where: what errors call it.
+      converted: whether it may be that of a converted model.
+      quiet: whether to leave out warnings of former names.
+      where: its name in errors.
 
     Raises:
-      ValueError: a section or a key that is not known, with the nearest that is; a value that does not fit.
+      ValueError: an unknown section or key, with the nearest known one; a value that does not fit.
     """
     if isinstance(config, Settings):
       return config
@@ -150,14 +157,14 @@ class Settings:
 
   @property
   def converted(self) -> bool:
-    """Whether it is a model that was trained elsewhere and converted."""
+    """Returns whether it is a model that was trained elsewhere and converted."""
     return self.kind == PRETRAINED
 
   def need(self, section: str) -> Any:
-    """A section that may be absent.
+    """Returns a section that may be absent.
 
     Raises:
-      ValueError: it is.
+      ValueError: it is absent.
     """
     value = getattr(self, section)
     if value is None:
@@ -165,7 +172,7 @@ class Settings:
     return value
 
   def changed(self, section: str, **values: Any) -> Settings:
-    """The same with other values of a section's keys."""
+    """Returns these settings with other values of a section's keys."""
     own, new = getattr(self, section), dict[str, Any]()
     if isinstance(own, Choice):
       new[section] = Choice(own.kind, {**own.options, **values})
@@ -176,11 +183,11 @@ class Settings:
     return dataclasses.replace(self, **new)
 
   def plain(self) -> dict[str, Any]:
-    """The config as JSON would give it back: nested dicts, lists, numbers, strings, None."""
+    """Returns the config in JSON's types: nested dicts, lists, numbers, strings, None."""
     return json.loads(json.dumps(dict(self._sections())))
 
   def config(self, hints: Mapping[str, Mapping[str, Any]] | None = None) -> ConfigDict:
-    """The config, whose keys a command line can change; keys that are not set know their type.
+    """Returns the config as a ConfigDict that a command line can change; unset keys know their type.
 
     Args:
       hints: annotations of the options of the sections "model" and "head".
@@ -218,20 +225,20 @@ def _required(owner: type) -> list[str]:
 
 
 def _parsed(owner: type, name: str, values: Any) -> Any:
-  """A section; None of one that lacks what it must have: a model that was trained elsewhere has no length."""
+  """Parses a section; None where a required key is missing: a model that was trained elsewhere has no length."""
   values = as_section(values, f"config.{name}")
   refuse_unknown(values, [field.name for field in dataclasses.fields(owner)], f"config.{name}")
   return None if any(values.get(key) is None for key in _required(owner)) else call(owner, name, values)
 
 
 def _with_tuples(value: Any) -> Any:
-  """Lists, which JSON makes of tuples, as tuples, which flags can change."""
+  """Turns lists into tuples: JSON makes lists of tuples, and flags can change tuples alone."""
   if isinstance(value, Mapping):
     return {key: _with_tuples(inner) for key, inner in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def unset(hint: Any) -> Any:
-  """A key of a ConfigDict without a value, which takes one of the type that `hint` says."""
+  """Returns an unset key of a ConfigDict, which takes a value of the type `hint`."""
   kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind in (int, float, str, bool)]
   return config_dict.placeholder(kinds[0] if kinds else object)

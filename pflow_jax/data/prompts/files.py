@@ -39,7 +39,7 @@ def read_prompts(path: str, field: str | None = None, file_field: str | None = N
 
   Args:
     path: of the file.
-    field: field of a JSON line, or column of the table, with the prompt; by default the first of `FIELDS` that is there.
+    field: field of a JSON line, or column of the table, with the prompt; by default the first of `FIELDS` found.
     file_field: field or column that names a file beside each prompt, relative to the folder of `path`. A prompt then
       counts as repeated only where its file is repeated too.
 
