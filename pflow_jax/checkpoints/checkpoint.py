@@ -1,11 +1,10 @@
 """Checkpoints of the training state. The only file that knows Orbax.
 
-Layout: <directory>/<step>/{state, checksums.json}; where a run was in its data follows from the
-step. Orbax writes a step into a temporary folder in the background and renames it when it is
-complete, so a killed process leaves the old or the new checkpoint. Before the rename what was
-written is opened as a restore would. Orbax does not check array data (every flipped bit that we
-tried came back as a wrong number), so the rename carries a checksum of each file with it, and
-restoring verifies them.
+Layout: <directory>/<step>/{state, checksums.json}; the position in the data follows from the step. Orbax writes a step
+into a temporary folder in the background and renames it when it is complete, so a killed process leaves the old or the
+new checkpoint. Before the rename the files are opened as a restore would open them. Orbax does not check array data
+(every flipped bit that was tried came back as a wrong number), so the rename carries a checksum of each file with it,
+and restoring verifies them.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ _CENTURY = 100 * 365 * 86400  # seconds: Orbax takes them by a clock that may be
 class Checkpointer:
   """Saves in the background, restores the newest checkpoint that is intact.
 
-  Making one, or only restoring, writes nothing to disk. Use it as a context manager, or call
-  `close`, so that the last save is complete when the program ends.
+  Making one, or only restoring, writes nothing to disk. As a context manager, or with `close`, it completes the last
+  save before the program ends.
 
   Args:
-    directory: made at the first save; an object store's address (gs://...) works too, there
-      without checksums, because such stores keep their own.
+    directory: made at the first save; an object store's address (gs://...) works too, without checksums, because such
+      stores keep their own.
     max_to_keep: newest checkpoints to keep; None keeps all.
     keep_period: also keep every step that is a multiple of this.
   """
@@ -76,10 +75,11 @@ class Checkpointer:
   def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:
     """Starts saving; blocks for the previous save and the copy to the host only.
 
-    A step that is already saved is left as it is. Newer checkpoints that `restore` found damaged
-    are first renamed to <step>.damaged, out of the way of the steps to come.
+    A step that is already saved is left as it is. Newer checkpoints that `restore` found damaged are first renamed to
+    <step>.damaged, out of the way of the steps to come.
 
     Args:
+      step: of the checkpoint.
       state: pytree of arrays; may be donated to the next training step right after.
       force: also save a step older than the newest checkpoint.
 
@@ -87,7 +87,7 @@ class Checkpointer:
       whether a save was started.
 
     Raises:
-      ValueError: for such an older step; a failure of the previous save.
+      ValueError: for such an older step without `force`; the previous save has failed.
     """
     with _storage(self._directory):
       manager = self._open()
@@ -109,15 +109,13 @@ class Checkpointer:
     """The newest intact checkpoint, or that of `step`; None where nothing has been saved.
 
     Args:
-      abstract_state: pytree of jax.ShapeDtypeStruct or arrays. Arrays are placed by its shardings,
-        on the first device where it has none.
+      abstract_state: pytree of jax.ShapeDtypeStruct or arrays; its shardings place the arrays, else the first device.
 
     Returns:
       (state, step).
 
     Raises:
-      ValueError: leaves that differ in name, shape or dtype, all named; no such step; there are checkpoints, and every
-        one (or the one asked for) is damaged.
+      ValueError: leaves differ in name, shape or dtype, all named; there is no such step, or none that is intact.
     """
     self.wait()
     found, damaged = _agreed(self._directory, step)
@@ -141,11 +139,11 @@ class Checkpointer:
     return max(self.all_steps(), default=None)
 
   def reached_preemption(self, step: int) -> bool:
-    """Whether the job is told to stop; True in every process at the same step."""
+    """Returns whether the job is told to stop; True in every process at the same step."""
     return ocp.multihost.reached_preemption(step)
 
   def wait(self) -> None:
-    """Blocks until the save in progress is complete. Raises what made it fail."""
+    """Blocks until the save in progress is complete, and raises its error if it has failed."""
     if self._manager is not None:
       with _storage(self._directory):
         self._manager.wait_until_finished()
@@ -171,10 +169,10 @@ class Checkpointer:
     except Exception as later:
       if error is None:
         raise
-      logger.warning("the last save has failed as well: %s", in_short(later))  # the error on its way came first
+      logger.warning("the last save has failed as well: %s", in_short(later))  # the first error is already raised
 
   def _open(self) -> ocp.CheckpointManager:
-    """The manager; made at the first save, because it makes and tidies the folder."""
+    """Returns the manager; made at the first save, because it makes and tidies the folder."""
     if self._damaged:
       self._set_aside()
     if self._manager is None:
@@ -187,7 +185,7 @@ class Checkpointer:
         lightweight_initialize=True,  # reading every step's metadata fails on a damaged one
         async_options=ocp.AsyncOptions(
           timeout_secs=_CENTURY,
-          create_directories_asynchronously=False,  # else it waits for them, by that clock, for minutes at most
+          create_directories_asynchronously=False,  # else it waits for them, by that clock, for minutes
           post_finalization_callback=self._finish,
         ),
       )
@@ -195,7 +193,7 @@ class Checkpointer:
     return self._manager
 
   def _finish(self) -> None:
-    """Called by Orbax in the background, when all is written and before the rename."""
+    """Checks the files; Orbax calls it in the background, when all is written and before the rename."""
     path = self._written()
     try:
       _check_leaves(self._shapes, _metadata(path), path)
@@ -209,7 +207,7 @@ class Checkpointer:
     (path / CHECKSUMS).write_text(json.dumps(checksums(path), indent=1))
 
   def _written(self) -> epath.Path:
-    """The folder of the save that is going on."""
+    """The folder of the save in progress."""
     final = self._directory / str(self._writing)
     temporary = self._directory / (final.name + UNFINISHED)
     return temporary if temporary.exists() else final
@@ -235,20 +233,20 @@ def load_params(
   layout: Layout | None = None,
   dtype: Any = None,
 ) -> PyTree:
-  """Only the parameters (or their average) of a checkpoint, without knowing the model.
+  """Loads the parameters (or their average) of a checkpoint alone; the model need not be known.
 
   Args:
     directory: the folder given to Checkpointer.
+    which: "ema" or "params".
     step: None for the newest intact checkpoint.
-    layout: where they go on the devices, each of which is given its part alone; None is to the host.
+    layout: places them on the devices, each of which is given its part alone; None loads them to the host.
     dtype: of floating leaves; None is as saved.
 
   Returns:
     nested dict of NumPy arrays, or with a `layout` of global arrays.
 
   Raises:
-    ValueError: if there is no checkpoint, no such step or no such part in it, or the layout does not fit, or all are
-      damaged.
+    ValueError: there is no checkpoint, step or part of this name, or none that is intact; the layout does not fit.
   """
   path, item = saved_part(directory, which, step)
   as_saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
@@ -272,13 +270,13 @@ def params_shapes(
   step: int | None = None,
   dtype: Any = None,
 ) -> PyTree:
-  """Shapes and dtypes of what `load_params` returns; errors as there."""
+  """Shapes and dtypes of the arrays of `load_params`; errors as there."""
   item = saved_part(directory, which, step)[1][which]
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
 
 
 def saved_part(directory: str | epath.PathLike, which: str, step: int | None) -> tuple[epath.Path, dict[str, Any]]:
-  """Folder of a checkpoint, and {which: what is known of its leaves}; errors as of `load_params`."""
+  """Folder of a checkpoint, and {which: description of its leaves}; errors as of `load_params`."""
   directory = absolute(directory)
   found, _ = _newest_intact(directory, step)
   if found is None:
@@ -298,27 +296,23 @@ def _as_dtype(own: Any, wanted: Any) -> Any:
 
 
 def newest_step(directory: str | epath.PathLike) -> int | None:
-  """Step of the newest intact checkpoint in `directory`, for all processes the same; None if there is none.
-
-  Raises:
-    ValueError: if all are damaged.
-  """
+  """Step of the newest intact checkpoint, the same in all processes; None without any, ValueError if all are damaged."""
   return _agreed(absolute(directory), None)[0]
 
 
 @contextlib.contextmanager
 def _storage(path: epath.Path) -> Iterator[None]:
-  """What storage refuses as an OSError: Orbax and tensorstore raise a ValueError for it, as for a mistake."""
+  """Context that raises OSError for a refusal of the storage, for which Orbax and tensorstore raise a ValueError."""
   try:
     yield
   except (OSError, RuntimeError, MemoryError):
     raise
-  except Exception as error:  # of a file that was changed by hand, any
+  except Exception as error:  # a file that was changed by hand can raise any error
     raise OSError(f"{path} cannot be written or read: {in_short(error)}") from error
 
 
 def in_short(error: BaseException) -> str:
-  """What tensorstore says of an error, without the specification of the array and the lines of its source."""
+  """Message of an error of tensorstore, without the specification of the array and the lines of its source."""
   text = re.split(r" \[(?:tensorstore_spec|source locations)=|\n", str(error), maxsplit=1)[0]
   return text or type(error).__name__
 
@@ -349,7 +343,7 @@ def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None,
 
 
 def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:
-  """`_newest_intact`, in every process what the first one found: folders on a network look alike only after a while."""
+  """`_newest_intact` of the first process, in all of them: folders on a network look alike only after a while."""
 
   def compute() -> list[Any]:
     found, damaged = _newest_intact(directory, step)
@@ -363,8 +357,8 @@ def _metadata(path: epath.Path) -> dict[str, Any]:
   """Shape and dtype of every saved leaf, as nested dicts and lists; opens every leaf, and reads none.
 
   Raises:
-    ValueError: for what cannot be opened
-    OSError: where storage may be at fault.
+    ValueError: a leaf cannot be opened.
+    OSError: the storage may be at fault.
   """
   try:
     return ocp.PyTreeCheckpointHandler().metadata(path / STATE).tree
@@ -383,7 +377,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _check_leaves(target: PyTree, saved: PyTree, path: epath.Path) -> None:
-  """Raises ValueError that names the leaves that differ. Orbax would cast them silently."""
+  """Raises ValueError that names the leaves that differ; Orbax would cast them silently."""
 
   def describe(tree):
     return {

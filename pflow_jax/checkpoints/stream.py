@@ -1,7 +1,7 @@
 """Checkpoints larger than the memory: written and read a layer at a time, by Orbax and the store below it.
 
-What is written is a checkpoint like those of `checkpoint.Checkpointer`, restored by the same functions. Knows Orbax as
-that module does.
+The checkpoints are like those of `checkpoint.Checkpointer`, and the same functions restore them. Like that module, this
+one knows Orbax.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pflow_jax.mesh.sharding import Layout
 PyTree = Any
 Index = tuple[slice, ...]
 
-CHUNK_BYTES = 8 * 2**20  # of what is written at once, beside the layer that it is a part of
-TREE_BYTES = 100 * 2**20  # of the tree of keys that are kept in memory
+CHUNK_BYTES = 8 * 2**20  # bytes that are written at once, beside the layer that they are a part of
+TREE_BYTES = 100 * 2**20  # bytes of the tree of keys that are kept in memory
 _INTERRUPTED = "interrupted"
 
 
@@ -40,6 +40,8 @@ class Leaf(Protocol):
   """An array that is made a layer at a time.
 
   Attributes:
+    shape: of the whole array.
+    dtype: of the whole array.
     stacked: whether its first axis is one of layers; if not, the only layer is the array.
   """
 
@@ -48,10 +50,10 @@ class Leaf(Protocol):
   stacked: bool
 
   def layer(self, index: int | None) -> np.ndarray:
-    """Layer `index`, None for the only one; in any memory order and dtype."""
+    """Makes layer `index`, None for the only one; in any memory order and dtype."""
 
   def read(self, index: Index) -> np.ndarray:
-    """A part of the array."""
+    """Reads a part of the array."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,7 +89,7 @@ class _Streamed:
       layers = self._layers(first) if missing else None
       for index in parts:
         if index in missing:
-          part = _part(layers, leaf, index)  # what a leaf raises is no fault of the storage
+          part = _part(layers, leaf, index)  # an error of a leaf is no error of the storage
           with _storage(directory):
             await store[index].write(part, can_reference_source_data_indefinitely=True)
         self.report(math.prod(s.stop - s.start for s in index) * self.dtype.itemsize)
@@ -121,7 +123,7 @@ def _keys(index: Index, chunk: tuple[int, ...]) -> set[str]:
 
 
 def chunk_shape(leaf: Leaf, part: tuple[int, ...]) -> tuple[int, ...]:
-  """Chunk of a leaf of which a device holds `part`: one layer of the part or, of a small one, all layers of it.
+  """Shape of the chunks of a leaf of which a device holds `part`: one layer of the part, or all layers of a small one.
 
   A chunk larger than CHUNK_BYTES is cut further, along the last axis that can be.
   """
@@ -136,7 +138,7 @@ def chunk_shape(leaf: Leaf, part: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def slab_shape(leaf: Leaf, chunk: tuple[int, ...]) -> tuple[int, ...]:
-  """Shape of what is written at once: a chunk, or as many neighbours in its layers as CHUNK_BYTES have room for."""
+  """Shape of the part that is written at once: a chunk, or as many neighbours in its layers as fit CHUNK_BYTES."""
   slab = list(chunk)
   for axis in reversed(range(1 if leaf.stacked else 0, len(slab))):
     room = CHUNK_BYTES // max(_bytes(slab, leaf), 1)
@@ -152,7 +154,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
   """Writes leaves that are read while they are written, one at a time; to Orbax they are NumPy arrays.
 
   Attributes:
-    error: what stopped the writing, as it was raised.
+    error: the error that stopped the writing, as it was raised.
   """
 
   def __init__(self, directory: epath.Path, interrupted: pathlib.Path | None):
@@ -189,17 +191,17 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def _spec(folder: epath.Path, name: str, driver: str = "zarr") -> dict[str, Any]:
-  """TensorStore's specification of an array in a folder of Orbax's, where one tree of keys has the chunks of all."""
+  """TensorStore's specification of an array in a folder of Orbax's, whose one tree of keys has the chunks of all."""
   scheme, _, path = str(folder).rpartition("://")
   base = f"{scheme or 'file'}://{urllib.parse.quote(path)}/"
-  # All chunks are written, those of zeros too: one that is missing is an error, and no zeros.
+  # All chunks are written, those of zeros too: a missing one is an error and does not stand for zeros.
   whole = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
   tree = {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#tree"}
   return {"driver": driver, "kvstore": tree} | whole
 
 
 def _context() -> ts.Context:
-  """What arrays share that are open together: the nodes of the tree of their keys, and none of their data."""
+  """Cache that arrays share that are open together: the nodes of the tree of their keys, and none of their data."""
   return ts.Context({"cache_pool#tree": {"total_bytes_limit": TREE_BYTES}})
 
 
@@ -225,17 +227,18 @@ def save_leaves(
   resume: bool = False,
   report: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-  """Saves nested dicts of leaves as the checkpoint of `step`; of no leaf more than a layer is in memory.
+  """Saves nested dicts of leaves as the checkpoint of `step`, with at most a layer of a leaf in memory.
 
-  In a job of several processes the devices hold the leaves in between, each process's its parts.
+  In a job of several processes the devices hold the leaves in between, each process's devices its parts.
 
   Args:
     directory: as of a Checkpointer.
     state: such as {"params": leaves}.
-    layout: chunks of the arrays on disk are the parts that its devices hold (it may be one without devices); None is
+    step: of the checkpoint.
+    layout: the parts of its devices (it may be one without devices) are the chunks of the arrays on disk; None writes
       whole layers.
-    resume: go on with what an interrupted call wrote, which must have been of the same leaves and layout.
-    report: called with the number of bytes written since.
+    resume: go on with the files of an interrupted call, which must have been of the same leaves and layout.
+    report: called with the number of bytes written since its last call.
 
   Raises:
     Exception: any that reading a leaf raises. There is no checkpoint then. The written part waits for `resume`; after a
@@ -268,7 +271,7 @@ def save_leaves(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without Orbax's reports of an error, one from each of its threads: the error itself is raised."""
+  """Context without Orbax's reports of an error, one from each of its threads: the error itself is raised."""
   before = logging.root.manager.disable
   logging.disable(logging.ERROR)
   try:
@@ -278,15 +281,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _unfinished(directory: epath.Path, step: int) -> tuple[epath.Path, epath.Path]:
-  """Where an unfinished step lies: as Orbax writes it, and moved out of the way of Orbax."""
+  """Folders of an unfinished step: the one that Orbax writes, and the one it is moved to, out of Orbax's way."""
   return directory / f"{step}{UNFINISHED}", directory / f"{step}.{_INTERRUPTED}"
 
 
 def _set_aside(directory: epath.Path, step: int, resume: bool) -> pathlib.Path | None:
-  """Moves what an interrupted call left out of the way of Orbax, which removes it; its new place, or None."""
+  """Moves the files of an interrupted call away from Orbax, which would remove them; returns their place, or None."""
   left, aside = _unfinished(directory, step)
   if is_remote(directory):
-    return None  # nothing can be moved there
+    return None  # object stores cannot move folders
   if left.exists() and any(left.glob(f"{STATE}*/ocdbt.process_*")):
     if aside.exists():
       aside.rmtree()
@@ -300,7 +303,7 @@ def _set_aside(directory: epath.Path, step: int, resume: bool) -> pathlib.Path |
 
 
 def _discard(directory: epath.Path, step: int) -> None:
-  """Removes what was written of a step that will not be finished, and its folder if that has nothing else."""
+  """Removes the files of a step that will not be finished, and its folder if that has nothing else."""
   for left in _unfinished(directory, step):
     if left.exists():
       left.rmtree()
@@ -309,7 +312,7 @@ def _discard(directory: epath.Path, step: int) -> None:
 
 
 def place_leaves(leaves: PyTree, layout: Layout) -> PyTree:
-  """Global arrays of nested leaves on the devices of a layout; each process reads what its devices hold, no more."""
+  """Places nested leaves on the devices of a layout as global arrays; each process reads its devices' parts alone."""
   shardings = layout.shardings(leaves)
 
   def place(leaf: Leaf, sharding: Any) -> jax.Array:
@@ -340,9 +343,9 @@ class Stored:
 
 
 def open_leaves(directory: str | epath.PathLike, *, which: str = "ema", step: int | None = None) -> dict[str, Stored]:
-  """The leaves of a checkpoint by their "/"-joined paths, of which nothing is read yet.
+  """Opens the leaves of a checkpoint, by their "/"-joined paths, and reads none of them.
 
-  Args and errors: as of `checkpoint.load_params`.
+  Arguments and errors are those of `checkpoint.load_params`.
   """
   path, item = saved_part(directory, which, step)
   folder = path / STATE

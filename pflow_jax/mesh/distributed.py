@@ -1,10 +1,10 @@
-"""Many processes, one program: finding each other, and saying so when one is missing.
+"""Joining of the processes of one program, with a message where one is missing.
 
 Everything after `join` is JAX's own distributed runtime. A process that dies takes the others with it: they notice a
-broken connection at once and silence after HEARTBEAT seconds, and end with what the runtime says of it.
+broken connection at once and silence after HEARTBEAT seconds, and end with the runtime's message.
 
-The runtime asks nobody who he is. So each process listens on one address alone, of the interface that faces process 0:
-JAX's own choice is all interfaces for the runtime, and whatever the host's name leads to for collectives of CPUs.
+The runtime does not authenticate. So each process listens on one address alone, of the interface that faces process 0:
+JAX's own choice is all interfaces for the runtime, and any address of the host's name for collectives of CPUs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 SHUTDOWN = 30  # seconds that a process that has ended waits for the others
 JOIN_TIMEOUT = 300  # seconds
-# What one process can tell the others that it has raised.
+# Kinds of errors that one process can report to the others.
 _KINDS: dict[str, type[Exception]] = {
   kind.__name__: kind for kind in (ValueError, ImportError, MemoryError, OSError, RuntimeError)
 }
@@ -52,9 +52,10 @@ def join(
     coordinator: host:port of process 0, a free port there.
     num_processes: of the program; 1 without a coordinator is a process alone, wherever it runs.
     process_id: of this one, in [0, num_processes).
+    timeout: seconds to wait for the others.
 
   Raises:
-    ValueError: for arguments that do not fit together.
+    ValueError: the arguments do not fit together.
   """
   given = (coordinator, num_processes, process_id)
   if given == (None, None, None):
@@ -88,7 +89,7 @@ def join(
     host, port = _split(coordinator)
     host = _as_others_see(host)
     own = _facing(host)
-    # Ours is the message to come first: at its own time-out the runtime aborts with a C++ stack trace.
+    # This package's message has to come first: at its own time-out the runtime aborts with a C++ stack trace.
     jax.distributed.initialize(
       _joined(host, port),
       num_processes,
@@ -110,12 +111,12 @@ def join(
 
 
 def is_first() -> bool:
-  """Whether this is the process that prints and writes."""
+  """Returns whether this is the process that prints and writes."""
   return jax.process_index() == 0
 
 
 def from_first(value: Any) -> Any:
-  """`value`, a number or an array of one shape everywhere, as the first process has it."""
+  """Returns the first process's `value`, a number or an array of the same shape in all of them."""
   return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(np.asarray(value))
 
 
@@ -144,8 +145,11 @@ def agreed(compute: Callable[[], Any]) -> Any:
 
 
 def finish() -> None:
-  """Waits for all processes, however long: at the end of a program the first one writes while the others have nothing
-  to do, and JAX takes one that waits SHUTDOWN seconds for dead."""
+  """Waits for all processes, however long.
+
+  At the end of a program the first one writes while the others are idle, and JAX takes a process that waits SHUTDOWN
+  seconds for dead.
+  """
   multihost_utils.sync_global_devices("pflow_jax: finished")
 
 
@@ -161,7 +165,7 @@ def _give_up(what: str, timeout: int) -> None:
 
 def _detected(timeout: int) -> tuple[str, int, int]:
   """Coordinator, number of processes and number of this one, as JAX finds them out on TPU VMs and under SLURM."""
-  # Asked here and not by `initialize`, which would not tell in time on which address to listen.
+  # `initialize` would find them too, but too late: the address to listen on has to be known before.
   from jax._src.clusters import ClusterEnv
 
   unset = (os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout)
@@ -179,7 +183,7 @@ def _detected(timeout: int) -> tuple[str, int, int]:
 
 
 def _split(coordinator: str) -> tuple[str, str]:
-  """Host and port of "host:port"; an IPv6 address is in brackets there, and is not here."""
+  """Host and port of "host:port", in which an IPv6 address is in brackets; the result has none."""
   parts = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+):([0-9]{1,5})", coordinator)
   if not parts or not 0 < int(parts[2]) < 2**16:
     raise ValueError(f"--coordinator: expected host:port of process 0, got {coordinator!r}")
@@ -201,7 +205,7 @@ def _is_address(host: str) -> bool:
 
 
 def _addresses(host: str) -> list[str]:
-  """IPv4 before IPv6. Waits for a name that is not known yet, as those of containers are until they run."""
+  """Addresses of a host, IPv4 before IPv6. Waits for an unknown name, since a container's is unknown until it runs."""
   while True:
     try:
       found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
@@ -211,11 +215,11 @@ def _addresses(host: str) -> list[str]:
 
 
 def _as_others_see(host: str) -> str:
-  """`host`, but an address for the name of this machine where that leads to loopback, as it does on many machines."""
+  """Returns `host`; an outside address instead of a name of this machine that leads to loopback, as many do."""
   if _is_address(host) or "localhost" in host:
     return host
   if all(ipaddress.ip_address(address).is_loopback for address in _addresses(host)):
-    for outside in ("198.51.100.1", "2001:db8::1"):  # in no network: the way there is the way out
+    for outside in ("198.51.100.1", "2001:db8::1"):  # addresses of no network: the route to them leads out
       with contextlib.suppress(OSError):
         return _facing(outside)
   return host
@@ -232,7 +236,7 @@ def _facing(host: str) -> str:
 
 
 def _collect_on(address: str) -> None:
-  """Has this process's collectives of CPUs listen on `address`."""
+  """Makes this process's collectives of CPUs listen on `address`."""
   from jax._src import distributed, xla_bridge
   from jax._src.lib import _jax
   from jax.extend.backend import register_backend_factory
@@ -251,7 +255,7 @@ def _in_slurm_step() -> bool:
 
 
 def _on_tpu() -> bool:
-  """Whether this is a TPU VM, and its TPU is what is going to be used."""
+  """Returns whether this is a TPU VM whose TPU is going to be used."""
   platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
   chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
   return platforms in ("", "tpu") and bool(chips) and importlib.util.find_spec("libtpu") is not None

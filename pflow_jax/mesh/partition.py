@@ -41,11 +41,11 @@ def first_match(patterns: Iterable[str], path: str) -> int | None:
 
 
 def match(table: Sequence[tuple[str, Any]], tree: PyTree) -> PyTree:
-  """The value of the first matching row for every leaf of `tree`, in its structure.
+  """Returns the value of the first matching row for every leaf of `tree`, in its structure.
 
   Raises:
-    ValueError: that names every leaf no row matches, and every row that decides no leaf (a typo, or an earlier row took
-      its leaves); a last row ".*" may stand idle.
+    ValueError: no row matches a leaf, or a row decides no leaf (a typo, or an earlier row took its leaves); the message
+      names all of them. A last row ".*" may decide none.
   """
   paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
   rows = [first_match((pattern for pattern, _ in table), path) for path in paths]

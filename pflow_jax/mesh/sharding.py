@@ -1,11 +1,11 @@
-"""Where arrays lie: the device mesh, the tables that shard parameters over it, and batches split over it.
+"""Placement of arrays: the device mesh, the tables that shard parameters over it, and batches split over it.
 
 The mesh has four axes. "slice" (pod slices, joined by a slow network), "data" and "fsdp" split the batch; "fsdp" also
 splits parameters, which are gathered where they are used; "tensor" splits the work on one example. GSPMD does the rest,
-but for what is wrapped in `core.batches.per_example`.
+except inside of `core.batches.per_example`.
 
-Code that runs on a mesh is traced in its context (`Layout.context`); there `per_example` and `constrain` mean
-something, elsewhere they change nothing, so nothing below the programs has to be given a mesh.
+Code that runs on a mesh is traced in its context (`Layout.context`). `per_example` and `constrain` act there and change
+nothing elsewhere, so no code below the programs needs the mesh as an argument.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, ...]:
   """Sizes of AXES over `count` devices.
 
   Raises:
-    ValueError: if they do not multiply to it.
+    ValueError: their product is not `count`.
   """
   sizes = settings.sizes
   known = math.prod(size for size in sizes.values() if size != -1)
@@ -58,10 +58,10 @@ def make_mesh(settings: MeshSettings = MeshSettings(), devices: Sequence[Any] | 
   """Mesh of the axes AXES over `devices` (default: those of all processes).
 
   Neighbours in a slice's mesh are neighbours in its network. Devices other than TPUs are dealt out in the order of
-  their processes: what JAX calls their slice is the machine they are in.
+  their processes: for them JAX's slice is the machine that they are in.
 
   Raises:
-    ValueError: for sizes that do not fit the devices, or their slices.
+    ValueError: the sizes do not fit the devices, or their slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = mesh_shape(settings, len(devices))
@@ -85,16 +85,20 @@ def make_mesh(settings: MeshSettings = MeshSettings(), devices: Sequence[Any] | 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A mesh, and where parameters lie on it.
+  """A mesh, and the placement of parameters on it.
 
   A rule is (pattern, spec). The pattern is a regular expression for the whole "/"-joined path of a parameter, or for
   the end of it from a "/" on: one row serves a parameter, its average, its moments and the teacher's frozen copy. The
-  spec has an entry for each of the last dimensions: None, a mesh axis, or a tuple of axes; dimensions before them, such
-  as the depth of an nn.scan, and with () all, stay whole. The first row that matches decides. Leaves of fewer than
-  `min_size` elements are kept whole without asking the table.
+  spec has an entry for each of the last dimensions: None, a mesh axis, or a tuple of axes. Dimensions before them, such
+  as the depth of an nn.scan, stay whole; with () all do. The first row that matches decides.
+
+  Attributes:
+    mesh: an abstract one has no devices; shapes can be laid out on it, arrays cannot.
+    rules: the table.
+    min_size: leaves of fewer elements stay whole, whatever the table says.
   """
 
-  mesh: Mesh | AbstractMesh  # an abstract one has no devices: shapes can be laid out on it, arrays cannot
+  mesh: Mesh | AbstractMesh
   rules: tuple[Rule, ...] = ()
   min_size: int = 2**14
 
@@ -110,7 +114,7 @@ class Layout:
 
   @property
   def batch_parts(self) -> int:
-    """Parts that a batch is split in."""
+    """Number of parts that a batch is split into."""
     return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
   @property
@@ -119,14 +123,14 @@ class Layout:
     return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
 
   def context(self) -> contextlib.AbstractContextManager[Any]:
-    """In which what runs on the mesh is to be traced."""
+    """Context in which programs for the mesh are traced."""
     return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
   def shardings(self, tree: PyTree) -> PyTree:
-    """Sharding of every leaf of a tree of parameters, or of what goes with them (arrays or shapes).
+    """Sharding of every leaf of a tree of parameters, or of trees like it such as moments (arrays or shapes).
 
     Raises:
-      ValueError: that names every leaf that no row covers, or whose shape its row does not fit.
+      ValueError: no row covers a leaf, or a row does not fit its shape; the message names all of them.
     """
     problems: list[str] = []
 
@@ -169,7 +173,7 @@ class Layout:
     return jax.tree.map(place, tree, self.shardings(tree))
 
   def place(self, tree: PyTree) -> PyTree:
-    """Parameters on the devices; of host arrays, which every process has whole, each device gets its part alone."""
+    """Places parameters on the devices; of a host array, which every process has whole, a device gets its part."""
 
     def put(leaf, sharding):
       leaf = np.asarray(leaf)
@@ -182,7 +186,7 @@ class Layout:
     """Positions (n,), ascending, of the rows of a batch of `size` that this process's devices hold.
 
     Raises:
-      ValueError: if the batch does not split evenly.
+      ValueError: the batch does not split evenly.
     """
     if size % self.batch_parts:
       raise ValueError(
@@ -192,10 +196,10 @@ class Layout:
     return np.unique(np.concatenate([np.arange(size)[index] for index in slices]))  # type: ignore[index]
 
   def shard_batch(self, batch: PyTree, size: int) -> PyTree:
-    """Global arrays (size, ...) of a batch, of which each process has the rows that `local_rows` says, as NumPy.
+    """Makes global arrays (size, ...) of a batch, of which each process has its `local_rows`, as NumPy.
 
     Raises:
-      ValueError: for another number of rows.
+      ValueError: the number of rows is another.
     """
     rows = self.local_rows(size)
 
@@ -209,11 +213,11 @@ class Layout:
     return jax.tree_util.tree_map_with_path(put, batch)
 
   def spread(self, rows: Any) -> jax.Array:
-    """A global array, split along the leading axis, of rows that every process has whole; PRNG keys too."""
+    """Makes a global array, split along the leading axis, of rows that every process has whole; PRNG keys too."""
     return _global(rows, self.batch)
 
   def everywhere(self, x: Any) -> jax.Array:
-    """A global array with the whole of `x`, which every process has, on every device; PRNG keys too."""
+    """Makes a global array with the whole of `x`, which every process has, on every device; PRNG keys too."""
     return _global(x, self.replicated)
 
   def described(self) -> str:
@@ -230,7 +234,7 @@ def _global(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def make_layout(settings: MeshSettings, rules: Sequence[Rule], devices: Sequence[Any] | int | None = None) -> Layout:
-  """The layout that `config.mesh` and a network's table describe, over `devices` (default: all).
+  """Makes the layout that `config.mesh` and a network's table describe, over `devices` (default: all).
 
   A number of devices gives one on an abstract mesh.
   """
@@ -247,20 +251,19 @@ def make_layout(settings: MeshSettings, rules: Sequence[Rule], devices: Sequence
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-  """The whole of a global array, in every process."""
+  """Fetches the whole of a global array, in every process."""
   return np.asarray(x if jax.process_count() == 1 else multihost_utils.process_allgather(x, tiled=True))
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-  """`x`, under a mesh laid out as `spec` says, an entry a dimension."""
+  """Lays `x` out as `spec` says, an entry a dimension; outside of a mesh returns it as it is."""
   return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def gather(w: jax.Array, *spec: Any) -> jax.Array:
-  """A parameter that lies as `spec` says, whole but for "tensor": its parts are brought together over "fsdp".
+  """Gathers a parameter that lies as `spec` says over "fsdp"; "tensor" stays split.
 
-  Its gradient is summed into the parts again. Left to itself the constraint's own transpose would make it whole, on
-  every device.
+  Its gradient is summed into the parts again. The constraint's own transpose would make it whole on every device.
   """
   mesh = current_mesh()
   if mesh is None:

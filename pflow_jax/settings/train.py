@@ -13,7 +13,7 @@ class TrainSettings:
     steps: optimizer steps of the whole run.
     batch_size: examples a step, over all processes.
     accumulation: micro-batches that a step's batch is cut into, one after the other.
-    log_every: steps between two lines of metrics; 0 writes none.
+    log_every: steps between two lines of metrics, at least 1.
     checkpoint_every: steps between two checkpoints; 0 saves one at the end alone.
     keep_checkpoints: newest checkpoints to keep.
     keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
