@@ -296,7 +296,7 @@ def _as_dtype(own: Any, wanted: Any) -> Any:
 
 
 def newest_step(directory: str | epath.PathLike) -> int | None:
-  """Step of the newest intact checkpoint, the same in all processes; None without any, ValueError if all are damaged."""
+  """Step of the newest intact checkpoint, equal in all processes; None without any; ValueError if all are damaged."""
   return _agreed(absolute(directory), None)[0]
 
 

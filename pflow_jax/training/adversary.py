@@ -18,13 +18,13 @@ from pflow_jax.training.experiment import Experiment
 from pflow_jax.training.optim import make_optimizer, skipped
 
 Array = jax.Array
-LAST_LAYERS = ("head", "out_conv")  # whose gradients the adaptive weight balances; a network has one of them
+LAST_LAYERS = ("head", "out_conv")  # the adaptive weight balances their gradients; a network has one of them
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Opponent:
-  """What trains of the discriminator."""
+  """State of the discriminator: its parameters and its optimizer's state."""
 
   params: Any
   opt_state: Any
@@ -35,7 +35,9 @@ class Adversary:
   """Adversarial loss on jumps to the data, and the discriminator's own step.
 
   Attributes:
+    settings: of the adversarial loss.
     module: discriminator, apply(params, x, cond) -> logits (B,).
+    optimizer: of the discriminator.
     generate: (params, frozen, x0, cond, key) -> samples like x0.
     shape: of an example.
   """
@@ -71,7 +73,7 @@ class Adversary:
     (fooling, fake), adversarial = jax.value_and_grad(fool, has_aux=True)(params)
     last = next(name for name in LAST_LAYERS if name in grads)
     adaptive = adaptive_weight(grads[last], adversarial[last])
-    # A weight of 0 stands for a gradient that is not finite, which 0 times it would not take away.
+    # A weight of 0 stands for a gradient that is not finite; 0 times that would not be 0.
     grads = jax.tree.map(lambda g, a: jnp.where(adaptive > 0, g + s.weight * adaptive * a, g), grads, adversarial)
     (judging, aux), gradient = jax.value_and_grad(discriminate, has_aux=True)(opponent.params)
     updates, opt_state = self.optimizer.update(gradient, opponent.opt_state, opponent.params)
@@ -85,7 +87,7 @@ def make_adversary(experiment: Experiment) -> Adversary | None:
   """The adversary that the section `adversarial` describes; None without one, or with weight 0.
 
   Raises:
-    ValueError: the run's method makes no jumps that could be judged.
+    ValueError: the run's method makes no jumps to judge.
   """
   settings, method, dataset = experiment.settings.adversarial, experiment.method, experiment.dataset
   if settings is None or settings.weight == 0:

@@ -38,7 +38,7 @@ class Experiment:
   """The pieces of a run.
 
   Attributes:
-    settings: what they were made from.
+    settings: of the run.
     method: an objective bound to the network that trains, its data and its teacher.
   """
 
@@ -59,20 +59,20 @@ class Experiment:
 
   @property
   def frozen(self) -> Params:
-    """Shapes of the parameters that the loss takes beside those that train: the teacher's."""
+    """Shapes of the teacher's parameters, which the loss takes beside those that train."""
     return self.teacher.shapes if self.teacher else {}
 
   @property
   def saved(self) -> dict[str, Saved]:
-    """Where the models are that it is made from, as `inputs.Inputs` names them."""
+    """Places of the models that the run is made from, by their names in `inputs.Inputs`."""
     return {ROLES[name]: one for name, one in self.teacher.saved.items()} if self.teacher else {}
 
   def load_frozen(self, layout: Layout | None = None) -> Params:
-    """Those parameters, on the devices as `layout` says, without one on the host."""
+    """Loads the teacher's parameters, to the devices as `layout` says, without one to the host."""
     return self.teacher.load(layout) if self.teacher else {}
 
   def init(self, key: Array, frozen: Params, start: Params = ()) -> Params:
-    """What trains, at the start: `start` if given, random, or for a student made from its teacher's."""
+    """Makes the parameters that train: `start` if given, random ones, or for a student those of its teacher."""
     if start:
       return jax.tree.map(jnp.array, start)
     key_params, key_adapters = jax.random.split(key)
@@ -86,10 +86,10 @@ class Experiment:
     return self.method.loss(self.complete(trained, frozen), frozen, batch, key, step)
 
   def start_params(self) -> Params:
-    """What trains, from the run that config.start names; () where it names none.
+    """Loads the parameters that train from the run that config.start names; () where it names none.
 
     Raises:
-      ValueError: that run trained something else.
+      ValueError: that run trained another network.
     """
     start = self.settings.start
     if not start.workdir:
@@ -106,7 +106,7 @@ class Experiment:
     return params
 
   def _trained_shapes(self) -> Params:
-    """Shapes of what trains; of a network that trains in full they are known without its teacher."""
+    """Shapes of the parameters that train; a network that trains in full needs no teacher for them."""
     if self.network.adapters.table:
       return jax.eval_shape(self.init, jax.random.key(0), self.frozen)
     return self.method.shapes()
@@ -131,13 +131,13 @@ class Experiment:
   def load(
     self, folder: str | os.PathLike, which: str = "ema", layout: Layout | None = None, frozen: Params | None = None
   ) -> Params:
-    """All parameters of the network as the run in `folder` saved them, on the devices as `layout` says.
+    """Loads all parameters of the network as the run in `folder` saved them, to the devices as `layout` says.
 
     Args:
       folder: the workdir.
       which: "ema" or "params".
       layout: by default the first device.
-      frozen: what `load_frozen` gave, where it has been called already: its leaves are shared. Adapters alone need it.
+      frozen: result of `load_frozen`, if it has been called: its leaves are shared. Adapters alone need it.
 
     Raises:
       ValueError: the checkpoint is of another network than the settings describe.
@@ -158,7 +158,7 @@ class Experiment:
 
 
 def layout_of(settings: Settings, devices: Sequence[Any] | int | None = None) -> Layout:
-  """Where a run's arrays lie: `settings.mesh` over `devices`, see `make_layout`, and the networks' tables.
+  """Placement of a run's arrays: `settings.mesh` over `devices`, see `make_layout`, and the networks' tables.
 
   Raises:
     ValueError: sizes do not fit, or these devices do not have the network's attention.
@@ -177,18 +177,18 @@ def build(
   run: str | os.PathLike | None = None,
   teacher: Teacher | None = None,
 ) -> Experiment:
-  """The pieces of the run that settings describe.
+  """Makes the pieces of the run that settings describe.
 
   Args:
     config: the settings, or a config, which is parsed.
-    abstract: of the teacher take the shapes that it must have, without reading one: to plan a run, not to train it.
+    abstract: take the shapes that the teacher must have, without reading one: to plan a run, not to train it.
     dataset: in place of that of config.data, to sample other shapes than a run was trained on.
-    run: workdir of the run, which has been trained. What it carries (inputs.json) stands in for its data, of which no
-      record is read before it is asked for, and its teacher is looked for when something needs it.
-    teacher: in place of the one that the section `teacher` names; how it is guided is still that section's.
+    run: workdir of the run, if it has been trained. Its inputs.json then describes its data, whose records are read
+      when they are asked for, and its teacher is looked for when it is needed.
+    teacher: in place of the one that the section `teacher` names; that section still decides its guidance.
 
   Raises:
-    ValueError: something in the config does not fit, before any work is done.
+    ValueError: something in the config does not fit; it is raised before any work is done.
   """
   settings = Settings.of(config, converted=run is not None)
   method = METHODS[type(settings.objective)]

@@ -18,7 +18,7 @@ def count_flops(jaxpr: Any) -> int:
 
   Returns:
     operations of the whole (global) computation. A while loop counts one iteration, a cond its largest branch, a Pallas
-      kernel as often as its grid has steps, elementwise work nothing.
+      kernel once for each step of its grid, elementwise work nothing.
   """
   return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 

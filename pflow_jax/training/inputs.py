@@ -1,7 +1,7 @@
-"""What a run was made from, told by content: its data, its teacher, and the run that it started from.
+"""Inputs of a run, described by their content: its data, its teacher, and the run that it started from.
 
-A workdir keeps it in inputs.json. With it a run is sampled and exported where its data and its teacher are not, a
-teacher that moved together with the run is found, and data or a teacher that were exchanged are noticed.
+A workdir keeps the description in inputs.json. It lets a run be sampled and exported where its data and its teacher are
+missing, finds a teacher that moved together with the run, and reveals data or a teacher that were exchanged.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pflow_jax.files import foreign
 from pflow_jax.files.checksums import CHECKSUMS
 
 INPUTS = "inputs.json"
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"  # of a workdir, see `workdir`
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"  # names in a workdir, see `workdir`
 
-VERSION = 1  # of the fingerprints: those of another one are not compared
-LEAVES = 64  # of which values are read for a fingerprint
-_BLOCK = 4096  # values of each
+VERSION = 1  # of the fingerprints: different versions are not compared
+LEAVES = 64  # number of leaves of which values are read for a fingerprint
+_BLOCK = 4096  # values read of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,9 @@ class ModelInput:
   Attributes:
     workdir: its folder at the time, absolute.
     relative: the same from the run's own folder, None if there is no way.
-    step, which: of its parameters.
-    about: what it is, for people: its kind, network and policy.
+    step: of its checkpoint.
+    which: "ema" or "params".
+    about: its kind, network and policy, for people.
     parameters: digest of names, shapes and spread values of its parameters, however they are stored.
     files: digest of the checksums of its checkpoint's files, which is faster to compare; "" where there are none.
   """
@@ -67,10 +68,12 @@ class DataInput:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """All that a run was made from.
+  """All inputs of a run.
 
   Attributes:
-    models: by what they are to the run, "teacher", "weak" or "start".
+    data: the data that it was trained on.
+    models: by their role, "teacher", "weak" or "start".
+    version: of the fingerprints.
   """
 
   data: DataInput
@@ -78,7 +81,7 @@ class Inputs:
   version: int = VERSION
 
   def changes(self, now: Inputs) -> list[str]:
-    """What differs of two, a line each, of what a run needs all the time: of what it started from it has its own."""
+    """Differences between two inputs, a line each. The run that was started from does not count: it is copied."""
     lines = [f"data, {line}" for line in changes(self.data.fingerprint, now.data.fingerprint)]
     for name, model in self.models.items():
       other = now.models.get(name)
@@ -87,20 +90,20 @@ class Inputs:
     return lines
 
   def dataset(self, options: Mapping[str, Any]) -> Dataset | None:
-    """The data set of these options, of which nothing is read before its records are; None if the run's was another."""
+    """The data set of these options, read when its records are asked for; None if the run's was another."""
     if self.data.description.options != json.loads(json.dumps(dict(options))):
       return None
     return self.data.description.dataset()
 
   def moved(self, folders: Mapping[str, str]) -> Inputs:
-    """The same, of models that are now in other folders, by name."""
+    """Returns these inputs with other folders of models, by name."""
     models = {
       name: dataclasses.replace(model, workdir=folders.get(name, model.workdir)) for name, model in self.models.items()
     }
     return dataclasses.replace(self, models=models)
 
   def as_json(self, workdir: str | os.PathLike) -> str:
-    """The content of the file in `workdir`."""
+    """Content of the file in `workdir`."""
     models = {
       name: dataclasses.replace(model, relative=relative_path(model.workdir, workdir))
       for name, model in self.models.items()
@@ -109,10 +112,10 @@ class Inputs:
 
 
 def read_inputs(workdir: str | os.PathLike) -> Inputs | None:
-  """What the run in `workdir` says that it was made from; None where it does not, as runs of old.
+  """Reads the inputs of the run in `workdir`; None where they are not described, as in early runs.
 
   Raises:
-    ValueError: for a file that is none.
+    ValueError: the file does not describe inputs.
   """
   path = epath.Path(workdir) / INPUTS
   if not path.exists():
@@ -128,7 +131,7 @@ def read_inputs(workdir: str | os.PathLike) -> Inputs | None:
 
 
 def absolute_path(path: str | os.PathLike) -> str:
-  """A folder as it can be named from anywhere."""
+  """Absolute path of a folder."""
   text = os.fspath(path)
   return text if foreign.is_remote(text) else os.path.abspath(os.path.expanduser(text))
 
@@ -136,20 +139,20 @@ def absolute_path(path: str | os.PathLike) -> str:
 def relative_path(path: str, start: str | os.PathLike) -> str | None:
   """The way from the folder `start` to `path`, both absolute or of one bucket; None if there is none."""
   (store, path), (other, folder) = (absolute_path(one).rpartition("://")[::2] for one in (path, start))
-  bucket = lambda text: text.partition("/")[0]  # of a path on this machine, ""
+  bucket = lambda text: text.partition("/")[0]  # "" for a path on this machine
   if store != other or bucket(path) != bucket(folder):
     return None
   return posixpath.relpath(f"/{path}" if store else path, f"/{folder}" if store else folder)
 
 
 def joined(workdir: str | os.PathLike, relative: str) -> str:
-  """The folder that lies `relative` to `workdir`."""
+  """Absolute path of the folder `relative` to `workdir`."""
   store, separator, path = absolute_path(workdir).rpartition("://")
   return f"{store}{separator}{posixpath.normpath(posixpath.join(path, relative))}"
 
 
 def is_run(folder: str) -> bool:
-  """Whether there is a run in `folder`; a store that cannot be reached has none."""
+  """Returns whether there is a run in `folder`; False for a store that cannot be reached."""
   try:
     return (epath.Path(folder) / CONFIG).exists()
   except (OSError, ImportError, ValueError, RuntimeError):
@@ -157,15 +160,17 @@ def is_run(folder: str) -> bool:
 
 
 def locate(name: str, given: str, workdir: str | os.PathLike, inputs: Inputs) -> str:
-  """The folder of a model that the run in `workdir` was made from, wherever both have moved.
+  """Finds the folder of a model that the run in `workdir` was made from, wherever both have moved.
 
   Args:
     name: of the model, one of `Inputs.models`.
-    given: its folder as the run's config says; another than at the time was given by somebody, and is the only one.
-    inputs: of the run; where they do not know the model, `given` is believed.
+    given: its folder in the run's config. If it is another than at the time of training, the user has given it, and no
+      other folder is tried.
+    workdir: of the run.
+    inputs: of the run; if they do not have the model, `given` is returned.
 
   Raises:
-    ValueError: where it is not, or another model is in its place.
+    ValueError: the model is missing, or another model is in its place.
   """
   model = inputs.models.get(name)
   if model is None:
@@ -173,7 +178,7 @@ def locate(name: str, given: str, workdir: str | os.PathLike, inputs: Inputs) ->
   flag = "--teacher" if name == "teacher" else f"--config.teacher.{name}_workdir"
   folders = [given]
   if given == model.workdir and model.relative is not None:
-    # First: with the run it may have left a machine, or a bucket, that would be waited for.
+    # The relative folder comes first: `given` may be on a machine, or in a bucket, that does not answer any more.
     folders = list(dict.fromkeys([joined(workdir, model.relative), given]))
   refused = []
   for folder in folders:
@@ -189,7 +194,7 @@ def locate(name: str, given: str, workdir: str | os.PathLike, inputs: Inputs) ->
 
 
 def _difference(model: ModelInput, folder: str) -> str | None:
-  """How the model in `folder` differs from `model`; None if it is the same."""
+  """Describes the difference of the model in `folder` from `model`; None if it is the same."""
   if model.files and digest_of_files(folder, model.step) == model.files:
     return None
   try:
@@ -202,7 +207,7 @@ def _difference(model: ModelInput, folder: str) -> str | None:
 def digest_of_files(folder: str, step: int | None) -> str:
   """Digest of the checksums of a checkpoint's files; "" where it has none.
 
-  In an object store, where there are no checksums, of the names of files of data, which are drawn anew at every save.
+  An object store has no checksums: the digest is of the names of files of data, which are drawn anew at every save.
   """
   path = epath.Path(folder) / CHECKPOINTS / str(step)
   if foreign.is_remote(folder):
@@ -217,9 +222,9 @@ def _digest_of_names(path: epath.Path) -> str:
 
 
 def digest_of_parameters(folder: str, step: int | None, which: str) -> str:
-  """Digest of the parameters in a workdir: names, shapes, types, and values of them from all over.
+  """Digest of the parameters in a workdir: their names, shapes, types, and a spread sample of their values.
 
-  It does not depend on how they are stored. At most a chunk is read of at most LEAVES leaves.
+  It does not depend on the storage's format. At most a chunk is read of at most LEAVES leaves.
 
   Raises:
     ValueError: as `checkpoint.load_params`.
@@ -227,7 +232,7 @@ def digest_of_parameters(folder: str, step: int | None, which: str) -> str:
   leaves = open_leaves(f"{folder}/{CHECKPOINTS}", which=which, step=step)
   names = sorted(leaves)
   shapes = [[name, list(leaves[name].shape), leaves[name].dtype.name] for name in names]
-  # The choice depends on names and shapes alone.
+  # The chosen leaves depend on names and shapes alone.
   chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(len(names), LEAVES)).astype(int))]
   blocks = {name: np.asarray(leaves[name].read(_block(name, leaves[name]))) for name in chosen}
   values = {name: hashlib.sha256(np.ascontiguousarray(block).tobytes()).hexdigest() for name, block in blocks.items()}
@@ -251,7 +256,7 @@ def _digest(value: Any) -> str:
 
 
 def paths_of_data(options: Mapping[str, Any]) -> Iterator[str]:
-  """Keys of the section `data` that only say where the data are."""
+  """Keys of the section `data` that are places of the data alone."""
   if str(options.get("name")).partition(":")[0] in ("folder", "npz", "latents", "prompts"):
     yield "data.name"
   yield from ("data.embeddings", "data.cache_dir", "data.data_dir")

@@ -1,4 +1,4 @@
-"""Who keeps what a training makes: memory alone, or a workdir."""
+"""Keepers of a training's states, metrics and pictures: memory alone, or a workdir."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Keeper:
     return {name: np.array([row.get(name, np.nan) for row in self._rows]) for name in names}
 
   def restore(self, shapes: TrainState) -> tuple[TrainState, int] | None:
-    """The state to go on from and its step; None where there is none."""
+    """Restores the state to go on from and its step; None where there is none."""
     del shapes
     return None
 
@@ -61,16 +61,16 @@ class Keeper:
     """Waits until all is kept."""
 
   def stopped(self, step: int) -> str:
-    """What becomes of a run that is told to stop."""
+    """Message of a run that is told to stop."""
     return f"step {step} is the last"
 
   def lost(self, state: TrainState, error: Unwritable) -> Exception:
-    """What to raise when nothing more can be kept."""
+    """Error to raise when nothing more can be kept."""
     del state
     return error
 
   def reached_preemption(self, step: int) -> bool:
-    """Whether the processes of this program have agreed to stop at `step`."""
+    """Returns whether the processes of this program have agreed to stop at `step`."""
     del step
     return False
 
@@ -89,7 +89,7 @@ class WorkdirKeeper(Keeper):
   Args:
     folder: the workdir.
     settings: of the run.
-    inputs: what it is made from.
+    inputs: of the run, its data and models.
     lock: of the folder, not yet held.
   """
 

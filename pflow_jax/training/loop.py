@@ -1,4 +1,4 @@
-"""The loop of a training: steps, what is measured of them, and how it is told to stop."""
+"""The loop of a training: its steps, their metrics, and requests to stop."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fit(
     program: the step, on its mesh.
     keeper: keeps states and metrics.
     frozen: the teacher's parameters, on the devices.
-    start_params: returns what trains at the start, () for what the method starts with; a resumed run does not ask.
+    start_params: returns the parameters to start from, () for the method's own; a resumed run does not call it.
     draw: draws a picture of samples, (all parameters, path) -> path; None draws none.
     bar: whether to report progress.
 
@@ -58,14 +58,14 @@ def fit(
   settings, length = experiment.settings, experiment.settings.need("train")
   shown = bar and is_first()
   key_init, key_steps = (layout.everywhere(key) for key in jax.random.split(jax.random.key(settings.seed)))
-  start_values = () if keeper.is_resumed else start_params()  # a run that is resumed has its own
+  start_values = () if keeper.is_resumed else start_params()
   if shown:
     print("compiling the train step", flush=True)
   # Ahead of time: a later batch of another shape is an error, not a second compilation.
   traced = {tokens: program.trace(tokens) for tokens in experiment.dataset.lengths or (None,)}
   compiled = {tokens: one.lower().compile() for tokens, one in traced.items()}
   flops = {tokens: count_flops(one.jaxpr) for tokens, one in traced.items()}
-  # Only now: a config that does not compile leaves no trace.
+  # The keeper is entered after compiling: a config that does not compile leaves no file.
   with Interruption(keeper) as interruption, keeper:
     restored = keeper.restore(program.state)
     state, start = restored or (program.init(key_init, frozen, layout.place(start_values)), 0)
@@ -126,9 +126,9 @@ def _due(step: int, every: int) -> bool:
 class Meter:
   """Collects the metrics of every step on the device and reports their means, one interval late.
 
-  A row's rates, `images_per_second` and `tflops_per_second`, are of the time in which steps ran: all that passed since
-  the row before but the pauses, `pause_seconds`, in which was saved or sampled. So the images of a row divided by their
-  rate, plus its pause, are seconds on the clock, and those of all rows the time since the first step.
+  A row's rates, `images_per_second` and `tflops_per_second`, are of the time in which steps ran: the time since the row
+  before without the pauses for saving and sampling, `pause_seconds`. So the images of a row divided by their rate, plus
+  its pause, are seconds on the clock, and those of all rows the time since the first step.
   """
 
   def __init__(self, settings: TrainSettings, write: Callable[[int, dict[str, float]], None], report: Progress):
@@ -139,7 +139,7 @@ class Meter:
     self._clock, self._pause = time.perf_counter(), 0.0
 
   def add(self, step: int, metrics: dict[str, Array], flops: int) -> None:
-    """Takes a step's metrics without waiting for them, and its operations."""
+    """Adds a step's metrics, without waiting for them, and its operations."""
     self._pending.append(metrics)
     self._flops += flops
     self._step = step
@@ -147,14 +147,14 @@ class Meter:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves what is done meanwhile out of the rates; the steps on their way are waited for before."""
+    """Context that is left out of the rates; it waits for the steps in progress first."""
     jax.block_until_ready(self._pending)
     start = time.perf_counter()
     yield
     self._pause += time.perf_counter() - start
 
   def flush(self, final: bool = False) -> None:
-    """Writes the interval that is complete, if one is; `final` writes what there is.
+    """Writes the interval that is complete, if one is; `final` writes an incomplete one too.
 
     Raises:
       FloatingPointError: after max_skipped non-finite updates in a row.
@@ -167,7 +167,7 @@ class Meter:
     pause, self._pause = self._pause, 0.0
     flops, self._flops = self._flops, 0
     self._pending, self._due = [], False
-    # A skipped step has no loss to speak of; its absence shows in `skipped`.
+    # A skipped step has no finite loss; `skipped` counts it.
     finite = [v for v in values if not v["skipped_in_a_row"]] or values
     row = {name: sum(float(v[name]) for v in finite) / len(finite) for name in finite[0]}
     row["skipped"] = int(values[-1]["skipped"])
@@ -214,7 +214,7 @@ class Profiler:
     try:
       self._stop()
     except Exception:
-      if kind is None:  # else what is on its way came first
+      if kind is None:  # else the error in flight came first
         raise
 
 
@@ -251,7 +251,7 @@ class Interruption:
       signal.signal(number, handler)
 
   def requested(self, step: int) -> bool:
-    """Whether to save `step` and stop."""
+    """Returns whether to save `step` and stop."""
     if jax.distributed.is_initialized():
       return self._keeper.reached_preemption(step)
     return self._flag.is_set()

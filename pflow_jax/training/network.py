@@ -1,4 +1,4 @@
-"""The network of a run: what the sections `model`, `head` and `adapters` of its settings make."""
+"""The network of a run, made from the sections `model`, `head` and `adapters` of its settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pflow_jax.settings.tree import Choice
 Array = jax.Array
 Params = Any
 
-# Settings of a network that are above 0, and what is more than any network has: some are walked one by one.
+# Settings of a network that have to be above 0, with bounds beyond any network's: some set the length of a loop.
 SIZES = {
   **dict.fromkeys(("depth", "single_depth", "num_blocks", "scan_unroll"), 1000),
   **dict.fromkeys(("patch_size", "mlp_ratio", "num_components", "num_coefficients"), 10_000),
@@ -34,18 +34,18 @@ SIZES = {
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPUTED = ("remat", "attention", "scan_unroll")
-"""Options of a network that say how it is computed, not which it is."""
+"""Options that change a network's computation and leave the network the same."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A module, and which of its parameters train: all, or adapters and a few layers on a frozen rest.
+  """A module and the choice of its parameters that train: all, or adapters and a few layers on a frozen rest.
 
   Attributes:
     module: called as module(x, t, cond, ...).
-    head: its output layer; one that makes its own output has a head too, which says what that is.
+    head: its output layer; for a module that makes its own output, the description of that output.
     adapters: low-rank adapters on the frozen rest; without rows everything trains.
-    project: what brings parameters back after an update where the module wants that.
+    project: projection to apply to the parameters after each update, or None.
   """
 
   module: nn.Module
@@ -64,30 +64,30 @@ class Network:
     return self.head.field(apply)(x, t, cond)
 
   def init(self, key: Array, dataset: data.Dataset, **named: Any) -> Params:
-    """Random parameters of the module, for the data's shapes; `named` as for a call of a batch of 1."""
+    """Makes random parameters of the module, for the data's shapes; `named` as for a call of a batch of 1."""
     x, ones = jnp.zeros((1, *dataset.shape), jnp.float32), jnp.ones((1,))
     cond = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dataset.cond_shapes(1))
     return self.module.init(key, x, ones, cond, **named)["params"]
 
   def shapes(self, dataset: data.Dataset) -> Params:
-    """Shapes of what `init` makes."""
+    """Shapes of the parameters of `init`."""
     return jax.eval_shape(lambda key: self.init(key, dataset), jax.random.key(0))
 
   @property
   def float32(self) -> Network | None:
-    """The same network that computes in float32; None if it does already."""
+    """Returns the same network with float32 as its compute dtype; None if it has that already."""
     if jnp.dtype(self.module.dtype) == jnp.float32:  # type: ignore[attr-defined]
       return None
     return dataclasses.replace(self, module=self.module.clone(dtype=jnp.float32))
 
   def trained(self, params: Params, base: Params, key: Array) -> Params:
-    """What trains of a network that starts with `params`, in float32 or wider; `base` as in `complete`."""
+    """Parameters that train in a network that starts with `params`, in float32 or wider; `base` as in `complete`."""
     if not self.adapters.table:
       return _widened(params)
     return _widened(combine(without(params, self._frozen(base)), init_adapters(params, self.adapters.rows, key)))
 
   def complete(self, trained: Params, base: Params) -> Params:
-    """All parameters: those that train, and of `base`, the teacher's, those that do not. The leaves are not copied."""
+    """All parameters: those that train, and the others from `base`, the teacher's. The leaves are not copied."""
     if not self.adapters.table:
       return trained
     return combine(self._frozen(base), trained)
@@ -104,7 +104,7 @@ class Network:
 
 
 def _widened(params: Params) -> Params:
-  """Parameters in float32 or wider; those that are so already are the same objects."""
+  """Casts parameters to float32 where they are narrower; the others stay the same objects."""
   wide = lambda leaf: accumulation_dtype(leaf.dtype)
   return jax.tree.map(lambda leaf: leaf if leaf.dtype == wide(leaf) else leaf.astype(wide(leaf)), params)
 
@@ -112,16 +112,16 @@ def _widened(params: Params) -> Params:
 def make_network(
   model: Choice, head: Choice, dataset: data.Dataset, adapters: AdapterSettings = AdapterSettings()
 ) -> Network:
-  """The network that the sections `model`, `head` and `adapters` describe, for the data's channels and conditions.
+  """Makes the network of the sections `model`, `head` and `adapters`, for the data's channels and conditions.
 
   Args:
-    model: which module, and its attributes.
-    head: which output layer, and its attributes.
-    dataset: what it is for.
-    adapters: which parameters train; by default all.
+    model: kind of the module, and its attributes.
+    head: kind of the output layer, and its attributes.
+    dataset: its data.
+    adapters: choice of the parameters that train; by default all.
 
   Raises:
-    ValueError: a name that is not known, an option that does not fit, or data that the network is not for.
+    ValueError: an unknown name, an option that does not fit, or data that the network cannot take.
   """
   kind, owner = network_kind(model.kind), head_class(head)
   for section, made, choice in (("model", kind.module, model), ("head", owner, head)):
@@ -145,10 +145,10 @@ def make_network(
 
 
 def head_class(head: Choice) -> type[Head]:
-  """The class of a head.
+  """Returns the class of a head.
 
   Raises:
-    ValueError: there is none of that name.
+    ValueError: there is no head of that name.
   """
   if not isinstance(head.kind, str) or head.kind not in HEADS:
     raise ValueError(f"config.head.kind: expected one of {sorted(HEADS)}, got {shown(head.kind)}")
@@ -156,5 +156,5 @@ def head_class(head: Choice) -> type[Head]:
 
 
 def velocity_of(network: Network, params: Params) -> Callable[[Array, Array, Any], Array]:
-  """A network with a velocity head as a velocity field (x, t, cond) -> v."""
+  """Returns a network with a velocity head as a velocity field (x, t, cond) -> v."""
   return lambda x, t, cond: network(params, x, t, cond)

@@ -15,8 +15,8 @@ from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
 
 PyTree = Any
 
-# optax.apply_if_finite gives in and applies a bad update after this many in a row; the counter
-# saturates at this value, so it never does. Stopping is the trainer's decision, see `skipped`.
+# optax.apply_if_finite applies a bad update after this many in a row. The counter saturates at this value, so it never
+# does. Stopping is the trainer's decision, see `skipped`.
 _NEVER_GIVE_IN = 2**31 - 1
 
 
@@ -66,7 +66,7 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int | None = None) 
   parameters, moments and the schedule's count stay, however many come in a row.
 
   Args:
-    settings: all that is set of it.
+    settings: of the optimizer.
     total_steps: number of updates of the run, for its schedule.
 
   Raises:
@@ -106,7 +106,7 @@ def skipped(opt_state: optax.OptState) -> tuple[Array, Array]:
   """Skipped non-finite updates so far: (in a row up to now, in total), each () int32.
 
   Raises:
-    ValueError: if `opt_state` is not from `make_optimizer` (wrapped or not).
+    ValueError: `opt_state` is not from `make_optimizer` (wrapped or not).
   """
   in_a_row = optax.tree_utils.tree_get(opt_state, "notfinite_count")
   total = optax.tree_utils.tree_get(opt_state, "total_notfinite")

@@ -1,4 +1,4 @@
-"""The models that a run is made from: where their parameters are, and what the run keeps of them."""
+"""The models that a run is made from: places of their parameters, and the run's description of them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from pflow_jax.training.inputs import (
 )
 
 Params = Any
-ABOUT = ("objective", "head", "model", "source")  # sections of a model's settings that a run of it keeps
+ABOUT = ("objective", "head", "model", "source")  # sections of a model's settings in its description
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-  """Parameters in a workdir, of which no more is read than asked for."""
+  """Parameters in a workdir, read when they are asked for."""
 
   workdir: str
   which: str
@@ -48,11 +48,11 @@ class Saved:
 
   @functools.cached_property
   def digest(self) -> str:
-    """Of the content, wherever it is and however it is kept, see `inputs.digest_of_parameters`."""
+    """Digest of the content, independent of its place and format, see `inputs.digest_of_parameters`."""
     return digest_of_parameters(self.workdir, self.step, self.which)
 
   def described(self, known: ModelInput | None = None) -> ModelInput:
-    """What a run keeps of a model; `known` is what it has kept, with which less is read."""
+    """Describes the model for a run that is made from it; with its earlier description `known`, less is read."""
     files = digest_of_files(self.workdir, self.step)
     parameters = known.parameters if known and files and files == known.files else self.digest
     plain = workdir.load_settings(self.workdir).plain()
@@ -71,12 +71,12 @@ class Saved:
 def inputs_of(
   settings: Settings, dataset: data.Dataset, saved: Mapping[str, Saved], folder: str | os.PathLike
 ) -> Inputs:
-  """What the run of `settings`, pinned (see `workdir.pinned`), in the workdir `folder` is made from.
+  """Describes the inputs of the run of `settings`, pinned (see `workdir.pinned`), in the workdir `folder`.
 
   Args:
     settings: of the run.
     dataset: its data.
-    saved: its teachers, by what they are to it, see `teachers.ROLES`.
+    saved: its teachers, by their roles, see `teachers.ROLES`.
     folder: its workdir.
   """
   start = settings.start
@@ -87,7 +87,7 @@ def inputs_of(
     known = kept.models if kept else {}
     models = {name: one.described(known.get(name)) for name, one in saved.items()}
     if "start" in known:
-      models["start"] = known["start"]  # a run that goes on has its own of it, and it may be gone
+      models["start"] = known["start"]  # a resumed run has its own parameters; the start may be gone
     elif start.workdir and not is_old:
       models["start"] = Saved(start.workdir, start.which, start.step).described()
     description = data.Description.of(dataset, settings.plain()["data"])
@@ -98,10 +98,10 @@ def inputs_of(
 
 
 def use_teacher(settings: Settings, folder: str | os.PathLike | None) -> Settings:
-  """The settings of a run with the place of its teacher, if anybody says where that is.
+  """Returns the settings of a run with the folder of its teacher, if one is given.
 
   Raises:
-    ValueError: the run has none.
+    ValueError: the run has no teacher.
   """
   if folder is None:
     return settings

@@ -1,4 +1,4 @@
-"""A state that its workdir takes no more, saved elsewhere."""
+"""Saving of a run's state elsewhere when its workdir takes nothing more."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pflow_jax.training.state import TrainState
 from pflow_jax.training.writer import METRICS
 
 RESCUE_DIR = "PFLOW_RESCUE_DIR"  # folder for such states; the system's temporary one by default
-_ROOM = 1.1  # times the size of the arrays, for what goes with them
+_ROOM = 1.1  # times the size of the arrays, for the files beside them
 
 
 class Rescued(OSError):
-  """A workdir takes nothing more, and the run is to be gone on with elsewhere: tried again, it would begin anew."""
+  """The state is saved in another folder, from which the run has to go on: the same command would begin anew."""
 
 
 def rescue(
@@ -33,10 +33,11 @@ def rescue(
 ) -> OSError:
   """Saves a run's state, config, inputs and, if it can be read, log as a new workdir elsewhere, if there is room.
 
-  Of a run of several processes, each of which has a part of the state and a disk of its own, nothing is saved.
+  Nothing is saved of a run of several processes: each has a part of the state and a disk of its own.
 
   Returns:
-    what the run ends with, `cause` and where it is and how to go on, Rescued, or why it is not saved.
+    the error that ends the run: Rescued with `cause`, the new folder and the way to go on, or the reason why nothing
+      is saved.
   """
   step = int(state.step)
   if jax.process_count() > 1:
@@ -55,7 +56,7 @@ def rescue(
       pathlib.Path(target, METRICS).write_bytes((epath.Path(folder) / METRICS).read_bytes())
     with Checkpointer(f"{target}/{workdir.CHECKPOINTS}") as checkpointer:
       checkpointer.save(step, state)
-  except Exception as error:  # libraries have their own; what made the run end is said in any case
+  except Exception as error:  # libraries raise errors of their own; the cause is raised in any case
     if target is not None:
       shutil.rmtree(target, ignore_errors=True)
     why = f"step {step} could not be saved elsewhere either ({error}); {RESCUE_DIR} names another folder for that"

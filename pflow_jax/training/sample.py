@@ -1,4 +1,4 @@
-"""Samples of a run: who draws them, from which noise and conditions, a batch at a time."""
+"""Samples of a run: their sampler, their noise and conditions, a batch at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluations(method: Method, settings: SampleSettings) -> tuple[int, ...]:
-  """The numbers of network evaluations that `settings.nfe` stands for; warns of those a student was not trained for."""
+  """Numbers of network evaluations that `settings.nfe` stands for; warns of those a student was not trained for."""
   own = method.evaluations(settings)
   others = [nfe for nfe in settings.nfe if method.is_fixed and nfe not in own]
   if others:
@@ -36,12 +36,12 @@ def evaluations(method: Method, settings: SampleSettings) -> tuple[int, ...]:
 
 
 def make_sampler(method: Method, settings: SampleSettings, nfe: int) -> Callable[..., jax.Array]:
-  """Jitted (params, noise, conditions, keys) -> samples with `nfe` evaluations of a run's network."""
+  """Returns a jitted (params, noise, conditions, keys) -> samples with `nfe` evaluations of a run's network."""
   return jax.jit(method.sampler(settings, nfe))
 
 
 def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays: Any) -> np.ndarray:
-  """`run` on slices of pytrees of arrays, all of one length, split over the mesh; whole ones, so it compiles once."""
+  """Calls `run` on slices of pytrees of arrays, split over the mesh; slices have one length, so it compiles once."""
   count = len(jax.tree.leaves(arrays)[0])
   size = -(-min(batch_size, count) // layout.batch_parts) * layout.batch_parts
   outputs = []
@@ -56,14 +56,17 @@ def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays
 def draw_noise(
   dataset: data.Dataset, count: int, seed: int, labels: Sequence[int | str] | None = None
 ) -> tuple[np.ndarray, Any]:
-  """Noise (count, *space, C) and as many conditions: the classes given, repeated, else all in turn.
+  """Draws noise (count, *space, C) and makes as many conditions: the classes given, repeated, else all in turn.
 
-  Of a set of prompts: the same prompts of it whatever the seed, repeated if they are fewer.
+  A set of prompts gives the same prompts whatever the seed, repeated if they are fewer.
 
   Args:
+    dataset: gives shape and conditions.
+    count: of samples.
+    seed: of the noise.
     labels: classes, see `class_numbers`.
   """
-  # Noise, what it is drawn from, and samples, of all of which JAX and NumPy have their own; keys and conditions.
+  # JAX and NumPy each have copies of the noise, of the bits it is drawn from, and of the samples; 64 are for the rest.
   needed = count * (6 * 4 * math.prod(dataset.shape) + 64)
   foreign.check_memory(f"{count} samples", needed, "ask for fewer (--num, or config.evaluate.num_samples)")
   if dataset.embedding is not None and labels:
@@ -83,20 +86,20 @@ def draw_noise(
 
 
 def sample_keys(count: int, seed: int) -> jax.Array:
-  """Returns a key a sample, for what is drawn on its way to the data.
+  """Returns a key a sample, for the draws of stochastic steps.
 
   Args:
     count: of samples.
-    seed: of their noise. These keys come from the next one, so that a seed's noise stays what it was in earlier runs.
+    seed: of their noise. The keys come from the next one, so that a seed's noise is the same as in earlier runs.
   """
   return jax.random.split(jax.random.key(seed + 1), count)
 
 
 def class_numbers(labels: Sequence[int | str], dataset: data.Dataset) -> list[int]:
-  """Numbers of classes that are given by number or by name; a text that is both is the name.
+  """Numbers of classes that are given by number or by name; a text that is both counts as a name.
 
   Raises:
-    ValueError: for a class that there is not, with the nearest name.
+    ValueError: there is no such class; the message has the nearest name.
   """
   names, count = dataset.class_names, max(dataset.num_classes, 1)
   known: dict[Any, int] = {}
@@ -124,10 +127,12 @@ def check_room(dataset: data.Dataset, count: int, copies: int, flag: str) -> Non
 
 
 def warn_of_gaps(name: str, x: np.ndarray, params: Any) -> None:
-  """Says how many of the samples x (N, ...) are not finite, and what is most likely at fault.
+  """Warns of samples x (N, ...) that are not finite, with their number and the likely cause.
 
   Args:
-    params: that they were drawn with.
+    name: of the sampler, for the warning.
+    x: the samples.
+    params: parameters that they were drawn with.
   """
   count = int(np.sum(~np.isfinite(x).reshape(len(x), -1).all(axis=1)))
   if not count:
@@ -142,12 +147,12 @@ def warn_of_gaps(name: str, x: np.ndarray, params: Any) -> None:
 
 
 def labels_of(cond: Any, count: int) -> np.ndarray:
-  """Classes (count,) of conditions; of prompts all are one."""
+  """Classes (count,) of conditions; prompts all have class 0."""
   return np.zeros(count, np.int32) if isinstance(cond, dict) else cond
 
 
 def preview(experiment: Experiment, layout: Layout, draw: Callable[..., None], count: int) -> Callable[[Any, str], str]:
-  """A function (params, path) -> path that draws a small picture of samples during training, for all processes.
+  """Returns (params, path) -> path, which draws a small picture of samples during training, for all processes.
 
   Args:
     experiment: the run.

@@ -1,4 +1,4 @@
-"""What training changes and a checkpoint keeps."""
+"""The state of training, which a checkpoint keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step, pure, and the program that runs it on a mesh: what `train` and `plan` compile."""
+"""One optimizer step, pure, and the program that runs it on a mesh, which `train` and `plan` compile."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from pflow_jax.training.state import TrainState, create_state
 
 Loss = Callable[[Any, Any, dict[str, Array], Array, Array], tuple[Array, dict[str, Array]]]
 
-POSITION_BYTES = 64  # that an example's place in a batch takes while batches are made
+POSITION_BYTES = 64  # bytes of an example's place in a batch while batches are made
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """The parts of a step; call it, or compile it, as a function of arrays.
+  """The parts of a step; a call is one step, a pure function of arrays.
 
   Attributes:
     loss_fn: (params, frozen, batch, key, step) -> loss (B,) and metrics.
+    optimizer: of the parameters that train.
+    ema_decay: step -> share of the old average that is kept.
     accumulation: micro-batches that the batch is cut into, one after the other.
-    project: of the parameters after an update, where a network's must stay on a surface.
+    project: projection of the parameters after an update, for a network whose parameters stay on a surface; or None.
     adversary: adds an adversarial loss and trains its own network in the same step.
     schedule: learning rate by the number of updates, for the metrics.
   """
@@ -49,18 +51,18 @@ class Step:
   schedule: optax.Schedule | None = None
 
   def init(self, key: Array, params: Any) -> TrainState:
-    """State at step 0; `key` is for the adversary's network."""
+    """Makes the state at step 0; `key` is for the adversary's network."""
     opponent = self.adversary.init(key) if self.adversary else None
     return create_state(params, self.optimizer, opponent)
 
   def __call__(
     self, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array
   ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step.
+    """Takes one optimizer step.
 
     Args:
-      state: what trains.
-      frozen: what does not, the teacher's parameters: an argument, not part of the state.
+      state: all that trains.
+      frozen: the teacher's parameters: an argument, not part of the state.
       batch: pytree of arrays with a leading axis of examples.
       key: the run's key; the step's own is folded from it, so a resumed run draws the same numbers.
 
@@ -87,7 +89,7 @@ class Step:
       "skipped": total,
     }
     if self.schedule is not None:
-      # Here, not on the host: there it would be one more program, which waits for the steps on their way.
+      # On the host this would be one more program, which waits for the steps in progress.
       metrics["learning_rate"] = self.schedule(jnp.maximum(state.step - total, 0))
     return TrainState(state.step + 1, params, ema, opt_state, opponent), metrics
 
@@ -117,7 +119,7 @@ class Step:
 
 
 def make_step(experiment: Experiment) -> Step:
-  """The step of a run."""
+  """Makes the step of a run."""
   settings = experiment.settings
   accumulation, steps = settings.need("train").accumulation, settings.need("train").steps
   optimizer = optim.make_optimizer(settings.need("optimizer"), steps)
@@ -137,8 +139,12 @@ class Program:
   """A run's step laid out over a mesh.
 
   Attributes:
-    layout: where arrays lie.
-    state, frozen, batch: shapes of the step's arguments, with their shardings; of the longest texts.
+    experiment: the pieces of the run.
+    step: the pure step.
+    layout: placement of the arrays.
+    state: shapes of the state, with their shardings.
+    frozen: shapes of the teacher's parameters, with their shardings.
+    batch: shapes of a batch with the longest texts, with their shardings.
   """
 
   experiment: Experiment
@@ -149,28 +155,28 @@ class Program:
   batch: dict[str, Any]
 
   def init(self, key: Array, frozen: Any, start: Any = ()) -> TrainState:
-    """The state at step 0, made where it lies; `start`: parameters to start from, on the devices."""
+    """Makes the state at step 0 on its devices; `start` is the parameters to start from, on the devices."""
     shardings = jax.tree.map(lambda s: s.sharding, self.state)
     with self.layout.context():
       return jax.jit(_init(self.step, self.experiment), out_shardings=shardings)(key, frozen, start)
 
   def check_memory(self) -> None:
-    """Raises ValueError for arguments that this machine cannot hold, whatever else a step needs."""
+    """Raises ValueError if this machine cannot hold the arguments of a step, let alone its temporaries."""
     devices: Any = self.layout.mesh.local_devices  # type: ignore[union-attr]
     size = jax.tree.leaves(self.batch)[0].shape[0]
     batch = len(devices) * bytes_of_device(self.batch)
-    # Of a batch its reader has the records, NumPy the arrays and JAX a copy; every process has all positions in it.
+    # The reader holds a batch's records, NumPy its arrays and JAX a copy; every process holds all positions in it.
     foreign.check_memory(f"config.train.batch_size={size}", 3 * batch + POSITION_BYTES * size, "lower it")
     arguments, have = bytes_of_device((self.state, self.frozen, self.batch)), None
-    if devices[0].platform == "cpu":  # whose devices share the machine's memory
+    if devices[0].platform == "cpu":  # CPU devices share the machine's memory
       arguments *= len(devices)
     elif (have := (devices[0].memory_stats() or {}).get("bytes_limit")) is None:
-      return  # a device that does not tell
+      return  # the device does not report its memory
     advice = "make the network or the batch smaller, or split it over more devices (config.mesh.fsdp)"
     foreign.check_memory("config.model: what is trained, the teacher and a batch", arguments, advice, have=have)
 
   def trace(self, length: int | None = None) -> jax.stages.Traced:
-    """The step as (state, frozen, batch, key) -> (state, metrics), for all devices; its old state is donated.
+    """Traces the step as (state, frozen, batch, key) -> (state, metrics), for all devices; the old state is donated.
 
     Args:
       length: of the batch's texts, by default the longest.
@@ -188,13 +194,14 @@ class Program:
 
 
 def make_program(experiment: Experiment, layout: Layout | None = None) -> Program:
-  """The step of a run, on `layout`.
+  """Lays the step of a run out over a mesh.
 
   Args:
+    experiment: the pieces of the run.
     layout: by default that of the section `mesh` over this machine's devices, which must be able to hold it.
 
   Raises:
-    ValueError: for a mesh, a table or a batch that does not fit.
+    ValueError: a mesh, a table or a batch does not fit.
   """
   here, layout = layout is None, layout or layout_of(experiment.settings)
   batch_size = experiment.settings.need("train").batch_size
@@ -214,7 +221,7 @@ def make_program(experiment: Experiment, layout: Layout | None = None) -> Progra
 
 
 def _init(step: Step, experiment: Experiment) -> Callable[..., TrainState]:
-  """(key, frozen parameters, parameters to start from) -> the state at step 0."""
+  """Returns (key, frozen parameters, parameters to start from) -> the state at step 0."""
 
   def init(key: Array, frozen: Any, start: Any = ()) -> TrainState:
     key_params, key_opponent = jax.random.split(key)
@@ -226,7 +233,7 @@ def _init(step: Step, experiment: Experiment) -> Callable[..., TrainState]:
 def abstract_batch(
   experiment: Experiment, batch_size: int, sharding: Any = None, length: int | None = None
 ) -> dict[str, Any]:
-  """Shapes of a batch, of texts of `length` tokens where there are texts, by default the longest."""
+  """Shapes of a batch; its texts, if it has any, have `length` tokens, by default the longest."""
   dataset = experiment.dataset
   shapes: dict[str, Any] = {"cond": dataset.cond_shapes(batch_size, length)}
   if dataset.has_x0:

@@ -1,4 +1,4 @@
-"""The teacher of a run: its folder, how it is guided, and that it fits its student."""
+"""The teacher of a run: its folder, its guidance, and the checks that it fits its student."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pflow_jax.training.origins import Saved, inputs_of, use_teacher
 
 Params = Any
 
-ROLES = {"strong": "teacher", "weak": "weak"}  # of a teacher's parts, as `inputs.Inputs` names them
+ROLES = {"strong": "teacher", "weak": "weak"}  # names in `inputs.Inputs` of a teacher's parts
 VELOCITY = Choice("velocity")
 
 
@@ -39,9 +39,9 @@ class Part:
   Attributes:
     field: parameters -> velocity field (x, t, cond) -> v.
     shapes: of its parameters.
-    network: what a student can start from; None of a function.
-    saved: where its parameters are; None of what is not in a workdir.
-    values: its parameters, of what is not in a workdir.
+    network: the network that a student can start from; None for a function.
+    saved: place of its parameters in a workdir, or None.
+    values: its parameters, if they are in no workdir.
   """
 
   field: Callable[[Params], guidance.Velocity]
@@ -52,17 +52,17 @@ class Part:
 
 
 class Teacher:
-  """A flow model whose velocity a student learns from: a plain function, or what `load_teacher` finds.
+  """A flow model whose velocity a student learns from: a plain function, or the models that `load_teacher` finds.
 
   Args:
     velocity: (x, t, cond) -> v, all with a leading batch axis: states (B, *space, C), flow times (B,), 1 is noise. With
       `params` it is (params, x, t, cond) -> v.
-    params: arrays that the function needs, which are then laid out on the mesh; without them it has none, or its own.
-    settings: how it is guided. Its `workdir` and `step` are those of a run, and of no use here.
+    params: arrays that the function needs, which are laid out on the mesh; without them it has none, or its own.
+    settings: its guidance. The keys `workdir` and `step` are not used.
     null_cond: the empty condition, for guidance; by default that of the data it is used with.
 
   References:
-    pi-Flow, arXiv:2510.14974, whose objective knows a teacher by nothing else.
+    pi-Flow, arXiv:2510.14974, whose objective needs a teacher's velocity alone.
   """
 
   def __init__(
@@ -91,7 +91,7 @@ class Teacher:
 
   @property
   def has_network(self) -> bool:
-    """Whether a student can start from its parameters."""
+    """Returns whether a student can start from its parameters."""
     return self.parts["strong"].network is not None
 
   @property
@@ -101,16 +101,16 @@ class Teacher:
 
   @property
   def saved(self) -> dict[str, Saved]:
-    """Where its parameters are, by part."""
+    """Places of its parameters, by part."""
     return {name: part.saved for name, part in self.parts.items() if part.saved}
 
   def load(self, layout: Layout | None = None) -> Params:
-    """Its parameters, on the devices as `layout` says, without one on the host."""
+    """Loads its parameters, to the devices as `layout` says, without one to the host."""
     place = layout.place if layout else lambda values: values
     return {name: part.saved.load(layout) if part.saved else place(part.values) for name, part in self.parts.items()}
 
   def velocity(self, params: Params, scale: Any = None) -> guidance.Velocity:
-    """(x, t, cond) -> v, guided, by default at settings.guidance."""
+    """Returns (x, t, cond) -> v, guided, by default at settings.guidance."""
     settings = self.settings
     options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
     scale = settings.guidance if scale is None else scale
@@ -120,13 +120,13 @@ class Teacher:
     return guidance.guided(field, self.null_cond, scale=scale, **options)
 
   def check(self, settings: Settings, dataset: data.Dataset, strengths: tuple[float, float]) -> None:
-    """Raises ValueError where it does not fit a student that asks for guidance of these strengths."""
+    """Raises ValueError unless it fits a student that asks for guidance of these strengths."""
     asked = settings.teacher or TeacherSettings()
     if asked.is_guided(strengths) and self.null_cond is None and dataset.null_cond is None:
       raise ValueError("teacher: guidance needs the empty condition, which these data lack; give null_cond")
 
   def on(self, dataset: data.Dataset, settings: TeacherSettings | None = None) -> Teacher:
-    """The same for a student on these data, perhaps guided in another way."""
+    """Returns this teacher for a student on these data, with other guidance if settings are given."""
     one = copy.copy(self)
     one.settings = settings or self.settings
     one.null_cond = dataset.null_cond if self.null_cond is None else self.null_cond
@@ -134,11 +134,11 @@ class Teacher:
 
 
 class FoundTeacher(Teacher):
-  """A teacher whose models are looked for when something needs them.
+  """A teacher whose models are looked for when they are needed.
 
   Args:
-    find: returns its parts; ValueError where one is not there or does not fit.
-    settings: how it is guided, and where it is.
+    find: returns its parts; ValueError where one is missing or does not fit.
+    settings: its guidance and its folders.
     null_cond: the empty condition.
   """
 
@@ -158,19 +158,19 @@ def load_teacher(
   abstract: bool = False,
   run: str | os.PathLike | None = None,
 ) -> Teacher:
-  """The trained teacher that `settings.teacher` names, for a student that asks for guidance of these strengths.
+  """Loads the trained teacher that `settings.teacher` names, for a student that asks for guidance of these strengths.
 
   Args:
     settings: of the student.
     dataset: the student's.
     strengths: lowest and highest strength of guidance that the student asks for.
-    abstract: without reading anything: shapes of the parameters of a teacher as the student needs one, whether there
-      is one or not, and a weak one of the same size.
-    run: workdir of the student, which has been trained: its teacher is looked for when something needs it, and is
-      found where it has moved together with the student.
+    abstract: read nothing and return shapes: those of a teacher that the student needs, whether there is one or not,
+      and of a weak one of the same size.
+    run: workdir of the student, if it has been trained: its teacher is then looked for when it is needed, and is found
+      where it has moved together with the student.
 
   Raises:
-    ValueError: there is none, or it does not fit the student, with all that differs.
+    ValueError: there is no teacher, or it does not fit the student; the message lists all differences.
   """
   own = settings.teacher or TeacherSettings()
   is_guided = own.is_guided(strengths)
@@ -188,12 +188,12 @@ def load_teacher(
 
   teacher = FoundTeacher(find, own, dataset.null_cond)
   if run is None or _is_moved_by_hand(own, run):
-    _ = teacher.parts  # what does not fit is better said before any work
+    _ = teacher.parts  # raises before any work if something does not fit
   return teacher
 
 
 def _is_moved_by_hand(settings: TeacherSettings, run: str | os.PathLike) -> bool:
-  """Whether somebody says that the teacher of a run is elsewhere than it was."""
+  """Returns whether the user has given the teacher of a run another folder than it had."""
   inputs = read_inputs(run)
   known = inputs.models.get("teacher") if inputs else None
   return known is not None and settings.workdir != known.workdir
@@ -207,7 +207,7 @@ def _find(
   run: str | os.PathLike | None,
   weak: bool = False,
 ) -> Part:
-  """The teacher, or the weak one."""
+  """Finds the teacher, or the weak one."""
   if not asked.workdir:
     raise ValueError(
       "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant), or "
@@ -219,8 +219,8 @@ def _find(
   if inputs is not None and run is not None:
     folder = locate(ROLES["weak" if weak else "strong"], folder, run, inputs)
   own = _settings_of_a_teacher(folder, key)
-  # A student that has been trained may be looked at beside other data. A run that has been trained passed the check of
-  # guidance, and what describes its data has no empty prompt.
+  # A trained student may be sampled on other data, so these are not compared. Its guidance was checked before, and the
+  # description of its data has no empty prompt to check again.
   about_data = not own.converted and inputs is None
   if weak:
     _check_same(settings, own, folder, ("data",) if about_data else (), dataset)
@@ -249,20 +249,20 @@ def check_fit(
   *,
   about_data: bool,
 ) -> None:
-  """Raises ValueError where a student cannot start from a teacher, or be guided by it.
+  """Raises ValueError unless a student can start from a teacher, and be guided by it.
 
-  The student starts from its teacher's parameters: same data, same network but for how it is computed.
+  The student starts from its teacher's parameters: same data, same network; only its computation may differ.
 
   Args:
     settings: the student's.
     own: the teacher's.
-    folder: where the teacher is, for errors.
-    asked: how it is to be guided.
+    folder: of the teacher, for errors.
+    asked: its guidance.
     dataset: the student's.
     is_guided: whether it needs the empty condition, unless a weaker model guides it.
     about_data: whether it must have been trained on the same data.
   """
-  # A flow map starts as its teacher's velocity, which its output layer must then be; a policy has its own.
+  # A flow map starts as its teacher's velocity, so its output layer must be the teacher's; a policy has its own.
   has_policy = head_class(settings.head).has_policy
   if has_policy and not head_class(own.head).starts_policies:
     raise ValueError(
@@ -276,7 +276,7 @@ def check_fit(
 
 
 def inputs_of_import(settings: Settings, folder: str | os.PathLike) -> Inputs | None:
-  """What a run that was converted to the workdir `folder` is made from; None of a teacher, which was made elsewhere."""
+  """Inputs of a run that was converted to the workdir `folder`; None for a teacher, which was trained elsewhere."""
   if settings.converted:
     return None
   saved, t = {}, settings.teacher
@@ -286,7 +286,7 @@ def inputs_of_import(settings: Settings, folder: str | os.PathLike) -> Inputs | 
 
 
 def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None) -> Settings:
-  """The settings of the run in `folder` with what it carries: shape and classes of its data, and where its teacher is.
+  """Loads the settings of the run in `folder` with its inputs: shape and classes of its data, folder of its teacher.
 
   Args:
     folder: the workdir.
@@ -307,18 +307,18 @@ def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None)
 
 
 def _computed_as(student: Choice, own: Choice) -> Choice:
-  """The network of a teacher, its blocks computed as the student's: it need not run where it was trained."""
+  """The network of a teacher with the student's way of computing blocks: it need not run where it was trained."""
   keys = COMPUTED if own.kind == student.kind else ()
   return Choice(own.kind, {**own.options, **{key: student.options[key] for key in keys if key in student.options}})
 
 
 def which_of(settings: Settings, which: str = "ema") -> str:
-  """The parameters to read of a run: `which`, but for a converted teacher, which has no average."""
+  """Name of the parameters to read of a run: `which`; "params" for a converted teacher, which has no average."""
   return "params" if settings.converted else which
 
 
 def _check_knows_nothing(own: Settings, dataset: data.Dataset, asked: TeacherSettings) -> None:
-  """Raises ValueError where there is no empty condition to guide the teacher away from."""
+  """Raises ValueError unless there is an empty condition to guide the teacher away from."""
   if not own.converted and not own.objective.cond_dropout:
     raise ValueError(
       f"config.teacher.guidance: {asked.guidance} needs a teacher that knows the empty condition; train it with "
@@ -332,7 +332,7 @@ def _check_knows_nothing(own: Settings, dataset: data.Dataset, asked: TeacherSet
 
 
 def _assume(settings: Settings, dataset: data.Dataset) -> Part:
-  """A teacher that would fit the student."""
+  """Makes a teacher of shapes alone that fits the student."""
   head = VELOCITY if head_class(settings.head).has_policy else settings.head
   network = make_network(settings.model, head, dataset)
   shapes = network.shapes(dataset)
@@ -367,7 +367,7 @@ def _check_same(
   if any(mine.get(key) != teachers.get(key) for key in places if key.startswith(starts)):
     inputs = read_inputs(folder)
     if inputs is not None and inputs.data.fingerprint == data.fingerprint(dataset):
-      free += places  # the same data, wherever they are
+      free += places  # the same data may be elsewhere
   differing = [
     f"\n  {key}: the teacher has {teachers.get(key, '(default)')!r}, the student {mine.get(key, '(default)')!r}"
     for key in sorted(mine.keys() | teachers.keys())
@@ -378,7 +378,7 @@ def _check_same(
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
-  """A config in plain JSON whose section `model` has all its settings, the defaults too."""
+  """Returns a config in plain JSON with all settings of the section `model`, the defaults too."""
   model = config.get("model", {})
   defaults = network_kind(model["kind"]).defaults
   return config | {"model": json.loads(json.dumps(defaults | model))}

@@ -28,7 +28,7 @@ from pflow_jax.training.step import make_program
 from pflow_jax.training.teachers import Teacher
 from pflow_jax.training.writer import parameter_table, read_metrics
 
-WORKER_BYTES = 100 * 2**20  # that a process which reads data takes at least: Python, NumPy and grain
+WORKER_BYTES = 100 * 2**20  # bytes that a process which reads data takes at least: Python, NumPy and grain
 
 Picture = tuple[Callable[..., None], Callable[[data.Dataset], int]]
 """Draws samples, see `sample.preview`, and says how many there are to be of a data set."""
@@ -36,11 +36,11 @@ Picture = tuple[Callable[..., None], Callable[[data.Dataset], int]]
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """What is left of a training.
+  """Result of a training.
 
   Attributes:
     experiment: the pieces of the run.
-    layout: where its arrays lie.
+    layout: placement of its arrays.
     frozen: the teacher's parameters, by part.
     state: the last one.
     history: metrics by name, and "step": arrays with one entry an interval.
@@ -60,13 +60,13 @@ def train(
   force: bool = False,
   picture: Picture | None = None,
 ) -> TrainState:
-  """Trains what `config` describes in the workdir `folder`; resumes a run that is already there.
+  """Trains the run that `config` describes in the workdir `folder`; resumes a run that is already there.
 
   Args:
     config: of the run.
     folder: its workdir.
     force: take a workdir over in which another process trains.
-    picture: what draws the samples of config.train.sample_every; None draws none.
+    picture: draws the samples of config.train.sample_every; None draws none.
 
   Returns:
     The final state, or the one saved when SIGTERM, SIGHUP or Ctrl-C came.
@@ -74,9 +74,9 @@ def train(
   Raises:
     ValueError: the config or the folder does not fit.
     FloatingPointError: updates stay non-finite.
-    OSError: the folder takes nothing more; Rescued if the state is saved elsewhere, as its message tells.
-    TakenOver: another has taken the folder.
-    Busy: another holds it that may have ended by the next try.
+    OSError: the folder takes nothing more; Rescued if the state is saved elsewhere.
+    TakenOver: another process has taken the folder over.
+    Busy: another process holds the folder; it may have ended by the next try.
   """
   return train_run(Settings.of(config), folder, force=force, picture=picture, details=True).state
 
@@ -92,7 +92,7 @@ def train_run(
   bar: bool = True,
   details: bool = False,
 ) -> Trained:
-  """The same, from pieces that need not be in files, and with all that is left of it.
+  """Trains a run like `train`, from pieces that need not be in files, and returns all results.
 
   Args:
     settings: of the run.
@@ -119,7 +119,7 @@ def train_run(
     lock.refuse_early()
     settings = workdir.pinned(folder, settings)
     experiment = build(settings, dataset=dataset, teacher=teacher)
-    _ = experiment.dataset.num_records  # opens the data: what cannot be read is better said before any work
+    _ = experiment.dataset.num_records  # opens the data, to raise before any work if they cannot be read
     inputs = inputs_of(settings, experiment.dataset, experiment.saved, folder)
     workdir.claim(folder, settings, inputs, write=False)
     program = make_program(experiment)

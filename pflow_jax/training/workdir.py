@@ -1,4 +1,4 @@
-"""A run's folder: the config it was started with, and what may change when it is resumed."""
+"""A run's folder: the config that it was started with, and the keys that may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pflow_jax.training.inputs import (
 )
 from pflow_jax.training.network import COMPUTED, head_class
 
-# What may differ when a run is resumed: how long it goes on, and what it reports.
+# Keys that may differ when a run is resumed: its length and its reports.
 CHANGEABLE = (
   *("teacher.workdir", "teacher.weak_workdir", "start.workdir"),  # they may have moved; their steps are checked
   *(f"model.{key}" for key in COMPUTED),
@@ -53,7 +53,7 @@ CHANGEABLE = (
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"train.steps": 10, ...}; lists stay values."""
+  """Flattens a config to {"train.steps": 10, ...}; lists stay values."""
   flat: dict[str, Any] = {}
   for key, value in config.items():
     name = f"{prefix}{key}"
@@ -62,15 +62,15 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_settings(workdir: str | os.PathLike) -> Settings:
-  """The settings that the run in `workdir` was started with, whatever their names were then.
+  """Loads the settings that the run in `workdir` was started with, former names of keys included.
 
   Raises:
-    ValueError: there is no run, or its config is none.
+    ValueError: there is no run, or its config cannot be read.
   """
   path = epath.Path(expanded(workdir)) / CONFIG
   try:
     found = path.exists()
-  except (OSError, ValueError) as error:  # a name that is too long, a folder that cannot be read
+  except (OSError, ValueError) as error:  # too long a name, a folder that cannot be read
     if foreign.may_pass(error):
       raise
     raise ValueError(f"{foreign.shown(str(path))}: cannot be looked at ({error})") from error
@@ -82,7 +82,7 @@ def load_settings(workdir: str | os.PathLike) -> Settings:
   values = None
   try:
     values = foreign.read_json(path)
-    if "_class_name" in values:  # as diffusers writes it
+    if "_class_name" in values:  # a config of diffusers
       raise ValueError(f"{path}: is of a model for PyTorch; `pflow convert --source {workdir}` makes a run of it")
     return Settings.of(values, converted=True, quiet=True, where=str(path))
   except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
@@ -91,14 +91,14 @@ def load_settings(workdir: str | os.PathLike) -> Settings:
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict:
-  """The same as a config, whose keys a command line can change."""
+  """Loads the same settings as a config, whose keys a command line can change."""
   settings = load_settings(workdir)
   owners = {"model": network_kind(settings.model.kind).module, "head": head_class(settings.head)}
   return settings.config({section: typing.get_type_hints(owner) for section, owner in owners.items()})
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
-  """Whether a step of the run has been saved, intact or not (<step>.damaged); a save that was cut short is none."""
+  """Returns whether a step has been saved, intact or not (<step>.damaged); a save that was cut short does not count."""
   checkpoints = epath.Path(workdir) / CHECKPOINTS
   return checkpoints.exists() and any(
     re.fullmatch(r"\d+(\.damaged\+*)?", child.name) for child in checkpoints.iterdir()
@@ -106,11 +106,15 @@ def has_checkpoint(workdir: str | os.PathLike) -> bool:
 
 
 def pinned(workdir: str | os.PathLike | None, settings: Settings) -> Settings:
-  """The same settings, with names for good of what they only point to.
+  """Returns the settings with everything fixed that they point to and that may change.
 
-  A student's teachers, by absolute folders and the step of a checkpoint of each: one that trains on would otherwise
-  change under a student that is resumed or evaluated. One that has moved with the run is found. Of a folder of prompts
-  what `data.pinned` tells. `workdir` is that of the run, None of one that has none.
+  A student's teachers get absolute folders and the step of a checkpoint: a teacher that trains on would otherwise change
+  under a student that is resumed or evaluated. One that has moved with the run is found. A folder of prompts gets the
+  options of `data.pinned`.
+
+  Args:
+    workdir: of the run; None for a run without one.
+    settings: of the run.
   """
   settings = dataclasses.replace(settings, data=data.pinned(settings.data))
   inputs, before = None, None
@@ -133,19 +137,19 @@ def pinned(workdir: str | os.PathLike | None, settings: Settings) -> Settings:
 
 
 def claim(workdir: str | os.PathLike, settings: Settings, inputs: Inputs | None = None, *, write: bool = True) -> None:
-  """Writes the config into a workdir, and what the run is made from; checks both against a run to be resumed.
+  """Writes the config and the inputs of a run into its workdir; checks both against a run to be resumed.
 
-  A workdir without a checkpoint has nothing to resume, and takes any config. A run of old, which does not say what it
-  was made from, takes any inputs, and says so from now on.
+  A workdir without a checkpoint has nothing to resume, and takes any config. An early run, whose inputs are not
+  described, takes any inputs, which describe it from then on.
 
   Args:
     workdir: the folder of the run.
     settings: of the run.
-    inputs: what it is made from.
+    inputs: its data and models.
     write: False only checks (all processes but the first).
 
   Raises:
-    ValueError: keys differ that may not, each of them named, or it is not what the run was made from.
+    ValueError: keys differ that may not, each of them named, or the inputs are others.
   """
   folder, new = epath.Path(workdir), settings.plain()
   path = folder / CONFIG
@@ -162,7 +166,7 @@ def claim(workdir: str | os.PathLike, settings: Settings, inputs: Inputs | None 
           f"{workdir} was trained on something else than there is now; bring that back, or, to go on with what there "
           f"is, remove {folder / INPUTS}:" + "".join(f"\n  {line}" for line in changes)
         )
-      changeable += tuple(paths_of_data(settings.data))  # the data are the same, wherever they are
+      changeable += tuple(paths_of_data(settings.data))  # the same data may be elsewhere
     old_flat, new_flat = flatten(load_settings(workdir).plain()), flatten(new)
     missing = "(absent)"
     differing = [

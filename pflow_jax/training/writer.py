@@ -37,9 +37,11 @@ class MetricsWriter:
   is written as null, because JSON has neither.
 
   Args:
+    workdir: the folder of the run.
+    tensorboard: whether to write events too.
     active: False makes every method do nothing, for all processes but the first.
-    resume_step: drop what an earlier run logged after this step; None drops nothing.
-    writing: a context for all that is written, such as `Lock.writing`.
+    resume_step: drop the lines that an earlier run logged after this step; None drops nothing.
+    writing: a context for all writing, such as `Lock.writing`.
   """
 
   def __init__(
@@ -69,7 +71,7 @@ class MetricsWriter:
     """Logs scalars: Python, NumPy or JAX numbers of shape ().
 
     Raises:
-      ValueError: for a value that is not a single number, naming it.
+      ValueError: a value is not a single number; the message names it.
     """
     if self._log is None:
       return
@@ -122,12 +124,12 @@ class MetricsWriter:
     if error is None:
       self.close()
       return
-    with contextlib.suppress(Exception):  # what could not be written before cannot be now, and that came first
+    with contextlib.suppress(Exception):  # an error of writing has been raised before
       self.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
-  """The metrics in a workdir by name, with "step" and "time": arrays with one entry an interval; {} for none."""
+  """Reads the metrics in a workdir by name, with "step" and "time": arrays with one entry an interval; {} for none."""
   path = absolute(workdir) / METRICS
   rows = [json.loads(line) for line in _kept_lines(path, None)]
   names = list(dict.fromkeys(name for row in rows for name in row))
@@ -136,7 +138,7 @@ def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_metrics(workdir: str | os.PathLike, history: Mapping[str, np.ndarray]) -> None:
-  """Writes what `read_metrics` reads."""
+  """Writes metrics as `read_metrics` returns them."""
   with MetricsWriter(workdir, tensorboard=False) as writer:
     for i, step in enumerate(history.get("step", ())):
       writer.write(step, {name: values[i] for name, values in history.items() if name not in ("step", "time")})
@@ -224,10 +226,10 @@ def progress(
 
 
 def _shows_bars() -> bool:
-  """Whether the output is a terminal, or a notebook with the widgets that rich draws its bar with."""
+  """Returns whether the output is a terminal, or a notebook with the widgets that rich draws its bar with."""
   if sys.stdout.isatty():
     return True
-  if "IPython" not in sys.modules:  # nothing to ask rich for, which takes a while to import
+  if "IPython" not in sys.modules:  # saves the import of rich, which takes a while
     return False
   import rich
 
@@ -269,7 +271,7 @@ class _Lines:
 
 
 class _Objects(_Lines):
-  """The same in an object store (gs://...): the whole is stored again, at most every STORE_INTERVAL."""
+  """Lines in an object store (gs://...): the whole is stored again, at most every STORE_INTERVAL."""
 
   def __init__(self, path: epath.Path, kept: list[str]):
     self._path, self._lines, self._stored = path, kept, -math.inf
@@ -285,10 +287,11 @@ class _Objects(_Lines):
 
 
 class _Events:
-  """TensorBoard's events, written by who has them: tensorboardX's own thread dies when a disk is full, and then waits.
+  """TensorBoard's events, written in the caller's thread: tensorboardX's own one dies and then waits on a full disk.
 
   Args:
-    purge_step: TensorBoard forgets what it knows from this step on.
+    folder: of the events.
+    purge_step: TensorBoard forgets earlier values from this step on.
   """
 
   def __init__(self, folder: epath.Path, purge_step: int | None):
@@ -330,7 +333,7 @@ class _Events:
 
 
 def _kept_lines(path: epath.Path, last: int | None) -> list[str]:
-  """The log without steps after `last` and without lines that are none of ours, such as that of a killed process."""
+  """Lines of the log up to step `last`, without lines that are no metrics, such as a killed process's last one."""
   if not path.exists():
     return []
   if not is_remote(path) and not pathlib.Path(path).is_file():

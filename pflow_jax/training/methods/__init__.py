@@ -26,9 +26,9 @@ def register_objective(kind: str, make: Callable[..., Any], method: type[Method]
 
   Args:
     kind: its name, as config.objective.kind.
-    make: its settings, a dataclass with a class attribute `sections` ("teacher", "adapters", ... of a config that it
-      uses beside those of every run).
-    method: what binds them to a network.
+    make: its settings, a dataclass with a class attribute `sections`: the sections of a config ("teacher", "adapters",
+      ...) that it uses beside those of every run.
+    method: the class that binds them to a network.
 
   Raises:
     ValueError: another objective has that name.

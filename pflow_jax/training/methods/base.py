@@ -1,4 +1,4 @@
-"""What a method is: an objective bound to a network, and all that depends on which objective it is."""
+"""Base of the methods: an objective bound to a network, with all that depends on the objective's kind."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Objective = TypeVar("Objective")
 
 @dataclasses.dataclass(frozen=True)
 class Teachers:
-  """Where a method has its teacher from.
+  """Source of a method's teacher.
 
   Attributes:
-    named: whether one was named; where the data alone can do, it is not asked for otherwise.
+    named: whether a teacher was named; a method that can do with the data alone calls `find` only then.
     find: (lowest and highest strength of guidance that is asked for) -> the teacher; ValueError where there is none.
   """
 
@@ -41,9 +41,9 @@ class Method(abc.ABC, Generic[Objective]):
 
   Attributes:
     objective: settings of the loss.
-    network: what trains.
-    dataset: what it is for.
-    teacher: whose velocity is learned from; None where the data alone are.
+    network: the network that trains.
+    dataset: its data.
+    teacher: the teacher that it learns from; None for a method that learns from the data alone.
   """
 
   objective: Objective
@@ -52,7 +52,7 @@ class Method(abc.ABC, Generic[Objective]):
   teacher: Teacher | None
 
   has_policy: ClassVar[bool] = False
-  """Whether it trains heads that predict a policy; else those that predict a velocity."""
+  """Whether it trains heads that predict a policy; other methods train those that predict a velocity."""
 
   can_generate: ClassVar[bool] = False
   """Whether it has `generate`."""
@@ -64,9 +64,9 @@ class Method(abc.ABC, Generic[Objective]):
 
     Args:
       settings: of the run.
-      network: what trains.
-      dataset: what it is for.
-      teachers: where it has its teacher from, if it has one.
+      network: the network that trains.
+      dataset: its data.
+      teachers: source of its teacher, if it has one.
 
     Raises:
       ValueError: the objective, the network, the data and the teacher do not fit together.
@@ -74,15 +74,16 @@ class Method(abc.ABC, Generic[Objective]):
 
   @abc.abstractmethod
   def init(self, key: Array, frozen: Params) -> Params:
-    """All parameters of the network at the start.
+    """Makes all parameters of the network at the start.
 
     Args:
+      key: a PRNG key.
       frozen: the teacher's parameters, by part.
     """
 
   @abc.abstractmethod
   def shapes(self) -> Params:
-    """Shapes of what `init` makes, for which no teacher is read."""
+    """Shapes of the parameters of `init`, for which no teacher is read."""
 
   @abc.abstractmethod
   def loss(
@@ -112,7 +113,7 @@ class Method(abc.ABC, Generic[Objective]):
 
   @abc.abstractmethod
   def trajectory(self, sampling: SampleSettings, nfe: int) -> Callable[..., Array]:
-    """The way of samples without stochastic steps: (params, noise, cond) -> states (steps + 1, B, *space, C)."""
+    """Draws samples without stochastic steps: (params, noise, cond) -> their states (steps + 1, B, *space, C)."""
 
   def generate(self, params: Params, x0: Array, cond: Any, key: Array) -> Array:
     """One evaluation from noised data to data (B, *space, C), for an adversary to judge."""
@@ -120,15 +121,15 @@ class Method(abc.ABC, Generic[Objective]):
 
   @property
   def is_fixed(self) -> bool:
-    """Whether it is made for its own number of evaluations alone."""
+    """Returns whether it is made for its own number of evaluations alone."""
     return False
 
   @property
   def is_student(self) -> bool:
-    """Whether it is one to be measured beside its teacher."""
+    """Returns whether it is measured beside its teacher."""
     return True
 
 
 def copied(tree: Params) -> Params:
-  """New arrays throughout, so that a step may donate them while the others live on."""
+  """Copies every array, so that a step may donate the copies while the originals live on."""
   return jax.tree.map(jnp.array, tree)

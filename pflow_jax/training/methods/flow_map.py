@@ -46,7 +46,7 @@ class FlowMapMethod(Method[FlowMap]):
     params = self._random(key)
     if self.teacher is None or not self.teacher.has_network:
       return params
-    # It starts as its teacher's velocity: what it has besides, for s and the guidance, starts neutral.
+    # It starts as its teacher's velocity: its own parts, for s and the guidance, start neutral.
     teacher = copied(frozen["strong"])
     return combine(without(params, teacher), teacher)
 
@@ -60,7 +60,7 @@ class FlowMapMethod(Method[FlowMap]):
 
   def loss(self, params, frozen, batch, key, step):
     precise, teacher = self.network.float32, self.teacher
-    key_loss, key_dropout = jax.random.split(key)  # the dropout of both evaluations of a step is the same
+    key_loss, key_dropout = jax.random.split(key)  # both evaluations of a step share their dropout
 
     def jump(network, params):
       def average_velocity(x, t, s, cond, strength):
@@ -85,7 +85,7 @@ class FlowMapMethod(Method[FlowMap]):
     )
 
   def jump(self, params, strength: float | None = None):
-    """(x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's.
+    """Returns (x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's.
 
     Raises:
       ValueError: the network was not trained for that strength.

@@ -13,7 +13,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training.methods.base import Method, Teachers
 from pflow_jax.training.network import Network, velocity_of
 
-CONVERTED_DROPOUT = 0.1  # stands for whatever share of a converted model's examples had the empty condition
+CONVERTED_DROPOUT = 0.1  # stands for the unknown share of a converted model's examples with the empty condition
 
 
 class FlowMatchingMethod(Method[FlowMatching]):
@@ -24,7 +24,7 @@ class FlowMatchingMethod(Method[FlowMatching]):
     if settings.adapters.table:
       raise ValueError("config.adapters: a teacher trains in full, expected no rows")
     objective = settings.objective
-    if settings.converted:  # it knows the empty condition
+    if settings.converted:  # a converted model knows the empty condition
       objective = dataclasses.replace(objective, cond_dropout=objective.cond_dropout or CONVERTED_DROPOUT)
     return cls(objective, network, dataset, None)
 

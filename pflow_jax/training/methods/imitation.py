@@ -24,7 +24,7 @@ from pflow_jax.training.methods.base import Method, Teachers
 from pflow_jax.training.network import Network
 
 Array = jax.Array
-WAYPOINTS = 32  # states on the way of a sample, over all its segments
+WAYPOINTS = 32  # states on the trajectory of a sample, over all its segments
 
 
 class ImitationMethod(Method[Imitation]):
@@ -79,7 +79,7 @@ class ImitationMethod(Method[Imitation]):
     return student
 
   def velocity(self, params) -> Velocity:
-    """That of a policy at the state and time at which it was predicted."""
+    """Velocity of a policy at the state and time at which it was predicted."""
     student = self.student(params)
     return lambda x, t, cond: jax.vmap(lambda p, x, t: p.velocity(x, t))(student(x, t, cond), x, t)
 
@@ -114,7 +114,7 @@ class ImitationMethod(Method[Imitation]):
   def trajectory(self, sampling: SampleSettings, nfe: int):
     shift = self.objective.shift
     grid, count = segment_grid(nfe, self.objective.final_scale), max(WAYPOINTS // nfe, 2)
-    # Of every segment, its ends as they are: a hair below 0 there is no velocity.
+    # The ends of every segment are exact: there is no velocity at a time a hair below 0.
     points = np.linspace(grid[:-1], grid[1:], count + 1, axis=1, dtype=np.float32)
 
     def roll(policy, x, r_start, r_end):
