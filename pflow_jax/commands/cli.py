@@ -1,9 +1,13 @@
 """The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, cache.
 
-Exit codes: 0 done; 2 what another try would only repeat: a mistake in the flags, the config or the files, a workdir
-that another has taken over, or that takes nothing more of a run, which is saved elsewhere; 130 stopped from the
-keyboard or told to stop; 1 anything else, which another try may mend (launch/local.sh starts such a run again): memory,
-storage, other processes and machines, and what nobody has thought of. All but 0 come with one sentence on stderr.
+Exit codes; all but 0 come with one sentence on stderr:
+
+* 0: done.
+* 1: another try may succeed, and launch/local.sh starts such a run again: an error of memory, storage, other processes
+  or machines, or an unexpected one.
+* 2: another try would fail again: a mistake in the flags, the config or the files, a workdir that another process has
+  taken over, or a full one whose run is saved elsewhere.
+* 130: stopped from the keyboard, or told to stop.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from pflow_jax.files.output import logged_tracebacks, tolerant_output
 def main(argv: list[str] | None = None) -> None:
   """Runs one command; the entry point of the console script."""
   for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer letters than a table or a prompt has
+    if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters of a table or a prompt
       stream.reconfigure(errors="backslashreplace")
   with tolerant_output(), logged_tracebacks(), one_sentence():
     _run(list(sys.argv[1:] if argv is None else argv))
@@ -41,14 +45,14 @@ def _run(argv: list[str]) -> None:
 
 
 def _config_file() -> ConfigSource:
-  """--config names a Python file."""
+  """Source of a config that --config names, a Python file."""
   from pflow_jax.settings.config_file import read_config_file
 
   return ConfigSource("config", read_config_file, _describe)
 
 
 def _config_of_run(converted: bool) -> ConfigSource:
-  """--workdir names a run, whose config it is; `converted`: perhaps a teacher that was converted, not trained here."""
+  """Source of the config of a run that --workdir names; `converted` allows a teacher that was not trained here."""
   from pflow_jax.training.workdir import load_config, load_settings
 
   def read(folder: str):
@@ -71,7 +75,7 @@ def _describe(config) -> str:
 def _plan(argv: list[str]) -> None:
   import jax
 
-  # Planning is done on this machine's CPU, whatever else it has; programs for other chips cannot be read back.
+  # A plan is made on this machine's CPU, whatever else it has; programs for other chips cannot be read back.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
   run_command(programs.plan, argv, source=_config_file, joins=False)

@@ -1,4 +1,4 @@
-"""What all commands share: usage, flags that several have, and mistakes in one line."""
+"""Common parts of all commands: usage, shared flags, and errors in one line."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ CONFIG_HELP = "config file, a Python program that is executed; its variant after
 
 
 class ConfigSource(NamedTuple):
-  """Where a command has its config from, every key of which is a flag of its own, --config.key.
+  """Source of a command's config, every key of which is a flag of its own, --config.key.
 
   Attributes:
-    flag: whose value says it.
+    flag: its value names the config.
     read: that value -> the config.
-    describe: a config, or None where no value is given -> what --help says of its keys.
+    describe: a config, or None without a value -> the text of --help on its keys.
   """
 
   flag: str
@@ -59,12 +59,12 @@ def run_command(
 ) -> None:
   """Parses `argv` with the flags of a function, see `flags.define_flags`, and calls it.
 
-  For mistakes see `one_sentence`.
+  `one_sentence` handles its errors.
 
   Args:
     function: the command.
     argv: its arguments.
-    source: of its argument `config`.
+    source: returns the source of its argument `config`.
     joins: whether several processes can run it together.
   """
   from absl import flags, logging
@@ -94,7 +94,7 @@ def run_command(
     if config is not None:
       config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[name, *argv])
     rest = _parsed(values, [name, *argv], config)
-  except Exception as error:  # flags, and the config that they change: whatever fails here is not to be restarted
+  except Exception as error:  # an error in flags, or in the config that they change, must not restart the run
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
     fail(2, _one_line(error))
@@ -108,7 +108,7 @@ def run_command(
     from pflow_jax.mesh.distributed import join
 
     join(values.coordinator, values.num_processes, values.process_id, timeout=values.join_timeout)
-    if function.__name__ != "train":  # which alone asks JAX's handler whether it was told to stop
+    if function.__name__ != "train":  # `train` alone asks JAX's handler whether it was told to stop
       signal.signal(signal.SIGTERM, signal.SIG_DFL)
   call_with_flags(function, values)
   if _among_others():
@@ -119,7 +119,7 @@ def run_command(
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-  """Ends the program with one sentence and the right code for whatever is raised; see `cli` for the codes."""
+  """Context that ends the program with one sentence and the right code for any error; see `cli` for the codes."""
   try:
     yield
   except KeyboardInterrupt as stopped:
@@ -131,7 +131,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def _verdict(error: Exception) -> tuple[int, str]:
-  """The exit code for an error, and the sentence."""
+  """Returns the exit code for an error, and the sentence."""
   text, more = str(error), "(set PFLOW_TRACEBACK=1 for the traceback)"
   if isinstance(error, ImportError):
     advice = f"{sys.executable} -m pip install it (gs://: gcsfs, then gcloud auth application-default login)"
@@ -152,31 +152,31 @@ def _verdict(error: Exception) -> tuple[int, str]:
 
 
 def fail(code: int, message: str) -> NoReturn:
-  # A value that somebody made up may be of any length, and steer the terminal.
+  # A foreign value may be of any length, and hold codes that steer the terminal.
   message = "".join(sign if sign == "\n" or sign.isprintable() else ascii(sign)[1:-1] for sign in message)
   message = re.sub(r"\S{300,}", lambda m: f"{m[0][:200]}...", message)
   print(f"pflow: {message}", file=sys.stderr, flush=True)
   if _among_others():
-    # Python's own exit would wait for the others, who wait for this process; they notice that it is gone.
+    # Python's own exit would wait for the other processes, which wait for this one; they notice that it is gone.
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)
 
 
 def stop(message: str) -> NoReturn:
-  """Ends a run that all processes have agreed to stop: together, so that none takes another for dead."""
+  """Ends a run that all processes have agreed to stop; they end together, so that none takes another for dead."""
   print(f"pflow: {message}", file=sys.stderr, flush=True)
   sys.exit(130)
 
 
 def _among_others() -> bool:
-  """Whether this process has joined others; asked without starting JAX."""
+  """Returns whether this process has joined others, without starting JAX."""
   jax = sys.modules.get("jax")
   return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def define_join_flags(values) -> None:
-  """How this process finds the others of its program, where JAX cannot know."""
+  """Defines the flags by which this process finds the others of its program, if JAX cannot."""
   from absl import flags
 
   flags.DEFINE_string("coordinator", None, "host:port of process 0, a free port there", flag_values=values)
@@ -196,7 +196,7 @@ def _parsed(values: flags.FlagValues, argv: list[str], config: ConfigDict | None
   """Gives flags their values, and returns the other arguments.
 
   Raises:
-    ValueError: for a flag that is not known, with the nearest one that is, or missing.
+    ValueError: a flag is unknown, with the nearest known one, or missing.
   """
   from absl import flags
 
@@ -222,7 +222,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _taken(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
-  """The value of a flag, the last one if it is given several times, and the other arguments."""
+  """Returns the value of a flag, the last one if it is given several times, and the other arguments."""
   value, others, rest = None, [], iter(argv)
   for argument in rest:
     name, equals, text = argument.partition("=")
@@ -238,13 +238,13 @@ def _cache_compilations() -> None:
   import jax
 
   base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  # A user whom the system has no home for keeps none.
+  # A user without a home folder keeps none.
   if jax.config.jax_compilation_cache_dir is None and not base.startswith("~"):  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", os.path.join(base, "pflow_jax", "xla"))
 
 
 def mesh_sizes(sizes: list[str]) -> dict[str, int]:
-  """{"data": 4} of --mesh=data=4."""
+  """Parses --mesh=data=4 to {"data": 4}."""
   from pflow_jax.core.batches import AXES
 
   for size in sizes:
@@ -255,10 +255,10 @@ def mesh_sizes(sizes: list[str]) -> dict[str, int]:
 
 
 def whole_numbers(flag: str, texts: list[str]) -> list[int]:
-  """The numbers of a list of seeds.
+  """Parses a list of seeds.
 
   Raises:
-    ValueError: for none, and for what is none from 0 to MAX_SEED.
+    ValueError: the list is empty, or has an entry that is no number from 0 to MAX_SEED.
   """
   if not texts or not all(re.fullmatch("[0-9]{1,10}", text) and int(text) <= MAX_SEED for text in texts):
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What `--help` says of a config: every key with its value, its type and its owner's words for it."""
+"""The text of `--help` on a config: every key with its value, its type and its words in its owner's docstring."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from pflow_jax.files import foreign
 from pflow_jax.networks.heads import HEADS
 from pflow_jax.settings.tree import OWNERS, SECTIONS
 
-# Those of the sections whose key `kind`, of data `name`, chooses one.
+# Owners of the sections in which the key `kind` (`name` in data) chooses one.
 KINDS: dict[str, Mapping[str, Callable]] = {
   "data": data.sources(),
   "model": {name: kind.module for name, kind in NETWORKS.items()},
   "head": HEADS,
   "objective": {name: settings_of(name) for name in OBJECTIVES if name != PRETRAINED},
 }
-# What is no key: the rest of a data set's name, and what follows from other sections.
+# Arguments that are no keys: the rest of a data set's name, and values that follow from other sections.
 _HIDDEN = (
   *("parent", "name", "path", "head", "channels", "num_classes", "pooled_width", "layout", "use_bias", "total_steps"),
 )
 
 
 def describe(config: ConfigDict | None) -> str:
-  """Lists the keys of a config with their values; without one, the sections and whose settings they are."""
+  """Lists the keys of a config with their values; without a config, the sections and the keys of their owners."""
   if config is None:
     lines = ["Keys of a config, --config.SECTION.KEY; with a config, --help gives values and explains them.", ""]
     for section in SECTIONS:
@@ -63,7 +63,7 @@ def describe(config: ConfigDict | None) -> str:
 
 
 def _owners(section: str, values: ConfigDict) -> tuple[Callable, ...]:
-  """Whose settings the values of a section are; () where nobody's, as in a comparison."""
+  """Owners of a section's values; () if there are none, as in a comparison."""
   if section not in KINDS:
     return (OWNERS[section],) if section in OWNERS else ()
   name = str(values.get("name" if section == "data" else "kind"))

@@ -1,4 +1,4 @@
-"""Flags derived from a function: a keyword argument is a flag, of its type and with its docstring's words."""
+"""Flags derived from a function: a keyword argument is a flag, with its type and its words in the docstring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if TYPE_CHECKING:
   from absl import flags
 
-MAX_SEED = 2**32 - 1  # JAX takes no more bits of one
+MAX_SEED = 2**32 - 1  # JAX takes 32 bits
 
 Repeated = Annotated[list[str], "repeated"]
 """A flag that may be given several times; a list[str] is one flag with commas."""
@@ -24,10 +24,7 @@ Seed = Annotated[int, 0, MAX_SEED]
 
 
 def define_flags(function: Callable, values: flags.FlagValues) -> None:
-  """Makes a flag of every argument of `function` but `config`.
-
-  Arguments without a default must be given.
-  """
+  """Makes a flag of every argument of `function` except `config`; those without a default are required."""
   from absl import flags
 
   words = words_of(function)
@@ -55,13 +52,13 @@ def define_flags(function: Callable, values: flags.FlagValues) -> None:
 
 
 def call_with_flags(function: Callable, values: flags.FlagValues) -> None:
-  """Calls `function` with what its flags, and the config, were given."""
+  """Calls `function` with the values of its flags and of the config."""
   names = inspect.signature(function).parameters
   function(**{name: values[name].value for name in names})
 
 
 def words_of(owner: Callable) -> dict[str, str]:
-  """What the docstring of a class, or a function, says of its attributes or arguments."""
+  """Reads the words for attributes or arguments from the docstring of a class or a function, by name."""
   found: dict[str, str] = {}
   for one in reversed(inspect.getmro(owner) if inspect.isclass(owner) else (owner,)):
     block = re.search(r"^(?:Attributes|Args):(.*?)(?:\n\S|\Z)", inspect.cleandoc(one.__doc__ or ""), re.M | re.S)
@@ -75,7 +72,7 @@ def words_of(owner: Callable) -> dict[str, str]:
 
 
 def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-  """An annotation without None and notes, and the notes."""
+  """Returns an annotation without None and notes, and the notes."""
   notes: tuple[Any, ...] = ()
   if typing.get_origin(hint) in (typing.Union, types.UnionType):
     (hint,) = (one for one in typing.get_args(hint) if one is not type(None))

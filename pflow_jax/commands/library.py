@@ -1,4 +1,4 @@
-"""What a notebook calls: `train`, `distill`, `load`, and the runs that they return. The command line calls the same."""
+"""The functions for notebooks: `train`, `distill`, `load`, which return runs. The command line calls the same."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def train(
 ) -> Run:
   """Trains a network on data: a teacher by flow matching, or a flow map that needs none.
 
-  A run that is interrupted, by Ctrl-C or a notebook's stop, returns what it has. With a `workdir` it is saved there,
+  A run that is interrupted, by Ctrl-C or a notebook's stop, is returned as it is. With a `workdir` it is saved there,
   and the same call goes on with it to the bit; without one nothing is written.
 
   Args:
     objective: settings of the loss, such as `FlowMatching()` or `mean_flow()`.
-    data: what `pf.data.load` or `pf.data.from_arrays` returns.
+    data: a result of `pf.data.load` or `pf.data.from_arrays`.
     network: such as `DiT(patch_size=2, width=64, depth=4, num_heads=4)`; channels, classes and head are filled in.
     steps: optimizer steps.
     batch_size: examples a step.
     head: output layer; by default the velocity's.
     optimizer: by default AdamW at 2e-3 with a warm-up of up to 100 steps and a cosine.
-    ema: of the average.
+    ema: settings of the average.
     mesh: sizes of the mesh; by default all devices split the batch.
-    sample: how it is sampled later.
+    sample: settings of later samples.
     start: a finished run of the same network whose parameters it starts from.
-    seed: of all that is drawn.
+    seed: of all random draws.
     workdir: folder to keep the run in.
     bar: whether to report progress.
     **length: other fields of `TrainSettings`, such as log_every.
@@ -104,16 +104,16 @@ def distill(
   bar: bool = True,
   **length: Any,
 ) -> Run:
-  """Trains a student of a teacher; what is not said here is as for `train`.
+  """Trains a student of a teacher; the arguments that are not listed are those of `train`.
 
   Args:
     teacher: a run, its workdir, or a `Teacher`, which may be a plain function.
     objective: such as `Imitation(nfe=1)` or `ayf_emd()`.
-    head: of a policy student `GMFlowHead(...)`, `DXHead(...)` or `ArcHead(...)`; of a flow map the teacher's, which is
-      the default.
+    head: `GMFlowHead(...)`, `DXHead(...)` or `ArcHead(...)` for a policy student; a flow map has the teacher's, the
+      default.
     data: by default the teacher's.
     network: by default the teacher's.
-    guidance: strength, or all settings of how the teacher is guided.
+    guidance: strength of the teacher's guidance, or all its settings.
     adapters: low-rank adapters that train in place of all parameters.
   """
   if "teacher" not in objective.sections:
@@ -125,7 +125,7 @@ def distill(
     data = data if data is not None else run.data
     model, own_head = run.settings.model, run.settings.head
     source = run.as_teacher()
-    if run.workdir is not None:  # then the student names it, and others find it
+    if run.workdir is not None:  # the student's config names it, so that other programs find it
       which = guided.which if isinstance(guidance, TeacherSettings) else run._which
       guided = dataclasses.replace(guided, workdir=run.workdir, which=which)
   else:
@@ -140,11 +140,11 @@ def distill(
 
 
 def load(folder: Folder, *, base: Folder | None = None, which: str = "ema", teacher: Folder | None = None) -> Run:
-  """A finished run, or a model of PyTorch.
+  """Loads a finished run, or a model of PyTorch.
 
   Args:
     folder: a workdir; or a folder of diffusers, or a student of π-Flow or ArcFlow, which is converted.
-    base: of a student of PyTorch that is an adapter: its teacher, a workdir or a folder of diffusers.
+    base: teacher of a student of PyTorch that is an adapter, a workdir or a folder of diffusers.
     which: "ema" or "params".
     teacher: workdir of its teacher, if that has moved.
 
@@ -156,7 +156,7 @@ def load(folder: Folder, *, base: Folder | None = None, which: str = "ema", teac
       raise ValueError("teacher: is for a run; the teacher of an adapter of PyTorch is `base`")
     with _converted(folder, base) as made:
       run = load(made)
-      run.workdir = None  # it is gone in a moment, and all that is needed of it is in memory
+      run.workdir = None  # the folder is temporary; all that is needed is in memory
       run._frozen = run._experiment.load_frozen(run._layout) if run.settings.adapters.table else None
       return run
   if base is not None:
@@ -170,7 +170,7 @@ def load(folder: Folder, *, base: Folder | None = None, which: str = "ema", teac
 
 @contextlib.contextmanager
 def _converted(folder: Folder, base: Folder | None) -> Iterator[str]:
-  """A workdir made of a model of PyTorch, for as long as it takes to read it."""
+  """Context with a temporary workdir made of a model of PyTorch."""
   with tempfile.TemporaryDirectory(prefix="pflow-") as place:
     if base is not None and not is_run(base):
       convert(base, f"{place}/base")
@@ -189,7 +189,7 @@ def _settings(
   optimizer: OptimizerSettings | None,
   length: dict[str, Any],
 ) -> Settings:
-  """Settings of these objects."""
+  """Makes the settings of a run from the objects that a notebook gives."""
   if not isinstance(data, datasets.Dataset):
     raise ValueError(f"data: expected what pf.data.load or from_arrays returns, got {type(data).__name__}")
   model = network if isinstance(network, Choice) else Choice(*options_of(network))

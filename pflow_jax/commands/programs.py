@@ -1,4 +1,4 @@
-"""The commands, as functions: their arguments are the flags. What takes time to import waits until it is needed.
+"""The commands, as functions whose arguments are the flags. Slow imports wait until they are needed.
 
 `config` is the config that --config or --workdir names, changed by flags of its own.
 """
@@ -35,7 +35,7 @@ def train(config: Any, workdir: str, force: bool = False, teacher: str | None = 
   try:
     state = run(settings, workdir, force=force, picture=(save_picture, preview_size))
   except (Rescued, TakenOver) as error:
-    # Another try would begin anew where nothing can be saved, or, with --force, take the workdir back.
+    # Another try would begin anew in a folder that takes nothing, or take the workdir back with --force.
     raise ValueError(str(error)) from error
   if int(state.step) < settings.need("train").steps:
     stop(f"stopped at step {int(state.step)}, which is saved; the same command resumes")
@@ -172,7 +172,7 @@ def plan(
     mesh: sizes, data=4,fsdp=64; default: the config's
     batch: global batch size; default: the config's
     fast: compile in less time: the same memory, but time and traffic are overestimated
-    search: if it does not fit, look for what would
+    search: if it does not fit, look for changes that make it fit
     sampling: plan the sampler as well
     sweep: compare all sizes of fsdp, compiled with --fast
     json: file for the report
@@ -254,14 +254,14 @@ def cache(
 
   Args:
     prompts: .txt, .jsonl or .csv, or data:emoji
-    model: that they are for: flux, qwen_image, minilm
+    model: the model to embed for: flux, qwen_image, minilm
     out: folder for the embeddings
     encoders: folder of the model's pipeline; minilm needs none
     batch_size: prompts at a time
     max_length: tokens of a text; default: 512
     shard_records: prompts in a file; default: files of 4 GiB at most
-    dtype: that the encoders compute in
-    field: that holds the prompt; default: prompt, text or caption
+    dtype: compute dtype of the encoders
+    field: field with the prompt; default: prompt, text or caption
     latents: field that names a .npy file with the latents of a prompt's image
     images: field that names a prompt's image, for the pipeline's autoencoder
     height: of images, which are cut and scaled to it

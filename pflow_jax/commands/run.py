@@ -1,4 +1,4 @@
-"""A trained model as a notebook has it: drawn from, measured, saved, and the teacher of another."""
+"""A trained model in a notebook: it is sampled, measured, saved, and the teacher of another."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run:
   Attributes:
     params: all parameters of its network, the averages of those that trained.
     history: metrics of its training by name, and "step": arrays with one entry an interval.
-    workdir: where it is saved; None of a run that is in memory alone.
+    workdir: its folder; None for a run that is in memory alone.
   """
 
   def __init__(
@@ -66,17 +66,17 @@ class Run:
 
   @property
   def data(self) -> datasets.Dataset:
-    """What it was trained on; of a run that was loaded perhaps without records."""
+    """Data that it was trained on; a loaded run may lack the records."""
     return self._experiment.dataset
 
   @property
   def settings(self) -> Settings:
-    """All that decided it."""
+    """All settings of the run."""
     return self._experiment.settings
 
   @property
   def steps(self) -> int:
-    """Optimizer steps that it was trained for; 0 of a model of PyTorch, which does not tell."""
+    """Optimizer steps that it was trained for; 0 for a model of PyTorch, whose number is unknown."""
     if self._state is not None:
       return int(self._state.step)
     if self.workdir is None:
@@ -92,12 +92,12 @@ class Run:
     seed: int = 0,
     **sampling: Any,
   ) -> np.ndarray:
-    """Draws samples; the same that `pflow sample` draws.
+    """Draws samples, the same as `pflow sample`.
 
     Args:
-      num: how many.
+      num: number of samples.
       labels: classes by number or name, repeated; by default all in turn.
-      nfe: network evaluations; by default what a policy student was trained for, 1 of a flow map, 128 of a teacher.
+      nfe: network evaluations; by default those a policy student was trained for, 1 for a flow map, 128 for a teacher.
       seed: of the noise.
       **sampling: other values of fields of `SampleSettings`.
 
@@ -105,7 +105,7 @@ class Run:
       (num, *space, C), float32.
 
     Raises:
-      ValueError: a class, a number or a setting that does not fit.
+      ValueError: a class, a number or a setting does not fit.
     """
     if num < 1:
       raise ValueError(f"num: expected at least 1 sample, got {num}")
@@ -119,7 +119,7 @@ class Run:
   def trajectories(
     self, num: int = 64, *, labels: Sequence[int | str] | None = None, nfe: int | None = None, seed: int = 0
   ) -> np.ndarray:
-    """The ways of samples from noise to data, (steps + 1, num, *space, C); arguments as of `sample`."""
+    """Draws trajectories from noise to data, (steps + 1, num, *space, C); arguments as of `sample`."""
     settings = self._sampling(nfe)
     method = self._experiment.method
     noise, cond = draw_noise(self.data, num, seed, labels)
@@ -131,7 +131,7 @@ class Run:
 
     Args:
       out: folder for evaluation.md and pictures; by default nothing is written.
-      quiet: whether to say nothing meanwhile.
+      quiet: whether to print no progress.
       **settings: other values of fields of `EvaluateSettings`.
 
     Returns:
@@ -165,17 +165,17 @@ class Run:
     return report
 
   def save(self, folder: Folder) -> str:
-    """Writes it as a workdir, which the command line and `load` read, and which training goes on from.
+    """Writes it as a workdir, which the command line and `load` read, and from which training goes on.
 
     Args:
-      folder: a new one.
+      folder: a new folder.
 
     Returns:
       Its absolute path.
 
     Raises:
-      ValueError: the folder holds a run; the run was loaded, and is in a folder already; its adapters sit on a teacher
-        that is not saved.
+      ValueError: the folder holds a run; this run was loaded, and is in a folder already; or its adapters belong to a
+        teacher that is not saved.
     """
     folder, state = checked_folder(folder), self._state
     if state is None:
@@ -199,7 +199,7 @@ class Run:
     return self.workdir
 
   def as_teacher(self) -> Teacher:
-    """It as the teacher of a student.
+    """Returns it as the teacher of a student.
 
     Raises:
       ValueError: it is a student.

@@ -2,12 +2,12 @@
 
 A comparison is a ConfigDict, such as configs/compare/digits.py makes:
 
-  teacher: dict(config="path/of/config.py:variant", overrides=dict(train=dict(steps=...))), the latter optional.
-  weak: the same for a weaker teacher, where a method wants one (autoguidance).
-  flops: operations that every student is trained with, its teacher's evaluations included; see `step_flops`.
-  methods: a tuple of the arguments of `compare_plan.Method`.
+* teacher: dict(config="path/of/config.py:variant", overrides=dict(train=dict(steps=...))), the latter optional.
+* weak: the same for a weaker teacher, if a method needs one (autoguidance).
+* flops: operations that every student is trained with, its teacher's evaluations included; see `step_flops`.
+* methods: a tuple of the arguments of `compare_plan.Method`.
 
-Runs live in <workdir>/seed<S>/<run>, and what is finished there is not repeated.
+Runs live in <workdir>/seed<S>/<run>, and finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RESULT = "result.json"
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-  """Of a row of an evaluation, what the table is made from: a measure perhaps with its standard error."""
+  """The numbers of an evaluation's row that the table shows: a measure, perhaps with its standard error."""
 
   name: str
   nfe: int
@@ -56,7 +56,7 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class _Result:
-  """A run's result as it is kept in its folder, as far as the report reads it."""
+  """A run's result in its folder, as far as the report reads it."""
 
   spent: dict[str, float]
   rows: tuple[_Row, ...] = ()
@@ -69,19 +69,23 @@ class _Result:
 def compare(
   config: Mapping[str, Any], folder: str | os.PathLike, *, seeds: Sequence[int] = (0,), only: Sequence[str] = ()
 ) -> dict[str, Any]:
-  """Trains and evaluates what is missing of the comparison in `folder`; writes compare.json, .md and .png there.
+  """Trains and evaluates the missing runs of the comparison in `folder`; writes compare.json, .md and .png there.
 
   A run that fails is reported in the table and tried again by the next call.
 
   Args:
-    seeds: one teacher and one student of everything for each.
-    only: methods to work on, and what they start from; the table shows the others as far as they are finished.
+    config: of the comparison.
+    folder: of its runs and its table.
+    seeds: one teacher and one student of every method for each.
+    only: methods to work on, with the runs that they start from; the table shows the others as far as they are
+      finished.
 
   Returns:
-    what compare.json holds.
+    the content of compare.json.
 
   Raises:
-    ValueError: for a comparison that does not fit, before any work; KeyboardInterrupt when told to stop.
+    ValueError: the comparison does not fit; it is raised before any work.
+    KeyboardInterrupt: the program is told to stop.
   """
   folder = checked_folder(folder)
   methods = read_methods(config)
@@ -125,7 +129,7 @@ def compare(
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-  """SIGTERM, and SIGHUP if it counts, as a KeyboardInterrupt between trainings; a training has a way that saves."""
+  """Context that turns SIGTERM, and SIGHUP unless ignored, into KeyboardInterrupt; a training saves instead."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -143,7 +147,7 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _in_order(runs: Iterable[Run]) -> list[Run]:
-  """`runs` and all that they need, each once and after what it needs."""
+  """Returns `runs` and all runs that they need, each once and after those."""
   ordered: dict[str, Run] = {}
 
   def add(run: Run) -> None:
@@ -157,7 +161,7 @@ def _in_order(runs: Iterable[Run]) -> list[Run]:
 
 
 def _finished(run: Run, root: pathlib.Path) -> dict[str, Any] | None:
-  """The result of an earlier call, if it is of exactly this run."""
+  """Reads the result of an earlier call, if it is of exactly this run."""
   path = root / run.name / RESULT
   if not path.exists():
     return None
@@ -173,7 +177,7 @@ def _finished(run: Run, root: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _of_today(described: Any) -> Any:
-  """What a result says of its run, with the names of today."""
+  """Returns a result's description of its run with the present names of keys."""
   if not isinstance(described, dict) or set(described) != {"config", "flops", "needs"}:
     return described
   needs = {key: _of_today(needed) for key, needed in described["needs"].items()}
@@ -181,7 +185,7 @@ def _of_today(described: Any) -> Any:
 
 
 def _attempt(run: Run, root: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """The result of `run`, kept in its folder; an error is one too, but is not kept."""
+  """Returns the result of `run` and keeps it in its folder; the result of an error is not kept."""
   failed = [needed.name for needed in run.needs.values() if "error" in results[needed.name]]
   if failed:
     return {"error": f"it needs {failed[0]}, which failed"}
@@ -208,7 +212,7 @@ def _train_and_evaluate(run: Run, root: pathlib.Path, results: Mapping[str, Mapp
   state = train(settings, folder, picture=(save_picture, preview_size))
   if int(state.step) < steps:
     raise KeyboardInterrupt(f"{folder}: stopped at step {int(state.step)} of {steps}")
-  # What it costs to have this run besides the teacher: others that it needs are counted once in a method.
+  # Cost of this run without the teacher's; the other runs that it needs are counted once in a method.
   spent = {run.name: steps * flops}
   for needed in run.needs.values():
     spent |= results[needed.name]["spent"] if needed.method != TEACHER else {}
@@ -220,7 +224,7 @@ def affordable_steps(budget: float, flops: float) -> int:
   """Whole optimizer steps of `flops` operations each within `budget`.
 
   Raises:
-    ValueError: where there is none.
+    ValueError: the budget is below one step.
   """
   steps = int(budget // flops)
   if steps < 1:

@@ -1,4 +1,4 @@
-"""What a comparison trains and evaluates: its methods, and the runs of a seed in their order."""
+"""Plan of a comparison: its methods, and the runs of a seed in their order."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Method:
 
   Attributes:
     name: of its folder, and for `only`.
-    title: in the table and the picture; by default the name.
     config: "path/of/config.py:variant", the path as for `pflow train`.
     students: the numbers of evaluations that each student is sampled with: ((1,), (2,)) are two students,
       ((1, 2),) is one. A policy student with one number is also trained for it, objective.nfe.
+    title: in the table and the picture; by default the name.
     overrides: nested keys of the config, dict(objective=dict(dropout=0.1)).
     start: name of an earlier method, from whose student of the same numbers of evaluations this one starts.
-    weak: guided by the weak teacher.
+    weak: whether the weak teacher guides it.
   """
 
   name: str
@@ -62,10 +62,10 @@ class Run:
   Attributes:
     name: its folder below the seed's.
     method: its method's name, or "teacher", or "weak".
-    settings: complete but for the workdirs of the runs it needs and, with a budget, train.steps.
+    settings: complete without the workdirs of the runs that it needs and, with a budget, train.steps.
     nfe: numbers of evaluations; () is a teacher, which its students' evaluations measure.
     flops: budget in operations; None trains for train.steps.
-    needs: runs to be finished before, by the key of the config that takes their folder.
+    needs: runs that have to be finished before, by the key of the config that takes their folder.
   """
 
   name: str
@@ -76,16 +76,16 @@ class Run:
   needs: Mapping[str, Run] = dataclasses.field(default_factory=dict)
 
   def described(self) -> dict[str, Any]:
-    """All that its result depends on, as JSON gives it back."""
+    """All that its result depends on, in JSON's types."""
     needs = {key: run.described() for key, run in self.needs.items()}
     return {"config": self.settings.plain(), "flops": self.flops, "needs": needs}
 
 
 def read_methods(config: Mapping[str, Any]) -> dict[str, Method]:
-  """The methods of a comparison by name.
+  """Reads the methods of a comparison, by name.
 
   Raises:
-    ValueError: for keys that are unknown or missing.
+    ValueError: keys are unknown or missing.
   """
   refuse_unknown(config, KEYS, "config")
   missing = [key for key in KEYS if key != "weak" and not config.get(key)]
@@ -120,7 +120,7 @@ def _comparison(flops: float, methods: tuple[Any, ...]) -> None:
 
 
 def plan(config: Mapping[str, Any], seed: int) -> list[Run]:
-  """All runs of one seed, each after those it needs.
+  """Makes all runs of one seed, each after those that it needs.
 
   Raises:
     ValueError: configs cannot be read, or their students are measured against different teachers.
@@ -141,7 +141,7 @@ def plan(config: Mapping[str, Any], seed: int) -> list[Run]:
       own = {name: common.plain()[name] for name in ("data", "model", "evaluate")}
       student = Settings.of({**call(read_config, where, {"config": method.config}).plain(), **own})
       student = dataclasses.replace(student, seed=seed).changed("evaluate", teacher_steps=steps)
-      # Times are those of one batch size.
+      # All students are timed with one batch size.
       student = student.changed("sample", nfe=tuple(nfe), batch_size=common.sample.batch_size)
       if len(nfe) == 1 and "nfe" in {field.name for field in dataclasses.fields(student.objective)}:
         student = student.changed("objective", nfe=nfe[0])
@@ -158,10 +158,10 @@ def plan(config: Mapping[str, Any], seed: int) -> list[Run]:
 
 
 def read_config(config: str, overrides: Mapping[str, Any] | None = None) -> Settings:
-  """The settings of "path/of/config.py:variant", with nested keys changed.
+  """Reads the settings of "path/of/config.py:variant", with nested keys changed.
 
   Raises:
-    ValueError: the file fails, or there are sections or keys that the settings do not have.
+    ValueError: the file fails, or sections or keys are unknown.
   """
   settings = _overridden(renewed(read_config_file(config).to_dict()), overrides or {}, config)
   for section in ("train", "optimizer"):
@@ -187,7 +187,7 @@ def _run_name(method: str, nfe: tuple[int, ...]) -> str:
 
 
 def _check_reference(runs: Sequence[Run]) -> None:
-  """Raises ValueError unless all students have one teacher, guided and walked alike: what the ratios refer to."""
+  """Raises ValueError unless all students have one teacher, with one guidance and sampler: the ratios' reference."""
 
   def reference(run: Run) -> str:
     t = run.settings.teacher

@@ -29,11 +29,11 @@ COLUMNS = {
 
 
 def summarise(runs: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[dict[str, Any]]:
-  """One row for each method and number of evaluations, the teacher's Euler steps first.
+  """Makes one row for each method and number of evaluations, the teacher's Euler steps first.
 
   A measure is dict(mean, sd, seeds), sd None for one seed; `worse` names those in which a student does not beat as many
-  Euler steps of its teacher, over the same seeds; `failed` the seeds without a result. training_flops is the method's
-  total: all its students, what they start from, the weak teacher.
+  Euler steps of its teacher, over the same seeds; `failed` has the seeds without a result. training_flops is the
+  method's total: all its students, the runs that they start from, the weak teacher.
 
   Args:
     runs: as in compare.json.
@@ -72,7 +72,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> l
         {"method": name, "title": titles.get(name, name), "nfe": nfe}
         | {key: _spread({seed: _number(row[key]) for seed, row in seen.items() if key in row}) for key in MEASURES}
         | {"ms_per_image": _spread({seed: 1e3 / row["images_per_second"] for seed, row in seen.items()})}
-        # Seeds cost the same but for those of which a part failed.
+        # All seeds cost the same, except those with a part that failed.
         | {"training_flops": max((sum(parts.values()) for parts in spent.get(name, {}).values()), default=None)}
         | {"worse": worse(name, nfe), "failed": failed.get((name, nfe), [])}
       )
@@ -80,7 +80,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> l
 
 
 def _number(value: Any) -> float:
-  """A measure without its standard error over samples."""
+  """Returns a measure without its standard error over samples."""
   return float(value[0] if isinstance(value, (list, tuple)) else value)
 
 
@@ -94,7 +94,7 @@ def _spread(values: Mapping[int, float]) -> dict[str, Any] | None:
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-  """The rows of `summarise` as a Markdown table."""
+  """Writes the rows of `summarise` as a Markdown table."""
 
   def cell(value):
     return value and ((value["mean"], value["sd"]) if value["sd"] is not None else value["mean"])
@@ -116,7 +116,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 def write_report(
   folder: pathlib.Path, budget: float, titles: Mapping[str, str], runs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """Writes compare.json, compare.md and compare.png of the runs so far; returns what compare.json holds."""
+  """Writes compare.json, compare.md and compare.png of the runs so far; returns the content of compare.json."""
   table = summarise(runs, titles)
   reports = [run for run in runs if "rows" in run]
   settings = {
@@ -148,7 +148,7 @@ def write_report(
 
 
 def _lines(table: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[list[int], list[float]]]:
-  """Measure against NFE by method; of the teacher only the numbers of evaluations that a student has."""
+  """Lines of a measure over NFE, by method; the teacher's has only the numbers of evaluations of a student."""
   students = {row["nfe"] for row in table if row["method"] != TEACHER}
   lines: dict[str, tuple[list[int], list[float]]] = {}
   for row in table:

@@ -1,4 +1,4 @@
-"""The comparison of all methods on small data: what configs/compare/ asks for."""
+"""The comparison of all methods on small data, which the files in configs/compare/ describe."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ ALONE, TOGETHER = ((1,), (2,), (4,), (8,)), ((1, 2, 4, 8),)  # a student for eac
 
 
 def all_methods(path: pathlib.Path, variant: str, *, flops: float, weak_steps: int, adapters: bool) -> ConfigDict:
-  """A comparison of the variants of one config file, see `compare`.
+  """Makes a comparison of the variants of one config file, see `compare`.
 
   Args:
     path: the config file; it has the variants flow_teacher, gmflow, dx, arc, ayf_emd, ...
     variant: "full", or "quicktest" for a smoke test.
-    flops: that every student is trained with.
-    weak_steps: steps of the teacher that guides as a weaker one.
+    flops: training budget of every student, in operations.
+    weak_steps: training steps of the weak teacher.
     adapters: whether the file has ArcFlow with adapters too.
 
   Raises:
@@ -57,7 +57,7 @@ def all_methods(path: pathlib.Path, variant: str, *, flops: float, weak_steps: i
       "AYF-EMD + adversarial",
       TOGETHER,
       start="ayf_emd",
-      overrides=dict(objective=dict(warmup_steps=0)),  # it starts where the derivative counts in full
+      overrides=dict(objective=dict(warmup_steps=0)),  # it starts from a student whose warm-up is over
     ),
     method("ayf_lmd", "AYF-LMD", TOGETHER),
     method("mean_flow", "MeanFlow", TOGETHER),

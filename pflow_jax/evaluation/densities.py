@@ -13,7 +13,7 @@ Limits = tuple[tuple[float, float], tuple[float, float]]
 
 
 def points_of(x: ArrayLike, name: str) -> Array:
-  """Points (n, 2) as float64; ValueError, which calls them `name`, for other shapes."""
+  """Returns points (n, 2) as float64; ValueError with their `name` for other shapes."""
   x = np.asarray(x, np.float64)
   if x.ndim != 2 or x.shape[1] != 2 or not len(x):
     raise ValueError(f"{name}: expected points (n, 2), n >= 1, got {x.shape}")
@@ -38,14 +38,13 @@ def density_image(points: Array, limits: Limits, bins: int) -> Array:
 
 
 def ceiling(image: Array) -> float:
-  """Brightest colour: a high percentile of the occupied bins, so that one full bin does not dim the
-  rest."""
+  """Value of the brightest colour: a high percentile of the occupied bins, so that one full bin does not dim all."""
   occupied = image[image > 0]
   return float(np.percentile(occupied, 99)) if len(occupied) else 1.0
 
 
 def show_density(axes: Any, image: Array, limits: Limits, cmap: str | None = None, top: float | None = None) -> None:
-  """Draws a density's image over the limits, by default in a pale blue; `top` is the brightest colour's value."""
+  """Draws a density's image over the limits, by default in a pale blue; `top` is the value of the brightest colour."""
   from matplotlib.colors import LinearSegmentedColormap
 
   colours = LinearSegmentedColormap.from_list("pale", ["#ffffff", "#b9d3ea"]) if cmap is None else cmap

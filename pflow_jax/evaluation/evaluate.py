@@ -48,21 +48,23 @@ def evaluate(
 
   Args:
     config: of the run in `folder`, perhaps with other settings for evaluation.
+    folder: workdir of the run.
     others: workdirs of more students of the same teacher, with their own settings, for the same table and picture.
     teacher: workdir of that teacher, if it has moved.
+    out: folder of the results; by default <folder>/evaluation.
 
   Returns:
-    what evaluation.json holds.
+    the content of evaluation.json.
 
   Raises:
-    ValueError: for students of different teachers, or fewer samples than a Fréchet distance needs.
+    ValueError: the students have different teachers, or there are fewer samples than a Fréchet distance needs.
   """
   folder = expanded(folder)
   check_local(out, folder)
   out = pathlib.Path(checked_folder(f"{folder}/evaluation" if out is None else out, "--out"))
   runs = {str(folder): Settings.of(config)} | {str(other): workdir.load_settings(other) for other in others}
   runs = {name: use_teacher(one, teacher) for name, one in runs.items()}
-  # The data are read here, whatever the runs tell of theirs.
+  # An evaluation reads the data; the descriptions in the runs' inputs are not enough.
   experiments = {name: build(one, dataset=call(data.load, "data", one.data), run=name) for name, one in runs.items()}
   experiment = experiments[str(folder)]
   settings, sampling = experiment.settings.evaluate, experiment.settings.sample
@@ -117,7 +119,7 @@ class KeptInFolder(Kept):
     return _draw_once(draw, self._folder / f"samples_{sampler.nfe}_steps.npz", what, shape)
 
   def classifier(self, train: Callable[[], Classifier], dataset: data.Dataset, steps: int) -> Classifier:
-    # The name says how it was trained: another setting trains another.
+    # The name has the number of steps: another setting trains another classifier.
     path = self._folder / f"classifier_{steps}_steps.npz"
     if from_first(path.exists()):
       return Classifier.load(path, image_shape=dataset.shape, num_classes=dataset.num_classes)  # type: ignore[arg-type]
@@ -129,7 +131,7 @@ class KeptInFolder(Kept):
 
 
 def _draw_once(draw: Callable[[], Drawn], path: epath.Path, what: str, shape: tuple[int, ...]) -> Drawn:
-  """What `draw` returns; from the file `path` if it holds `what`, and there afterwards.
+  """Returns the samples of `draw`, or those of the file `path` if it holds `what`; keeps them there.
 
   All students of a teacher are measured against the same samples, and those of 128 steps take longer than all others.
   """
@@ -143,13 +145,13 @@ def _draw_once(draw: Callable[[], Drawn], path: epath.Path, what: str, shape: tu
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       write_atomically(path, content.getvalue())
-    except OSError as error:  # of a teacher that may only be read
+    except OSError as error:  # the teacher's folder may be read-only
       print(f"{path} cannot be written ({error}): the next evaluation draws these samples again", flush=True)
   return samples, speed
 
 
 def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, float]:
-  """Samples and speed in the file `path`, if it holds `what`; with a word where it is no such file."""
+  """Reads samples and speed from the file `path`, if it holds `what`; prints a line if it is no such file."""
   try:
     if not path.exists():
       return None, 0.0
@@ -161,7 +163,7 @@ def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[
     if told.shape != () or told.dtype.kind != "U":
       raise ValueError(f"expected a line that says what it holds, got {foreign.shown(told)}")
     if str(told) != what:
-      return None, 0.0  # of other noise, or of the teacher that was here before
+      return None, 0.0  # the samples are of other noise, or of a former teacher in this folder
     if (samples.dtype, samples.shape) != (np.float32, shape) or not np.isfinite(samples).all():
       raise ValueError(f"expected {shape} finite numbers in float32, got {samples.dtype} {samples.shape}")
     if speed.shape != () or speed.dtype.kind != "f" or not 0 < speed < np.inf:
@@ -173,7 +175,7 @@ def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[
 
 
 def save_pictures(report: Report, dataset: data.Dataset, out: pathlib.Path) -> None:
-  """samples.png: teacher and students; for 2-D data trajectories.png as well."""
+  """Draws samples.png, of teacher and students; for 2-D data trajectories.png as well."""
   numbers = {row["name"]: row["nfe"] for row in report.rows}
   shown = [name for name, n in numbers.items() if name in report.students or n in (1, YARDSTICK_STEPS, REFERENCE_STEPS)]
   shown.sort(key=lambda name: (name in report.students, -numbers[name]))
@@ -188,7 +190,7 @@ def save_pictures(report: Report, dataset: data.Dataset, out: pathlib.Path) -> N
 
 
 def _check_teachers(experiments: dict[str, Experiment]) -> None:
-  """Raises ValueError unless all runs have one teacher, guided and walked alike: the common reference."""
+  """Raises ValueError unless all runs have one teacher, with one guidance and sampler: the common reference."""
   references = {name: _reference(one) if one.teacher else f"itself, {name}" for name, one in experiments.items()}
   if len(set(references.values())) > 1:
     folders = {name: f" ({_owner(one, name)})" if one.teacher else "" for name, one in experiments.items()}
@@ -197,12 +199,12 @@ def _check_teachers(experiments: dict[str, Experiment]) -> None:
 
 
 def _owner(experiment: Experiment, folder: str | os.PathLike) -> str:
-  """The workdir of a run's teacher, or that of the run, a teacher's."""
+  """The workdir of a run's teacher; the run's own if it is a teacher."""
   return experiment.teacher.saved["strong"].workdir if experiment.teacher else str(folder)
 
 
 def _reference(experiment: Experiment) -> str:
-  """All that the samples of a run's teacher depend on, but for their number and noise; it is told by its content."""
+  """Text with all that the samples of a run's teacher depend on, except their number and noise."""
   assert experiment.teacher is not None
   t = experiment.teacher.settings
   digests = {name: saved.digest for name, saved in experiment.teacher.saved.items()}

@@ -36,7 +36,7 @@ _MAX_FILE = 2**28  # bytes of a classifier, which has a few hundred thousand
 
 @dataclasses.dataclass(frozen=True)
 class _About:
-  """What a classifier's file says of it beside its parameters."""
+  """Description of a classifier in its file, beside the parameters."""
 
   format: str
   image_shape: tuple[_Size, _Size, _Size]
@@ -56,7 +56,7 @@ class _Network(nn.Module):
     first = 1 if min(x.shape[1:3]) <= 16 else 2
     for width, stride in ((16, first), (32, 2), (64, 2)):
       x = nn.Conv(width, (3, 3), strides=stride, dtype=jnp.float32)(x)
-      # Without it the mean and the contrast of an image travel unchecked into the features.
+      # The norm keeps the mean and the contrast of an image out of the features.
       x = nn.gelu(nn.GroupNorm(num_groups=8, dtype=jnp.float32)(x))
     h, w = x.shape[1] // 2, x.shape[2] // 2
     quadrants = (x[:, :h, :w], x[:, :h, w:], x[:, h:, :w], x[:, h:, w:])
@@ -79,7 +79,8 @@ class Classifier:
   Attributes:
     params: nested dict of float32 NumPy arrays.
     image_shape: (H, W, C).
-    num_classes, num_features: sizes of the two outputs.
+    num_classes: size of the logits.
+    num_features: size of the features.
   """
 
   params: dict[str, Any]
@@ -128,16 +129,18 @@ class Classifier:
     image_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
   ) -> Classifier:
-    """Reads what `save` wrote.
+    """Reads a file of `save`.
 
     Args:
-      image_shape, num_classes: what the data set needs, checked where given.
+      path: of the file.
+      image_shape: that the data set needs; checked if given.
+      num_classes: that the data set needs; checked if given.
 
     Raises:
-      ValueError: for a file that is missing or damaged, other content, or a classifier of other data.
+      ValueError: the file is missing or damaged, has other content, or holds a classifier of other data.
     """
     try:
-      names = flatten_dict(_abstract_params((8, 8, 1), 2, 1), sep="/").keys()  # the same of every size
+      names = flatten_dict(_abstract_params((8, 8, 1), 2, 1), sep="/").keys()  # every size has the same names
       arrays = read_npz(foreign.read_bytes(path, _MAX_FILE), ("about", *names), name="it")
       about = foreign.parse_json(str(arrays.pop("about")), _About, where="about")
       if about.format != _FORMAT:
@@ -179,12 +182,16 @@ def train_classifier(
 
   Args:
     x0: images (N, H, W, C) in [-1, 1], H, W >= 8.
-    labels: int (N,) in [0, num_classes), num_classes >= 2.
+    labels: int (N,) in [0, num_classes).
+    num_classes: at least 2.
     num_features: dimension of `Classifier.features`.
     seed: of the initialisation and the order of batches.
+    steps: of the optimizer.
+    batch_size: images a step.
+    learning_rate: at the start of the decay.
 
   Raises:
-    ValueError: on other shapes or labels. Data without classes or images has no classifier: use `pixel_features`.
+    ValueError: for other shapes or labels. Data without classes or images has no classifier: use `pixel_features`.
   """
   x0, labels = _images(x0), np.asarray(labels)
   if num_classes < 2:
@@ -224,7 +231,7 @@ def _step(network, learning_rate, steps, params, opt_state, x, labels):
 
 
 def pixel_features(x: ArrayLike) -> np.ndarray:
-  """Raw coordinates, all that 2-D points have: x (N, *axes) -> (N, D), float32."""
+  """Raw coordinates, the only features of 2-D points: x (N, *axes) -> (N, D), float32."""
   x = np.asarray(x, np.float32)
   if x.ndim < 2:
     raise ValueError(f"x: expected samples (N, ..., C), got shape {x.shape}")
@@ -232,7 +239,7 @@ def pixel_features(x: ArrayLike) -> np.ndarray:
 
 
 def _images(x: ArrayLike, shape: tuple[int, ...] | None = None) -> np.ndarray:
-  """x as float32, checked to be (N, *shape), or without `shape` any images of at least 8x8."""
+  """Returns x as float32, checked to be (N, *shape), or without `shape` any images of at least 8x8."""
   x = np.asarray(x, np.float32)
   if x.ndim != 4 or len(x) == 0 or (shape is not None and x.shape[1:] != shape):
     raise ValueError(f"x: expected images {('N', *(shape or 'HWC'))}, N >= 1, got shape {x.shape}")
@@ -249,9 +256,9 @@ def _abstract_params(shape: tuple[int, ...], num_classes: int, num_features: int
 
 
 def _initial_params(rng: np.random.Generator, shape: tuple[int, ...], num_classes: int, num_features: int) -> Any:
-  """Kernels normal with variance 1 / fan-in, scales 1, biases 0; the same on every platform."""
+  """Draws normal kernels with variance 1 / fan-in, scales 1, biases 0; the same on every platform."""
 
-  # In NumPy because compiling Flax's initialisers takes longer than the whole training.
+  # NumPy draws them: compiling Flax's initialisers takes longer than the whole training.
   def draw(path, leaf):
     if len(leaf.shape) > 1:
       return rng.normal(size=leaf.shape, scale=np.prod(leaf.shape[:-1]) ** -0.5).astype(leaf.dtype)

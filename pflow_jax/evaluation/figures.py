@@ -1,4 +1,4 @@
-"""Pictures of samples and measurements: every function writes a PNG and returns nothing.
+"""Pictures of samples and measurements: every function returns a Figure, and writes a PNG if it is given a path.
 
 Matplotlib is imported inside the functions and used without pyplot, so no display, backend or
 global style is touched.
@@ -57,16 +57,16 @@ def image_grid(
   """Labelled rows of images; column i of every row is meant to come from the same noise.
 
   Args:
-    rows: label -> images (n, H, W, C) in [-1, 1] (clipped; not finite becomes mid-grey), C 1 or 3,
-      one shape for all rows.
+    path: of the PNG, or None.
+    rows: label -> images (n, H, W, C) in [-1, 1] (clipped; not finite becomes mid-grey), C 1 or 3, one shape for all.
+    title: above the rows.
     column_labels: n texts above the columns, such as the class; long ones get smaller letters and two lines, and
-      are cut where that does not help.
-    scale: pixels of the picture for each pixel of an image, nearest neighbour; by default images
-      become about 96 wide.
+      are cut if they still do not fit.
+    scale: pixels of the picture for each pixel of an image, nearest neighbour; by default images get about 96 wide.
     columns: images side by side, the others continue below; by default all.
 
   Raises:
-    ValueError: on other shapes.
+    ValueError: for other shapes.
   """
   if not rows:
     raise ValueError("rows: expected at least one row of images, got none")
@@ -132,13 +132,14 @@ def captioned_images(
   """Images in reading order, each above its caption, of two lines at most.
 
   Args:
+    path: of the PNG, or None.
     images: (n, H, W, C) in [-1, 1] (clipped; not finite becomes mid-grey), C 1 or 3.
     captions: n texts.
     columns: images a row.
-    side: pixels of an image's longer side: smaller ones by whole pixels (nearest neighbour), larger ones shrunk.
+    side: pixels of an image's longer side; smaller images grow by whole pixels (nearest neighbour), larger ones shrink.
 
   Raises:
-    ValueError: on other shapes.
+    ValueError: for other shapes.
   """
   import textwrap
 
@@ -190,12 +191,13 @@ def trajectory_plot(
   All panels show the square around all trajectories and points.
 
   Args:
+    path: of the PNG, or None.
     data: points (N, 2), drawn as a histogram.
-    panels: label -> states (steps, n, 2), steps >= 2, from noise to data; a ring marks the start, a
-      dot the end.
+    panels: label -> states (steps, n, 2), steps >= 2, from noise to data; a ring marks the start, a dot the end.
+    title: above the panels.
 
   Raises:
-    ValueError: on other shapes.
+    ValueError: for other shapes.
   """
   paths = {label: np.asarray(x, np.float64) for label, x in _some(panels).items()}
   for label, x in paths.items():
@@ -222,10 +224,10 @@ def scatter_panels(
 ) -> Any:
   """2-D samples (n, 2) as density histograms side by side, with common limits and a common colour scale.
 
-  The limits are those of the first panel (the data, say), so that strays of another do not shrink it.
+  The limits are those of the first panel (the data, say), so that outliers of another do not shrink it.
 
   Raises:
-    ValueError: on other shapes.
+    ValueError: for other shapes.
   """
   points = {label: points_of(x, f"panels[{label!r}]") for label, x in _some(panels).items()}
   limits = square_limits([next(iter(points.values()))])
@@ -247,14 +249,13 @@ def curves(
   xscale: str = "log",
   yscale: str = "log",
 ) -> Any:
-  """Lines with markers, such as error against work; log-log unless `xscale` or `yscale` is
-  "linear".
+  """Lines with markers, such as error against work; log-log unless `xscale` or `yscale` is "linear".
 
   Args:
     series: label -> (x (n,), y (n,)), n >= 1.
 
   Raises:
-    ValueError: on other shapes, or a value that its logarithmic axis cannot show.
+    ValueError: for other shapes, or a value that a logarithmic axis cannot show.
   """
   lines = _lines(series, xscale, yscale)
   with _figure(path, 5.4, 3.6) as figure:
@@ -279,11 +280,13 @@ def curve_panels(
   """Panels of log-log lines side by side, titled, with one legend: a label looks the same in all of them.
 
   Args:
+    path: of the PNG, or None.
     panels: title -> label -> (x (n,), y (n,)), n >= 1.
+    xlabel: of all panels.
     dashed: labels of references, drawn in black dashes.
 
   Raises:
-    ValueError: on other shapes, or a value that is not positive.
+    ValueError: for other shapes, or a value that is not positive.
   """
   drawn = {title: _lines(series, "log", "log") for title, series in _some(panels).items()}
   labels = list(dict.fromkeys(label for lines in drawn.values() for label in lines))
@@ -306,7 +309,7 @@ Lines = Mapping[str, tuple[Array, Array]]
 
 
 def _lines(series: Mapping[str, tuple[ArrayLike, ArrayLike]], xscale: str, yscale: str) -> Lines:
-  """The series as arrays, refused where an axis cannot show them."""
+  """Returns the series as arrays; ValueError if an axis cannot show them."""
   lines = {k: (np.asarray(x, float), np.asarray(y, float)) for k, (x, y) in _some(series, "series").items()}
   for label, (x, y) in lines.items():
     if x.ndim != 1 or x.shape != y.shape or not len(x):
@@ -331,14 +334,14 @@ def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _draw_lines(
   axes: Any, lines: Lines, styles: Mapping[str, dict[str, Any]] | None = None, *, xscale="log", yscale="log"
 ) -> dict[str, Any]:
-  """Draws the lines and dresses the axes; returns each label's line."""
+  """Draws the lines and formats the axes; returns each label's line."""
   from matplotlib.ticker import LogLocator
 
   styles = styles or _styles(list(lines))
   drawn = {label: axes.plot(x, y, label=label, lw=1.5, **styles[label])[0] for label, (x, y) in lines.items()}
   axes.set(xscale=xscale, yscale=yscale)
   ticks = np.unique(np.concatenate([x for x, _ in lines.values()]))
-  if len(ticks) <= 10:  # few places on the axis, such as 1, 2, 4 evaluations: name exactly those
+  if len(ticks) <= 10:  # few values, such as 1, 2, 4 evaluations, get a tick each
     axes.set_xticks(ticks, [f"{v:g}" for v in ticks])
     axes.set_xticks([], minor=True)
   low, high = axes.get_ylim()
@@ -362,7 +365,7 @@ def _some(panels: Mapping[str, Any], name: str = "panels") -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def _figure(path: str | os.PathLike | None, width: float, height: float) -> Iterator[Any]:
-  """A matplotlib Figure in this module's style, saved to `path`, if there is one, when the block ends well."""
+  """A matplotlib Figure in this module's style; saved to `path`, unless it is None, when the block ends well."""
   import matplotlib
 
   from pflow_jax.evaluation.shown import ShownFigure

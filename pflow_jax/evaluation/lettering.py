@@ -1,4 +1,4 @@
-"""Texts of a figure that others wrote: how wide they are, and how they fit."""
+"""Texts from users in a figure: their width, and their fit to a column."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 DPI = 200
 FONT, SMALLEST_FONT = 9.0, 5.5  # points
-MAX_LETTERS = 100  # of a text that are drawn
+MAX_LETTERS = 100  # letters of a text that are drawn
 
 
 def text_width(text: str, size: float = FONT) -> int:
@@ -22,19 +22,19 @@ def text_width(text: str, size: float = FONT) -> int:
 
 
 def _plain(text: Any) -> str:
-  """A text that a font can be asked for: what cannot be printed becomes a question mark."""
+  """Returns a text with a question mark for every letter that cannot be printed."""
   return "".join(letter if letter.isprintable() else "?" for letter in str(text)[:MAX_LETTERS])
 
 
 def _halved(text: str) -> str:
-  """A text on two lines, cut at the space that is nearest to its middle; on one if it has none."""
+  """Returns a text on two lines, cut at the space that is nearest to its middle; on one if it has none."""
   spaces = [i for i, letter in enumerate(text) if letter == " "]
   middle = min(spaces, key=lambda i: abs(i - len(text) / 2), default=None)
   return text if middle is None else f"{text[:middle]}\n{text[middle + 1 :]}"
 
 
 def fitted(labels: Sequence[Any], width: int) -> tuple[list[str], float]:
-  """Labels as they are written above columns of `width` pixels, on one or two lines, and the size of their letters."""
+  """Fits labels to columns of `width` pixels, on one or two lines; returns them and the size of their letters."""
   texts = [_plain(label) for label in labels]
   if max(map(text_width, texts), default=0) > width:
     texts = [_halved(text) for text in texts]

@@ -40,30 +40,30 @@ COLUMNS = {
 
 
 class Kept:
-  """What evaluations of one teacher share: here nothing, see `evaluate.KeptInFolder`."""
+  """Results that evaluations of one teacher can share; this class keeps none, see `evaluate.KeptInFolder`."""
 
   def samples(self, sampler: Sampler, draw: Callable[[], Drawn], shape: tuple[int, ...]) -> Drawn:
-    """Samples of a teacher, which `draw` draws."""
+    """Returns samples of a teacher, which `draw` draws."""
     del sampler, shape
     return draw()
 
   def classifier(self, train: Callable[[], Classifier], dataset: data.Dataset, steps: int) -> Classifier:
-    """The data's classifier, which `train` trains in `steps` steps."""
+    """Returns the data's classifier, which `train` trains in `steps` steps."""
     del dataset, steps
     return train()
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What was measured.
+  """Result of an evaluation.
 
   Attributes:
     rows: one a sampler, numbers by name; a ratio is (value, standard error).
-    about: of the evaluation: data, features, device, numbers of samples.
+    about: description of the evaluation: data, features, device, numbers of samples.
     samples: by sampler, (num_samples, *space, C).
     labels: of the samples.
     real: data, (num_real, *space, C).
-    paths: states of 64 samples by sampler, of data that are points.
+    paths: states of 64 samples by sampler, if the data are points.
     students: names of the samplers that are students.
   """
 
@@ -100,13 +100,13 @@ def measure(
   """Measures samplers, the teacher at REFERENCE_STEPS and YARDSTICK_STEPS among them, on the same noise and conditions.
 
   Args:
-    make_samplers: returns who draws; it is called when all that can be refused has been looked at.
-    dataset: what they were trained on.
-    settings: how much is drawn, and how it is measured.
-    layout: of the mesh that is drawn on.
+    make_samplers: returns the samplers; it is called after all checks.
+    dataset: the data that they were trained on.
+    settings: of the evaluation, such as the number of samples.
+    layout: of the mesh that the samples are drawn on.
     batch_size: samples at a time.
-    kept: keeps what other evaluations can use; by default nobody does.
-    quiet: whether to say nothing meanwhile.
+    kept: keeps results that other evaluations can use; by default nothing is kept.
+    quiet: whether to print no progress.
 
   Raises:
     ValueError: there are no data to compare with, or fewer samples than a Fréchet distance needs.
@@ -118,7 +118,7 @@ def measure(
   check_room(dataset, settings.num_samples, 1 + len(settings.teacher_steps), "config.evaluate.num_samples")
   noise, cond = draw_noise(dataset, settings.num_samples, settings.seed)
   labels = labels_of(cond, settings.num_samples)
-  # All of a small data set; of an endless one, or one with texts, which are large, as many as there are samples.
+  # At most ten times as many data as samples; as many as samples for an endless set, or one with texts (large ones).
   most = settings.num_samples * (1 if isinstance(cond, dict) and "text" in cond else 10)
   real, real_labels = data.examples(dataset, min(dataset.num_records or settings.num_samples, most))
   classifier = None
@@ -133,7 +133,7 @@ def measure(
   real_features = features(real)
   real_spaces = {"fd": real_features} | ({"fd_pixels": pixel_features(real)} if classifier else {})
   if isinstance(cond, dict):
-    # Pixels alone, which are more than there are samples: without a Fréchet distance the rest still says something.
+    # A set with texts has pixels alone. They may outnumber the samples: the Fréchet distance is then left out.
     real_spaces = {"fd_pixels": real_features}
   else:
     _check_count(settings.num_samples, real_features.shape[1])
@@ -183,7 +183,7 @@ def measure(
 def _draw(
   sampler: Sampler, layout: Layout, batch_size: int, noise: np.ndarray, cond: Any, keys: jax.Array
 ) -> tuple[np.ndarray, float]:
-  """Samples, and images per second once compiled."""
+  """Draws samples; returns them and the images per second without the compilation."""
   size = min(batch_size, len(noise))
   first = jax.tree.map(lambda a: a[:size], (noise, cond, keys))
   in_batches(sampler.run, layout, size, *first)
@@ -193,7 +193,7 @@ def _draw(
 
 
 def _frechet(name: str, x: np.ndarray, reference: np.ndarray, real: np.ndarray, num_resamples: int) -> dict[str, Any]:
-  """Distance to the real data and its ratio to the reference's; nothing for pixels where there are too few samples."""
+  """Distance to the real data and its ratio to the reference's; {} for pixels if there are too few samples."""
   if name != "fd" and min(len(x), len(real)) < metrics.SAMPLES_PER_FEATURE * real.shape[1]:
     return {}
   if np.array_equal(x, reference):

@@ -22,7 +22,7 @@ _BLOCK = 512  # rows of a distance matrix held at once
 
 
 def _flat(x: ArrayLike, name: str) -> Array:
-  """Samples (N, *axes) as float64 (N, D), (N,) as (N, 1), refused where empty or not finite."""
+  """Returns samples (N, *axes) as float64 (N, D), (N,) as (N, 1); ValueError if empty or not finite."""
   x = np.asarray(x, np.float64)
   if x.ndim == 0 or x.size == 0:
     raise ValueError(f"{name}: expected a non-empty array (N, ...), got shape {x.shape}")
@@ -40,13 +40,14 @@ def alignment_errors(samples: ArrayLike, reference: ArrayLike) -> Array:
   """Root mean square error of each sample to the reference sample of the same noise.
 
   Args:
-    samples, reference: (N, *axes), row i of both from the same noise and label.
+    samples: (N, *axes).
+    reference: (N, *axes), row i from the noise and label of row i of `samples`.
 
   Returns:
     (N,), float64, in the units of the samples (the mean runs over all axes of a sample).
 
   Raises:
-    ValueError: on different shapes or non-finite values.
+    ValueError: for different shapes or non-finite values.
   """
   if np.shape(samples) != np.shape(reference):
     raise ValueError(
@@ -103,13 +104,14 @@ def frechet_distance(a: ArrayLike | Moments, b: ArrayLike | Moments) -> float:
   N = 25 F. Compare values of the same N only, and prefer N well above 10 F.
 
   Args:
-    a, b: features (N, F) or their `Moments`.
+    a: features (N, F) or their `Moments`.
+    b: features (N, F) or their `Moments`.
 
   Returns:
-    a float, >= 0, in squared units of the features (what the literature calls FID for Inception features).
+    a float, >= 0, in squared units of the features (FID in the literature, for Inception features).
 
   Raises:
-    ValueError: on different F, or fewer than 2 F samples.
+    ValueError: for different F, or fewer than 2 F samples.
 
   References:
     Heusel et al., arXiv:1706.08500, Eq. 6.
@@ -170,13 +172,14 @@ def paired_bootstrap(
 
   Args:
     metric_fn: (moments of samples, moments of reference) -> float, such as `frechet_distance`.
-    candidate, baseline: features (N, F), row i of both from the same noise.
+    candidate: features (N, F).
+    baseline: features (N, F), row i from the noise of row i of `candidate`.
     reference: features (M, F), or Moments.
     num_resamples: the error's own relative error is 1 / sqrt(2 num_resamples): 7 % for 100.
     seed: of the resampling.
 
   Raises:
-    ValueError: where the rows do not pair up, or where the baseline's metric is 0.
+    ValueError: the rows do not pair up, or the baseline's metric is 0.
   """
   a, b = _Centred(candidate, "candidate"), _Centred(baseline, "baseline")
   if a.values.shape != b.values.shape:
@@ -215,14 +218,14 @@ def paired_bootstrap(
 def ratio_of_means(candidate: ArrayLike, baseline: ArrayLike) -> PairedEstimate:
   """Ratio of two means over paired rows, such as of `alignment_errors`, and its standard error.
 
-  The error is the delta method's std(c - R b) / (sqrt(N) mean(b)): what `paired_bootstrap`
-  of the means tends to.
+  The error is the delta method's std(c - R b) / (sqrt(N) mean(b)), the limit of `paired_bootstrap` of the means.
 
   Args:
-    candidate, baseline: (N,), N >= 2, row i of both from the same noise.
+    candidate: (N,), N >= 2.
+    baseline: (N,), row i from the noise of row i of `candidate`.
 
   Raises:
-    ValueError: on different shapes, or where the baseline's mean is 0.
+    ValueError: for different shapes, or a baseline whose mean is 0.
   """
   c, b = _flat(candidate, "candidate"), _flat(baseline, "baseline")
   if c.shape != b.shape or c.shape[1] != 1 or len(c) < 2:
@@ -240,7 +243,7 @@ def _positive(baseline_value: float) -> float:
 
 
 def _half_deviations(rng: np.random.Generator, n: int) -> Array:
-  """Half of (how often each of n rows appears in a resample of n with replacement) - 1; (n,)."""
+  """Half of (count of each of n rows in a resample of n with replacement) - 1; (n,)."""
   return (rng.multinomial(n, np.full(n, 1 / n)) - 1) / 2 if n else np.empty(0)
 
 
@@ -264,11 +267,12 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 5) -> PrecisionR
   values of the same sizes only.
 
   Args:
-    real, fake: features (N, F) and (M, F), N, M > k.
+    real: features (N, F), N > k.
+    fake: features (M, F), M > k.
     k: a ball reaches to the k-th neighbour in its own set.
 
   Raises:
-    ValueError: on different F or too few samples.
+    ValueError: for different F or too few samples.
 
   References:
     Kynkäänniemi et al., arXiv:1904.06991, Eqs. 1 and 2.
@@ -292,8 +296,8 @@ def _ball_radii(x: Array, k: int) -> Array:
   """Distance of every row to its k-th nearest other row; (N,)."""
   radii = np.empty(len(x))
   for start, distance in _distances(x, x):
-    # Index k, not k - 1: every row is its own neighbour 0 at distance 0. Copied out of the block, which would else live
-    # on behind its column, and with it in the end the whole matrix.
+    # The index is k, not k - 1: every row is its own neighbour 0 at distance 0. The column is copied, because a view
+    # would keep its block in memory, and all views the whole matrix.
     distance.partition(k, axis=1)
     radii[start : start + _BLOCK] = distance[:, k]
   return radii
@@ -311,7 +315,7 @@ def diversity(samples: ArrayLike, labels: ArrayLike) -> float:
     labels: int (N,); all equal for data without classes.
 
   Raises:
-    ValueError: where lengths differ or no class has two samples (a class with one sample has no pair and is left out).
+    ValueError: lengths differ, or no class has two samples (a class with one sample has no pair and is left out).
   """
   samples, labels = _flat(samples, "samples"), np.asarray(labels)
   if labels.shape != (len(samples),):
@@ -336,7 +340,7 @@ def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None = None) -> str:
-  """A Markdown table that is also aligned as plain text, ending with a newline.
+  """Writes a Markdown table that is also aligned as plain text, ending with a newline.
 
   Args:
     rows: one dict a row. Floats get about three digits, a pair (value, error) becomes
@@ -344,7 +348,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | M
     columns: keys in order, or key -> heading; by default all keys in order of appearance.
 
   Raises:
-    ValueError: without rows, or for a column that no row has.
+    ValueError: there are no rows, or no row has a column.
   """
   if not rows:
     raise ValueError("rows: expected at least one row, got none")

@@ -19,7 +19,7 @@ def samples(rows: Any, *, labels: Sequence[str] | None = None, title: str | None
   Args:
     rows: an array (n, H, W, C) or (n, 2), or such arrays by name.
     labels: n texts above the columns.
-    title: above all.
+    title: above the figure.
     columns: images side by side; the others continue below.
 
   Returns:
@@ -31,13 +31,13 @@ def samples(rows: Any, *, labels: Sequence[str] | None = None, title: str | None
   named = {name: np.asarray(x) for name, x in _named(rows).items()}
   if next(iter(named.values())).ndim == 2:
     return figures.scatter_panels(None, named, title=title)
-  if next(iter(named.values())).shape[-1] not in (1, 3):  # latents: the first channels show where something is
+  if next(iter(named.values())).shape[-1] not in (1, 3):  # latents: the first channels show their outlines
     named = {name: x[..., :3] if x.shape[-1] > 3 else x[..., :1] for name, x in named.items()}
   return figures.image_grid(None, named, column_labels=labels, title=title, columns=columns)
 
 
 def trajectories(paths: Any, data: Any) -> Any:
-  """The ways of points from noise to data over the data's density, a panel for each name.
+  """Trajectories of points from noise to data over the data's density, a panel for each name.
 
   Args:
     paths: states (steps + 1, n, 2), or such by name, see `Run.trajectories`; at most WAYS are drawn.
@@ -57,8 +57,8 @@ def losses(histories: Any, *, metric: str = "loss") -> Any:
   """A metric over the steps of trainings, a line for each name.
 
   Args:
-    histories: `Run.history`, or such by name; what has a `history` may stand for it.
-    metric: its name.
+    histories: `Run.history`, or such by name; an object with a `history` may stand for it.
+    metric: name of the metric.
 
   Returns:
     A matplotlib Figure.

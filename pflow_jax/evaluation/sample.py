@@ -35,7 +35,7 @@ from pflow_jax.training.teachers import which_of
 
 COLUMNS = 16  # images side by side in a picture
 SHOWN = 128  # images of a row in a picture
-PREVIEW_POINTS, PREVIEW_IMAGES = 4096, 10  # in the picture of a run that trains
+PREVIEW_POINTS, PREVIEW_IMAGES = 4096, 10  # samples in the picture of a run that trains
 
 
 def sample(
@@ -50,9 +50,9 @@ def sample(
   teacher: str | os.PathLike | None = None,
   out: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-  """Samples of the run in `folder`: <out>.npz with their noise, label and x0_nfe<n> for each n, and <out>.png.
+  """Samples the run in `folder`: writes <out>.npz with noise, label and x0_nfe<n> for each n, and <out>.png.
 
-  Of a run on prompts the arrays of the condition are in <out>.npz too. The picture shows SHOWN at most, and says so.
+  A run on prompts adds the arrays of the condition to <out>.npz. The picture shows SHOWN samples at most, and says so.
 
   Args:
     config: of the run, perhaps with other settings for sampling.
@@ -77,7 +77,7 @@ def sample(
   out = checked_file(f"{folder}/samples/seed{seed}" if out is None else out, ending=".png")
   experiment = build(settings, run=folder)
   if sampling.guidance is not None and experiment.dataset.embedding is not None:
-    # What a run carries of its data has no empty prompt.
+    # The description of a run's data has no empty prompt.
     experiment = build(settings, dataset=call(data.load, "data", settings.data), run=folder)
   method, dataset = experiment.method, experiment.dataset
   numbers = evaluations(method, sampling)
@@ -111,7 +111,7 @@ def save_picture(
   path: str | os.PathLike,
   title: str | None = None,
 ) -> None:
-  """A PNG of samples, one row (images) or panel (points) for each entry of `rows`; `path` may be on gs://."""
+  """Writes a PNG of samples, one row (images) or panel (points) for each entry of `rows`; `path` may be on gs://."""
   if "://" in str(path):
     with tempfile.TemporaryDirectory() as folder:
       save_picture(dataset, rows, labels, f"{folder}/picture.png", title)
@@ -123,7 +123,7 @@ def save_picture(
     figures.scatter_panels(path, rows, title=title)
     return
   if next(iter(rows.values())).shape[-1] not in (1, 3):
-    # Latents: without their decoder the first channels show at least where something is.
+    # These are latents: without their decoder the first channels show their outlines.
     rows = {name: x[..., :3] if x.shape[-1] > 3 else x[..., :1] for name, x in rows.items()}
   names = dataset.class_names
   titles = [names[i] for i in labels] if names else None
@@ -136,12 +136,12 @@ def preview_size(dataset: data.Dataset) -> int:
 
 
 def check_local(out: str | os.PathLike | None, folder: str | os.PathLike) -> None:
-  """Raises ValueError for results that would be written to an object store."""
+  """Raises ValueError if the results would be written to an object store."""
   place = folder if out is None else out
   if "://" in str(place):
     raise ValueError(f"--out: expected a folder of this machine for the results, got {place}")
 
 
 def as_saved(cond: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A condition's arrays as they are kept beside samples: NumPy's files know no bfloat16."""
+  """Returns a condition's arrays in dtypes that NumPy's files know; bfloat16 is none of them."""
   return {name: value.astype(np.float32) if value.dtype != bool else value for name, value in cond.items()}

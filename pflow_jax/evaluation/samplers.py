@@ -1,4 +1,4 @@
-"""Who draws in an evaluation: a teacher at several numbers of steps, students at several numbers of evaluations."""
+"""Samplers of an evaluation: a teacher at several numbers of steps, students at several numbers of evaluations."""
 
 from __future__ import annotations
 
@@ -22,19 +22,27 @@ from pflow_jax.training.sample import evaluations, make_sampler
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """One row of the table: who draws with how many network evaluations."""
+  """A sampler, one row of the table.
+
+  Attributes:
+    name: in the table.
+    nfe: network evaluations.
+    run: (noise, conditions, keys) -> samples.
+    path: (noise, conditions) -> states (steps + 1, B, *space, C), from noise to data.
+    is_student: whether it is a student's.
+  """
 
   name: str
   nfe: int
-  run: Callable[..., Any]  # (noise, conditions, keys) -> samples
-  path: Callable[..., np.ndarray]  # (noise, conditions) -> states (steps + 1, B, *space, C), from noise to data
+  run: Callable[..., Any]
+  path: Callable[..., np.ndarray]
   is_student: bool = False
 
 
 def teacher_samplers(
   experiment: Experiment, layout: Layout, folder: str | os.PathLike, all_steps: Sequence[int], frozen: Any
 ) -> list[Sampler]:
-  """The teacher, whose parameters are `frozen`, at these numbers of Euler steps; or the run itself, a teacher's."""
+  """Samplers of the teacher, with parameters `frozen`, by numbers of Euler steps; a teacher's run samples itself."""
   if experiment.teacher is not None:
     return velocity_samplers(experiment.method, experiment.teacher.velocity, frozen, all_steps)
   params = experiment.load(folder, layout=layout)
@@ -44,7 +52,7 @@ def teacher_samplers(
 def velocity_samplers(
   method: Method, velocity: Callable[[Any], Velocity], params: Any, all_steps: Sequence[int]
 ) -> list[Sampler]:
-  """A velocity field of these parameters at several numbers of Euler steps, even in the method's schedule."""
+  """Samplers of a velocity field of these parameters by numbers of Euler steps, even in the method's schedule."""
   shift = method.objective.shift
 
   def make(steps):
@@ -63,11 +71,11 @@ def velocity_samplers(
 
 
 def student_samplers(method: Method, sampling: SampleSettings, params: Any, suffix: str = "") -> list[Sampler]:
-  """A student at its numbers of evaluations.
+  """Samplers of a student, by its numbers of evaluations.
 
   Args:
-    method: what draws.
-    sampling: how.
+    method: the student's.
+    sampling: settings of its samples.
     params: all parameters of its network.
     suffix: tells it from other students.
   """

@@ -49,24 +49,28 @@ def sample_prompts(
   teacher: str | os.PathLike | None = None,
   out: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-  """Pictures of `prompts` from the run in `folder`, with their settings in each file.
+  """Draws pictures of `prompts` from the run in `folder`, with their settings in each file.
 
   Args:
-    pipeline: folder of the model as it was published, whose text encoders and autoencoder are used; not needed for
-      a run on MiniLM's embeddings and pixels.
-    height, width: in pixels; by default those that the run was trained for.
-    nfe: network evaluations, by default those of config.sample.nfe; of several the first.
+    config: of the run, perhaps with other settings for sampling.
+    folder: its workdir.
+    prompts: the texts, a picture each.
+    pipeline: folder of the published model, for its text encoders and its autoencoder; not needed for a run on MiniLM's
+      embeddings and pixels.
+    height: in pixels; by default that which the run was trained for.
+    width: in pixels; by default that which the run was trained for.
+    nfe: network evaluations; by default the first of config.sample.nfe.
     seed: picture i starts from noise that depends on it and i alone.
     which: "ema" or "params".
     teacher: workdir of its teacher, if that has moved; only adapters need it.
-    out: folder for 0000.png, ... (a file a prompt), overview.png and samples.npz: noise, prompts, the condition and the
-      result "x0", what it takes to sample the same elsewhere. Default: <folder>/samples/prompts_seed<seed>.
+    out: folder for 0000.png, ... (a file a prompt), overview.png and samples.npz. The latter has noise, prompts, the
+      condition and the result "x0", to sample the same elsewhere. Default: <folder>/samples/prompts_seed<seed>.
 
   Returns:
     `out`.
 
   Raises:
-    ValueError: for a run, a folder or a size that does not fit.
+    ValueError: the run, a folder or a size does not fit.
   """
   folder = expanded(folder)
   check_local(out, folder)
@@ -78,10 +82,10 @@ def sample_prompts(
     raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
   if not family.autoencoders and (height or width):
     raise ValueError("--height, --width: this run samples pictures of the size that it was trained on")
-  layout = layout_of(run_settings)  # what these devices cannot run is better said before the encoders are read
-  # In the dtype that the network computes in, or better.
+  layout = layout_of(run_settings)  # raises before the encoders are read if these devices cannot run the network
+  # The encoders compute in the network's dtype or a wider one.
   dtype = "float32" if run_settings.model.get("dtype", "float32") == "float32" else "bfloat16"
-  # A teacher is guided away from the empty prompt, which then comes last; else nothing is, whatever `null` holds.
+  # A teacher is guided away from the empty prompt, which then comes last. Without guidance `null` is not used.
   asked = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
   cond = text.encode_prompts(family.name, pipeline, asked, run_settings.data.get("max_length"), dtype=dtype)
   null = {name: value[-1] for name, value in cond.items()}
@@ -122,7 +126,7 @@ def family_of(settings: Settings) -> Family:
   own = FAMILIES.get(settings.model.kind)
   if own is not None and own.encoder is not None:
     return own
-  if settings.data.get("embeddings"):  # a vector a text, in place of a class
+  if settings.data.get("embeddings"):  # a vector a text takes the place of a class
     return next(family for family in FAMILIES.values() if family.network is None)
   raise ValueError(
     f"--prompt: this run ({settings.model.kind} on {settings.data.get('name')}) knows classes, not texts; use --labels"
@@ -132,7 +136,7 @@ def family_of(settings: Settings) -> Family:
 def _shapes(
   settings: Settings, cond: dict[str, Any], codec: Codec, height: int | None, width: int | None
 ) -> data.Dataset:
-  """A set without records: what is sampled, and on what."""
+  """Makes a set without records, of the shapes of the samples and of their conditions."""
   trained = tuple(settings.data["shape"])
   sizes = {"--height": (height, trained[0]), "--width": (width, trained[1])}
   patch = settings.model.get("patch_size", 2) * codec.factor

@@ -1,4 +1,4 @@
-"""TPU chips: what a program finds on one, and how the slices are named that they come in."""
+"""TPU chips: their memory, rates and links, and the names of their slices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Chip:
   """One chip, with both of its TensorCores where it has two.
 
   Attributes:
-    name: as the TPU compiler calls it, the part of a topology before the colon.
-    hbm_bytes: main memory that a program may use, what the compiler names when it refuses one ("exceeds available
-      HBM"): less than what is built in.
+    name: the TPU compiler's, the part of a topology before the colon.
+    hbm_bytes: main memory that a program may use, the number in the compiler's refusals ("exceeds available HBM"); it
+      is less than the chip's memory.
     peak_flops: bfloat16 operations a second, a multiply-add counts 2.
     hbm_bandwidth: bytes a second to and from main memory.
     ici_bandwidth: bytes a second that the chip can send to its neighbours, one way, over all `ici_links` at once; it
@@ -29,8 +29,8 @@ class Chip:
     devices: JAX devices a chip. 2 where each TensorCore is a device of its own, with half of the memory, of the
       operations and of the bandwidths.
     cores: TensorCores, which the Cloud names of some generations count.
-    dimensions: of a slice's torus.
-    max_chips: of a slice.
+    dimensions: axes of a slice's torus.
+    max_chips: largest number of chips of a slice.
   """
 
   name: str
@@ -83,7 +83,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...], int]:
       two of v3, v4, v5p and tpu7x.
 
   Raises:
-    ValueError: for a chip, a shape or a size that there is not.
+    ValueError: there is no such chip, shape or size.
 
   References:
     cloud.google.com/tpu/docs/system-architecture-tpu-vm and the generations' pages.
@@ -140,7 +140,7 @@ def compiler_topology(text: str) -> tuple[str, dict[str, Any]]:
   name, shape, number = parse_topology(text)
   options: dict[str, Any] = {}
   if name == "v4":
-    options["chip_config_name"] = "megacore"  # else each TensorCore is a device, which no v4 on Cloud offers
+    options["chip_config_name"] = "megacore"  # without it each TensorCore is a device, unlike on any v4 of Cloud
   if number == 1:
     options["chips_per_host_bounds"] = [1, 1, 1]
   return f"{name}:{'x'.join(map(str, shape))}", options

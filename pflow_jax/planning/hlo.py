@@ -1,7 +1,7 @@
-"""What a compiled program moves, read from XLA's own text (`compiled.as_text()`): between devices, and to memory.
+"""Traffic of a compiled program between devices and to memory, read from XLA's own text (`compiled.as_text()`).
 
 XLA's cost analysis counts the body of a loop once and says nothing of communication; here loops count their length.
-Written for the text of the CPU and the TPU compiler, whose forms differ: see `_groups`, `_collective`, `_is_running`.
+The CPU's and the TPU's compiler write the text in different forms: see `_groups`, `_collective`, `_is_running`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "Asy
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """What the collectives of one kind move in one execution of the program.
+  """Traffic of the collectives of one kind in one execution of the program.
 
   Attributes:
     count: executions.
-    payload: bytes of one device's share, summed over the executions: what an all-gather gives out, what the others
-      take in.
+    payload: bytes of one device's share, summed over the executions: the result of an all-gather, the operands of the
+      others.
     sent: bytes that each device sends if groups of n are rings: all-gather and reduce-scatter (n - 1) / n of the
       payload, all-reduce twice that (a reduce-scatter, then an all-gather), all-to-all (n - 1) / n, the others all
       of it.
@@ -57,9 +57,9 @@ class Collectives:
   """Traffic between devices in one execution of a program, by kind.
 
   Attributes:
-    ici: within a slice; everything, where slices are not told apart.
-    dcn: of groups that reach across slices, and what the TPU compiler hands to the hosts for another slice.
-    unknown_loops: while loops whose length could not be read off and counts as 1, in bodies too.
+    ici: within a slice; all traffic, if slices are not distinguished.
+    dcn: of groups that reach across slices, and of transfers that the TPU compiler leaves to the hosts.
+    unknown_loops: number of while loops, nested ones too, of unknown length, which counts as 1.
   """
 
   ici: dict[str, Traffic]
@@ -77,10 +77,10 @@ def collectives(text: str, devices_per_slice: int | None = None) -> Collectives:
   Args:
     text: of `compiled.as_text()`.
     devices_per_slice: splits the traffic of a program over several slices, if the devices of the mesh are listed slice
-      by slice. The TPU compiler needs no such hint: its program is one slice's, and says what leaves it.
+      by slice. The TPU compiler needs no such hint: its program is one slice's, and marks the traffic that leaves it.
 
   Raises:
-    ValueError: for a text without an entry computation, or collectives of an unknown form.
+    ValueError: the text has no entry computation, or collectives of an unknown form.
   """
   module = Module(text)
   totals, unknown = _walk(Scope(module, module.entry, {}), devices_per_slice)
@@ -93,15 +93,15 @@ def collectives(text: str, devices_per_slice: int | None = None) -> Collectives:
 def memory_traffic(text: str) -> int:
   """Estimate of the bytes that one execution of a compiled program moves to and from a device's main memory.
 
-  Every instruction that is not inside a fusion reads its operands and writes its result; loops multiply. Of an operand
-  that a fusion only slices the slice counts, of a dynamic-update-slice, which XLA does in place, the update. Arrays in
-  a TPU's on-chip memory (S(1) and the like in the layout) are free, and others have the size that their tiling pads
-  them to.
+  Every instruction that is not inside a fusion reads its operands and writes its result; loops multiply. If a fusion
+  only slices an operand, the slice counts; of a dynamic-update-slice, which XLA does in place, the update counts.
+  Arrays in a TPU's on-chip memory (S(1) and the like in the layout) are free, and others have the size that their
+  tiling pads them to.
 
-  Limits: reads that hit a cache (CPU, GPU) and the tiles that a fused product reads again are not seen, nor what a
-  kernel (custom call) moves beyond its operands and results. Gathers count their results, scatters whole operands; a
-  loop of unknown length counts once, a conditional its largest branch. It agrees with XLA's "bytes accessed" where
-  there is no loop or on-chip memory, but for the ends of copies, which XLA counts again; no profile was compared.
+  Limits: the estimate misses reads that hit a cache (CPU, GPU), the tiles that a fused product reads again, and the
+  traffic of a kernel (custom call) beyond its operands and results. Gathers count their results, scatters whole
+  operands; a loop of unknown length counts once, a conditional its largest branch. Without loops and on-chip memory it
+  agrees with XLA's "bytes accessed", except for the ends of copies, which XLA counts again; no profile was compared.
   """
   module = Module(text)
   return _memory(Scope(module, module.entry, {}))
@@ -147,7 +147,7 @@ def _collective(
     return None
   taken = sum(a.logical for name in ins.operands for a in computation.instructions[name].arrays)
   if kind == "send":
-    # The TPU's compiler has the hosts carry collectives between slices: it writes one slice's program.
+    # The TPU's compiler writes one slice's program, in which the hosts carry collectives between slices.
     if name := re.search(r'_xla_megascale_transfer_type="(\w+)"', ins.attributes):
       kind = name[1].lower().replace("_", "-")
       return kind, True, _ring(kind, taken, _num_slices(ins.attributes))
@@ -156,7 +156,7 @@ def _collective(
     kind = "reduce-scatter"
   groups = _groups(ins.attributes, module.num_devices)
   across = bool(devices_per_slice) and bool(np.any(np.ptp(groups // (devices_per_slice or 1), axis=1)))
-  if kind == "collective-permute":  # the groups are pairs, of which each device is the source of one
+  if kind == "collective-permute":  # the groups are pairs; each device is the source of one
     moves = bool(np.any(np.ptp(groups, axis=1)))
     return kind, across, Traffic(1, taken, taken if moves else 0)
   return kind, across, _ring(kind, taken, groups.shape[1])
@@ -181,10 +181,10 @@ def _num_slices(attributes: str) -> int:
 
 
 def _is_running(computation: Computation, ins: Instruction) -> bool:
-  """Whether a collective in a fusion was started in another one.
+  """Returns whether a collective in a fusion was started in another one.
 
-  The TPU's compiler spreads one asynchronous collective over fusions that compute meanwhile: each repeats it, with a
-  "chain_id", and the first holds the custom call "AsyncCollectiveStart".
+  The TPU's compiler spreads one asynchronous collective over fusions that compute at the same time: each repeats it,
+  with a "chain_id", and the first holds the custom call "AsyncCollectiveStart".
   """
   if "chain_id=" not in ins.attributes:
     return False
@@ -192,14 +192,14 @@ def _is_running(computation: Computation, ins: Instruction) -> bool:
 
 
 def _is_scattered(computation: Computation, ins: Instruction) -> bool:
-  """Whether an all-reduce is the TPU compiler's fusion "all-reduce-scatter", which sends what a reduce-scatter does."""
+  """Returns whether an all-reduce is the TPU compiler's "all-reduce-scatter", whose traffic is a reduce-scatter's."""
   return computation.name.startswith("all-reduce-scatter") and all(
     user.opcode in ("dynamic-slice", "bitcast") for user in computation.users(ins.name)
   )
 
 
 def _groups(attributes: str, num_devices: int) -> np.ndarray:
-  """Groups of devices (groups, size) of a collective, from any of the forms in which they are written.
+  """Reads the groups of devices (groups, size) of a collective, in any of their forms.
 
   {{0,1},{2,3}}, or {} for all; [2,4]<=[8] or [4,2]<=[2,4]T(1,0), a reshaped (and transposed) count; and
   mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, or {'a':(2)2} for a part of an axis: all that differ there.
@@ -225,7 +225,7 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
   ids = np.arange(math.prod(sizes.values()))
   if mesh[2]:
     ids = _iota(mesh[2]) if mesh[2].startswith("[") else np.array(_integers(mesh[2]))
-  # Split every axis where a part of it begins or ends, then move the parts that are named to the back.
+  # Every axis is split where a named part of it begins or ends; the named parts then move to the back.
   named: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
   for axis in filter(None, mesh[3].split(",")):
     name, _, part = axis.partition(":")
@@ -302,12 +302,12 @@ def _moved(computation: Computation, ins: Instruction) -> Iterator[int]:
   yield from (a.size for a in results if a.in_memory)
 
 
-# In a fusion these hand their operand on, element by element: what is not asked of their result is not read.
+# In a fusion these pass their operand on element by element: an element that nobody needs is not read.
 _VIEWS = frozenset(("bitcast", "copy", "convert", "reshape", "transpose"))
 
 
 def _fusion_memory(module: Module, computation: Computation, ins: Instruction) -> int:
-  """Bytes of a fusion, of which nothing inside is ever in memory."""
+  """Bytes that a fusion moves; the results inside of it are never in memory."""
   fused = module[ins.calls[0]]
   total = 0
   for i, name in enumerate(ins.operands):

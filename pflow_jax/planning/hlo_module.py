@@ -1,6 +1,6 @@
-"""The text of a compiled program (`compiled.as_text()`) as computations and instructions, and how often loops run.
+"""The text of a compiled program (`compiled.as_text()`) as computations and instructions, with the lengths of loops.
 
-Written for the text of the CPU and the TPU compiler. `hlo` says what the program moves.
+It reads the text of the CPU's and the TPU's compiler. `hlo` counts the program's traffic.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable
 
-_MAX_TRIPS = 1_000_000  # a loop that is followed for longer is given up
+_MAX_TRIPS = 1_000_000  # a loop is followed no longer than this
 _Known = dict[tuple[int, int | None], int]  # (parameter, element of its tuple or None) -> integer
 _Values = dict[tuple[int, int | None], int | None]
 
@@ -148,14 +148,14 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
 
 
 class Scope:
-  """A computation, and the integers known of its parameters: {(parameter, element of its tuple or None): value}."""
+  """A computation with the known integers of its parameters: {(parameter, element of its tuple or None): value}."""
 
   def __init__(self, module: Module, computation: Computation, known: _Known):
     self.module, self.computation, self.known = module, computation, known
     self.values: dict[str, int | None] = {}
 
   def called(self, ins: Instruction, name: str) -> tuple[int | None, Scope]:
-    """How often `ins` runs the computation `name`, None if that is unknown, and that computation's scope."""
+    """Returns the number of times that `ins` runs the computation `name`, None if unknown, and that one's scope."""
     inner = self.module[name]
     if ins.opcode != "while":
       values: _Values = {(i, None): self.integer(operand) for i, operand in enumerate(ins.operands)}
@@ -164,7 +164,7 @@ class Scope:
     fixed = Scope(self.module, inner, {key: n for key, n in state.items() if _is_kept(inner, key[1])})
     if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', ins.attributes):
       return int(stated[1]), fixed
-    # The TPU's compiler states no length, and may peel iterations off: the counter is followed from where it starts.
+    # The TPU's compiler states no length, and may peel iterations off: the counter is followed from its start.
     condition = self.module[re.findall(r"condition=%?([\w.\-]+)", ins.attributes)[0]]
     for trips in range(_MAX_TRIPS):
       going = Scope(self.module, condition, state).integer(condition.root.name)
@@ -180,7 +180,7 @@ class Scope:
     return _found({(0, i): self.integer(name) for i, name in enumerate(ins.operands)})
 
   def integer(self, name: str) -> int | None:
-    """Value of a scalar integer (or truth value) that depends on constants and what is known, else None."""
+    """Value of a scalar integer (or truth value) that depends on constants and known integers, else None."""
     if name not in self.values:
       ins = self.computation.instructions[name]
       self.values[name] = self._evaluate(ins) if re.match(r"(pred|[su]\d+)\[\]", ins.shape) else None
@@ -228,7 +228,7 @@ def _found(values: _Values) -> _Known:
 
 
 def _is_kept(body: Computation, index: int | None) -> bool:
-  """Whether the body of a loop hands on element `index` of its state as it got it."""
+  """Returns whether the body of a loop passes element `index` of its state on unchanged."""
   if body.root.opcode != "tuple" or index is None:
     return False
   last = body.operand(body.root, index)

@@ -1,7 +1,7 @@
-"""`pflow plan`: whether a run fits on a TPU slice, and what it would cost, told on a machine that has none.
+"""`pflow plan`: memory and cost of a run on a TPU slice, found on a machine that has none.
 
-The run's own step is compiled by the TPU compiler for the slice. What it says of memory, and what it makes the chips
-send, is as it will be; seconds are estimates, from the operations and bytes counted and the chip's published rates.
+The TPU compiler compiles the run's own step for the slice. The memory that it reports, and the traffic of its program,
+are those of the run; seconds are estimates, from the counted operations and bytes and the chip's published rates.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pflow_jax.training.flops import count_flops
 from pflow_jax.training.step import Program, bytes_of_device, make_program
 
 CACHE = "~/.cache/pflow_jax/libtpu"
-MAX_CHIPS = 100_000  # of a program; the largest that was told of had 50,944
+MAX_CHIPS = 100_000  # of a program; the largest published one had 50,944
 
 
 class NoCompiler(RuntimeError):
-  """The TPU compiler is not installed; the message says how to."""
+  """The TPU compiler is not installed; the message has the command that installs it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Slice:
 
   Attributes:
     topology: of one slice, "v5e:16x16" or a Cloud name, see `chips.parse_topology`.
-    slices: how many of them.
+    slices: number of slices.
   """
 
   topology: str
@@ -118,7 +118,7 @@ def find_compiler() -> str:
 
 
 def has_compiler() -> bool:
-  """Whether `find_compiler` finds one."""
+  """Returns whether `find_compiler` finds one."""
   try:
     return bool(find_compiler())
   except NoCompiler:
@@ -126,7 +126,7 @@ def has_compiler() -> bool:
 
 
 def _compiler_environment() -> dict[str, str]:
-  """For libtpu on a machine without a TPU, beside others that use it, and without its logs."""
+  """Environment of libtpu on a machine without a TPU, beside other processes that use it, and without its logs."""
   return {
     "TPU_LIBRARY_PATH": find_compiler(),
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -142,20 +142,22 @@ def _compiler_environment() -> dict[str, str]:
 def plan(
   config: Settings | Mapping[str, Any], where: Slice, *, fast: bool = False, search: bool = True, sampling: bool = True
 ) -> dict[str, Any]:
-  """What the run that `config` describes needs on `where`, and would take there.
+  """Reports the needs and the cost of the run that `config` describes on `where`.
 
-  Without the TPU compiler the report has "note", and lacks what only the compiler knows.
+  Without the TPU compiler the report has "note", and lacks the compiler's numbers.
 
   Args:
+    config: of the run.
+    where: the slices.
     fast: compile with little effort: about the same memory, but more traffic, and with it longer estimates.
-    search: if it does not fit, look for what would make it fit.
+    search: if the run does not fit, look for changes that make it fit.
     sampling: plan the sampler as well.
 
   Returns:
     a report for JSON, see `planning.report.as_text`. Bytes are of a device, operations and bytes sent of a step.
 
   Raises:
-    ValueError: for a config, a mesh or a batch that does not fit together.
+    ValueError: the config, the mesh and the batch do not fit together.
   """
   note = ""
   try:
@@ -175,9 +177,9 @@ def plan(
 
 
 def sweep(config: Settings | Mapping[str, Any], where: Slice, *, fast: bool = True) -> list[dict[str, Any]]:
-  """Reports for every size of "fsdp" that is a power of 2 and divides the devices of a slice, "data" the rest.
+  """Reports for every size of "fsdp" that is a power of 2 and divides the devices of a slice; "data" is the rest.
 
-  A size that the network or the batch does not divide by has "refused" instead.
+  The report of a size that does not divide the network or the batch has "refused" instead.
   """
   reports, settings = [], Settings.of(config)
   size, most = 1, where.num_devices // where.slices
@@ -195,7 +197,7 @@ def sweep(config: Settings | Mapping[str, Any], where: Slice, *, fast: bool = Tr
 def _step(
   experiment: Experiment, where: Slice, devices: Sequence[Any] | None, fast: bool
 ) -> tuple[dict[str, Any], Program]:
-  """The report on the training step."""
+  """Makes the report on the training step."""
   settings = experiment.settings
   length = settings.need("train")
   program = make_program(experiment, layout_of(settings, devices or where.num_devices))
@@ -233,7 +235,7 @@ def _step(
     report["estimate"] = _estimate(seconds, where, length.steps)
     return report, program
   arguments = sum(memory[name] for name in ("parameters", "average", "optimizer", "teacher", "batch"))
-  if arguments > memory["available"]:  # no need to ask the compiler, which does not survive every number
+  if arguments > memory["available"]:  # the compiler need not be asked, and some numbers kill it
     memory |= {"peak": arguments, "fits": False}
     return report, program
   compiled, told = _compile(traced, fast, devices[0].platform)
@@ -263,7 +265,7 @@ def _step(
 
 
 def _estimate(seconds: dict[str, float], where: Slice, steps: int) -> dict[str, Any]:
-  """Seconds a step if all overlaps and if nothing does, what limits it, and what the run costs."""
+  """Seconds a step if all overlaps and if nothing does, its limit, and the cost of the run."""
   least = max(seconds.values())
   return {
     "seconds": seconds,
@@ -276,7 +278,7 @@ def _estimate(seconds: dict[str, float], where: Slice, steps: int) -> dict[str, 
 def _needed(error: str) -> int:
   """Bytes that a program needs, from the compiler's refusal of it; any other error is raised again.
 
-  It reads "Ran out of memory in memory space hbm. Used 25.84G of 15.75G hbm." or "Ran out of memory on HBM, the total
+  A refusal is "Ran out of memory in memory space hbm. Used 25.84G of 15.75G hbm." or "Ran out of memory on HBM, the total
   memory required for HLO temporaries (37.66G) exceeds available HBM (15.75G)."
   """
   sizes = re.search(r"(?:Used |\()([\d.]+)([KMGT])\b", error)
@@ -286,7 +288,7 @@ def _needed(error: str) -> int:
 
 
 def _compile(traced: Any, fast: bool, platform: str) -> tuple[Any, dict[str, Any]]:
-  """The compiled program, None where it does not fit; and what the compiler says of memory, in bytes of a device."""
+  """The compiled program, None if it does not fit, and the compiler's numbers of memory, in bytes of a device."""
   options = {"exec_time_optimization_effort": -1.0} if fast else None
   start = time.perf_counter()
   try:
@@ -303,7 +305,7 @@ def _compile(traced: Any, fast: bool, platform: str) -> tuple[Any, dict[str, Any
 
 
 def _what_would_fit(settings: Settings, where: Slice, devices: Sequence[Any] | None) -> Iterator[dict[str, Any]]:
-  """Changes in the order of what they cost, each on top of those before, until one fits."""
+  """Changes in the order of their cost, each on top of those before, until one fits."""
   changes: list[tuple[str, str, dict[str, Any]]] = []
   if settings.model.get("remat", "full") != "full":
     changes.append(("config.model.remat=full", "model", {"remat": "full"}))
@@ -339,7 +341,7 @@ def _what_would_fit(settings: Settings, where: Slice, devices: Sequence[Any] | N
 
 
 def _sampler(experiment: Experiment, layout: Layout, where: Slice, fast: bool) -> list[dict[str, Any]]:
-  """Reports on the sampler, for each number of evaluations that it is asked for."""
+  """Makes reports on the sampler, one for each number of evaluations of the config."""
   settings = experiment.settings.sample
   size = -(-settings.batch_size // layout.batch_parts) * layout.batch_parts
 
@@ -373,7 +375,7 @@ def _count(tree: Any) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without what libtpu writes on stderr of a machine that has no TPU, whatever it is told; an error brings it back."""
+  """Context without libtpu's lines on stderr, which no setting stops without a TPU; an error brings them back."""
   sys.stderr.flush()
   kept = os.dup(2)
   with tempfile.TemporaryFile() as said:

@@ -9,13 +9,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-# What a step takes where all is well: the share of the roofline that such runs reach in practice.
+# The share of the roofline that such runs reach in practice if all is well.
 EFFICIENCY = 0.45
 FAST = "compiled with --fast: memory is as it will be, what is moved, seconds and chip-hours are overestimated"
 
 
 def as_text(report: dict[str, Any]) -> str:
-  """A report for people."""
+  """Writes a report as text."""
   mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
   m, estimate = report["memory"], report.get("estimate")
   per = "chip" if report["devices"] == report["chips"] else "device (there are two a chip)"
@@ -77,7 +77,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def as_table(reports: Sequence[dict[str, Any]]) -> str:
-  """Reports of several meshes, the fastest that fit first."""
+  """Writes reports of several meshes as a table, the fastest that fit first."""
 
   def rank(report: dict[str, Any]) -> tuple[bool, float]:
     fits = report.get("memory", {}).get("fits", "refused" not in report)

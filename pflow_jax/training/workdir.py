@@ -108,9 +108,9 @@ def has_checkpoint(workdir: str | os.PathLike) -> bool:
 def pinned(workdir: str | os.PathLike | None, settings: Settings) -> Settings:
   """Returns the settings with everything fixed that they point to and that may change.
 
-  A student's teachers get absolute folders and the step of a checkpoint: a teacher that trains on would otherwise change
-  under a student that is resumed or evaluated. One that has moved with the run is found. A folder of prompts gets the
-  options of `data.pinned`.
+  A student's teachers get absolute folders and the step of a checkpoint: a teacher that trains on would otherwise
+  change under a student that is resumed or evaluated. One that has moved with the run is found. A folder of prompts
+  gets the options of `data.pinned`.
 
   Args:
     workdir: of the run; None for a run without one.
