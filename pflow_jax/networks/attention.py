@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec
 
 from pflow_jax.core.batches import BATCH, current_mesh
 
-# Implementation -> whether jvp works. The fused kernels carry a custom_vjp and nothing else.
+# Implementation -> whether jvp works. The fused kernels have a custom_vjp and nothing else.
 IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False}
-PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # that have no other, of devices as JAX names them
+PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # JAX's names of the devices that have them
 
 LANES = 128  # of a TPU register: splash works on blocks of a multiple of it
 BLOCKS = (512, 384, 256, 128)  # sizes of splash's blocks, the largest that divides a sequence first
@@ -56,15 +56,16 @@ def attention(
 
   Args:
     q: queries, (B, T, H, D).
-    k, v: keys and values, (B, S, H, D).
-    mask: which keys are attended to, (B, S) bool, at least one an example; None is all.
+    k: keys, (B, S, H, D).
+    v: values, (B, S, H, D).
+    mask: True for the keys that are attended to, (B, S) bool, at least one an example; None is all.
     implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, float16 or bfloat16 inputs only; "splash" on TPUs.
 
   Returns:
     (B, T, H, D) in the dtype of `q`.
 
   Raises:
-    ValueError: for an unknown implementation.
+    ValueError: the implementation is unknown.
   """
   _check(implementation)
   if implementation == "splash":
@@ -72,8 +73,8 @@ def attention(
   if implementation == "cudnn":
     keys = None if mask is None else mask[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=keys, implementation="cudnn")
-  # Not jax.nn's "xla" path: it is the same formula and as fast, but rounds a float64 softmax to
-  # float32, which spoils every check of a derivative.
+  # jax.nn's "xla" path has the same formula and is as fast, but rounds a float64 softmax to float32, which spoils every
+  # check of a derivative.
   wide = jnp.promote_types(q.dtype, jnp.float32)
   scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
   if mask is not None:
@@ -83,7 +84,7 @@ def attention(
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, interpret: bool = False) -> jax.Array:
-  """The TPU kernel, on each device's examples and heads; sequences are padded to whole blocks, which are masked."""
+  """Calls the TPU kernel on each device's examples and heads; sequences are padded to whole blocks and masked."""
   mesh = current_mesh()
   batch, queries, _, width = q.shape
   keys = k.shape[1]
@@ -91,7 +92,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, in
   if mask is None and k_pad:
     mask = jnp.ones((batch, keys), bool)
   segments = None if mask is None else jnp.pad(mask, ((0, 0), (0, k_pad))).astype(jnp.int32)
-  # The kernel does not scale.
+  # The kernel does not scale the scores.
   q, k, v = (
     jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
     for a, pad in ((q * width**-0.5, q_pad), (k, k_pad), (v, k_pad))
@@ -102,7 +103,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, in
     return jax.vmap(kernel)(q, k, v, _segment_ids(q.shape[2], segments))
 
   if mesh is not None:
-    # GSPMD cannot split a kernel; the heads of an example are as independent as the examples.
+    # GSPMD cannot split a kernel; heads of an example are as independent as examples.
     heads = PartitionSpec(BATCH, "tensor")
     specs = (heads, heads, heads, None if segments is None else PartitionSpec(BATCH))
     local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
@@ -110,7 +111,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, in
 
 
 def _segment_ids(queries: int, segments: jax.Array | None) -> Any:
-  """Queries see keys of the same segment: all are of segment 1, the keys that nobody sees of 0."""
+  """Segment ids, of which queries see their own: 1 for all queries and keys, 0 for the keys that no query sees."""
   from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
   return None if segments is None else SegmentIds(jnp.ones((segments.shape[0], queries), jnp.int32), segments)
@@ -136,6 +137,6 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Any:
     kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret)
     return jax.tree.map(np.asarray, kernel)
 
-  # Its tables are constants, not values of the trace that asked first: another thread knows of none.
+  # Its tables have to be constants, not values of the trace in progress: another thread has no trace.
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
     return thread.submit(make).result()

@@ -22,7 +22,7 @@ Denoiser = Callable[[Array, Array, Any], Array]  # y (B, *space, C), sigma (B,),
 
 
 def _like(a: Array, x: Array) -> Array:
-  """a (B,) with the axes of x (B, *space, C)."""
+  """Returns a (B,) with the axes of x (B, *space, C)."""
   return jnp.expand_dims(a, tuple(range(1, x.ndim)))
 
 
@@ -61,11 +61,16 @@ def denoiser_velocity(denoiser: Denoiser, max_sigma: float = 80.0, min_sigma: fl
   EDM state is infinite, and towards t = 0 a network's error, like rounding, grows as 1 / t while the exact velocity
   only tends to -x. The defaults are EDM's range.
 
+  Args:
+    denoiser: (y, sigma, cond) -> E[x0 | y].
+    max_sigma: largest noise level of the denoiser.
+    min_sigma: smallest noise level of the denoiser.
+
   Returns:
     (x, t, cond) -> v, x (B, *space, C), t (B,) in [0, 1].
 
   Raises:
-    ValueError: unless 0 < min_sigma < max_sigma.
+    ValueError: not 0 < min_sigma < max_sigma.
   """
   if not 0 < min_sigma < max_sigma < math.inf:
     raise ValueError(f"noise levels: expected 0 < min_sigma < max_sigma, got {min_sigma}, {max_sigma}")

@@ -1,7 +1,7 @@
 """Discriminators for adversarial finetuning: StyleGAN2's residual one for images, an MLP for points.
 
 Layers have StyleGAN2's equalised learning rate: unit-normal kernels, scaled by 1/sqrt(fan-in) at run time, so that one
-rate suits them all. Nothing here has a custom derivative: gradient penalties differentiate twice.
+rate suits them all. No layer has a custom derivative: gradient penalties differentiate twice.
 
 References:
   StyleGAN2, arXiv:1912.04958.
@@ -22,7 +22,7 @@ from pflow_jax.networks.layers import Dtype, accumulation_dtype
 
 _normal = nn.initializers.normal(1.0)
 
-# Where the parameters lie on a mesh, as part of a training state; see `mesh.sharding.Layout`.
+# Placement of the parameters on a mesh, as part of a training state; see `mesh.sharding.Layout`.
 SHARDING = (("opponent/.*/kernel", (None, "fsdp")),)
 
 
@@ -40,10 +40,10 @@ def blur(x: jax.Array, stride: int, padding: int) -> jax.Array:
 
 
 def minibatch_std(x: jax.Array, group_size: int) -> jax.Array:
-  """One more channel for x (B, H, W, C): the standard deviation within the example's group, averaged over H, W, C.
+  """Adds a channel to x (B, H, W, C): the standard deviation within the example's group, averaged over H, W, C.
 
-  Groups are consecutive examples, as many as the largest divisor of B up to `group_size`: a batch that is sharded over
-  devices in multiples of that needs no communication, and the result never depends on the devices.
+  Groups are consecutive examples, of the largest divisor of B up to `group_size`: a batch that is sharded over devices
+  in multiples of that needs no communication, and the result never depends on the devices.
   """
   batch = x.shape[0]
   size = next(g for g in range(group_size, 0, -1) if batch % g == 0)
@@ -105,11 +105,12 @@ class Discriminator(nn.Module):
     num_classes: rows of the class table without the null class, which is index `num_classes`.
     width: channels at the full resolution; they double with every halving of it, up to `max_width`. StyleGAN2 has
       32768 / H, up to 512.
+    max_width: upper bound of the channels.
     group_size: examples that share a minibatch standard deviation, see `minibatch_std`; 1 keeps examples apart.
-    dtype: compute dtype down to 4 x 4. Parameters and what follows stay float32.
+    dtype: compute dtype down to 4 x 4. Parameters and the later layers stay float32.
 
   Raises:
-    ValueError: for a shape that cannot be halved down to 4 x 4.
+    ValueError: the shape cannot be halved down to 4 x 4.
   """
 
   shape: tuple[int, int, int]
@@ -130,7 +131,7 @@ class Discriminator(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-    """x (B, H, W, C), cond (B,) int32 labels -> (B,)."""
+    """Maps x (B, H, W, C) and cond (B,), int32 labels, to logits (B,)."""
     _check_input(x, self.shape)
     dtype, wide = jnp.dtype(self.dtype), accumulation_dtype(self.dtype)
     halvings = int(math.log2(self.shape[0] // 4))
@@ -165,7 +166,7 @@ class PointDiscriminator(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-    """x (B, C), cond (B,) int32 labels -> (B,)."""
+    """Maps x (B, C) and cond (B,), int32 labels, to logits (B,)."""
     _check_input(x, self.shape)
     h = x.astype(self.dtype)
     for i in range(self.depth):
@@ -186,10 +187,10 @@ def make_discriminator(
   max_width: int = 512,
   dtype: Dtype = jnp.float32,
 ) -> Discriminator | PointDiscriminator:
-  """Discriminator for examples of `shape`: (H, W, C) images, or (C,) points, whose layers all have `width`.
+  """Makes a discriminator for examples of `shape`: (H, W, C) images, or (C,) points, whose layers all have `width`.
 
   Raises:
-    ValueError: for other shapes, see `Discriminator`.
+    ValueError: the shape is another, see `Discriminator`.
   """
   shape = tuple(shape)
   if len(shape) == 3:

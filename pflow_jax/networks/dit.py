@@ -57,7 +57,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, condition: jax.Array) -> tuple[jax.Array, None]:
-    """x (B * T, D), condition (B, D) = SiLU(embedding) -> (x, None), as scan wants it."""
+    """Maps x (B * T, D) and condition (B, D) = SiLU(embedding) to (x, None), a scan's carry and output."""
     batch, width = condition.shape[0], x.shape[1]
 
     def dense(features: int, name: str, *split: Any) -> nn.Dense:
@@ -88,26 +88,28 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-  """Diffusion transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns.
+  """Diffusion transformer: `apply({"params": p}, x, t, cond)` -> output of `head`.
+
+  Training on data fills in `channels`, `num_classes`, `head` and `pooled_width`.
 
   Attributes:
     patch_size: side of a patch; the head must have the same.
-    width: of a token.
-    depth: blocks.
+    width: features of a token.
+    depth: number of blocks.
     num_heads: of the attention, see `DIT_SIZES`.
-    channels: C of the input, as its head's. Whoever trains a network on data fills in this and the next two.
+    channels: C of the input, as its head's.
     num_classes: rows of the class table without the null class, which is index `num_classes`.
-    head: module of `pflow_jax.networks.heads`; its parameters live under "head".
-    pooled_width: of the vector (B, P) in cond["pooled"] that takes the place of a class; None for classes.
+    head: module of `pflow_jax.networks.heads`; its parameters are under "head".
+    pooled_width: width of the vector (B, P) in cond["pooled"] that takes the place of a class; None for classes.
     mlp_ratio: width of the MLPs over that of a token.
     dtype: compute dtype. Parameters, residual stream, norms and outputs stay float32.
     remat: "none", "full" (keep only each block's input), "dots" (keep the matmul outputs) or "offload" (keep those in
-      the host's memory, where the device has a way there: TPU and GPU).
+      the host's memory; for TPU and GPU).
     attention: implementation name, see `pflow_jax.networks.attention`.
-    norm_eps: added to the variance by the norms before the MLPs, as diffusers has it; the other norms have 1e-6.
+    norm_eps: added to the variance by the norms before the MLPs, as in diffusers; the other norms have 1e-6.
     time_scale: factor on t before its sinusoid.
-    frequency_shift: of that, see `layers.sinusoid`.
-    flip_time: the sinusoid is given 1 - t: 0 is noise and 1 data, as in SiT.
+    frequency_shift: of the sinusoid, see `layers.sinusoid`.
+    flip_time: whether the sinusoid gets 1 - t: 0 is noise and 1 data, as in SiT.
     scan_unroll: blocks unrolled in one iteration of the scan over depth.
   """
 
@@ -156,7 +158,7 @@ class DiT(nn.Module):
   def embed_condition(
     self, t: jax.Array, cond: Any, s: jax.Array | None = None, guidance: jax.Array | None = None
   ) -> jax.Array:
-    """Returns the conditioning embedding (B, D) of t (B,), labels (B,) or a text, and what else is given."""
+    """Returns the conditioning embedding (B, D) of t (B,), labels (B,) or a text, and s and guidance if given."""
     embedding = self.time_embed(1 - t if self.flip_time else t)
     embedding += self.class_embed(cond) if self.pooled_width is None else self.pooled_embed(cond["pooled"])
     if s is not None:
@@ -173,10 +175,17 @@ class DiT(nn.Module):
     s: jax.Array | None = None,
     guidance: jax.Array | None = None,
   ) -> Any:
-    """x (B, H, W, C), t (B,) flow time in [0, 1] (1 is noise), cond (B,) int32 labels, or {"pooled": (B, P)}.
+    """Returns the head's output at state `x`.
 
-    A flow map also gets the time s (B,) that it jumps to, and, where it was trained for several, the guidance strength
-    (B,). H and W are any multiples of `patch_size`. Raises ValueError for sizes that do not fit.
+    Args:
+      x: (B, H, W, C); H and W are any multiples of `patch_size`.
+      t: flow time in [0, 1], (B,); 1 is noise.
+      cond: int32 labels (B,), or {"pooled": (B, P)}.
+      s: time that a flow map jumps to, (B,).
+      guidance: strength, (B,), of a flow map that was trained for several.
+
+    Raises:
+      ValueError: sizes do not fit.
     """
     if x.ndim != 4 or x.shape[-1] != self.channels:
       raise ValueError(f"x: expected shape (B, H, W, {self.channels}), got {x.shape}")

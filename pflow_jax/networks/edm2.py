@@ -1,7 +1,7 @@
 """EDM2: the magnitude-preserving U-Net, with a second time and a guidance strength for flow maps.
 
-Every layer keeps unit-variance inputs at unit variance, so nothing needs a bias or a learned norm. The directions of
-the weights are what trains: apply `normalize_weights` after every update.
+Every layer keeps unit-variance inputs at unit variance, so no layer needs a bias or a learned norm. Only the directions
+of the weights train: `normalize_weights` has to be applied after every update.
 
 References:
   EDM2 (config G), arXiv:2312.02696; flow maps, arXiv:2506.14603; time features, arXiv:2410.11081.
@@ -31,7 +31,7 @@ EDM2_SIZES: dict[str, dict[str, int]] = {
 }
 
 # Weight of the second operand of a magnitude-preserving sum or concatenation.
-RESIDUAL_BALANCE = 0.3  # also of attention
+RESIDUAL_BALANCE = 0.3  # also that of attention
 LABEL_BALANCE = 0.5
 CONCAT_BALANCE = 0.5
 CLIP = 256.0  # of a block's output, as in the release
@@ -39,12 +39,12 @@ MIN_TIME = 1e-4  # log-sigma is finite in [MIN_TIME, 1 - MIN_TIME]
 
 _KERNEL = "mp_kernel"  # `normalize_weights` finds the kernels by this name
 
-# Where the kernels lie on a mesh, see `mesh.sharding.Layout`: filters whole, for they are normalised.
+# Placement of the kernels on a mesh, see `mesh.sharding.Layout`: filters stay whole, because they are normalised.
 SHARDING = ((f".*/{_KERNEL}", (None, "fsdp")),)
 
 
 def normalize(x: jax.Array, axis: int | tuple[int, ...], eps: float = 1e-4) -> jax.Array:
-  """x over eps plus its root mean square along `axis`, taken in float32 (or wider); dtype of x."""
+  """Divides x by eps plus its root mean square along `axis`, taken in float32 (or wider); dtype of x."""
   wide = x.astype(accumulation_dtype(x.dtype))
   rms = jnp.sqrt(jnp.mean(jnp.square(wide), axis, keepdims=True))
   return (wide / (rms + eps)).astype(x.dtype)
@@ -56,21 +56,21 @@ def mp_silu(x: jax.Array) -> jax.Array:
 
 
 def mp_sum(a: jax.Array, b: jax.Array, t: float) -> jax.Array:
-  """(1 - t) a + t b at the magnitude of uncorrelated a and b (Eq. 88)."""
+  """Returns (1 - t) a + t b at the magnitude of uncorrelated a and b (Eq. 88)."""
   return ((1 - t) * a + t * b) / math.hypot(1 - t, t)
 
 
 def mp_cat(a: jax.Array, b: jax.Array, t: float) -> jax.Array:
-  """a and b side by side on the last axis, contributing in the ratio 1 - t to t (Eq. 103)."""
+  """Concatenates a and b on the last axis, with contributions in the ratio 1 - t to t (Eq. 103)."""
   na, nb = a.shape[-1], b.shape[-1]
   scale = math.sqrt(na + nb) / math.hypot(1 - t, t)
   return jnp.concatenate([a * (scale * (1 - t) / math.sqrt(na)), b * (scale * t / math.sqrt(nb))], axis=-1)
 
 
 def normalize_weights(params: Any) -> Any:
-  """Forced weight normalisation: every filter of every MPConv to root mean square 1; the rest as it is.
+  """Forced weight normalisation: every filter of every MPConv to root mean square 1; other leaves stay.
 
-  Without it the kernels grow, which the forward pass does not see, and the effective learning rate decays.
+  Without it the kernels grow, which does not change the forward pass, and the effective learning rate decays.
 
   References:
     EDM2, Sec. 2.3, Eq. 66.
@@ -88,7 +88,9 @@ class MPConv(nn.Module):
   """Magnitude-preserving linear map without a bias (Eq. 47): the last axis, or a size x size convolution.
 
   Attributes:
+    features: channels of the output.
     size: side of the filters on x (B, H, W, C); 1 acts on the last axis of any x.
+    dtype: compute dtype.
     gain: whether a learned scalar, zero at the start, multiplies the output.
   """
 
@@ -99,7 +101,7 @@ class MPConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x (..., C) -> (..., features) in `dtype`."""
+    """Maps x (..., C) to (..., features) in `dtype`."""
     shape = (self.size,) * (2 if self.size > 1 else 0) + (x.shape[-1], self.features)
     kernel = self.param(_KERNEL, nn.initializers.normal(1.0), shape, jnp.float32)
     kernel = normalize(kernel.astype(accumulation_dtype(self.dtype)), tuple(range(len(shape) - 1)))
@@ -115,7 +117,7 @@ class MPConv(nn.Module):
 class MPFourier(nn.Module):
   """Random Fourier features of u (B,): (B, width), unit magnitude (Eq. 75).
 
-  Frequencies and phases are constants; they are parameters, with no gradient, for a checkpoint to hold them.
+  Frequencies and phases are constants; they are parameters without a gradient, so that a checkpoint holds them.
   """
 
   width: int
@@ -133,9 +135,10 @@ class Block(nn.Module):
 
   Attributes:
     features: channels of the output.
-    decoder: a decoder block widens after its residual branch, and has no pixel norm.
+    decoder: whether it is a decoder's, which widens after its residual branch and has no pixel norm.
     resample: "keep", "down" (mean of 2 x 2) or "up" (nearest neighbour).
     num_heads: of the attention; 0 for none.
+    dtype: compute dtype.
     attention: implementation name.
   """
 
@@ -148,7 +151,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-    """x (B, H, W, C), condition (B, E) = mp_silu(embedding) -> (B, H', W', features)."""
+    """Maps x (B, H, W, C) and condition (B, E) = mp_silu(embedding) to (B, H', W', features)."""
     if self.resample == "down":
       x = reduce(x, "b (h i) (w j) c -> b h w c", "mean", i=2, j=2)
     elif self.resample == "up":
@@ -158,7 +161,7 @@ class Block(nn.Module):
       x = normalize(match_width(x), axis=-1)
 
     y = self._conv("conv_res0", 3)(mp_silu(x))
-    # In float32: the derivative in time passes through here alone.
+    # This is float32, because the derivative in time passes through here alone.
     scale = 1 + MPConv(self.features, dtype=condition.dtype, gain=True, name="emb_linear")(condition)
     y = self._conv("conv_res1", 3)(mp_silu(y * scale[:, None, None, :].astype(y.dtype)))
     x = mp_sum(match_width(x), y, RESIDUAL_BALANCE)
@@ -172,7 +175,7 @@ class Block(nn.Module):
   def _attend(self, x: jax.Array) -> jax.Array:
     """Cosine attention: queries, keys and values have unit magnitude in every head."""
     qkv = self._conv("attn_qkv", features=3 * self.features)(x)
-    # The release's order of channels: heads, then a head's channels, then q, k, v.
+    # The release orders channels by head, then by a head's channel, then by q, k, v.
     qkv = normalize(qkv.reshape(x.shape[0], -1, self.num_heads, self.features // self.num_heads, 3), axis=3)
     q, k, v = (qkv[..., i] for i in range(3))
     return self._conv("attn_proj")(attention(q, k, v, implementation=self.attention).reshape(x.shape))
@@ -182,17 +185,20 @@ class EDM2UNet(nn.Module):
   """EDM2's U-Net: `apply({"params": p}, x, t, cond, s, guidance)` -> velocity.
 
   `s` and `guidance` have branches of their own, whose parameters exist only if `init` was given them. Both start at
-  gain zero: with a teacher's other parameters the network is the teacher, whatever s and the guidance are.
+  gain zero: with a teacher's other parameters the network is the teacher, whatever s and the guidance are. Training on
+  data fills in `channels` and `num_classes`.
 
   Attributes:
-    channels: C of the data. Whoever trains a network on data fills in this and the next one.
-    num_classes: without the null class, which is index `num_classes`; 0 ignores `cond`.
-    model_channels, channel_mult, num_blocks: size, see `EDM2_SIZES`; one level for every channel_mult, each of half
-      the resolution of the one before, with num_blocks blocks in the encoder and one more in the decoder.
+    channels: C of the data.
+    num_classes: number of classes without the null class, which is index `num_classes`; 0 ignores `cond`.
+    model_channels: channels at factor 1, see `EDM2_SIZES`.
+    channel_mult: factor on the channels of each level; a level has half the resolution of the one before.
+    num_blocks: blocks of a level in the encoder; the decoder has one more.
     attn_levels: levels with attention; EDM2's are those of 16 and 8 pixels, (2, 3) for inputs of 64.
     channels_per_head: of the attention.
     time_embedding: "positional" (sinusoids of time_scale * t: slow, for derivatives in t) or "fourier" (EDM2's, of
       time_scale * c_noise, c_noise = log(sigma) / 4, sigma = t / (1 - t): for released checkpoints).
+    time_scale: factor on the time before its features.
     dtype: compute dtype. Parameters, the embedding, norms and outputs stay float32 (or wider).
     remat: "none" or "full" (the backward pass keeps only each block's input).
     attention: implementation name, see `pflow_jax.networks.attention`.
@@ -249,11 +255,12 @@ class EDM2UNet(nn.Module):
     s: jax.Array | None = None,
     guidance: jax.Array | None = None,
   ) -> Any:
-    """x (B, H, W, C) of about unit variance, t (B,) flow time in [0, 1] (1 is noise), cond (B,) int32 labels.
-
-    H and W are multiples of 2^(levels - 1).
+    """Returns the velocity at state `x`.
 
     Args:
+      x: (B, H, W, C) of about unit variance; H and W are multiples of 2^(levels - 1).
+      t: flow time in [0, 1], (B,); 1 is noise.
+      cond: int32 labels, (B,).
       s: flow time where the flow map ends, s <= t, (B,).
       guidance: strength, (B,).
 
@@ -261,7 +268,7 @@ class EDM2UNet(nn.Module):
       (B, H, W, C), float32 (or wider).
 
     Raises:
-      ValueError: for sizes that do not fit.
+      ValueError: sizes do not fit.
     """
     self._check(x, t=t, cond=cond, s=s, guidance=guidance)
     dtype, wide = jnp.dtype(self.dtype), accumulation_dtype(self.dtype)
@@ -275,7 +282,7 @@ class EDM2UNet(nn.Module):
       heads = width // self.channels_per_head if attend else 0
       return block(width, name.startswith("dec"), resample, heads, dtype, self.attention, name=name)(h, condition)
 
-    # The channel of ones stands in for biases.
+    # The channel of ones takes the place of biases.
     h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
     h = MPConv(widths[0], 3, dtype, name="enc0_conv")(h)
     skips = [h]

@@ -1,6 +1,6 @@
 """Parts that several networks share: patches, positions, and the conditioning embedding.
 
-Parameters are float32 everywhere; `dtype` is what a layer computes in.
+Parameters are float32 everywhere; `dtype` is a layer's compute dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Dtype = Any
 COLUMNS = ("fsdp", "tensor")  # the mesh axes that split the kernel of a Dense layer with `in_parts`
 FREQUENCIES = 256  # width of the sinusoid that feeds the time MLP, as in DiT
 
-# Where the parameters of this module lie on a mesh, and of those like them in DiT and MLP; see `mesh.sharding.Layout`.
+# Placement on a mesh of this module's parameters, and of those like them in DiT and MLP; see `mesh.sharding.Layout`.
 SHARDING = (
   ("adaln/kernel", ("fsdp", None)),
   ("(qkv|mlp_in)/kernel", ("fsdp", "tensor")),
@@ -33,7 +33,7 @@ SHARDING = (
   ("class_embed/embedding|.*/(bias|scale)", ()),
 )
 
-# What the backward pass keeps of a block: everything, nothing, the matmul outputs, or those in the host's memory.
+# Values of a block that the backward pass keeps: all, none, the matmul outputs, or those in the host's memory.
 REMAT_POLICIES: dict[str, Any] = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -43,16 +43,16 @@ REMAT_POLICIES: dict[str, Any] = {
 
 
 def scanned(block: Any, depth: int, remat: str = "none", unroll: int = 1) -> Any:
-  """`depth` of `block` (carry, *constant inputs) -> (carry, None), one after the other, as one nn.scan.
-
-  Parameters have a leading axis `depth`.
+  """Makes one nn.scan of `depth` blocks, one after the other; parameters have a leading axis `depth`.
 
   Args:
+    block: module (carry, *constant inputs) -> (carry, None).
+    depth: number of blocks.
     remat: see REMAT_POLICIES.
     unroll: blocks in one iteration.
 
   Raises:
-    ValueError: for an unknown `remat`.
+    ValueError: `remat` is unknown.
   """
   if remat not in REMAT_POLICIES:
     raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {remat!r}")
@@ -119,7 +119,10 @@ def unpatchify(rows: jax.Array, grid: tuple[int, ...], patch_size: int, groups: 
   Args:
     rows: (B, T, p^n M C) with T = prod(grid); a row counts (p1, p2, m, c) for "dit" and
       (m, c, p1, p2) for "flux".
-    groups: M, how many maps (components, coefficients) a row holds.
+    grid: patches along each axis of space.
+    patch_size: p.
+    groups: M, the number of maps (components, coefficients) in a row.
+    layout: "dit" or "flux".
 
   Returns:
     (B, M, *space, C), space = grid * patch_size.
@@ -135,8 +138,8 @@ def unpatchify(rows: jax.Array, grid: tuple[int, ...], patch_size: int, groups: 
 def sinusoid(position: jax.Array, width: int, max_period: float = 10_000.0, shift: int = 0) -> jax.Array:
   """Returns cosines then sines of position (B,) at width/2 log-spaced frequencies: (B, width).
 
-  They fall from 1 towards 1 / max_period, which the last one reaches with a `shift` of 1; diffusers' DiT has that, and
-  no other network.
+  The frequencies fall from 1 towards 1 / max_period, which the last one reaches with a `shift` of 1, as in diffusers'
+  DiT alone.
   """
   half = width // 2
   frequencies = np.exp(-math.log(max_period) * np.arange(half) / (half - shift)).astype(position.dtype)
@@ -176,10 +179,10 @@ def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 @functools.cache
 def gathered(*spec: Any) -> Callable[..., jax.Array]:
-  """A `dot_general` for nn.Dense whose kernel lies on a mesh as `spec` says, see SHARDING, and is gathered for use.
+  """Returns a `dot_general` for nn.Dense whose kernel lies on a mesh as `spec` says, see SHARDING, and is gathered.
 
-  Left to itself GSPMD may move activations instead, or cut the product in hundreds of small ones. The kernel has the
-  layer's compute dtype by then, which is what is sent; in an nn.scan one layer at a time is whole.
+  GSPMD by itself may move activations instead, or cut the product in hundreds of small ones. The kernel is sent in the
+  layer's compute dtype; in an nn.scan one layer at a time is whole.
   """
 
   def dot_general(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
@@ -191,7 +194,7 @@ def gathered(*spec: Any) -> Callable[..., jax.Array]:
 def in_parts(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
   """A `dot_general` for a Dense layer on one vector an example, (B, D), whose kernel lies in parts of its columns.
 
-  Its kernel may be as large as any, as those of adaLN are, but its inputs are few: they travel, not the kernel.
+  The kernel may be large, as those of adaLN are, and the inputs are few: the inputs are sent, not the kernel.
   """
   data = tuple(axis for axis in BATCH if axis != "fsdp")
   y = jax.lax.dot_general(constrain(x, data, None), kernel, *args, **options)
@@ -199,10 +202,13 @@ def in_parts(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax
 
 
 class TimeEmbed(nn.Module):
-  """t (B,) -> (B, width): sinusoid of time_scale * t, Dense, SiLU, Dense (DiT).
+  """Embedding (B, width) of t (B,): sinusoid of time_scale * t, Dense, SiLU, Dense (DiT).
 
   Attributes:
-    neutral: start at 0 whatever t is: a branch added to a trained network does not change it.
+    width: of the embedding.
+    time_scale: factor on t.
+    dtype: compute dtype.
+    neutral: whether it starts at 0 for every t: such a branch does not change a trained network.
     frequency_shift: see `sinusoid`.
   """
 
@@ -246,7 +252,7 @@ def check_head(head: Any, channels: int, patch_size: int) -> None:
 
 
 class RMSNorm(nn.Module):
-  """x (..., D) over its root mean square along the last axis, times a learned scale; float32 or wider within."""
+  """Divides x (..., D) by its root mean square along the last axis, times a learned scale; float32 or wider within."""
 
   epsilon: float = 1e-6
 
@@ -265,7 +271,7 @@ class FinalNorm(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array, embedding: jax.Array) -> jax.Array:
-    """tokens (B, T, D), embedding (B, D) -> (B, T, D), float32 or wider."""
+    """Maps tokens (B, T, D) and embedding (B, D) to (B, T, D), float32 or wider."""
     wide = accumulation_dtype(self.dtype)
     zeros = nn.initializers.zeros
     split = gathered("fsdp", None)

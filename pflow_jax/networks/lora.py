@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA) on the Dense layers of a network that knows nothing of them.
+"""Low-rank adapters (LoRA) on the Dense layers of a network, which needs no code for them.
 
-A table, a sequence of `Adapter`, says which layers; the first row that matches a layer's path wins. The new leaves
+A table, a sequence of `Adapter`, names the layers; the first row that matches a layer's path decides. The new leaves
 "lora_a" and "lora_b" lie beside the layer's "kernel", and `adapted` makes the layer use them:
 
     params = combine(params, init_adapters(params, table, key))
@@ -30,7 +30,7 @@ from pflow_jax.settings.adapters import Adapter
 
 Params = dict[str, Any]
 
-# Where the adapters lie on a mesh, see `mesh.sharding.Layout`.
+# Placement of the adapters on a mesh, see `mesh.sharding.Layout`.
 SHARDING = ((".*/lora_a", ("fsdp", None)), (".*/lora_b", (None, "fsdp")))
 
 
@@ -38,17 +38,17 @@ Table = Sequence[Adapter]
 
 
 def init_adapters(params: Mapping[str, Any], table: Table, key: jax.Array) -> Params:
-  """The new leaves, nested like `params`: nothing else, and a network with them starts as without.
+  """Makes the new leaves alone, nested like `params`; they do not change the network's output at the start.
 
-  Beside a kernel (..., in, out): "lora_a" (..., in, rank), normal with standard deviation 1 / rank, and "lora_b"
+  A kernel (..., in, out) gets "lora_a" (..., in, rank), normal with standard deviation 1 / rank, and "lora_b"
   (..., rank, out), zeros; float32. Leading axes are those of nn.scan: every depth has its own draw. A layer's draw
   depends on `key` and on the layers of `params`, not on the table's other rows.
 
   Raises:
-    ValueError: for a row that takes no layer, and for a rank above min(in, out).
+    ValueError: a row takes no layer, or a rank is above min(in, out).
 
   References:
-    the release's LoraConfig(init_lora_weights="gaussian"), which in huggingface/peft, tuners/lora/layer.py,
+    The release's LoraConfig(init_lora_weights="gaussian"), which in huggingface/peft, tuners/lora/layer.py,
       reset_lora_parameters, is normal_(std=1 / r): the rank divides the deviation, not the variance.
   """
   flat = flatten_dict(params)
@@ -79,7 +79,7 @@ def init_adapters(params: Mapping[str, Any], table: Table, key: jax.Array) -> Pa
 
 
 def _adapter_of(table: Table, path: str, rank: int) -> Adapter:
-  """The row for a layer that has adapter leaves of `rank`; ValueError if the table is not theirs."""
+  """Finds the row of a layer that has adapter leaves of `rank`; ValueError if the table has none for it."""
   row = first_match((adapter.pattern for adapter in table), path)
   if row is None or table[row].rank != rank:
     got = "no row for it" if row is None else f"rank {table[row].rank} in row {table[row].pattern!r}"
@@ -94,8 +94,8 @@ def adapted(table: Table) -> contextlib.AbstractContextManager[None]:
   """Context in which apply of any network uses the adapters among its parameters.
 
   A Dense layer with "lora_a" returns x W + b + scale * (drop(x) A) B, in the layer's own compute dtype; A B is never
-  formed. Dropout engages where the rng collection "dropout" reaches the layer: give apply rngs={"dropout": key} when
-  training, and an nn.scan split_rngs={"dropout": True}.
+  formed. Dropout engages where the rng collection "dropout" reaches the layer: training gives apply
+  rngs={"dropout": key}, and an nn.scan split_rngs={"dropout": True}.
 
   Raises:
     ValueError: on apply, for an adapter of another table, or on a layer that is not an nn.Dense.
@@ -123,13 +123,13 @@ def adapted(table: Table) -> contextlib.AbstractContextManager[None]:
 
 
 def merge_adapters(params: Mapping[str, Any], table: Table) -> Params:
-  """Parameters of the plain network: kernels W + scale * A B, the adapters' leaves gone.
+  """Makes the parameters of the plain network: kernels W + scale * A B, without the adapters' leaves.
 
   The sum is made in float32 (or wider) at the highest precision and kept in the kernel's dtype; all other leaves are
   the same objects.
 
   Raises:
-    ValueError: for an adapter of another table.
+    ValueError: an adapter is of another table.
   """
   flat = flatten_dict(params)
   merged = {keys: value for keys, value in flat.items() if keys[-1] not in ("lora_a", "lora_b")}

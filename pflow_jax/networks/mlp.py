@@ -30,7 +30,7 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-    """x (B, T, D), condition (B, D) -> (B, T, D)."""
+    """Maps x (B, T, D) and condition (B, D) to (B, T, D)."""
     width = x.shape[-1]
     xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
     adaln = nn.Dense(2 * width, dtype=x.dtype, kernel_init=zeros, dot_general=gathered("fsdp", None), name="adaln")(
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
     )
     widen, narrow = gathered("fsdp", "tensor"), gathered("tensor", "fsdp")
     shift, scale = jnp.split(adaln, 2, axis=-1)
-    # Two axes before a Dense: its weight gradient is then one plain matmul.
+    # A Dense on two axes has one plain matmul as its weight gradient.
     h = modulate(layer_norm(x), shift, scale).reshape(-1, width)
     h = nn.silu(nn.Dense(width, dtype=self.dtype, kernel_init=xavier, dot_general=widen, name="mlp_in")(h))
     h = nn.Dense(width, dtype=self.dtype, kernel_init=zeros, dot_general=narrow, name="mlp_out")(h)
@@ -46,14 +46,16 @@ class ResidualBlock(nn.Module):
 
 
 class MLP(nn.Module):
-  """Residual MLP: `apply({"params": p}, x, t, cond)` -> what `head` returns.
+  """Residual MLP: `apply({"params": p}, x, t, cond)` -> output of `head`.
+
+  Training on data fills in `channels`, `num_classes` and `head`.
 
   Attributes:
-    width: of a layer.
-    depth: blocks.
-    channels: C. Whoever trains a network on data fills in this and the next two.
+    width: features of a layer.
+    depth: number of blocks.
+    channels: C of the data.
     num_classes: rows of the class table without the null class, which is index `num_classes`.
-    head: module of `pflow_jax.networks.heads` with patch_size 1; its parameters live under "head".
+    head: module of `pflow_jax.networks.heads` with patch_size 1; its parameters are under "head".
     dtype: compute dtype; parameters, residual stream and outputs stay float32.
     time_scale: factor on t before its sinusoid.
   """
@@ -84,7 +86,7 @@ class MLP(nn.Module):
   def embed_condition(
     self, t: jax.Array, cond: jax.Array, s: jax.Array | None = None, guidance: jax.Array | None = None
   ) -> jax.Array:
-    """Returns the conditioning embedding (B, D) of t (B,), labels (B,), and what else is given."""
+    """Returns the conditioning embedding (B, D) of t (B,), labels (B,), and s and guidance if given."""
     embedding = self.time_embed(t) + self.class_embed(cond)
     if s is not None:
       embedding += self.length_embed(t - s)
@@ -100,7 +102,15 @@ class MLP(nn.Module):
     s: jax.Array | None = None,
     guidance: jax.Array | None = None,
   ) -> Any:
-    """x (B, *space, C), t (B,) flow time in [0, 1] (1 is noise), cond (B,) int32 labels; s and guidance as in DiT."""
+    """Returns the head's output at state `x`.
+
+    Args:
+      x: (B, *space, C).
+      t: flow time in [0, 1], (B,); 1 is noise.
+      cond: int32 labels, (B,).
+      s: as for DiT.
+      guidance: as for DiT.
+    """
     if x.ndim < 2 or x.shape[-1] != self.channels:
       raise ValueError(f"x: expected shape (B, *space, {self.channels}), got {x.shape}")
     batch, space = x.shape[0], x.shape[1:-1]

@@ -1,8 +1,8 @@
-"""Blocks of transformers over text and image tokens, of which FLUX.1 and Qwen-Image are made.
+"""Blocks of transformers over text and image tokens, the parts of FLUX.1 and Qwen-Image.
 
-A double block has weights of its own for text and for image tokens, which meet in the attention alone; a single block
-has one set for both, and its attention and MLP side by side. Residual streams have the network's compute dtype, as in
-the released models; norms are float32 within.
+A double block has separate weights for text and for image tokens, which meet in the attention alone; a single block has
+one set for both, and its attention and MLP side by side. Residual streams have the network's compute dtype, as in the
+released models; norms are float32 within.
 
 References:
   MMDiT, arXiv:2403.03206; FLUX.1 (Black Forest Labs); Qwen-Image, arXiv:2508.02324.
@@ -34,7 +34,7 @@ from pflow_jax.networks.layers import (
   scanned,
 )
 
-# Where the parameters lie on a mesh, see `mesh.sharding.Layout`.
+# Placement of the parameters on a mesh, see `mesh.sharding.Layout`.
 SHARDING = (
   (r"(double|single)_blocks/((img|txt)_)?mod/kernel", (None, COLUMNS)),
   (r"(double|single)_blocks/((img|txt)_)?(q|k|v|mlp_in)/kernel", ("fsdp", "tensor")),
@@ -48,7 +48,7 @@ ROPE_BASE = 10_000.0
 def rope_tables(positions: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   """Cosines and sines (T, D) of rotary positions (T, n) whose axis i turns `axes[i]` of the D channels.
 
-  Every pair of neighbouring channels turns by one angle. Float32, of angles in float64.
+  Every pair of neighbouring channels turns by one angle. The result is float32, from angles in float64.
   """
   angles = []
   for i, width in enumerate(axes):
@@ -62,17 +62,18 @@ def rotate(x: jax.Array, rope: tuple[np.ndarray, np.ndarray]) -> jax.Array:
   """Turns the channels of x (B, T, H, D) by their positions' angles, see `rope_tables`."""
   cos, sin = (jnp.asarray(table, accumulation_dtype(x.dtype))[:, None, :] for table in rope)
   wide = x.astype(cos.dtype)
-  # (a, b) -> (-b, a) by rolling: a reshape to pairs would leave two of a register's lanes at work.
+  # Rolling maps (a, b) to (-b, a): a reshape to pairs would use two of a register's lanes.
   even = np.arange(x.shape[-1]) % 2 == 0
   turned = jnp.where(even, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
   return (wide * cos[None] + turned * sin[None]).astype(x.dtype)
 
 
 class _Block(nn.Module):
-  """What both kinds of block share.
+  """Base of both kinds of block.
 
   Attributes:
-    num_heads: of `head_dim` channels each.
+    num_heads: heads of the attention.
+    head_dim: channels of a head.
     mlp_ratio: width of the MLP over that of the tokens.
     dtype: compute dtype.
     attention: implementation, see `networks.attention`.
@@ -92,7 +93,7 @@ class _Block(nn.Module):
     return nn.Dense(features, dtype=self.dtype, dot_general=gathered(*split), name=name)
 
   def _modulation(self, condition: jax.Array, parts: int, name: str) -> list[jax.Array]:
-    """Shifts, scales and gates (B, D) from SiLU(embedding); zero at the start."""
+    """Makes shifts, scales and gates (B, D) from SiLU(embedding); zero at the start."""
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * self.width, dtype=self.dtype, kernel_init=zeros, dot_general=in_parts, name=name)
     return jnp.split(dense(condition), parts, axis=-1)
@@ -102,7 +103,7 @@ class _Block(nn.Module):
     return modulate(layer_norm(x.astype(wide)), shift.astype(wide), scale.astype(wide)).astype(self.dtype)
 
   def _heads(self, x: jax.Array, prefix: str, rope: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values (B, T, H, D) of tokens (B, T, H D); the first two normalised and turned."""
+    """Makes queries, keys and values (B, T, H, D) of tokens (B, T, H D); the first two normalised and turned."""
 
     def project(name: str) -> jax.Array:
       h = self._dense(self.width, f"{prefix}{name}", "fsdp", "tensor")(x)
@@ -117,18 +118,19 @@ class _Block(nn.Module):
 
 
 class DoubleBlock(_Block):
-  """Image and text tokens with weights of their own, one attention over both."""
+  """Block with separate weights for image and text tokens, and one attention over both."""
 
   @nn.compact
   def __call__(
     self, carry: tuple[jax.Array, jax.Array], condition: jax.Array, ropes: Any, mask: jax.Array | None
   ) -> tuple[tuple[jax.Array, jax.Array], None]:
-    """carry: image (B, T, D) and text (B, L, D) tokens.
+    """Maps the tokens to the next block's.
 
     Args:
+      carry: image (B, T, D) and text (B, L, D) tokens.
       condition: SiLU of the embedding, (B, D).
       ropes: of image and text, see `rope_tables`.
-      mask: which tokens are attended to, (B, L + T), text first; None is all.
+      mask: True for the tokens that are attended to, (B, L + T), text first; None is all.
     """
     tokens = [constrain(x, BATCH, None, None) for x in carry]
     prefixes = ("img_", "txt_")
@@ -151,11 +153,11 @@ class DoubleBlock(_Block):
 
 
 class SingleBlock(_Block):
-  """All tokens with the same weights; attention and MLP see the same input and leave by one layer."""
+  """Block with the same weights for all tokens; attention and MLP have the same input and one output layer."""
 
   @nn.compact
   def __call__(self, x: jax.Array, condition: jax.Array, rope: Any, mask: jax.Array | None) -> tuple[jax.Array, None]:
-    """x (B, L + T, D), text first; other arguments as in `DoubleBlock`."""
+    """Maps tokens x (B, L + T, D), text first, to the next block's; other arguments as in `DoubleBlock`."""
     x = constrain(x, BATCH, None, None)
     shift, scale, gate = self._modulation(condition, 3, "mod")
     h = self._norm(x, shift, scale)
@@ -167,17 +169,21 @@ class SingleBlock(_Block):
 
 
 class Transformer(nn.Module):
-  """What the networks made of these blocks share: settings, their checks, and what a picture's tokens are.
+  """Base of the networks made of these blocks: settings, their checks, and the tokens of a picture.
 
   Attributes:
-    head: module of `pflow_jax.networks.heads` in layout "flux"; its parameters live under "head". Whoever trains a
-      network on data fills it in.
-    channels, patch_size: of the latents; the head must have the same.
-    num_heads, head_dim: their product is the width.
+    head: module of `pflow_jax.networks.heads` in layout "flux", which training on data fills in; its parameters are
+      under "head".
+    channels: of the latents; the head must have the same.
+    patch_size: side of a patch of the latents; the head must have the same.
+    num_heads: heads of the attention; times `head_dim` they are the width.
+    head_dim: channels of a head.
     rope_axes: channels of a head that turn with a token's frame, row and column.
+    mlp_ratio: width of the MLPs over that of the tokens.
     dtype: compute dtype and that of the residual stream. Norms, embeddings and outputs stay float32.
-    remat, scan_unroll: see `layers.scanned`.
+    remat: see `layers.scanned`.
     attention: see `networks.attention`.
+    scan_unroll: see `layers.scanned`.
   """
 
   head: Any = None
@@ -201,7 +207,7 @@ class Transformer(nn.Module):
     check_rope(self.rope_axes, self.head_dim)
 
   def _tokens_in(self) -> nn.Dense:
-    """A layer that makes tokens, of image or text."""
+    """Returns a layer that makes tokens, of image or text."""
     return nn.Dense(self.width, dtype=jnp.dtype(self.dtype), dot_general=gathered(None, "fsdp"))
 
   def _blocks(self, block: Any, depth: int) -> Any:
@@ -209,7 +215,7 @@ class Transformer(nn.Module):
     return scanned(block, depth, self.remat, self.scan_unroll)(*size)
 
   def _grid(self, x: jax.Array, cond: Any, widths: dict[str, int]) -> tuple[int, int]:
-    """Rows and columns of patches of x (B, H, W, C); ValueError if it or `cond`, see `check_text`, does not fit."""
+    """Rows and columns of patches of x (B, H, W, C); ValueError if x or `cond`, see `check_text`, does not fit."""
     if x.ndim != 4 or x.shape[-1] != self.channels:
       raise ValueError(f"x: expected shape (B, H, W, {self.channels}), got {x.shape}")
     check_text(cond, widths, x.shape[0])
@@ -224,7 +230,7 @@ def image_positions(grid: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> 
 
 
 def check_text(cond: Any, widths: dict[str, int], batch: int) -> None:
-  """Raises ValueError unless `cond` has embeddings of these widths for `batch` examples, and a mask if it has one.
+  """Raises ValueError unless `cond` has embeddings of these widths for `batch` examples; a mask is optional.
 
   "text" is (B, L, width), any other (B, width); "mask" is (B, L).
   """

@@ -1,4 +1,4 @@
-"""Networks by the names that a config gives them, and what the rest of the package has to know of each."""
+"""Networks by the names that a config gives them, with their description for the rest of the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pflow_jax.networks.edm2 import EDM2UNet, normalize_weights
 from pflow_jax.networks.mlp import MLP
 
 Rule = tuple[str, tuple[Any, ...]]
-FROM_DATA = ("channels", "num_classes", "pooled_width", "head")  # attributes that are filled in for the data
+FROM_DATA = ("channels", "num_classes", "pooled_width", "head")  # attributes that the data and the head decide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,10 @@ class NetworkKind:
   Attributes:
     module: its class; the options of a config are its attributes.
     sharding: rows (pattern, spec) for its own parameters, see `mesh.sharding.Layout`.
-    conditions: what it can be conditioned on: "classes", "pooled" (a vector a text) or "text" (tokens).
+    conditions: kinds of its condition: "classes", "pooled" (a vector a text) or "text" (tokens).
     layout: order of the rows of its output layer, see `networks.heads`.
-    has_head: whether a head is its output layer; else it makes a velocity by itself.
-    project: what brings parameters back after an update where the network wants that.
+    has_head: whether a head is its output layer; other networks make a velocity by themselves.
+    project: projection to apply to the parameters after each update, or None.
   """
 
   module: type[nn.Module]
@@ -39,7 +39,7 @@ class NetworkKind:
 
   @property
   def defaults(self) -> dict[str, Any]:
-    """Attributes that have defaults and say which network it is."""
+    """Defaults of the attributes that determine the network; neither data nor dtype are among them."""
     hidden = ("parent", "name", "channels", "num_classes", "dtype", "head")
     return {name: value for name, value in self._defaults() if name not in hidden}
 
@@ -54,10 +54,12 @@ class NetworkKind:
     Args:
       name: of the network, for errors.
       dataset_name: for errors.
+      channels: of the data.
+      num_classes: of the data.
       cond: shapes of a condition.
 
     Raises:
-      ValueError: the network cannot be conditioned on that.
+      ValueError: the network cannot be conditioned on `cond`.
     """
     attributes: dict[str, Any] = {"channels": channels}
     if "classes" in self.conditions:
@@ -90,7 +92,7 @@ def register_network(name: str, kind: NetworkKind) -> None:
   """Makes a network known to configs.
 
   Args:
-    name: as config.model.kind.
+    name: value of config.model.kind.
     kind: the network.
 
   Raises:
@@ -101,10 +103,10 @@ def register_network(name: str, kind: NetworkKind) -> None:
 
 
 def network_kind(name: Any) -> NetworkKind:
-  """The network of a name.
+  """Returns the network of a name.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is no network of that name.
   """
   if not isinstance(name, str) or name not in NETWORKS:
     raise ValueError(f"config.model.kind: expected one of {sorted(NETWORKS)}, got {name!r}")
@@ -112,13 +114,13 @@ def network_kind(name: Any) -> NetworkKind:
 
 
 def options_of(module: nn.Module) -> tuple[str, dict[str, Any]]:
-  """The name of a network in a config, and its options.
+  """Returns the name of a network in a config, and its options.
 
   Args:
-    module: of a network that is registered.
+    module: of a registered network.
 
   Raises:
-    ValueError: it is not.
+    ValueError: the network is not registered.
   """
   names = [name for name, kind in NETWORKS.items() if kind.module is type(module)]
   if not names:
@@ -130,9 +132,9 @@ def options_of(module: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def sharding_rules(kind: str) -> tuple[Rule, ...]:
-  """Where parameters lie on a mesh in a run of the network `kind`: the first row that matches decides.
+  """Placement of the parameters on a mesh in a run of the network `kind`: the first row that matches decides.
 
-  Rows of other networks, of a smaller teacher perhaps, come last.
+  Rows of other networks, such as a smaller teacher's, come last.
   """
   shared = (*discriminator.SHARDING, *heads.SHARDING, *lora.SHARDING)
   kinds = sorted(NETWORKS, key=lambda name: name != kind)

@@ -1,11 +1,11 @@
 """Autoencoders of latent diffusion models: Stable Diffusion's and FLUX's, and the parts that Qwen-Image's shares.
 
-Images are (B, H, W, C) in [-1, 1]. Latents are (B, h, w, latent_channels) as a flow model sees them, shifted and scaled
-to a variance of about one; h = H / down_factor. The networks run in their compute dtype, as they are released, but for
-norms, the softmax and outputs, which are float32.
+Images are (B, H, W, C) in [-1, 1]. Latents are (B, h, w, latent_channels) as a flow model takes them, shifted and
+scaled to a variance of about one; h = H / down_factor. The networks run in their compute dtype, as in the releases;
+norms, the softmax and outputs are float32.
 
 References:
-  latent diffusion, arXiv:2112.10752; the released AutoencoderKL of diffusers.
+  Latent diffusion, arXiv:2112.10752; the released AutoencoderKL of diffusers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flax import linen as nn
 from pflow_jax.networks.attention import attention
 from pflow_jax.networks.layers import Dtype, accumulation_dtype
 
-# Small beside the networks whose latents they make: whole on every device, see `mesh.sharding.Layout`.
+# Autoencoders are small beside the flow models, so they are whole on every device, see `mesh.sharding.Layout`.
 SHARDING = (("(encoder|decoder)/.*|(post_)?quant_conv/(kernel|bias)", ()),)
 
 SCORES = 2**24  # attention scores of an image that are held at once: those of 64 x 64 tokens
@@ -30,7 +30,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # as in the release
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """The layers that encoder and decoder are made of, here AutoencoderKL's.
+  """Layers of an encoder and a decoder, those of AutoencoderKL.
 
   Attributes:
     dtype: compute dtype of convolutions.
@@ -41,22 +41,22 @@ class Layers:
   groups: int = 32
 
   def norm(self, name: str) -> nn.Module:
-    """A norm over x (B, H, W, C), float32 or wider."""
-    # The fast variance, E[x^2] - E[x]^2, is not good enough: activations reach hundreds.
+    """Returns a norm over x (B, H, W, C), float32 or wider."""
+    # The fast variance, E[x^2] - E[x]^2, is too inexact: activations reach hundreds.
     wide = accumulation_dtype(self.dtype)
     return nn.GroupNorm(self.groups, epsilon=1e-6, dtype=wide, use_fast_variance=False, name=name)
 
   def conv(self, features: int, size: int, name: str) -> nn.Module:
-    """A convolution with square filters, zeros beyond the border."""
+    """Returns a convolution with square filters, zeros beyond the border."""
     return nn.Conv(features, (size, size), dtype=self.dtype, name=name)
 
   def resample(self, x: jax.Array, kind: str, level: int) -> jax.Array:
-    """Half ("down") or double ("up") the resolution, after level number `level`."""
+    """Halves ("down") or doubles ("up") the resolution, after level number `level`."""
     return resampled(x, x.shape[-1], kind, self.dtype)
 
 
 def resampled(x: jax.Array, features: int, kind: str, dtype: Dtype) -> jax.Array:
-  """x (B, H, W, C) at half ("down") or double ("up") the resolution, by a convolution "resample" of `features`."""
+  """Halves ("down") or doubles ("up") the resolution of x (B, H, W, C), by a convolution "resample" of `features`."""
   if kind == "up":
     x = repeat(x, "b h w c -> b (h i) (w j) c", i=2, j=2)
     return nn.Conv(features, (3, 3), dtype=dtype, name="resample")(x)
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x (B, H, W, C) -> (B, H, W, features)."""
+    """Maps x (B, H, W, C) to (B, H, W, features)."""
     h = x
     for i in (1, 2):
       h = nn.silu(self.layers.norm(f"norm{i}")(h))
@@ -83,13 +83,13 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-  """Self-attention of all pixels, one head as wide as they are."""
+  """Self-attention of all pixels, with one head of all channels."""
 
   layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x (B, H, W, C) -> (B, H, W, C)."""
+    """Maps x (B, H, W, C) to the same shape."""
     width, dtype = x.shape[-1], self.layers.dtype
     tokens = rearrange(self.layers.norm("norm")(x), "b h w c -> b (h w) c")
     qkv = nn.Dense(3 * width, dtype=dtype, name="qkv")(tokens)
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """`networks.attention.attention` of q, k, v (B, T, H, D) that never holds more than SCORES scores a head and example.
 
-  With more tokens than that allows, the queries are taken in parts, one after the other, also by the backward pass.
+  For longer sequences the queries are taken in parts, one after the other, also in the backward pass.
   """
   tokens = q.shape[1]
   parts = -(-tokens * tokens // SCORES)
@@ -114,12 +114,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Level(nn.Module):
-  """The blocks of one resolution, and the way to the next ("down" or "up"), if there is one ("keep").
+  """The blocks of one resolution, and the resampling to the next ("down" or "up"), if there is one ("keep").
 
   Attributes:
     features: channels of the blocks.
-    depth: their number.
+    depth: number of blocks.
+    resample: "down", "up" or "keep".
     index: of the level, in the order of computation.
+    layers: makes the layers.
   """
 
   features: int
@@ -130,21 +132,21 @@ class Level(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x (B, H, W, C) -> (B, H', W', C')."""
+    """Maps x (B, H, W, C) to (B, H', W', C')."""
     for j in range(self.depth):
       x = Block(self.features, self.layers, name=f"block_{j}")(x)
     return x if self.resample == "keep" else self.layers.resample(x, self.resample, self.index)
 
 
 class Mid(nn.Module):
-  """Block, attention if wanted, block."""
+  """Block, optional attention, block."""
 
   attention: bool
   layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x (B, H, W, C) -> (B, H, W, C)."""
+    """Maps x (B, H, W, C) to the same shape."""
     x = Block(x.shape[-1], self.layers, name="block_0")(x)
     if self.attention:
       x = Attention(self.layers, name="attention")(x)
@@ -152,14 +154,15 @@ class Mid(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Image -> mean and log-variance side by side.
+  """Maps images to mean and log-variance side by side.
 
   Attributes:
     features: channels of the output.
     stem: channels of the first convolution.
     widths: channels of each level, the finest first.
-    depth: blocks a level.
-    attention: in the middle.
+    depth: blocks of a level.
+    attention: whether there is attention in the middle.
+    layers: makes the layers.
   """
 
   features: int
@@ -171,7 +174,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x (B, H, W, C) -> (B, h, w, features) in the compute dtype."""
+    """Maps x (B, H, W, C) to (B, h, w, features) in the compute dtype."""
     x = self.layers.conv(self.stem, 3, "conv_in")(x)
     last = len(self.widths) - 1
     for i, width in enumerate(self.widths):
@@ -181,11 +184,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latent -> image.
+  """Maps latents to images.
 
   Attributes:
-    as the encoder's; `widths` too is of the finest level first, though that is the last one here. Levels have
-    one block more.
+    features: channels of the output.
+    widths: channels of each level, the finest first, which is the last one here.
+    depth: blocks of a level of the encoder; the decoder's have one more.
+    attention: whether there is attention in the middle.
+    layers: makes the layers.
   """
 
   features: int
@@ -196,7 +202,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
-    """z (B, h, w, C) -> (B, H, W, features) in the compute dtype."""
+    """Maps z (B, h, w, C) to (B, H, W, features) in the compute dtype."""
     x = self.layers.conv(self.widths[-1], 3, "conv_in")(z)
     x = Mid(self.attention, self.layers, name="mid")(x)
     last = len(self.widths) - 1
@@ -206,11 +212,11 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-  """What the autoencoders share; a subclass makes `encoder`, `decoder`, `quant_conv` and `post_quant_conv`."""
+  """Base of the autoencoders; a subclass makes `encoder`, `decoder`, `quant_conv` and `post_quant_conv`."""
 
   @property
   def down_factor(self) -> int:
-    """Pixels of an image a pixel of its latent, along each axis."""
+    """Pixels of an image for a pixel of its latent, along each axis."""
     raise NotImplementedError
 
   def _normalisation(self) -> tuple[Any, Any]:
@@ -218,7 +224,7 @@ class Autoencoder(nn.Module):
     raise NotImplementedError
 
   def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Decodes what it encodes; `init` makes the parameters of both."""
+    """Encodes and decodes x; `init` makes the parameters of both."""
     return self.decode(self.encode(x, key))
 
   def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -228,7 +234,7 @@ class Autoencoder(nn.Module):
       x: images (B, H, W, channels) in [-1, 1]; H and W are multiples of `down_factor`.
 
     Raises:
-      ValueError: for other shapes.
+      ValueError: the shape is another.
     """
     channels, factor = self.channels, self.down_factor  # type: ignore[attr-defined]
     if x.ndim != 4 or x.shape[-1] != channels or any(size % factor or size < 1 for size in x.shape[1:3]):
@@ -242,9 +248,10 @@ class Autoencoder(nn.Module):
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
   def encode(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Latents of images x, (B, h, w, latent_channels), shifted and scaled; float32. Arguments, errors: see `moments`.
+    """Latents of images x, (B, h, w, latent_channels), shifted and scaled; float32. Errors are those of `moments`.
 
     Args:
+      x: images, as for `moments`.
       key: to sample the latent; None takes its mean, which is its mode.
     """
     latent, logvar = self.moments(x)
@@ -257,7 +264,7 @@ class Autoencoder(nn.Module):
     """Images of latents z (B, h, w, latent_channels): (B, H, W, channels), about [-1, 1]; float32.
 
     Raises:
-      ValueError: for other shapes.
+      ValueError: the shape is another.
     """
     channels = self.latent_channels  # type: ignore[attr-defined]
     if z.ndim != 4 or z.shape[-1] != channels or 0 in z.shape[1:3]:
@@ -271,16 +278,19 @@ class Autoencoder(nn.Module):
 class AutoencoderKL(Autoencoder):
   """Autoencoder of Stable Diffusion 1.x (defaults), 2, XL and 3, and of FLUX.1.
 
-  Methods, with `apply({"params": p}, ..., method=...)`: "encode", "decode" and "moments".
+  `apply({"params": p}, ..., method=...)` has the methods "encode", "decode" and "moments".
 
   Attributes:
-    channels, latent_channels: of images and of latents.
+    channels: of images.
+    latent_channels: of latents.
     widths: channels of each level, the finest first.
     depth: blocks of an encoder's level; a decoder's has one more.
     groups: of the group norms.
     mid_attention: whether encoder and decoder attend at the coarsest level.
-    scale, shift: z = (latent - shift) * scale.
-    use_quant_conv, use_post_quant_conv: whether 1 x 1 convolutions follow the encoder and precede the decoder.
+    scale: factor in z = (latent - shift) * scale.
+    shift: offset in it.
+    use_quant_conv: whether a 1 x 1 convolution follows the encoder.
+    use_post_quant_conv: whether a 1 x 1 convolution precedes the decoder.
     dtype: compute dtype. Parameters, norms and outputs stay float32.
   """
 

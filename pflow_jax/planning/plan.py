@@ -278,8 +278,8 @@ def _estimate(seconds: dict[str, float], where: Slice, steps: int) -> dict[str, 
 def _needed(error: str) -> int:
   """Bytes that a program needs, from the compiler's refusal of it; any other error is raised again.
 
-  A refusal is "Ran out of memory in memory space hbm. Used 25.84G of 15.75G hbm." or "Ran out of memory on HBM, the total
-  memory required for HLO temporaries (37.66G) exceeds available HBM (15.75G)."
+  A refusal is "Ran out of memory in memory space hbm. Used 25.84G of 15.75G hbm." or "Ran out of memory on HBM, the
+  total memory required for HLO temporaries (37.66G) exceeds available HBM (15.75G)."
   """
   sizes = re.search(r"(?:Used |\()([\d.]+)([KMGT])\b", error)
   if "Ran out of memory" not in error or "hbm" not in error.lower() or sizes is None:
