@@ -1,9 +1,9 @@
-"""How the compile time of a training step grows with the depth of the network: the blocks are one scan.
+"""Growth of a training step's compile time with the depth of the network, whose blocks are one scan.
 
     python benchmarks/compile_growth.py [--depths 12 48] [--rounds 3]
 
-Compiles the π-ID step of a DiT of width 384 for this machine's devices, without the cache, the depths in turn in every
-round. Printed are medians over the rounds of the seconds to trace and lower, to compile, and both, and the ratios.
+It compiles the π-ID step of a DiT of width 384 for this machine's devices, without the cache, the depths in turn in
+every round. It prints medians over the rounds of the seconds to trace and lower, to compile, and both, and the ratios.
 
 Measured on two cores of a shared machine, jax 0.10.2, 2 rounds: 12.9 s at 12 layers, 12.7 s at 48, a ratio of 0.99.
 """
@@ -22,7 +22,7 @@ from pflow_jax.training.step import make_program
 
 
 def seconds(depth: int) -> tuple[float, float]:
-  """(tracing and lowering, compiling)."""
+  """Measures the seconds of (tracing and lowering, compiling)."""
   config = read_config_file("configs/imagenet.py:gmflow")
   config.model.update(width=384, depth=depth, num_heads=6)
   config.train.batch_size = 8 * jax.device_count()

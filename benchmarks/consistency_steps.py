@@ -1,20 +1,20 @@
-"""Of an error that is the same everywhere more steps make more in a consistency model, and not in a flow map.
+"""Growth of a uniform error with the number of steps: a consistency model's grows, a flow map's does not.
 
-On a Gaussian, where all is known exactly.
+The data are a Gaussian, on which every number is known in closed form.
 
     python benchmarks/consistency_steps.py [--plot docs/images/consistency_steps.png]
 
 Data N(0, c^2) with c = 0.5; the exact jump from t to u multiplies x by S(u) / S(t), S(t)^2 = t^2 + (1 - t)^2 c^2. Two
 models are wrong by 2 %: a consistency model in its output, 1.02 x S(0) / S(t), and a flow map in its displacement,
-x + 1.02 (u - t) F. The error is the standard deviation of what n even steps sample, less c. It is known in closed form
-(lines); the points are `sample_flow_map`'s samples, compared to the exact map's from the same noise.
+x + 1.02 (u - t) F. The error is the standard deviation of the samples of n even steps, less c. It is known in closed
+form (lines); the points are `sample_flow_map`'s samples, compared to the exact map's from the same noise.
 
 Absolute error after 1, 4, 16, 64 steps: consistency model 0.010, 0.019, 0.048, 0.137; flow map 0.010, 0.008, 0.007,
 0.007. 2 % of a short jump is little: the flow map's error tends to c - c^1.02. The consistency model adds its 2 % anew
 in every step, and only the noise that renews the state washes it out: the error grows as n^(2/3) while it is small.
 
-A consistency model has no jump short enough to be right, so part of this is the kind of its error. But a flow map that
-is sampled like one (gamma = 1) gets worse as well, more slowly (n^(1/3) in the end): its signed error is -0.010,
+A consistency model has no jump short enough to be right, so the kind of its error is part of the reason. A flow map
+that is sampled like one (gamma = 1) gets worse as well, more slowly (n^(1/3) in the end): its signed error is -0.010,
 -0.001, 0.003, 0.009, and 0.032 after 1,024 steps.
 """
 
@@ -36,7 +36,7 @@ BLUE, ORANGE = "#1f5fbf", "#e08a1e"
 
 
 def exact(t, u):
-  """What the jump from t to u multiplies x by."""
+  """Factor on x of the exact jump from t to u."""
   return ((u**2 + ((1 - u) * SPREAD) ** 2) / (t**2 + ((1 - t) * SPREAD) ** 2)) ** 0.5
 
 
@@ -60,13 +60,13 @@ def closed_form(factor, steps, gamma):
 
 
 def sampled(factor, steps, gamma, count=2**17, width=256):
-  """The same from `count` samples of `sample_flow_map`, against the exact map's from the same noise."""
+  """The same error, of `count` samples of `sample_flow_map` against the exact map's from the same noise."""
   noise = jax.random.normal(jax.random.key(0), (count // width, width))
   keys = jax.random.split(jax.random.key(1), len(noise))
 
   def deviation(factor):
     def average_velocity(x, t, s, cond):
-      t, s = t[0], s[0]  # those of a step are all the same
+      t, s = t[0], s[0]  # a step has one time for all samples
       return x * (1 - factor(t, s)) / (t - s)
 
     grid = np.linspace(1, 0, steps + 1).tolist()

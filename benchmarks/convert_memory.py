@@ -2,14 +2,14 @@
 
     python benchmarks/convert_memory.py [--folder /tmp/convert] [--gigabytes 2]
 
-Writes a random FLUX.1 folder in bfloat16, with the published width and few blocks, in shards; converts it to a workdir,
-to one laid out for a mesh, and back to a PyTorch folder, each in a process of its own; checks that what comes back is
-what was written, bit by bit. The peak is the process's largest resident set less what it has after importing what it
-needs. The bar is twice the largest tensor and a constant.
+It writes a random FLUX.1 folder in bfloat16, with the published width and few blocks, in shards; converts it to a
+workdir, to one laid out for a mesh, and back to a PyTorch folder, each in a process of its own; and checks that the
+result equals the first folder, bit by bit. The peak is the process's largest resident set less that after its imports.
+The bar is twice the largest tensor and a constant.
 
 Measured on two cores, 2.62 GB in 6 files whose largest tensor has 108 MB: 153 MB to a workdir (1.4 times the largest
-tensor), 160 MB to one for a mesh of 8 devices, 124 MB back (1.1 times); with what a tiny model takes as well, the
-constant, 211, 218 and 132 MB. About 35 s each way on a shared machine, most of it zstd's.
+tensor), 160 MB to one for a mesh of 8 devices, 124 MB back (1.1 times); with the memory of a tiny model, the constant,
+added, 211, 218 and 132 MB. About 35 s each way on a shared machine, most of it zstd's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pflow_jax.torch_io.tensors import open_tensors
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MB = 2**20
 
-# In a process of its own: prints the peak beyond the start, in bytes. Linux keeps the peak, and lets it be reset.
+# A process of its own prints the peak beyond the start, in bytes. Linux keeps the peak, and lets it be reset.
 RUN = """
 import json, pathlib, re, sys
 import jax, torch, safetensors
@@ -53,7 +53,7 @@ print(resident("VmHWM") - before)
 
 
 def write_folder(folder: pathlib.Path, gigabytes: float) -> Model:
-  """A random model of about this size, in five files."""
+  """Writes a random model of about this size, in five files."""
   model, size = _model(1, 1), 0
   for blocks in range(1, 20):
     model = _model(blocks, 2 * blocks)
@@ -77,7 +77,7 @@ def _write(folder: pathlib.Path, model: Model, max_bytes: int) -> None:
 
 
 def measure(source: pathlib.Path, out: pathlib.Path, mesh: dict[str, int], warm: list[str]) -> tuple[float, float]:
-  """(peak beyond the start in bytes, seconds)."""
+  """Measures (peak beyond the start in bytes, seconds)."""
   start = time.perf_counter()
   arguments = json.dumps([str(source), str(out), mesh, warm])
   run = subprocess.run([sys.executable, "-c", RUN, arguments], capture_output=True, text=True, check=False)
@@ -108,7 +108,7 @@ def main() -> None:
       ("back to PyTorch", "run", "back", {}),
       ("back to PyTorch from the mesh's", "mesh", "mesh_back", {}),
     ):
-      # What the libraries take at their first use, whatever the size, is taken before the measurement: the constant.
+      # Libraries take memory at their first use, whatever the size: this constant is taken before the measurement.
       warm = [str(root / f"tiny{'' if source == 'torch' else '_run'}"), str(root / f"tiny_{out}")]
       cold, seconds = measure(root / source, root / out, mesh, [])
       shutil.rmtree(root / out)

@@ -2,7 +2,7 @@
 
     python benchmarks/digits_seeds.py --folder runs/seeds --seeds 0 1 2 --variants gmflow gmflow_2nfe gmflow_4nfe dx
 
-Everything is resumable: runs that are complete are not repeated. Each seed has its own teacher.
+Runs that are complete are not repeated. Each seed has its own teacher.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def pflow(*args):
 
 
 def run_seed(folder, seed, variants, extra):
-  """Trains what is missing; returns the rows of the evaluation, and training seconds by run."""
+  """Trains the missing runs; returns the rows of the evaluation, and training seconds by run."""
   seconds = {}
   common = [f"--config.seed={seed}", *extra]
   seconds["teacher"] = pflow("train", "--config=configs/digits.py:teacher", "--workdir", folder / "teacher", *common)
@@ -60,7 +60,7 @@ def main():
     for key in KEYS:
       values = [rows[name].get(key) for rows, _ in results]
       values = np.array([v[0] if isinstance(v, list) else v for v in values if v is not None], float)
-      # The spread is the standard deviation over seeds; None for the yardstick itself.
+      # The spread is the standard deviation over seeds; the yardstick has none.
       entry[key] = (values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0) if len(values) else None
     table.append(entry)
   print(f"\n{len(args.seeds)} seeds, mean ± standard deviation over seeds\n")

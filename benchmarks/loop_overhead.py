@@ -1,12 +1,12 @@
-"""How long the devices wait for the training loop: the gaps between steps in a profile of `pflow train`.
+"""Waiting time of the devices for the training loop: the gaps between steps in a profile of `pflow train`.
 
     python benchmarks/loop_overhead.py [--steps 12] [--batch 4] [--idle 0.02]
 
-Trains a DiT-S/2 by flow matching on random latents (32 x 32 x 4), with logging every second step, and reads the
-profiler's trace of the steps. A device is busy while a program runs on it; on a CPU, from the moment its client's
-thread takes a program up until it lets go of it, the memory it takes meanwhile included. Printed is the share of the
-time from the first to the last busy moment in which the device is idle. The step is called under
-`jax.transfer_guard("disallow")`: a host sync there would be an error.
+It trains a DiT-S/2 by flow matching on random latents (32 x 32 x 4), with logging every second step, and reads the
+profiler's trace of the steps. A device is busy while a program runs on it. A CPU is busy from the moment at which its
+client's thread takes a program up until it releases it, allocations included. It prints the idle share of the time from
+the first to the last busy moment. The step is called under `jax.transfer_guard("disallow")`: a host sync there would be
+an error.
 
 Measured on two cores of a shared machine, jax 0.10.2: 0.02 % (2.8 ms at most at once, steps of 2 s).
 """
@@ -26,7 +26,7 @@ from pflow_jax.training.train import train
 
 
 def busy_intervals(folder: str) -> np.ndarray:
-  """(n, 2) start and end, in ns, of the times in which a program runs, merged and in order."""
+  """Returns (n, 2) start and end, in ns, of the times in which a program runs, merged and in order."""
   trace = max(pathlib.Path(folder).rglob("*.xplane.pb"))
   spans: list[tuple[float, float]] = []
   for plane in ProfileData.from_file(str(trace)).planes:
@@ -46,7 +46,7 @@ def busy_intervals(folder: str) -> np.ndarray:
 
 
 def regions(events) -> list[tuple[float, float]]:
-  """From every StartRegion of a thread to the StopRegion after it: what the thread was asked to do."""
+  """Returns the regions of a thread's work, from every StartRegion to the StopRegion after it."""
   spans, start = [], None
   for event in sorted(events, key=lambda event: event.start_ns):
     if event.name.endswith("StartRegion"):

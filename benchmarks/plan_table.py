@@ -1,12 +1,13 @@
-"""The tables in docs/plan_*.md: what a run needs on TPU slices, planned by `pflow plan`.
+"""The tables in docs/plan_*.md: needs and cost of runs on TPU slices, planned by `pflow plan`.
 
     python benchmarks/plan_table.py imagenet            # DiT-XL/2 by three methods
     python benchmarks/plan_table.py text_to_image       # FLUX.1 and Qwen-Image by π-ID
 
-Goes on where it was stopped: reports are kept in runs/plan_<table>.json, row by row.
+It goes on where it was stopped: reports are kept in runs/plan_<table>.json, row by row.
 
-Needs the TPU compiler, see `pflow plan`; no TPU. Every row is the config as shipped but for its mesh, with parameters
-in as many parts as there are chips, at most 16, and its micro-batches (`train.accumulation`), the fewest that fit.
+It needs the TPU compiler, see `pflow plan`, and no TPU. Every row is the shipped config with another mesh, which has
+parameters in as many parts as there are chips, at most 16, and with the fewest micro-batches (`train.accumulation`)
+that fit.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ TABLES = {
 def fitting(config_name: str, where: plan.Slice, most: int, fast: bool) -> dict:
   """The report of the first accumulation that fits, a power of 2; the last report if none does."""
   config = read_config_file(f"configs/{config_name}")
-  # Parameters in parts over at most 16 chips: more parts are smaller than what is gained by them.
+  # Parameters are in parts over at most 16 chips: smaller parts save little memory.
   config.mesh.update(data=-1, fsdp=min(16, where.num_devices))
   config.train.accumulation = max(1, config.train.batch_size // (where.num_devices * most))
   while True:

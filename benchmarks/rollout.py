@@ -3,11 +3,10 @@
     python benchmarks/rollout.py
     taskset -c 0 python benchmarks/rollout.py --release LakonLab     # a checkout of LakonLab 0.2 or later; needs torch
 
-Every repeat runs all programs in turn, so that other load on the machine meets all of them alike; ratios are taken
-within a repeat, of the seconds that passed and of those that the processors worked. The transcriptions broadcast
-(K, H, W, C) arrays: "release" line by line as the PyTorch release writes it, "formula" as the paper's posterior mean,
-keeping an axis of one for the channels. With --release the release's own code is imported from there and timed with one
-thread.
+Every repeat runs all programs in turn, so that other load on the machine affects all of them alike; ratios are taken
+within a repeat, of wall seconds and of processor seconds. The transcriptions broadcast (K, H, W, C) arrays: "release"
+line by line like the PyTorch release, "formula" as the paper's posterior mean, keeping an axis of one for the channels.
+With --release the release's own code is imported from there and timed with one thread.
 """
 
 from __future__ import annotations
@@ -73,12 +72,12 @@ def forward(roll):
 
 
 def gradient(roll):
-  """With respect to the network's outputs."""
+  """Returns the gradient of a rollout with respect to the network's outputs."""
   return jax.jit(jax.grad(lambda *a: jnp.sum(jax.vmap(roll)(*a) ** 2), argnums=(1, 2, 3)))
 
 
 def load_release(folder):
-  """(GMFlowPolicy, torch) of a LakonLab checkout, without the packages that its policies do not need."""
+  """Imports (GMFlowPolicy, torch) from a LakonLab checkout, without the packages that its policies do not need."""
   import torch
 
   torch.set_num_threads(1)
@@ -92,7 +91,7 @@ def load_release(folder):
 
 
 def released(folder, substeps, arguments):
-  """The release's rollouts of `arguments`, forward and gradient; the functions ignore what they are given."""
+  """The release's rollouts of `arguments`, forward and gradient, as functions that ignore their arguments."""
   policy_class, torch = load_release(folder)
   x_s, means, logits, log_std = (torch.from_numpy(np.array(a)) for a in arguments)
   x_s, means = x_s.movedim(-1, 1).contiguous(), means.movedim(-1, 2).contiguous()
@@ -119,7 +118,7 @@ def released(folder, substeps, arguments):
 
 
 def interleaved(programs, arguments, repeats):
-  """Seconds (repeats, 2) of every program: that passed, and that the processors worked."""
+  """Measures wall and processor seconds (repeats, 2) of every program."""
   for program in programs.values():
     jax.block_until_ready(program(*arguments))
   seconds = {name: [] for name in programs}
@@ -132,7 +131,7 @@ def interleaved(programs, arguments, repeats):
 
 
 def report(title, seconds):
-  """Medians, and the median ratio within a repeat with the smallest and the largest."""
+  """Prints medians, and the median ratio within a repeat with the smallest and the largest."""
   columns = "median s", "best s", "x slower than euler", "in CPU s"
   print(f"\n{title:24s}" + "".join(f"{c:>{w}s}" for c, w in zip(columns, (10, 10, 26, 26), strict=True)))
   for name, own in seconds.items():

@@ -2,9 +2,9 @@
 
     python benchmarks/rollout_order.py [--plot docs/images/work_precision.png]
 
-Prints the error against evaluations of the policy with the measured order of convergence, then how "auto" compares to
-128 Euler substeps for several choices of the substeps that one of its steps stands for, over segments and over the few
-substeps of a window, and draws the first.
+It prints the error against evaluations of the policy with the measured order of convergence, and draws it. Then it
+compares "auto" to 128 Euler substeps for several choices of the substeps that one of its steps stands for, over
+segments and over the few substeps of a window.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLORS = {"euler": "#7a7a7a", "ab2": "#e08a1e", "auto": "#1f5fbf"}
 
 
 def random_policies(seed, count, t_s, std, k=8, space=(64,), c=4):
-  """States (count, *space, c) at t_s and mixtures over them, their clean samples as far apart as t_s leaves open."""
+  """Draws states (count, *space, c) at t_s and mixtures over them, with clean samples as far apart as t_s allows."""
   normal = np.random.default_rng(seed).normal
   centre = (1 - t_s) * normal(size=(count, *space, c))
   x = centre + t_s * normal(size=centre.shape)
@@ -46,7 +46,7 @@ def roll(policy, x, r_start, r_end, shift, **options):
 
 
 def errors(policy, x, r_start, r_end, shift):
-  """Function (method, substeps) -> RMS error of every policy, against thousands of steps of the best method."""
+  """Returns (method, substeps) -> RMS error of every policy, against thousands of steps of the best method."""
   length = float(r_start - r_end)
   run = functools.partial(roll, policy, x, r_start, r_end, shift, max_length=length)
   exact = run(method="auto", substeps=12_000)
@@ -54,7 +54,7 @@ def errors(policy, x, r_start, r_end, shift):
 
 
 def substeps_for(method, evaluations):
-  """`substeps` of a rollout over [1, 0] that costs so many evaluations; multistep methods need one more to start."""
+  """`substeps` of a rollout over [1, 0] that costs `evaluations`; multistep methods need one more to start."""
   return {"euler": evaluations, "ab2": evaluations - 1, "auto": (evaluations - 1) * SAVING}[method]
 
 

@@ -1,20 +1,19 @@
-"""What a training step costs: flow maps against flow matching, and what π-ID spends outside its two networks.
+"""Cost of a training step: flow maps against flow matching, and π-ID's overhead beside its two networks.
 
     python benchmarks/step_cost.py [--only emd|pid|methods]
 
-emd: a step (loss, gradient, Adam) of AYF-EMD, AYF-LMD and MeanFlow relative to one of flow matching with the same DiT;
-the teacher of the first two is a DiT of the same size, unguided. Counted in forward passes these are 5, 5 and 4 to 3,
-and guidance would add one.
-pid: the gradient of π-ID with a GMFlow student of DiT-B/2 size, against its networks' work alone (the student forward
-and backward, M teacher evaluations); the rest is overhead. A second estimate is the policy's work alone, from fixed
-outputs of the student and with a teacher that costs nothing.
-methods: the gradient of π-ID without data (4 segments, a window of 3 substeps, DiT 256 x 6) by the rollouts' default
-method against Euler, whole and the policy's work alone.
+* emd: a step (loss, gradient, Adam) of AYF-EMD, AYF-LMD and MeanFlow relative to one of flow matching with the same
+  DiT; the teacher of the first two is a DiT of the same size, unguided. Counted in forward passes these are 5, 5 and 4
+  to 3, and guidance would add one.
+* pid: the gradient of π-ID with a GMFlow student of DiT-B/2 size, against its networks' work alone (the student forward
+  and backward, M teacher evaluations); the rest is overhead. A second estimate is the policy's work alone, from fixed
+  outputs of the student and with a teacher that costs nothing.
+* methods: the gradient of π-ID without data (4 segments, a window of 3 substeps, DiT 256 x 6) by the rollouts' default
+  method against Euler, whole and the policy's work alone.
 
-Every round runs all programs in turn, in changing order, so that other load meets all alike. Printed are medians over
-rounds of the seconds that passed and that the processors worked, of the ratio within a round, with the smallest and the
-largest, and the matrix products' operations (`count_flops`). Other load still favours one or the other: measure on an
-idle machine.
+Every round runs all programs in turn, in changing order, so that other load affects all alike. It prints medians over
+rounds of wall and processor seconds, of the ratio within a round, with the smallest and the largest, and the matrix
+products' operations (`count_flops`). Other load still favours one or the other, so the machine should be idle.
 
 Measured, 4 rounds on two cores of a shared machine, jax 0.10.2, medians of wall seconds: AYF-EMD 1.36 of a step of flow
 matching on digits and 1.48 at DiT-S/2, MeanFlow 1.18 and 1.22. The policy alone is 1.5 % of π-ID's step at DiT-B/2; the
@@ -44,19 +43,19 @@ def make_dit(head, channels, **size):
 
 
 def make_student(module, params):
-  """A network with GMFlow's head as (x, t, cond) -> policies."""
+  """Returns a network with GMFlow's head as (x, t, cond) -> policies."""
   create = jax.vmap(lambda x, t, out: pf.GMFlowPolicy.create(x, t, **out))
   return lambda x, t, cond: create(x, t, module.apply({"params": params}, x, t, cond))
 
 
 def make_batch(batch, space, channels):
-  """Data, labels and a key: arguments of every program, lest XLA computes with them ahead of time."""
+  """Makes data, labels and a key. They are arguments of every program, or XLA would compute with them ahead of time."""
   x0 = jax.random.normal(jax.random.key(1), (batch, *space, channels))
   return x0, jnp.arange(batch, dtype=jnp.int32) % CLASSES, jax.random.key(2)
 
 
 def measure(programs, rounds):
-  """Seconds (rounds, 2) of every program: that passed, and that the processors worked."""
+  """Measures wall and processor seconds (rounds, 2) of every program."""
   for run in programs.values():
     run()
   seconds, names = {name: [] for name in programs}, list(programs)
@@ -86,7 +85,7 @@ def report(title, seconds, flops, reference):
 
 
 def compare_objectives(title, space, channels, batch, rounds, **size):
-  """Steps of the flow-map objectives against one of flow matching."""
+  """Compares steps of the flow-map objectives with one of flow matching."""
   module = make_dit(pf.VelocityHead, channels, time_scale=1.0, **size)
   data = make_batch(batch, space, channels)
   ones = jnp.ones(batch)
@@ -138,7 +137,7 @@ def compare_objectives(title, space, channels, batch, rounds, **size):
 
 
 def imitation_overhead(batch, rounds, components=32, space=(32, 32), channels=4):
-  """The gradient of π-ID at DiT-B/2 size against the work of its networks."""
+  """Compares the gradient of π-ID at DiT-B/2 size with the work of its networks."""
   size = pf.DIT_SIZES["B"]
   teacher_module = make_dit(pf.VelocityHead, channels, **size)
   head = lambda channels, patch: pf.GMFlowHead(channels, patch, num_components=components)
@@ -191,7 +190,7 @@ def imitation_overhead(batch, rounds, components=32, space=(32, 32), channels=4)
 
 
 def compare_methods(batch, rounds, components=8, space=(32, 32), channels=4):
-  """The gradient of a data-free π-ID step by "euler" and by "auto", with networks and without."""
+  """Compares the gradient of a data-free π-ID step by "euler" and by "auto", with networks and without."""
   size = dict(width=256, depth=6, num_heads=4)
   teacher_module = make_dit(pf.VelocityHead, channels, **size)
   module = make_dit(lambda *args: pf.GMFlowHead(*args, num_components=components), channels, **size)

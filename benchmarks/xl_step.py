@@ -2,17 +2,18 @@
 
     python benchmarks/xl_step.py [--batch 16] [--remat full] [--attention xla] [--variant gmflow] [--steps 10]
 
-Trains configs/imagenet.py (bfloat16, float32 masters, 32 x 32 x 4 latents, K = 32, M = 2, a guided teacher) from random
-weights on random latents, over all devices that there are; `--batch` is of one device. Printed are
+It trains configs/imagenet.py (bfloat16, float32 masters, 32 x 32 x 4 latents, K = 32, M = 2, a guided teacher) from
+random weights on random latents, over all devices; `--batch` is of one device. It prints
 
-  * the matrix rate: what the chip reaches on bfloat16 products of 8192 x 8192, the best of a few;
-  * the step: median seconds, operations (counted in the jaxpr, what remat does twice included) a second of one device,
-    and their ratio to the matrix rate. The first goal is 45 %;
-  * the same without what remat does twice, which others call model FLOP utilisation;
-  * the policy alone: the gradient of the same loss in the student's outputs, with networks that cost nothing, as a
-    share of the step.
+* the matrix rate: the chip's on bfloat16 products of 8192 x 8192, the best of a few;
+* the step: median seconds, operations (counted in the jaxpr, remat's recomputation included) a second of one device,
+  and their ratio to the matrix rate. The first goal is 45 %;
+* the same without remat's recomputation, the model FLOP utilisation;
+* the policy alone: the gradient of the same loss in the student's outputs, with networks that cost nothing, as a share
+  of the step.
 
-`--quick` shrinks all of it to run anywhere; it says nothing. On one GPU of 80 GiB try --batch 32 --attention cudnn.
+`--quick` shrinks all of it to run anywhere, and its numbers mean nothing. One GPU of 80 GiB takes --batch 32
+--attention cudnn.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pflow_jax.training.step import make_program
 
 
 def median_seconds(run, count: int) -> float:
-  """Median over `count` calls, each waited for, after one that compiles."""
+  """Median seconds of `count` calls, each waited for, after one that compiles."""
   jax.block_until_ready(run())
   seconds = []
   for _ in range(count):
@@ -45,7 +46,7 @@ def median_seconds(run, count: int) -> float:
 
 
 def matrix_rate(size: int, count: int = 20) -> float:
-  """Operations a second of one device in bfloat16 products, several in one program lest calling it counts."""
+  """Operations a second of one device in bfloat16 products, several in one program to hide the cost of its call."""
   x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
 
   @jax.jit

@@ -1,8 +1,8 @@
 """Points on a checkerboard: teacher, 1-NFE student and pictures of their trajectories in about 90 seconds on two cores.
 
-pflow train --config configs/checkerboard.py:teacher --workdir runs/board
-pflow train --config configs/checkerboard.py:gmflow --workdir runs/board1 --config.teacher.workdir=runs/board
-pflow evaluate --workdir runs/board1
+    pflow train --config configs/checkerboard.py:teacher --workdir runs/board
+    pflow train --config configs/checkerboard.py:gmflow --workdir runs/board1 --config.teacher.workdir=runs/board
+    pflow evaluate --workdir runs/board1
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ def teacher() -> ConfigDict:
 
 
 def flow_teacher() -> ConfigDict:
-  """Of flow maps, see digits.py."""
+  """Teacher of flow maps, see digits.py."""
   return base("flow_matching", time_scale=1.0)
 
 
@@ -63,7 +63,7 @@ def arc() -> ConfigDict:
   return config
 
 
-# Flow maps, of flow_teacher
+# Flow maps, students of flow_teacher
 
 
 def flow_map(objective: str) -> ConfigDict:
@@ -99,7 +99,7 @@ def mean_flow() -> ConfigDict:
 
 def consistency() -> ConfigDict:
   config = flow_map("consistency")
-  config.sample.gamma = 1.0  # it only knows jumps to the data
+  config.sample.gamma = 1.0  # a consistency model jumps to the data alone
   return config
 
 
@@ -116,5 +116,5 @@ VARIANTS = {variant.__name__: variant for variant in (teacher, flow_teacher, gmf
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  """Returns the config of a variant, one of VARIANTS; ",quicktest" after it shrinks the run to a smoke test."""
   return pick(variant, VARIANTS, quicktest)

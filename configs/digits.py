@@ -8,8 +8,9 @@ Measured (means of three seeds, spreads in the README; alignment error against t
 distance against its at 128): gmflow 0.67 / 1.2, gmflow_2nfe 0.53 / 1.2, gmflow_4nfe 0.36 / 1.1, dx 0.68 / 1.8.
 gmflow_long, about an hour on one core beside other work: 0.52 / 1.0, diversity 1.02.
 
-What was learnt at 1 evaluation, one seed each, the seed that the settings above were chosen on. The spread over seeds
-is 0.014, so differences of 0.02 are no findings:
+Findings at 1 evaluation, with the one seed that the settings above were chosen on. The spread over seeds is 0.014, so
+differences of 0.02 are no findings:
+
 * More steps: 1,500 of 128 gave 0.77, 4,000 of 64 (a third more examples) 0.67, both at rate 1e-3; at 2e-3, 4,000 of 64
   gave 0.65 and 24,000 of 64 0.54. 8,000 of 32 gave 0.64.
 * More intermediate states: M = 4 gave 0.61 where M = 2 gave 0.65, for about a quarter more time a step. With both,
@@ -50,7 +51,7 @@ def teacher() -> ConfigDict:
 
 
 def flow_teacher() -> ConfigDict:
-  """Of flow maps: a sinusoid of 1000 t makes their derivative in t, which is trained, a thousand times as steep."""
+  """Teacher of flow maps. Their derivative in t is trained; a sinusoid of 1000 t makes it a thousand times as steep."""
   config = teacher()
   config.model.time_scale = 1.0
   return config
@@ -109,7 +110,7 @@ def arc_adapters() -> ConfigDict:
   return config
 
 
-# Flow maps, of flow_teacher
+# Flow maps, students of flow_teacher
 
 
 def flow_map(objective: str) -> ConfigDict:
@@ -121,8 +122,8 @@ def flow_map(objective: str) -> ConfigDict:
 
 def ayf_emd() -> ConfigDict:
   config = flow_map("ayf_emd")
-  # Many jumps that end at the data. Longer ones (time_mean=0) are better at one evaluation (alignment 0.91 against
-  # 1.09) and worse from four on (0.39 against 0.30).
+  # Many jumps end at the data. Longer ones (time_mean=0) are better at one evaluation (alignment 0.91 against 1.09) and
+  # worse from four on (0.39 against 0.30).
   config.objective.update(anchor=0.5, to_data=0.3)
   return config
 
@@ -141,14 +142,14 @@ def ayf_lmd() -> ConfigDict:
 
 def mean_flow() -> ConfigDict:
   config = flow_map("mean_flow")
-  # It is compared with a teacher without guidance.
+  # MeanFlow is compared with a teacher without guidance, so it has none.
   config.objective.update(warmup_steps=0, kappa=0.0, cond_dropout=0.0)
   return config
 
 
 def consistency() -> ConfigDict:
   config = flow_map("consistency")
-  config.sample.gamma = 1.0  # it only knows jumps to the data: between them noise is renewed
+  config.sample.gamma = 1.0  # a consistency model jumps to the data alone: noise is renewed between the jumps
   return config
 
 
@@ -167,5 +168,5 @@ VARIANTS = {variant.__name__: variant for variant in (*TEACHERS, *POLICIES, *FLO
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  """Returns the config of a variant, one of VARIANTS; ",quicktest" after it shrinks the run to a smoke test."""
   return pick(variant, VARIANTS, quicktest)

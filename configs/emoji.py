@@ -7,7 +7,7 @@
     pflow sample --workdir runs/emoji_gmflow --prompt "red heart" --prompt "grinning cat" --seed 1
 
 3,786 pictures (Noto, Apache-2.0) and MiniLM's embeddings of their names, in place of a class. On two cores of a CPU a
-step of the teacher takes 0.6 s, one of the student 1.4 s; the README shows what comes of it.
+step of the teacher takes 0.6 s, one of the student 1.4 s; the README shows the pictures.
 """
 
 from ml_collections import ConfigDict
@@ -63,5 +63,5 @@ VARIANTS = {variant.__name__: variant for variant in (teacher, gmflow, gmflow_1n
 
 
 def get_config(variant: str = "teacher") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  """Returns the config of a variant, one of VARIANTS; ",quicktest" after it shrinks the run to a smoke test."""
   return pick(variant, VARIANTS, quicktest)

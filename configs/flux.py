@@ -6,13 +6,13 @@
     launch/tpu.sh run -- --config configs/flux.py:gm_data_free --workdir gs://BUCKET/gm \
         --config.teacher.workdir=gs://BUCKET/flux
 
-Data: a folder of prompts' embeddings, by default /data/flux_prompts; "gm", "gm_8nfe", "dx" and "arc" want the latents
-of an image beside every prompt, the "data_free" ones do not. What a run needs and would take is planned, see
-docs/plan_text_to_image.md; none has been trained at this size with this code.
+Data: a folder of prompts' embeddings, by default /data/flux_prompts; "gm", "gm_8nfe", "dx" and "arc" need the latents
+of an image beside every prompt, the "data_free" ones do not. docs/plan_text_to_image.md has the planned needs and cost
+of a run; none has been trained at this size with this code.
 
 The recipes are those published for π-Flow (arXiv:2510.14974: K = 8 or N = 10, rank 256, batch 256, 3,000 steps at rate
 1e-4, the teacher's share of the walk decaying over 2,000) and ArcFlow (arXiv:2602.09014: K = 16, 10,000 steps,
-log-gamma at a tenth of the rate; its batch was 4 a GPU on a number of GPUs that is not told: here 64). Published
+log-gamma at a tenth of the rate; its batch was 4 a GPU on an unpublished number of GPUs: here 64). Published
 results of π-Flow, distance to the teacher's samples on HPSv2 prompts (FID / patch-FID): 12.6 / 15.9 at 8 evaluations,
 14.3 / 19.2 at 4, 14.4 / 19.7 at 4 without data.
 """
@@ -96,5 +96,5 @@ VARIANTS = {variant.__name__: variant for variant in (gm, gm_8nfe, gm_data_free,
 
 
 def get_config(variant: str = "gm") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  """Returns the config of a variant, one of VARIANTS; ",quicktest" after it shrinks the run to a smoke test."""
   return pick(variant, VARIANTS, quicktest)

@@ -12,7 +12,7 @@ gmflow is pi-Flow's published recipe (arXiv:2510.14974, teacher without REPA): F
 gmflow_2nfe and dx take its K, N, window, rate and number of steps, which were published with a REPA teacher and its
 guidance. Without a published recipe for this network, and untried: arc_adapters (ArcFlow, arXiv:2602.09014, with the
 settings of its text-to-image students and rank 96), ayf_emd (Align Your Flow, arXiv:2506.14603) and both teachers. None
-has been trained at this size with this code: what a run needs and would take is planned, see docs/plan_imagenet.md.
+has been trained at this size with this code; docs/plan_imagenet.md has the planned needs and cost of a run.
 """
 
 from ml_collections import ConfigDict
@@ -51,7 +51,7 @@ def teacher(time_scale: float = 1000.0) -> ConfigDict:
 
 
 def flow_teacher() -> ConfigDict:
-  """Of flow maps, see digits.py."""
+  """Teacher of flow maps, see digits.py."""
   return teacher(time_scale=1.0)
 
 
@@ -123,5 +123,5 @@ VARIANTS = {
 
 
 def get_config(variant: str = "gmflow") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  """Returns the config of a variant, one of VARIANTS; ",quicktest" after it shrinks the run to a smoke test."""
   return pick(variant, VARIANTS, quicktest)

@@ -6,10 +6,10 @@
     launch/tpu.sh run -- --config configs/qwen_image.py:gm_data_free --workdir gs://BUCKET/gm \
         --config.teacher.workdir=gs://BUCKET/qwen
 
-As configs/flux.py, but that the teacher is guided, at strength 4 against the empty prompt: two evaluations of it where
-FLUX.1-dev takes one. Recipes: π-Flow (arXiv:2510.14974: M = 2, 9,000 steps) and ArcFlow (arXiv:2602.09014: 15,000
-steps; its batch as in configs/flux.py). Published results (FID / patch-FID to the teacher's samples, HPSv2 prompts, 4
-evaluations): 12.8 / 16.6, without data 12.9 / 16.8.
+It differs from configs/flux.py in the guidance of the teacher, of strength 4 against the empty prompt: a guided teacher
+takes two evaluations where FLUX.1-dev takes one. Recipes: π-Flow (arXiv:2510.14974: M = 2, 9,000 steps) and ArcFlow
+(arXiv:2602.09014: 15,000 steps; its batch as in configs/flux.py). Published results (FID / patch-FID to the teacher's
+samples, HPSv2 prompts, 4 evaluations): 12.8 / 16.6, without data 12.9 / 16.8.
 """
 
 from ml_collections import ConfigDict
@@ -78,5 +78,5 @@ VARIANTS = {variant.__name__: variant for variant in (gm, gm_data_free, dx, arc)
 
 
 def get_config(variant: str = "gm") -> ConfigDict:
-  """`variant` is one of VARIANTS, and ",quicktest" after it shrinks the run to a smoke test."""
+  """Returns the config of a variant, one of VARIANTS; ",quicktest" after it shrinks the run to a smoke test."""
   return pick(variant, VARIANTS, quicktest)

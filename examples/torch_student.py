@@ -5,6 +5,7 @@ r"""Samples of an exported student with PyTorch and diffusers alone: no JAX, and
     python examples/torch_student.py --student STUDENT --noise noise.npy --labels 3,7 --nfe 1 --out x0.npy
 
 It is also the description of the format. A student is a folder of
+
 * config.json: "_class_name", one of STUDENTS below, the backbone's fields as diffusers names them, and the fields of
   the output layers (num_gaussians or, for DX, out_channels; constant_logstd, ...);
 * diffusion_pytorch_model.safetensors, or shards with an index. Its metadata holds "policy_config", JSON such as
@@ -21,9 +22,9 @@ straight path.
 
 Rollouts are those of the PyTorch releases: Euler steps in π-Flow (arXiv:2510.14974), 128 for a unit of schedule time, a
 closed form in ArcFlow (arXiv:2602.09014). π-Flow rounded their number to the nearest in its versions 0.1 ("piflow-0.1")
-and rounds it up since LakonLab 0.2 ("lakonlab-0.2"), which is done where the metadata do not tell. pflow_jax has better
-rollouts for GMFlow and DX; with `--config.sample.method=lakonlab-0.2` (or piflow-0.1, as the metadata say) its `pflow
-sample` takes the same steps and draws the same samples from the same noise, whatever the policy. Needs torch, diffusers
+and rounds it up since LakonLab 0.2 ("lakonlab-0.2"), the default without metadata. pflow_jax has better rollouts for
+GMFlow and DX; with `--config.sample.method=lakonlab-0.2` (or piflow-0.1, as the metadata say) its `pflow sample` takes
+the same steps and draws the same samples from the same noise, whatever the policy. This script needs torch, diffusers
 (tried with 0.42), safetensors, numpy and Pillow.
 """
 
@@ -77,7 +78,7 @@ class GMFlow:
     self.variance = (2 * log_std).exp() * t_s**2
 
   def posterior_mean(self, x: Tensor, t: float) -> Tensor:
-    """E[x0 | x at t, x_s at t_s]: both states are Gaussian observations of x0, of which x_s has been counted."""
+    """E[x0 | x at t, x_s at t_s]: both states are Gaussian observations of x0; the mixture already includes x_s."""
     t, t_s = max(t, self.eps), max(self.t_s, self.eps)
     rho, rho_s = (1 - t) / t, (1 - t_s) / t_s
     zeta = rho**2 - rho_s**2
@@ -91,7 +92,7 @@ class GMFlow:
     return (x - self.posterior_mean(x, t)) / max(t, self.eps)
 
   def temper(self, temperature: float) -> GMFlow:
-    """The policy with a sharper mixture."""
+    """Returns the policy with a sharper mixture."""
     sharper = copy.copy(self)
     sharper.logits = (self.logits / temperature).log_softmax(1)
     sharper.variance = self.variance * temperature
@@ -102,10 +103,15 @@ class DX:
   """Data that depend on time alone: a curve in schedule time through N denoised states.
 
   Args:
+    x_s: state, (B, C, H, W).
+    t_s: its noise level.
     coefficients: velocities, (B, N, C, H, W). "grid": towards states on an even grid over the segment, the first at its
       end; "polynomial": coefficients of the powers of the schedule time since the source.
-    segment_size, shift: of training; they stay when a student is sampled with another grid.
-    compat: how a polynomial is read: with x_s in every coefficient as the release does, or (False) in the first alone.
+    segment_size: of training; it stays when a student is sampled with another grid.
+    shift: of training; it stays when a student is sampled with another grid.
+    mode: "grid" or "polynomial".
+    compat: reading of a polynomial: with x_s in every coefficient like the release, or (False) in the first alone.
+    eps: lower bound of the segment.
   """
 
   def __init__(self, x_s, t_s, coefficients, *, segment_size=1.0, shift=1.0, mode="grid", compat=True, eps=1e-4):
@@ -169,7 +175,7 @@ POLICIES = {"GMFlow": GMFlow, "DX": DX, "ArcFlow": ArcFlow}
 
 # ---- Sampler ----
 
-# How versions of π-Flow make a whole number of a stretch's substeps.
+# Rounding of a stretch's substeps in the versions of π-Flow.
 RELEASES = {"piflow-0.1": round, "lakonlab-0.2": math.ceil}
 NEWEST = "lakonlab-0.2"
 
@@ -199,21 +205,24 @@ def rollout(policy, x: Tensor, r: float, r_end: float, shift=1.0, substeps=128, 
 def sample(
   student, noise, cond, nfe, final_scale=1.0, shift=1.0, temperature=1.0, substeps=128, release=NEWEST
 ) -> Tensor:
-  """Samples from noise, both (B, C, H, W).
+  """Draws samples from noise, both (B, C, H, W).
 
   Args:
     student: (x, t, cond) -> policy, one network evaluation for each of `nfe` segments.
+    noise: states at noise level 1.
+    cond: condition, passed on.
+    nfe: network evaluations.
     final_scale: length of the last segment over that of the others, in schedule time.
     shift: see `shift_time`.
     temperature: of the mixtures in all segments but the last; "auto" is π-Flow's.
     substeps: Euler steps for a unit of schedule time.
-    release: of RELEASES, whose number of them is taken.
+    release: one of RELEASES, which decides their number.
   """
   if release not in RELEASES:
     raise ValueError(f"release: expected one of {list(RELEASES)}, got {release!r}")
   if temperature == "auto":
     temperature = min(max(0.1 * (nfe - 1), 0.0), 1.0)
-  # In float32 and by way of 1000 t, as π-Flow's pipelines do: a segment of 64 substeps may come out longer and take 65.
+  # π-Flow's pipelines keep 1000 t in float32: a segment of 64 substeps may come out longer and take 65.
   length = 1 / (nfe - 1 + final_scale)
   t = shift_time(np.array([1 - i * length for i in range(nfe)] + [0], np.float32), shift)
   sources, ends = (unshift_time(u * 1000 / 1000, shift) for u in (t[:-1], t[1:] / (1 - t[1:] + t[1:])))
@@ -245,7 +254,7 @@ class Head(nn.Module):
     if not count:
       raise ValueError(f"config.json: expected {'out_channels' if kind == 'DX' else 'num_gaussians'}, got {config}")
     means, logits = ("proj_out_means", count, channels), ("proj_out_logweights", count, 1)
-    # What a policy is made of: the layer, its maps M and their channels C.
+    # Parts of a policy: the layer, its maps M and their channels C.
     self.layers = {
       "GMFlow": {"means": means, "logits": logits},
       "DX": {"coefficients": ("proj_out_2" if is_dit else "proj_out", count, channels)},
@@ -259,7 +268,7 @@ class Head(nn.Module):
       self.proj_out_logstds = nn.Sequential(*itertools.chain(*pairs))
 
   def _maps(self, name: str, maps: int, size: int, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The rows of a layer, put in space: (B, maps, size, H, W)."""
+    """Puts the rows of a layer in space: (B, maps, size, H, W)."""
     (h, w), p, rows = grid, self.patch, getattr(self, name)(tokens)
     if self.is_dit:
       rows = rows.reshape(-1, h, w, p, p, maps, size).permute(0, 5, 6, 1, 3, 2, 4)
@@ -279,7 +288,8 @@ class Head(nn.Module):
 class Student(nn.Module):
   """One network evaluation: x (B, C, H, W), its noise level t and the condition -> a policy, in float32.
 
-  cond: {"text": (B, L, D), "pooled": (B, P)} for FLUX, {"text", "mask": (B, L)} for Qwen-Image, labels (B,) for a DiT.
+  The condition is {"text": (B, L, D), "pooled": (B, P)} for FLUX, {"text", "mask": (B, L)} for Qwen-Image, labels (B,)
+  for a DiT.
   """
 
   def __init__(self, net: nn.Module, kind: str, config: dict, options: dict, sampling: dict):
@@ -291,9 +301,9 @@ class Student(nn.Module):
     self.channels = net.config.in_channels if is_dit else net.config.in_channels // 4
     self.head = Head(kind, is_dit, config, net.inner_dim, self.channels, self.patch)
     self.time_scale = config.get("num_timesteps", 1000)  # of a DiT: factor on t
-    self.flip_time = config.get("flip_model_timesteps", False)  # of a DiT: it is given 1 - t
+    self.flip_time = config.get("flip_model_timesteps", False)  # of a DiT: its time is 1 - t
     if is_dit:
-      for block in net.transformer_blocks:  # frequencies as in the original DiT, where diffusers' own is not said
+      for block in net.transformer_blocks:  # frequencies of the original DiT, unless the config names diffusers' own
         shift = config.get("frequency_shift", 0)
         block.norm1.emb.time_proj = embeddings.Timesteps(256, True, downscale_freq_shift=shift)
       net.proj_out_2 = nn.Identity()
@@ -302,7 +312,7 @@ class Student(nn.Module):
       net.norm_out.register_forward_pre_hook(self._keep_embedding)
 
   def _keep_embedding(self, norm: nn.Module, args: tuple[Tensor, Tensor]) -> None:
-    self.embedding = args[1]  # what the last norm is given is what the log-std reads too, before any SiLU
+    self.embedding = args[1]  # the log-std reads the last norm's input, before any SiLU
 
   def forward(self, x: Tensor, t: float, cond) -> GMFlow | DX | ArcFlow:
     (batch, channels, height, width), p = x.shape, self.patch
@@ -330,7 +340,7 @@ class Student(nn.Module):
     return self.net.norm_out(tokens) * (1 + scale) + shift
 
   def _flux(self, img: Tensor, time: Tensor, cond: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
-    """Every text token is attended to, padding too; time and guidance are multiplied by 1000 inside."""
+    """Attends to every text token, padding too; the backbone multiplies time and guidance by 1000."""
     ids = torch.cartesian_prod(torch.arange(1), torch.arange(grid[0]), torch.arange(grid[1])).to(time)
     text_ids = torch.zeros_like(ids[:1]).expand(cond["text"].shape[1], 3)
     guidance = torch.full_like(time, 3.5) if self.net.config.guidance_embeds else None
@@ -356,7 +366,7 @@ def read_config(folder: pathlib.Path) -> dict:
 
 
 def read_tensors(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-  """Tensors and metadata of a folder's safetensors, in one file or in shards."""
+  """Reads tensors and metadata of a folder's safetensors, in one file or in shards."""
   index, tensors, metadata = folder / f"{WEIGHTS}.index.json", {}, {}
   names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WEIGHTS}
   for name in sorted(names):
@@ -372,7 +382,7 @@ def read_tensors(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def read_base(folder: pathlib.Path, backbone: str, dtype: torch.dtype) -> nn.Module:
-  """A backbone from a diffusers folder: its own, or that of a pipeline around it."""
+  """Loads a backbone from a diffusers folder: its own, or that of a pipeline around it."""
   folder = folder if (folder / "config.json").is_file() else folder / "transformer"
   if read_config(folder).get("_class_name") != backbone:
     raise ValueError(f"--base {folder}: expected a {backbone}, got a {read_config(folder).get('_class_name')}")
@@ -383,13 +393,16 @@ def read_base(folder: pathlib.Path, backbone: str, dtype: torch.dtype) -> nn.Mod
 
 
 def load_student(folder, base=None, dtype: torch.dtype = torch.float32, **fields) -> Student:
-  """The student in `folder`: an adapter on the backbone in the folder `base`, or a model of its own.
+  """Loads the student in `folder`: an adapter on the backbone in the folder `base`, or a full model.
 
   Args:
-    fields: of config.json, where it leaves them unsaid.
+    folder: of the student.
+    base: folder of the backbone.
+    dtype: of the parameters.
+    **fields: fields that config.json lacks.
 
   Raises:
-    ValueError: that says what was expected; of tensors all that are missing, unexpected or mis-shaped.
+    ValueError: a file does not fit; the message has all tensors that are missing, unexpected or mis-shaped.
   """
   folder = pathlib.Path(folder)
   config = read_config(folder) | fields
@@ -411,7 +424,7 @@ def load_student(folder, base=None, dtype: torch.dtype = torch.float32, **fields
     net = model(**{key: value for key, value in config.items() if key in names})
   else:
     net = read_base(pathlib.Path(base), backbone, dtype)
-  # Until it wrote their release, pflow_jax took the steps of π-Flow 0.1.
+  # Files without a release are of earlier versions of pflow_jax, which took the steps of π-Flow 0.1.
   sampling = {"release": "piflow-0.1"} | json.loads(metadata["sampling"]) if "sampling" in metadata else {}
   student = Student(net, kind, config, options, sampling)
   fill(student, tensors, folder, dtype, complete=base is None)
@@ -450,7 +463,7 @@ def fill(student: Student, tensors: dict[str, Tensor], folder: pathlib.Path, dty
 
 
 def load_condition(student: Student, batch: int, labels: list[int], path: str | None) -> Tensor | dict[str, Tensor]:
-  """What the network is conditioned on: labels, repeated, or the arrays of an .npz."""
+  """Makes the condition of the network: labels, repeated, or the arrays of an .npz."""
   if student.backbone == DIT:
     classes = student.net.config.num_embeds_ada_norm
     if not labels or not all(0 <= label <= classes for label in labels):
@@ -460,7 +473,7 @@ def load_condition(student: Student, batch: int, labels: list[int], path: str | 
   for name, array in np.load(path).items() if path else ():
     if name not in needed:
       continue
-    raw = array.dtype.kind == "V"  # bfloat16, which NumPy does not know
+    raw = array.dtype.kind == "V"  # bfloat16 is unknown to NumPy
     arrays[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if raw else torch.from_numpy(array)
   if any(name not in arrays or len(arrays[name]) != batch for name in needed):
     got = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -469,7 +482,7 @@ def load_condition(student: Student, batch: int, labels: list[int], path: str | 
 
 
 def decode(latents: Tensor, folder: pathlib.Path) -> np.ndarray:
-  """Pictures (B, H, W, 3) uint8, by the AutoencoderKL or AutoencoderKLQwenImage in `folder`."""
+  """Decodes to pictures (B, H, W, 3) uint8, with the AutoencoderKL or AutoencoderKLQwenImage in `folder`."""
   vae = getattr(diffusers, read_config(folder)["_class_name"]).from_pretrained(folder).to(latents.device)
   video = "temperal_downsample" in vae.config  # Qwen-Image's: (B, C, 1, H, W), normalised channel by channel
   if video:

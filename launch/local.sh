@@ -20,7 +20,7 @@ unset CDPATH
 cd -- "$(dirname -- "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
-# Nobody may read what is said any more: that ends neither this script nor the run.
+# A closed output ends neither this script nor the run.
 trap : PIPE
 say() { echo "launch/local.sh: $1" >&2 || true; }
 
@@ -83,7 +83,7 @@ attempt() {
     fi
     pids[i]=$!
   done
-  # Told to stop before these were there to be told.
+  # The signal to stop came before these processes were started.
   if ((stopped)); then signal_all TERM; fi
   while ((${#pids[@]})); do
     running=" $(jobs -rp) "
@@ -94,7 +94,7 @@ attempt() {
       code=0
       wait "$pid" || code=$?
       unset "pids[i]"
-      # Whoever is killed below comes after one that failed, and is not blamed.
+      # A process that is killed below comes after the one that failed; its code does not count.
       if ((code == 0)); then continue; fi
       deadline=${deadline:-$((SECONDS + grace))}
       if ((code == 2 || result == 0 || (code == 130 && result != 2))); then result=$code; fi
@@ -126,9 +126,9 @@ train() {
   while true; do
     code=0
     attempt "$@" || code=$?
-    # Told to stop before it could listen, a process dies of the signal.
+    # A process that gets the signal before it listens dies of it.
     if ((stopped && code != 0 && code != 2)); then code=130; fi
-    # 2 is what another try would only repeat, 130 a run that was told to stop, 141 one whose reader went away.
+    # 2: another try would fail again. 130: the run was told to stop. 141: the reader of its output went away.
     if ((code == 0 || code == 2 || code == 130 || code == 141 || tries >= restarts)); then exit "$code"; fi
     tries=$((tries + 1))
     say "training ended with code $code; restart $tries of $restarts"

@@ -1,4 +1,4 @@
-# What the scripts beside this one share: how settings, and what other machines answer, are checked and printed.
+# Functions that the scripts beside this one share: checks and printing of settings, and of other machines' answers.
 # Sourced by them; `mistake MESSAGE` is theirs, and ends them with code 2.
 #
 # Bash runs commands where it computes: ((x)), $((x)), [[ x -eq 1 ]] and ${list[x]} all evaluate x = 'a[$(command)]', and

@@ -25,7 +25,7 @@
 set -euo pipefail
 unset CDPATH
 
-# Nobody may read what is said any more: that ends neither this script nor the run.
+# A closed output ends neither this script nor the run.
 trap : PIPE
 say() { echo "launch/slurm.sh: $1" >&2 || true; }
 

@@ -3,8 +3,8 @@
     pflow compare --config configs/compare/checkerboard.py --workdir runs/compare_board --seeds 0,1,2
 
 Hardware and cost: any; a seed is a teacher of 4.1e12 operations and 18 students of 3e12, 5.8e13 in all, and 18
-evaluations: 45 minutes on one core. Measured with one seed: docs/compare_checkerboard.md. What is in the table, and how
-it is fair: see digits.py beside this file.
+evaluations: 45 minutes on one core. Measured with one seed: docs/compare_checkerboard.md. digits.py beside this file
+explains the table, and the fairness of the comparison.
 """
 
 import pathlib
@@ -17,6 +17,6 @@ PATH = pathlib.Path(__file__).parents[1] / "checkerboard.py"
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-  """`variant` is "full", or "quicktest" for a smoke test."""
+  """Returns the config of a variant: "full", or "quicktest" for a smoke test."""
   flops = 1e7 if variant == "quicktest" else 3e12
   return all_methods(PATH, variant, flops=flops, weak_steps=500, adapters=False)

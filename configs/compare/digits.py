@@ -11,18 +11,19 @@ evaluations: about an hour on one core. --config.flops=2e13 asks for five times 
 
 Measured with three seeds: docs/compare_digits.md, read in the README.
 
-How it is fair, and what to keep in mind:
+Fairness and limits of the comparison:
+
 * A step of each student is counted from its traced program, evaluations of the teacher and of a discriminator included;
   the number of steps follows. Rates and batch sizes are those of configs/digits.py, chosen for about 9e12 operations.
 * A policy student knows one number of evaluations, so that a policy method trains four students. A flow map is one
-  student for all four. The table gives the operations of a method, not of a student.
+  student for all four. The table has the operations of a method, not of a student.
 * The adversarial student starts from the finished AYF-EMD student and is trained for the budget once more.
 * The autoguided student knows strengths 1 to 2 and is sampled at 1.5, while alignment is measured to the teacher
-  without guidance: of this method it says how far guidance moves a sample. `sample.guidance` needs no new training.
+  without guidance: its alignment includes the change by guidance. `sample.guidance` needs no new training.
 * MeanFlow learns from the data, but starts from the teacher's parameters, as all do. It and consistency keep their
   own share of flow matching (0.75 and none), AYF has half.
-* A consistency model renews its noise between steps: its samples at 2 and more evaluations are other samples than the
-  teacher's, by design, and their alignment says that alone.
+* A consistency model renews its noise between steps: by design its samples at 2 and more evaluations are other samples
+  than the teacher's, and their alignment shows that alone.
 """
 
 import pathlib
@@ -35,6 +36,6 @@ PATH = pathlib.Path(__file__).parents[1] / "digits.py"
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-  """`variant` is "full", or "quicktest" for a smoke test."""
+  """Returns the config of a variant: "full", or "quicktest" for a smoke test."""
   flops = 3e8 if variant == "quicktest" else 4e12
   return all_methods(PATH, variant, flops=flops, weak_steps=300, adapters=True)
