@@ -1,8 +1,8 @@
 """Points on a checkerboard: teacher, 1-NFE student and pictures of their trajectories in about 90 seconds on two cores.
 
-    pflow train --config configs/checkerboard.py:teacher --workdir runs/board
-    pflow train --config configs/checkerboard.py:gmflow --workdir runs/board1 --config.teacher.workdir=runs/board
-    pflow evaluate --workdir runs/board1
+pflow train --config configs/checkerboard.py:teacher --workdir runs/board
+pflow train --config configs/checkerboard.py:gmflow --workdir runs/board1 --config.teacher.workdir=runs/board
+pflow evaluate --workdir runs/board1
 """
 
 from ml_collections import ConfigDict

@@ -78,8 +78,8 @@ if ((gpus)); then
   export JAX_LOCAL_DEVICE_IDS
 fi
 
-# What each task runs: a command, which leaves a file if it ends with 2. srun cannot tell that: it ends with the highest
-# code of all tasks, and those that lose the one with the mistake abort (134) or are killed for it (137).
+# Runs the command of a task, and leaves a file if it ends with 2. srun hides that code: it ends with the highest code of
+# all tasks, and the tasks that lose the one with the mistake abort (134) or are killed (137).
 task() { # FILE COMMAND...
   local told='' interrupted=1 code=0
   # Some clusters signal the command too, some this shell alone. Told twice, a run saves once.
@@ -93,7 +93,7 @@ task() { # FILE COMMAND...
   if ((code == 2)); then : >"$1"; fi
   exit "$code"
 }
-# A name of its own for each try: what NFS has once looked for in vain, it may go on not to see.
+# Each try has its own file name: NFS may go on to miss a file that it has once looked for in vain.
 left() { echo "$PWD/.pflow-mistake-${SLURM_JOB_ID:-JOB}-${SLURM_RESTART_COUNT:-0}-$tries"; }
 tries=0
 step+=(bash -c "$(declare -f task); task \"\$@\"" task)

@@ -40,8 +40,8 @@ cd -- "$(dirname -- "$0")/.."
 # shellcheck source=/dev/null
 source launch/settings.sh
 
-# Messages go where errors went at the start, also from a trap in the middle of a command that is redirected. That
-# nobody reads them any more does not end what watches a run.
+# Messages go to the stderr of the start, also from a trap in the middle of a redirected command. A closed output does
+# not end the command that watches a run.
 exec 3>&1 4>&2
 trap : PIPE
 say() { printable <<<"launch/tpu.sh: $*" 2>/dev/null >&4 || true; }

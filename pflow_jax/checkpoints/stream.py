@@ -338,6 +338,7 @@ class Stored:
     return tuple(self.store.chunk_layout.read_chunk.shape)  # type: ignore[arg-type]
 
   def read(self, index: Index) -> np.ndarray:
+    """Reads a part of the array."""
     with _storage(self.folder):
       return self.store[index].read().result() if index else self.store.read().result()
 

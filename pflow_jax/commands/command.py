@@ -152,6 +152,7 @@ def _verdict(error: Exception) -> tuple[int, str]:
 
 
 def fail(code: int, message: str) -> NoReturn:
+  """Prints one message on stderr and ends the program with `code`."""
   # A foreign value may be of any length, and hold codes that steer the terminal.
   message = "".join(sign if sign == "\n" or sign.isprintable() else ascii(sign)[1:-1] for sign in message)
   message = re.sub(r"\S{300,}", lambda m: f"{m[0][:200]}...", message)

@@ -64,6 +64,7 @@ class ArrayRecords:
     return len(self.x0)
 
   def take(self, rows: np.ndarray) -> Batch:
+    """Returns the batch of these rows."""
     x0 = self.x0[rows]
     cond = {name: values[rows] for name, values in self.embeddings.items()} or self.label[rows]
     return {"x0": to_unit(x0) if x0.dtype == np.uint8 else x0, "cond": cond}

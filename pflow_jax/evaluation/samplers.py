@@ -90,4 +90,5 @@ def student_samplers(method: Method, sampling: SampleSettings, params: Any, suff
 
 
 def teacher_name(steps: int) -> str:
+  """Name of a teacher's sampler in the table."""
   return f"teacher, {steps} step{'s' * (steps != 1)}"

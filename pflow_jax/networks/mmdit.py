@@ -200,6 +200,7 @@ class Transformer(nn.Module):
 
   @property
   def width(self) -> int:
+    """Features of a token."""
     return self.num_heads * self.head_dim
 
   def _check_settings(self) -> None:

@@ -47,6 +47,7 @@ class Chip:
 
   @property
   def hbm_bytes_per_device(self) -> int:
+    """Main memory of one JAX device that a program may use."""
     return self.hbm_bytes // self.devices
 
 

@@ -28,6 +28,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+  """One instruction of a computation."""
+
   name: str
   shape: str
   opcode: str
@@ -54,24 +56,30 @@ class Instruction:
 
   @property
   def target(self) -> str:
+    """Name of a custom call's target; "" for other instructions."""
     found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
     return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
+  """A computation, its instructions by name."""
+
   name: str
   instructions: dict[str, Instruction]
   root: Instruction
 
   @property
   def parameters(self) -> dict[int, Instruction]:
+    """Parameters by number."""
     return {int(i.arguments): i for i in self.instructions.values() if i.opcode == "parameter"}
 
   def users(self, name: str) -> list[Instruction]:
+    """Returns the instructions that have `name` as an operand."""
     return [i for i in self.instructions.values() if name in i.operands]
 
   def operand(self, ins: Instruction, index: int) -> Instruction:
+    """Returns the instruction that makes operand `index` of `ins`."""
     return self.instructions[ins.operands[index]]
 
 

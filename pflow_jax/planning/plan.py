@@ -64,14 +64,17 @@ class Slice:
 
   @property
   def chip(self) -> Chip:
+    """Chip of the topology."""
     return chip_of(self.topology)
 
   @property
   def num_chips(self) -> int:
+    """Chips of all slices."""
     return parse_topology(self.topology)[2] * self.slices
 
   @property
   def num_devices(self) -> int:
+    """JAX devices of all slices."""
     return self.num_chips * self.chip.devices
 
   def devices(self) -> Sequence[Any]:

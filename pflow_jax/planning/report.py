@@ -103,6 +103,7 @@ def as_table(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def write_json(path: str | os.PathLike, reports: Any) -> None:
+  """Writes reports to a JSON file."""
   pathlib.Path(path).write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
 
 

@@ -59,4 +59,5 @@ class AdapterSettings:
 
   @property
   def rows(self) -> tuple[Adapter, ...]:
+    """Rows of the table as `Adapter`."""
     return tuple(Adapter(*row) for row in self.table)

@@ -47,6 +47,7 @@ class MeshSettings:
 
   @property
   def sizes(self) -> dict[str, int]:
+    """Sizes of the axes by name."""
     return {axis: getattr(self, axis) for axis in AXES}
 
 

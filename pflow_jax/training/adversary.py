@@ -49,6 +49,7 @@ class Adversary:
   shape: tuple[int, ...]
 
   def init(self, key: Array) -> Opponent:
+    """Makes random parameters of the discriminator and its optimizer's state."""
     params = self.module.init(key, jnp.zeros((1, *self.shape), jnp.float32), jnp.zeros((1,), jnp.int32))["params"]
     return Opponent(params, self.optimizer.init(params))
 

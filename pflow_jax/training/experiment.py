@@ -47,14 +47,17 @@ class Experiment:
 
   @property
   def dataset(self) -> data.Dataset:
+    """Data of the run."""
     return self.method.dataset
 
   @property
   def network(self) -> Network:
+    """Network that trains."""
     return self.method.network
 
   @property
   def teacher(self) -> Teacher | None:
+    """Teacher of the run, or None."""
     return self.method.teacher
 
   @property

@@ -192,12 +192,14 @@ class Profiler:
     self._window, self._folder, self._active = window, folder, False
 
   def before(self, step: int) -> None:
+    """Starts the trace before the first step of the window."""
     first, last = self._window
     if 0 < first <= step <= last and not self._active:
       jax.profiler.start_trace(self._folder)
       self._active = True
 
   def after(self, step: int, metrics: dict[str, Array]) -> None:
+    """Ends the trace after the last step of the window."""
     if self._active and step >= self._window[1]:
       jax.block_until_ready(metrics)
       self._stop()

@@ -41,9 +41,11 @@ class Saved:
   dtype: str | None = None
 
   def shapes(self) -> Params:
+    """Shapes of the parameters."""
     return params_shapes(self._folder, **self._where)
 
   def load(self, layout: Layout | None = None) -> Params:
+    """Loads the parameters, to the devices as `layout` says, without one to the host."""
     return load_params(self._folder, layout=layout, **self._where)
 
   @functools.cached_property

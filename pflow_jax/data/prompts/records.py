@@ -133,6 +133,7 @@ class Index:
       )
 
   def as_json(self) -> str:
+    """Writes the content of the file."""
     return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
   @classmethod
@@ -142,6 +143,7 @@ class Index:
 
   @property
   def num_shards(self) -> int:
+    """Number of shards."""
     return -(-self.num_records // self.shard_records)
 
 
@@ -168,6 +170,7 @@ class PromptSource:
 
   @functools.cached_property
   def text_lengths(self) -> np.ndarray:
+    """Tokens of every record's text, (n,) integers, see `buckets.TextSource`."""
     return self._table("length")
 
   def find(self, prompts: Sequence[str]) -> np.ndarray:
