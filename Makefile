@@ -11,7 +11,7 @@ FIRST ?= 1000
 # make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test fuzz lint types clean
+.PHONY: demo test fuzz lint types docs clean
 
 demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
@@ -29,6 +29,10 @@ lint: .venv/dev
 
 types: .venv/dev
 	$(BIN)/mypy
+
+# The site, into build/docs. MkDocs asks for attention to its next version, which these pages are not written for.
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .venv/core: setup.py
 	$(PYTHON) -m venv .venv

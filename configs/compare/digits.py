@@ -9,7 +9,7 @@ goes on where it was stopped, tries again what failed, and repeats nothing that 
 Hardware and cost: any; a seed is a teacher of 6.5e12 operations and 22 students of 4e12, 9.5e13 in all, and 22
 evaluations: about an hour on one core. --config.flops=2e13 asks for five times as much, in another workdir.
 
-Measured with three seeds: docs/compare_digits.md, read in the README.
+Measured with three seeds: docs/compare_digits.md, read in docs/methods.md.
 
 Fairness and limits of the comparison:
 

@@ -1,0 +1,75 @@
+"""The site of the pages is built, strictly, without a network; every public name is on it, and no link leads nowhere."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import pflow_jax
+from tests.pages import PAGES, ROOT, links
+
+# The names of the modules that are public as a whole.
+MODULES = {"data", "plot"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("site")
+  command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+  env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+  run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+  return folder
+
+
+def test_every_page_is_built_and_loads_nothing_from_elsewhere(site):
+  for page in PAGES:
+    if page.parent.name == "docs":
+      assert (site / page.stem / "index.html").exists() or page.name == "index.md", page
+  for file in site.rglob("*.html"):
+    loaded = re.findall(r"""<(?:script|img)[^>]*src="([^"]+)|<link[^>]*rel="stylesheet"[^>]*href="([^"]+)""", file.read_text())
+    assert not [one for one in loaded if "//" in "".join(one)], file
+
+
+def test_every_public_name_is_in_the_reference(site):
+  written = set(re.findall(r'<h\d id="([\w.]+)"', (site / "api" / "index.html").read_text()))
+  names = {f"pflow_jax.{name}" for name in dir(pflow_jax)}
+  assert names - written == {"pflow_jax.data"}, "its functions are there one by one"
+  assert "pflow_jax.data.load" in written
+  assert "pflow_jax.Run.sample" in written, "methods with their arguments"
+
+
+def test_files_at_the_top_are_pages_and_other_files_are_named(site):
+  start = (site / "index.html").read_text()
+  assert 'href="security/"' in start
+  assert "configs/digits.py</a>" not in (site / "data" / "index.html").read_text()
+  assert 'id="what-listens"' in (site / "security" / "index.html").read_text()
+
+
+def test_a_link_to_no_file_stays_for_the_strict_build_to_refuse():
+  spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+  hooks = importlib.util.module_from_spec(spec)
+  pytest.importorskip("mkdocs")
+  spec.loader.exec_module(hooks)
+  page = "[a](../setup.py) [b](../SECURITY.md#x) [c](../nope.py) [d](api.md)"
+  assert hooks.on_page_markdown(page) == "a [b](security.md#x) [c](../nope.py) [d](api.md)"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_pictures_exist(page):
+  """As they are on GitHub, relative to the page; anchors are those of headings."""
+  found = links(page)
+  assert found or page.parent.name == "docs"
+  for path, anchor in found:
+    target = page.parent / path if path else page
+    assert target.exists(), path
+    if anchor:
+      headings = re.findall(r"^#+ (.*)", target.read_text(), re.M)
+      assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
+
+
+def test_the_readme_is_short():
+  assert len((ROOT / "README.md").read_text().splitlines()) <= 160
