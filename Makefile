@@ -31,12 +31,16 @@ types: .venv/dev
 	$(BIN)/mypy
 
 # The site, into build/docs. MkDocs asks for attention to its next version, which these pages are not written for.
-docs: .venv/dev
+docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .venv/core: setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/docs: .venv/core
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 .venv/dev: .venv/core

@@ -4,7 +4,7 @@
     pflow train --config configs/digits.py:gmflow --workdir runs/student --config.teacher.workdir=runs/teacher
     pflow evaluate --workdir runs/student
 
-Measured (means of three seeds, spreads in docs/methods.md; alignment error against the teacher's at 4 Euler steps, Fréchet
+Measured (three seeds, spreads in docs/methods.md; alignment error against the teacher's at 4 Euler steps, Fréchet
 distance against its at 128): gmflow 0.67 / 1.2, gmflow_2nfe 0.53 / 1.2, gmflow_4nfe 0.36 / 1.1, dx 0.68 / 1.8.
 gmflow_long, about an hour on one core beside other work: 0.52 / 1.0, diversity 1.02.
 

@@ -1,7 +1,7 @@
 """What MkDocs does beside its own: pages from files at the top, and links to source files.
 
-A page may link to any file of the project, as on GitHub. Those in `PAGES` become pages of the site; of any other file the
-site shows the words of the link alone.
+A page may link to any file of the project, as on GitHub. Those in `PAGES` become pages of the site; of any other file
+the site shows the words of the link alone.
 """
 
 import pathlib
