@@ -11,9 +11,6 @@ import pytest
 import pflow_jax
 from tests.pages import PAGES, ROOT, links
 
-# The names of the modules that are public as a whole.
-MODULES = {"data", "plot"}
-
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -54,7 +51,6 @@ def test_files_at_the_top_are_pages_and_other_files_are_named(site):
 def test_a_link_to_no_file_stays_for_the_strict_build_to_refuse():
   spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
   hooks = importlib.util.module_from_spec(spec)
-  pytest.importorskip("mkdocs")
   spec.loader.exec_module(hooks)
   page = "[a](../setup.py) [b](../SECURITY.md#x) [c](../nope.py) [d](api.md)"
   assert hooks.on_page_markdown(page) == "a [b](security.md#x) [c](../nope.py) [d](api.md)"

@@ -33,6 +33,7 @@ from tests.encoders import StubEncoder
 from tests.pages import PAGES, ROOT, fences, spans
 from tests.programs import CONFIGS, load_module, write_random
 from tests.prompt_folders import write as write_prompts
+from tests.test_rooms import ROOMS
 
 # Blocks that another test executes, and so does not this one.
 ELSEWHERE = {"extending.md": "test_extending.py"}
@@ -437,6 +438,13 @@ def test_commands_and_keys_that_a_line_names_are_there(page):
       assert all(f'"{flag}"' in text for flag in words if flag.startswith("--")), span
     if words[0] == "make" and len(words) > 1:
       make(None, words[1:])
+    if re.match(r"(pflow_jax|configs|launch|tests|benchmarks|examples|docs)/\S*$", span):
+      assert (ROOT / span.partition(":")[0]).exists(), span
+
+
+def test_the_map_of_the_code_has_the_rooms_in_order():
+  (page,) = (page for page in PAGES if page.name == "design.md")
+  assert tuple(re.findall(r"^\| `(\w+)/` \|", page.read_text(), re.M)) == ROOMS
 
 
 def test_what_nobody_has_is_found():
