@@ -35,7 +35,7 @@ from tests.programs import CONFIGS, load_module, write_random
 from tests.prompt_folders import write as write_prompts
 from tests.test_rooms import ROOMS
 
-# Blocks that another test executes, and so does not this one.
+# Pages whose blocks, all of Python, another test executes.
 ELSEWHERE = {"extending.md": "test_extending.py"}
 # Fences that are what a command prints, by page.
 OUTPUT = {"tpu.md": 1}
@@ -192,7 +192,7 @@ def parse(words, leave):
 def claimed(config=None, workdir=None, source=None, out=None, **others):
   """Leaves a run with nothing but its config, which later commands read."""
   if config is not None:
-    claim(workdir, Settings.of(config))
+    claim(workdir.lstrip("/"), Settings.of(config))  # nothing outside the folder of the test
   elif source == "FLUX.1-dev/transformer":
     student = read_config_file(f"{ROOT}/configs/flux.py:gm")
     values = {"seed": 0, "model": student.model.to_dict(), "data": student.data.to_dict(), "source": {}}
@@ -364,6 +364,23 @@ def test_emoji_are_drawn(shelf):
   drawn = shelf.folders["text_to_image.md"] / "runs/emoji_gmflow/samples"
   with np.load(next(drawn.rglob("samples.npz"))) as arrays:
     assert arrays["x0"].shape == (4, 8, 8, 3)
+
+
+def test_what_another_test_executes_is_python():
+  for page in PAGES:
+    if page.name in ELSEWHERE:
+      assert {fence.language for fence in fences(page)} == {"python"}, page
+      assert page.name in (ROOT / "tests" / ELSEWHERE[page.name]).read_text()
+
+
+def test_every_rule_is_for_something():
+  found = [fence for page in PAGES for fence in fences(page)]
+  blocks = "".join(fence.text for fence in found if fence.language == "python")
+  commands = [" ".join(words) for fence in found if fence.language == "sh" for words in fence.commands]
+  for pattern in SMALLER:
+    assert re.search(pattern, blocks), pattern
+  for pattern in (*PARSED, *UNTRAINED, *FLAGS, *NOT_OURS):
+    assert any(re.match(pattern, command) for command in commands), pattern
 
 
 def test_a_fence_or_a_command_without_a_rule_fails(shelf, monkeypatch, tmp_path):
