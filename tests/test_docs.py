@@ -11,6 +11,12 @@ import pytest
 import pflow_jax
 from tests.pages import PAGES, ROOT, links
 
+# Tags of HTML that have no attributes on these pages.
+TAGS = re.compile(
+  "a|b|body|br|code|dd|del|div|dl|dt|em|g|h[1-6r]|head|i|li|ol|p|pre|s|span|strong|su[bp]|summary|svg|"
+  "table|tbody|td|th|thead|title|tr|ul"
+)
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -39,6 +45,13 @@ def test_every_public_name_is_in_the_reference(site):
   assert names - written == {"pflow_jax.data"}, "its functions are there one by one"
   assert "pflow_jax.data.load" in written
   assert "pflow_jax.Run.sample" in written, "methods with their arguments"
+
+
+def test_no_word_of_a_text_is_taken_for_a_tag(site):
+  """As <path> would be, which a browser does not show."""
+  for file in site.rglob("*.html"):
+    bare = set(re.findall(r"<([a-z]+)>", re.sub(r"<(script|style).*?</\1>", "", file.read_text(), flags=re.S)))
+    assert not [tag for tag in bare if not TAGS.fullmatch(tag)], file
 
 
 def test_files_at_the_top_are_pages_and_other_files_are_named(site):

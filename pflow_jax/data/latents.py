@@ -116,7 +116,7 @@ def latents(
 def write_latents(
   path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], *, num_classes: int, shard_size: int = 50_000
 ) -> int:
-  """Writes a folder that "latents:<path>" reads, and returns the number of records.
+  """Writes a folder that `latents:<path>` reads, and returns the number of records.
 
   Args:
     path: of the folder, new or empty.

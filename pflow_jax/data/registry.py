@@ -41,8 +41,8 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
   """The data set called `name`.
 
   Args:
-    name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "synthetic_prompts", "tfds:<name>",
-      "folder:<path>", "npz:<path>", "latents:<path>" or "prompts:<path>".
+    name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "synthetic_prompts", `tfds:<name>`,
+      `folder:<path>`, `npz:<path>`, `latents:<path>` or `prompts:<path>`.
     split: "train" or "test"; for tfds any split that it understands. See `held_out` of the sources.
     **options: keyword arguments of the source's function in this package.
 
@@ -64,7 +64,7 @@ def register_source(name: str, source: Callable[..., Dataset]) -> None:
   """Makes a data set known to `load` and to configs.
 
   Args:
-    name: value of config.data.name; for "name:<path>" the source is called with the text after the colon.
+    name: value of config.data.name; for `name:<path>` the source is called with the text after the colon.
     source: returns the data set; its keyword arguments are the keys of config.data, `split` among them.
 
   Raises:

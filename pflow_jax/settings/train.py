@@ -19,7 +19,7 @@ class TrainSettings:
     keep_every: also keep every checkpoint of a multiple of this, 0 none: an early one can guide (teacher.weak_step).
     sample_every: steps between two pictures of samples; 0 draws none.
     max_skipped: non-finite updates in a row after which the run stops with an error.
-    profile: (first, last) step of a profiler trace in <workdir>/profile; (0, 0) is none.
+    profile: (first, last) step of a profiler trace in `<workdir>/profile`; (0, 0) is none.
     tensorboard: whether metrics are written for TensorBoard too.
     num_workers: processes that read data; 0 reads in this one.
   """

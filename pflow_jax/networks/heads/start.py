@@ -80,7 +80,9 @@ def student_params_from_teacher(
   Args:
     teacher_params: of the same backbone with a `VelocityHead`, under "head".
     student: the student's network, or its head.
-    key, bias_noise, noise: see `head_params_from_teacher`.
+    key: see `head_params_from_teacher`.
+    bias_noise: see there.
+    noise: see there.
 
   Returns: new arrays throughout, so that a step may donate them while the teacher lives on.
   """
