@@ -10,7 +10,7 @@ class TeacherSettings:
   """The section `teacher` of a config.
 
   Attributes:
-    workdir: of its run.
+    workdir: folder of its run.
     step: of its checkpoint; None is the newest, and a student keeps the one it started with.
     which: "ema" or "params".
     guidance: scale of its guidance, see `guidance.guided`.

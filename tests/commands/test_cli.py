@@ -170,7 +170,7 @@ def test_help_of_a_config_lists_its_keys_with_their_owners_words(capsys, tmp_pat
   shown = capsys.readouterr().out
   assert "a Python program that is executed" in shown
   assert "--config.train.steps=4000  int: optimizer steps of the whole run." in shown
-  assert "--config.teacher.workdir  (not set)  str | None: of its run;" in shown
+  assert "--config.teacher.workdir  (not set)  str | None: folder of its run." in shown
   assert "objective, see pflow_jax.core.objectives.imitation.Imitation" in shown
   assert "--config.head.num_components=16  int: K." in shown
   workdir.claim(tmp_path, Settings.of(quick("digits", "gmflow"), converted=True))
