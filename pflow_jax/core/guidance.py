@@ -17,7 +17,9 @@ MAX_SCALE = 1e6  # beyond it float32 has no digit left of the velocity
 Velocity = Callable[[Array, Array, Any], Array]
 
 
-def guidance_bias(v_pos: Array, v_neg: Array, scale: Array, *, orthogonal: float = 0.0, axis=None) -> Array:
+def guidance_bias(
+  v_pos: Array, v_neg: Array, scale: Array, *, orthogonal: float = 0.0, axis: Array | None = None
+) -> Array:
   """Guidance's addition to the positive branch: (scale - 1) (v_pos - v_neg), per example.
 
   Args:

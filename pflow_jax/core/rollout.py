@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pflow_jax.core.policies.base import Array, Policy, check_range
 from pflow_jax.core.schedule import shift_time
@@ -30,10 +31,10 @@ MIN_STEP = 1e-4  # shortest stretch of flow time that an average velocity is div
 def rollout(
   policy: Policy,
   x: Array,
-  r_start,
-  r_end,
+  r_start: ArrayLike,
+  r_end: ArrayLike,
   *,
-  shift=1.0,
+  shift: ArrayLike = 1.0,
   substeps: int = 128,
   method: str = "auto",
   max_length: float = 1.0,
@@ -75,10 +76,10 @@ def rollout(
 def average_velocity(
   policy: Policy,
   x: Array,
-  r_start,
-  r_end,
+  r_start: ArrayLike,
+  r_end: ArrayLike,
   *,
-  shift=1.0,
+  shift: ArrayLike = 1.0,
   substeps: int = 128,
   method: str = "auto",
   max_length: float = 1.0,

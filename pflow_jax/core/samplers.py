@@ -26,7 +26,7 @@ from pflow_jax.core.schedule import longest_segment, segment_grid, shift_time, u
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
 
 
-def kept_noise(t: Array, t_next: Array, h: float, xp=jnp) -> Array:
+def kept_noise(t: Array, t_next: Array, h: float, xp: Any = jnp) -> Array:
   """Share m in [0, 1] of the present noise that a stochastic step from `t` to `t_next` keeps.
 
   Args:
@@ -44,7 +44,7 @@ def kept_noise(t: Array, t_next: Array, h: float, xp=jnp) -> Array:
   return ratio ** (float(h) * float(h))  # h**2 raises where it overflows
 
 
-def flow_map_sde_target(t: Array, t_next: Array, h: float, xp=jnp) -> tuple[Array, Array]:
+def flow_map_sde_target(t: Array, t_next: Array, h: float, xp: Any = jnp) -> tuple[Array, Array]:
   """Landing time of the flow map from which re-noising ends at `t_next` (FlowMapSDE); arguments as in `kept_noise`.
 
   Returns:

@@ -6,6 +6,8 @@ uniform in; the two are tied by a shift m, t = m r / (1 + (m - 1) r) (Esser et a
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ MIN_SHIFT, MAX_SHIFT = 1e-6, 1e6  # beyond, float32 has no digits left of the ti
 MIN_TIME = 1e-4  # training never starts a segment closer to the data than this
 
 
-def shift_time(r, m):
+def shift_time(r: Any, m: Any) -> Any:
   """Flow time of a schedule time.
 
   Args:
@@ -35,7 +37,7 @@ def shift_time(r, m):
   return m * r / (1 + (m - 1) * r)
 
 
-def unshift_time(t, m):
+def unshift_time(t: Any, m: Any) -> Any:
   """Schedule time of a flow time: the inverse of `shift_time`, with its shapes and errors."""
   check_range("shift", m, MIN_SHIFT, MAX_SHIFT)
   return t / (m + (1 - m) * t)
@@ -52,7 +54,7 @@ def add_noise(x0: Array, eps: Array, t: Array) -> Array:
   return (1 - t) * x0 + t * eps
 
 
-def dynamic_shift(tokens: int, *, base=(256, 0.5), top=(4096, 1.15)) -> float:
+def dynamic_shift(tokens: int, *, base: tuple[int, float] = (256, 0.5), top: tuple[int, float] = (4096, 1.15)) -> float:
   """Shift that grows with the sequence length: log m is affine in the number of tokens.
 
   Args:

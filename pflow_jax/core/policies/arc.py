@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pflow_jax.core.policies.base import Array, Mixture, as_float, check_shape, check_source, check_state
 
@@ -31,7 +32,9 @@ class ArcPolicy(Mixture):
   closed_form_in_release = True
 
   @classmethod
-  def create(cls, x_s, t_s, velocities, logits, log_gammas) -> ArcPolicy:
+  def create(
+    cls, x_s: ArrayLike, t_s: ArrayLike, velocities: ArrayLike, logits: ArrayLike, log_gammas: ArrayLike
+  ) -> ArcPolicy:
     """Policy from a network's output.
 
     Args:

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pflow_jax.core.policies.base import Array, Policy, as_float, check_range, check_shape, check_source, check_state
 from pflow_jax.core.schedule import shift_time, unshift_time
@@ -36,12 +37,12 @@ class DXPolicy(Policy):
   @classmethod
   def create(
     cls,
-    x_s,
-    t_s,
-    coefficients,
+    x_s: ArrayLike,
+    t_s: ArrayLike,
+    coefficients: ArrayLike,
     *,
-    segment=1.0,
-    shift=1.0,
+    segment: ArrayLike = 1.0,
+    shift: ArrayLike = 1.0,
     basis: str = "grid",
     compat: bool = False,
     eps: float = 1e-4,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pflow_jax.core.policies.base import Array, Mixture, as_float, check_shape, check_source, check_state
 
@@ -45,7 +47,9 @@ class GMFlowPolicy(Mixture):
   eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
 
   @classmethod
-  def create(cls, x_s, t_s, means, logits, log_std, *, eps: float = 1e-6) -> GMFlowPolicy:
+  def create(
+    cls, x_s: ArrayLike, t_s: ArrayLike, means: Any, logits: ArrayLike, log_std: ArrayLike, *, eps: float = 1e-6
+  ) -> GMFlowPolicy:
     """Policy from a network's output in velocity space.
 
     Args:
