@@ -26,7 +26,7 @@ def base(objective: str, time_scale: float = 1000.0) -> ConfigDict:
   config.model = dict(kind="dit", patch_size=2, width=1152, depth=28, num_heads=16, scan_unroll=1)
   config.model.update(
     time_scale=time_scale, norm_eps=1e-6, flip_time=False
-  )  # as its teacher's: 1e-5 of most, True of SiT
+  )  # the teacher's values: 1e-5 for most, True for SiT
   config.model.update(dtype="bfloat16", remat="full", attention="xla")
   config.head = dict(kind="velocity")
   config.train.update(batch_size=4096, log_every=100, checkpoint_every=1000, keep_every=20_000)

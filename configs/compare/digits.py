@@ -4,7 +4,7 @@
     pflow compare --config configs/compare/digits.py --workdir runs/compare --only gmflow,ayf_emd
 
 The table is runs/compare/compare.md, the numbers of every run compare.json, the picture compare.png. The same command
-goes on where it was stopped, tries again what failed, and repeats nothing that is finished.
+goes on where it was stopped, tries failed runs again, and repeats no finished one.
 
 Hardware and cost: any; a seed is a teacher of 6.5e12 operations and 22 students of 4e12, 9.5e13 in all, and 22
 evaluations: about an hour on one core. --config.flops=2e13 asks for five times as much, in another workdir.

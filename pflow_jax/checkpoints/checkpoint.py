@@ -35,7 +35,7 @@ PyTree = Any
 logger = logging.getLogger(__name__)
 
 STATE = "state"
-UNFINISHED = ocp.path.step.TMP_DIR_SUFFIX  # of a step's folder while it is written
+UNFINISHED = ocp.path.step.TMP_DIR_SUFFIX  # ends the name of a step's folder while it is written
 _CENTURY = 100 * 365 * 86400  # seconds: Orbax takes them by a clock that may be set while it saves
 
 
@@ -69,7 +69,7 @@ class Checkpointer:
     self._keep_period = keep_period
     self._manager: ocp.CheckpointManager | None = None
     self._writing: int | None = None
-    self._shapes: PyTree = None  # of what is written
+    self._shapes: PyTree = None  # of the state that is being saved
     self._damaged: dict[int, str] = {}
 
   def save(self, step: int, state: PyTree, *, force: bool = False) -> bool:

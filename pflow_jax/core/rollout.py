@@ -13,7 +13,7 @@ from pflow_jax.core.policies.base import Array, Policy, check_range
 from pflow_jax.core.schedule import shift_time
 
 RELEASES = {"piflow-0.1": False, "lakonlab-0.2": True}
-"""Versions of the PyTorch release of π-Flow, and whether it rounds the number of a stretch's substeps up."""
+"""Versions of π-Flow's PyTorch release; True for those that round the number of a stretch's substeps up."""
 
 NEWEST = "lakonlab-0.2"
 
@@ -23,7 +23,7 @@ SAVING = 3
 """Euler substeps that one third-order step stands for in method "auto": benchmarks/rollout_order.py measures it."""
 
 FEWEST = 10
-"""Steps below which "auto" saves nothing but in windows: the first two are of lower order."""
+"""Steps below which "auto" saves no work, except in windows: the first two are of lower order."""
 
 MIN_STEP = 1e-4  # shortest stretch of flow time that an average velocity is divided by
 
@@ -149,7 +149,7 @@ def _end(policy, x, r_start, r_end, shift, substeps, method, max_length, start=N
     return _multistep(policy, x, r_start, r_end, shift, steps, 3, start)
   rounds_up = RELEASES.get(method, False)
   if rounds_up:
-    # In float32 the difference of two times may exceed the length that it stands for, and be one step more.
+    # In float32 the difference of two times may exceed the length that it stands for, and take one step more.
     bound = min(math.floor(most + 1e-6 * substeps) + 1, substeps)
   length = (r_start - r_end) * substeps
   count = jnp.clip(jnp.ceil(length) if rounds_up else jnp.round(length), 1, bound)

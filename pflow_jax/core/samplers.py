@@ -1,7 +1,7 @@
 """Samplers: from noise to data with a student (a policy a segment) or a teacher (a velocity a step).
 
 All take callables and a batch; nothing here knows a network. Random keys are needed only for stochastic steps (h > 0):
-one a sample, so that what is drawn does not depend on how samples are batched.
+one a sample, so that samples do not depend on their batches.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def sample_flow_map(
     raise ValueError("sample_flow_map: gamma > 0 adds noise between steps and needs `keys`, one a sample")
   flow_map = checked("sample_flow_map: flow_map(x, t, s, cond)", flow_map)
   (x,) = as_float(noise)
-  # Of every step: its start, where it lands, its length, and what is then kept and added; nothing after the last.
+  # A row is a step's start, landing time, length, and the factors on state and noise; no noise after the last step.
   table = []
   for i, (t, s) in enumerate(itertools.pairwise(grid)):
     u = gamma_landing(s, gamma) if i < steps - 1 else s

@@ -1,7 +1,7 @@
 """Schedule time, flow time, and the student's grid of evaluations.
 
-Flow time t is the noise level: 1 is noise, 0 is data. Schedule time r in [0, 1] is what grids and random draws are
-uniform in; the two are tied by a shift m, t = m r / (1 + (m - 1) r) (Esser et al., arXiv:2403.03206, Eq. 23).
+Flow time t is the noise level: 1 is noise, 0 is data. Grids and random draws are uniform in schedule time r in [0, 1].
+A shift m connects the two: t = m r / (1 + (m - 1) r) (Esser et al., arXiv:2403.03206, Eq. 23).
 """
 
 from __future__ import annotations

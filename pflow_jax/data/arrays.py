@@ -17,8 +17,8 @@ def npz(path: str, *, split: str = "train", held_out: int = 0) -> Dataset:
   """Arrays saved with `np.savez(path, x0=..., label=..., class_names=...)`; x0 alone is a set without classes.
 
   Without class_names the classes are 0 to the largest label, named by their numbers. Floating images (n, H, W, C), or
-  videos, without a value below 0 and with one above 2 are refused: those are pixels that nobody has scaled. Points and
-  vectors (n, C), sequences (n, L, C), and latents, which have both signs, are of any range.
+  videos, without a value below 0 and with one above 2 are refused: they are pixels that were not scaled. Points and
+  vectors (n, C), sequences (n, L, C), and latents, which have both signs, may have any range.
 
   Args:
     path: of the .npz file; x0 (n, *space, C), uint8 or floating, label (n,) integers, class_names (classes,) strings.

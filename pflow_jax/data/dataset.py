@@ -62,7 +62,7 @@ class Dataset:
   """A named set of examples, images or points, with classes, with prompts, or with neither.
 
   Attributes:
-    name: what `load` was asked for.
+    name: the one that `load` was given.
     shape: (*space, C) of one x0; images are (H, W, C), points are (C,).
     num_classes: 0 for a set without classes, whose labels are then all 0.
     class_names: one name a class, in label order; empty without classes.

@@ -135,7 +135,7 @@ def _of_source(source: Any) -> Fingerprint:
 
 @_of_source.register
 def _(source: TfdsSource) -> Fingerprint:
-  raw = getattr(source.source, "data_source", None)  # of array_record: records as they are stored
+  raw = getattr(source.source, "data_source", None)  # array_record has the stored bytes of records
   records = [raw[int(row)] for row in _spread(len(raw))] if raw is not None else []
   if not records or not all(isinstance(record, bytes) for record in records):
     return _of_source.dispatch(object)(source)
@@ -156,7 +156,7 @@ def _(source: FolderSource) -> Fingerprint:
 
 
 def _add_file(content: _Hash, path: pathlib.Path) -> None:
-  """Adds the size of a file and what is at its two ends."""
+  """Adds the size of a file and the bytes at its two ends."""
   with regular_file(path).open("rb") as file:
     size = file.seek(0, os.SEEK_END)
     content.text(str(size))

@@ -85,7 +85,7 @@ def folder(
 
 
 def _scan(name: str, root: pathlib.Path) -> tuple[list[_File], tuple[str, ...]]:
-  """The image files, sorted, with their labels, and the names of the classes; warns of what is left out."""
+  """Finds the image files, sorted, with their labels, and the names of the classes; warns of files left out."""
   endings = _endings()
   with decoding(name):
     entries = _entries(root)

@@ -29,7 +29,7 @@ class Method:
       ((1, 2),) is one. A policy student with one number is also trained for it, objective.nfe.
     title: in the table and the picture; by default the name.
     overrides: nested keys of the config, dict(objective=dict(dropout=0.1)).
-    start: name of an earlier method, from whose student of the same numbers of evaluations this one starts.
+    start: name of an earlier method; this one starts from that one's student of the same numbers of evaluations.
     weak: whether the weak teacher guides it.
   """
 

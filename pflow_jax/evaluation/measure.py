@@ -21,7 +21,7 @@ from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS, Evaluate
 from pflow_jax.training.sample import check_room, draw_noise, in_batches, labels_of, sample_keys
 
 Drawn = tuple[np.ndarray, float]
-"""Samples, and how many a second."""
+"""Samples, and their number a second."""
 
 COLUMNS = {
   "name": "sampler",

@@ -167,8 +167,8 @@ def paired_bootstrap(
   which would draw a resampled A* / B* to 1), split by resamples in antithetic pairs, weights 1 + d
   and 1 - d, into a part L odd in d and a part Q even in d. A plain bootstrap reports var L + var Q.
   But where a distance is largely sampling noise, as of a good teacher's few thousand samples, L
-  already holds the square's variance twice, and var L - var Q is what repeated experiments show
-  (the plain bootstrap is up to sqrt(3) too large). For a mean, Q = 0 and the two agree.
+  already holds the square's variance twice, and repeated experiments have var L - var Q (the plain
+  bootstrap is up to sqrt(3) too large). For a mean, Q = 0 and the two agree.
 
   Args:
     metric_fn: (moments of samples, moments of reference) -> float, such as `frechet_distance`.

@@ -52,7 +52,7 @@ def sample(
 ) -> pathlib.Path:
   """Samples the run in `folder`: writes <out>.npz with noise, label and x0_nfe<n> for each n, and <out>.png.
 
-  A run on prompts adds the arrays of the condition to <out>.npz. The picture shows SHOWN samples at most, and says so.
+  A run on prompts adds the arrays of the condition to <out>.npz. The picture shows SHOWN samples at most.
 
   Args:
     config: of the run, perhaps with other settings for sampling.

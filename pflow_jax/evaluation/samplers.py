@@ -77,7 +77,7 @@ def student_samplers(method: Method, sampling: SampleSettings, params: Any, suff
     method: the student's.
     sampling: settings of its samples.
     params: all parameters of its network.
-    suffix: tells it from other students.
+    suffix: ends its name, to distinguish it from other students.
   """
 
   def make(nfe):

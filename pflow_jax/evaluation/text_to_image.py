@@ -118,7 +118,7 @@ def sample_prompts(
 
 
 def family_of(settings: Settings) -> Family:
-  """The family whose text encoders the run of `settings` is conditioned on.
+  """Returns the family whose text encoders make the conditions of the run of `settings`.
 
   Raises:
     ValueError: the run is conditioned on classes.

@@ -16,7 +16,7 @@ import numpy as np
 
 from pflow_jax.files.foreign import check_memory, decoding, in_bytes, regular_file, shown
 
-_KINDS = "biufcSU"  # of dtypes: no objects, no records, no dates
+_KINDS = "biufcSU"  # kinds of dtypes, without objects, records and dates
 _MAX_RATIO = 1032  # bytes that deflate makes of one, at most
 _CHUNK = 2**20
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from etils import epath
 
 STORES = ("gs", "s3")  # object stores that checkpoints can lie in
-MAX_BYTES = 3500  # of a path: files of a checkpoint add some 200, and systems take 4096
+MAX_BYTES = 3500  # of a path: systems take 4096, and files of a checkpoint add some 200
 MAX_NAME = 255  # bytes
 
 _PACKAGE = os.path.dirname(os.path.realpath(__file__))

@@ -23,7 +23,7 @@ from pflow_jax.core.batches import BATCH, current_mesh
 IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False}
 PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # JAX's names of the devices that have them
 
-LANES = 128  # of a TPU register: splash works on blocks of a multiple of it
+LANES = 128  # lanes of a TPU register; the blocks of splash are multiples of it
 BLOCKS = (512, 384, 256, 128)  # sizes of splash's blocks, the largest that divides a sequence first
 
 

@@ -34,7 +34,7 @@ EDM2_SIZES: dict[str, dict[str, int]] = {
 RESIDUAL_BALANCE = 0.3  # also that of attention
 LABEL_BALANCE = 0.5
 CONCAT_BALANCE = 0.5
-CLIP = 256.0  # of a block's output, as in the release
+CLIP = 256.0  # bound of a block's output, as in the release
 MIN_TIME = 1e-4  # log-sigma is finite in [MIN_TIME, 1 - MIN_TIME]
 
 _KERNEL = "mp_kernel"  # `normalize_weights` finds the kernels by this name
@@ -185,8 +185,8 @@ class EDM2UNet(nn.Module):
   """EDM2's U-Net: `apply({"params": p}, x, t, cond, s, guidance)` -> velocity.
 
   `s` and `guidance` have branches of their own, whose parameters exist only if `init` was given them. Both start at
-  gain zero: with a teacher's other parameters the network is the teacher, whatever s and the guidance are. Training on
-  data fills in `channels` and `num_classes`.
+  gain zero: with a teacher's other parameters the network is the teacher for every s and guidance. Training on data
+  fills in `channels` and `num_classes`.
 
   Attributes:
     channels: C of the data.

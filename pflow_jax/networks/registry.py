@@ -85,7 +85,7 @@ NETWORKS: dict[str, NetworkKind] = {
   "edm2": NetworkKind(EDM2UNet, (*edm2.SHARDING, *layers.SHARDING), has_head=False, project=normalize_weights),
   "mlp": NetworkKind(MLP),
 }
-"""Those of this room; families add theirs, and so does a user, by `register_network`."""
+"""Networks of this room; families, and users, add theirs with `register_network`."""
 
 
 def register_network(name: str, kind: NetworkKind) -> None:

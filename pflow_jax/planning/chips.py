@@ -164,7 +164,7 @@ def _checked(chip: Chip, number: int, text: str) -> int:
 
 
 def _square(number: int) -> tuple[int, ...] | None:
-  """The 2-D slice of so many chips: a power of 2 but 2 itself, square or twice as long as wide."""
+  """Shape of the 2-D slice of `number` chips, a power of 2 except 2 itself: square, or twice as long as wide."""
   if number == 2 or number & (number - 1):
     return None
   side = 2 ** ((number.bit_length() - 1) // 2)
@@ -172,7 +172,7 @@ def _square(number: int) -> tuple[int, ...] | None:
 
 
 def _cube(number: int) -> tuple[int, ...] | None:
-  """The 3-D slice of so many chips, the most like a cube of those whose sides are 1, 2 or multiples of 4."""
+  """Shape of the 3-D slice of `number` chips: the nearest to a cube, of sides that are 1, 2 or multiples of 4."""
   if number == 4:
     return 2, 2, 1  # one host
   sides = [n for n in range(1, number + 1) if number % n == 0 and (n in (1, 2) or n % 4 == 0)]

@@ -13,15 +13,15 @@ from pflow_jax.settings import renamed
 
 MAX_BYTES = 2**20
 _PACKAGE = pathlib.Path(__file__).parents[1]
-SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of an installation, and of a checkout
+SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # places in an installation, and in a checkout
 
 
 def read_config_file(config: str) -> ConfigDict:
-  """Runs a config file and returns what its `get_config` does.
+  """Runs a config file and returns the config of its `get_config`.
 
   Args:
     config: "path/of/config.py" or "path/of/config.py:variant"; get_config takes the variant, if there is one. A name
-      without ".py", such as "digits:gmflow", is a file that comes with this package.
+      without ".py", such as "digits:gmflow", is a file of this package.
 
   Raises:
     ValueError: it is no Python file, or it fails; the message names the line.

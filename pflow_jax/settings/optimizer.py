@@ -12,7 +12,7 @@ class OptimizerSettings:
 
   Attributes:
     learning_rate: the rate after the warm-up, > 0.
-    warmup_steps: updates over which the rate rises linearly; gradients are not clipped meanwhile.
+    warmup_steps: updates over which the rate rises linearly and gradients are not clipped.
     schedule: "constant", or "cosine", which reaches 0 at the end of the run.
     b1: decay rate of the first moment.
     b2: decay rate of the second moment.

@@ -9,7 +9,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 SECTIONS = {"policy": "head"}
-"""Sections by the names that they had."""
+"""Sections by their former names."""
 
 _DATA_FREE = "imitation_data_free"
 

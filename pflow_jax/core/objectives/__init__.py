@@ -12,7 +12,7 @@ from pflow_jax.core.objectives.flow_map import ayf_emd, ayf_lmd, consistency, me
 from pflow_jax.core.objectives.flow_matching import FlowMatching
 from pflow_jax.core.objectives.imitation import Imitation
 
-PRETRAINED = "pretrained"  # of a model that was converted, not trained here
+PRETRAINED = "pretrained"  # kind of a model that was converted, not trained here
 
 OBJECTIVES: dict[str, Callable[..., Any]] = {
   "flow_matching": FlowMatching,
@@ -23,25 +23,25 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
   "consistency": consistency,
   PRETRAINED: FlowMatching,
 }
-"""What makes the settings of an objective with the defaults of its kind."""
+"""Makers of an objective's settings, with the defaults of its kind, by name."""
 
 
 def settings_of(kind: str) -> Any:
-  """The dataclass whose fields are the settings of a kind."""
+  """Returns the dataclass whose fields are the settings of a kind."""
   make = OBJECTIVES[kind]
   return make if inspect.isclass(make) else typing.get_type_hints(make)["return"]
 
 
 def defaults_of(kind: str) -> dict[str, Any]:
-  """The settings of a kind with its defaults."""
+  """Returns the settings of a kind with its defaults."""
   return {field.name: getattr(made, field.name) for made in [OBJECTIVES[kind]()] for field in dataclasses.fields(made)}
 
 
 def kind_of(objective: Any) -> str:
-  """The name of the kind whose defaults are nearest to these settings.
+  """Finds the name of the kind whose defaults are nearest to these settings.
 
   Raises:
-    ValueError: there is no such objective.
+    ValueError: the settings belong to no objective.
   """
   kinds = [kind for kind in OBJECTIVES if settings_of(kind) is type(objective) and kind != PRETRAINED]
   if not kinds:

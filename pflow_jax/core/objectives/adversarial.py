@@ -78,8 +78,8 @@ def discriminator_loss(
   softplus(D(fake) - D(real)) + r1 / 2 |grad D(real)|^2 + r2 / 2 |grad D(fake)|^2. The factor 1/2 and the sum, not mean,
   over a sample are R3GAN's, paper and code; its gamma is r1 and r2.
 
-  The penalised gradient is that of the batch's summed logits. Where a minibatch statistic ties examples together it
-  holds what a pixel does to every logit of its group, as in StyleGAN2's and R3GAN's code; else it is the example's own.
+  The penalised gradient is that of the batch's summed logits. With a minibatch statistic it includes the effect of a
+  pixel on every logit of its group, as in StyleGAN2's and R3GAN's code; without one it is the example's own.
 
   Args:
     discriminator: (x, cond) -> logits (B,), high for data.

@@ -1,8 +1,9 @@
 """Flow maps: Align Your Flow (Eulerian and Lagrangian), MeanFlow and consistency distillation, in one core.
 
 A flow map jumps from flow time t to s, f(x, t, s) = x + (s - t) F(x, t, s): F is the average velocity between them, and
-the network. All objectives regress F on what the identity that defines it says of F's own derivative, taken forward
-(`jax.jvp`); they differ in the settings of `FlowMap`, see `ayf_emd`, `ayf_lmd`, `mean_flow` and `consistency`.
+the network. F obeys an identity with its own derivative. All objectives regress F on the other side of that identity,
+with the derivative taken forward (`jax.jvp`); they differ in the settings of `FlowMap`, see `ayf_emd`, `ayf_lmd`,
+`mean_flow` and `consistency`.
 
 References:
   Align Your Flow, arXiv:2506.14603; MeanFlow, arXiv:2505.13447; sCM, arXiv:2410.11081.
@@ -47,7 +48,7 @@ class FlowMap:
     times: how the interval is drawn. "length": its length is logit-normal(time_mean, time_std), its place uniform;
       "pair": t and s are a sorted pair of logit-normals.
     to_data: share of the examples whose interval is moved to the data: it keeps its drawn length and ends at s = 0. 1
-      is a consistency model, whose t is then as its length is drawn.
+      is a consistency model; t is then the drawn length.
     shift: time shift applied to the drawn times and to the sampler's grid.
     anchor: share of the examples with s = t, which is flow matching.
     warmup_steps: optimizer steps until the derivative counts in full (0: at once). Before, the regression is in part on
@@ -73,7 +74,7 @@ class FlowMap:
     "teacher",
     "adapters",
     "adversarial",
-  )  # of a config, beside those that every run has
+  )  # sections of a config that it uses beside those of every run
 
   side: str = "eulerian"
   target: str = "teacher"
@@ -228,7 +229,7 @@ def residual(
   warmup: Array | float,
   precise: Network | None = None,
 ) -> tuple[Array, Array, Array]:
-  """Distance of F from what its own derivative says, F - v +- warmup (t - s) dF; 0 for the exact flow map.
+  """Residual of the identity between F and its derivative, F - v +- warmup (t - s) dF; 0 for the exact flow map.
 
   Args:
     network: see `Network`.

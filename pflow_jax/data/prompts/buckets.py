@@ -1,8 +1,8 @@
 """Prompts of many lengths in batches of one length each.
 
 A record belongs to the shortest bucket that its text fits into, or to the longest one, which cuts it. Each bucket has
-an endless stream of its own, epoch after epoch, as in `records`; what does not fill a batch at the end of an epoch
-begins the bucket's next batch, so nothing is lost and nothing padded further than its bucket. After e epochs a bucket
+an endless stream of its own, epoch after epoch, as in `records`; records that do not fill a batch at the end of an
+epoch begin the bucket's next batch, so none is lost and none is padded further than its bucket. After e epochs a bucket
 of n records has given floor(e n / B) batches of B; an epoch's batches of all buckets come in a shuffled order. So batch
 i is found without the ones before it, and all processes agree on its bucket. A bucket of fewer records than a batch
 repeats them within one, every B / n epochs.

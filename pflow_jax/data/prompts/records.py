@@ -60,7 +60,7 @@ class Fields:
     return LENGTH.itemsize + text + rest
 
   def pack(self, prompt: str, record: Record) -> bytes:
-    """The bytes of a record of "text" (l, D), "pooled" (P,) and "x0", as far as there are such fields."""
+    """Writes the bytes of a record of "text" (l, D), "pooled" (P,) and "x0", without the fields that are absent."""
     text = record["text"] if self.text_width else np.zeros((0, 0))
     parts = [np.asarray(len(text), LENGTH), text.astype(TEXT_DTYPE)]
     parts += [record["pooled"].astype(POOLED)] if self.pooled_width else []
@@ -100,7 +100,7 @@ MODELS = {
 MAX_LENGTHS = {"flux": 512, "qwen_image": 512, "minilm": 0}
 
 
-MAX_TOKENS = 2**15  # of a text, as many as Qwen2.5-VL has positions
+MAX_TOKENS = 2**15  # tokens of a text, the positions of Qwen2.5-VL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Index:
 
   @classmethod
   def from_json(cls, text: str, where: str = INDEX) -> Index:
-    """Reads what `as_json` wrote; ValueError for anything else."""
+    """Reads the content that `as_json` wrote; ValueError for any other."""
     return parse_json(text, cls, where=where)
 
   @property

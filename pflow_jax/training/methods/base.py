@@ -83,7 +83,7 @@ class Method(abc.ABC, Generic[Objective]):
 
   @abc.abstractmethod
   def shapes(self) -> Params:
-    """Shapes of the parameters of `init`, for which no teacher is read."""
+    """Shapes of the parameters of `init`; no teacher is read for them."""
 
   @abc.abstractmethod
   def loss(
