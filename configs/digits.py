@@ -29,6 +29,7 @@ from pflow_jax.settings.defaults import default_config, pick
 
 
 def base(objective: str, time_scale: float = 1000.0) -> ConfigDict:
+  """Returns the settings that all variants share."""
   config = default_config(objective)
   config.data = dict(name="digits")
   config.model = dict(kind="dit", patch_size=2, width=64, depth=4, num_heads=4, scan_unroll=4, time_scale=time_scale)
@@ -45,6 +46,7 @@ def base(objective: str, time_scale: float = 1000.0) -> ConfigDict:
 
 
 def teacher() -> ConfigDict:
+  """Teacher of the policy students."""
   config = base("flow_matching")
   config.train.update(steps=2500, batch_size=128)
   return config
@@ -61,6 +63,7 @@ def flow_teacher() -> ConfigDict:
 
 
 def gmflow() -> ConfigDict:
+  """Student of 1 evaluation with a Gaussian mixture as its policy."""
   config = base("imitation")
   config.head = dict(kind="gmflow", num_components=16)
   config.objective.update(num_states=2, dropout=0.05, substeps=64)
@@ -68,6 +71,7 @@ def gmflow() -> ConfigDict:
 
 
 def gmflow_2nfe() -> ConfigDict:
+  """The same for 2 evaluations."""
   config = gmflow()
   config.objective.nfe = 2
   config.train.steps = 1500
@@ -75,6 +79,7 @@ def gmflow_2nfe() -> ConfigDict:
 
 
 def gmflow_4nfe() -> ConfigDict:
+  """The same for 4 evaluations."""
   config = gmflow()
   config.objective.nfe = 4
   config.train.steps = 1000
@@ -82,6 +87,7 @@ def gmflow_4nfe() -> ConfigDict:
 
 
 def gmflow_long() -> ConfigDict:
+  """The student of 1 evaluation with more states and a longer training."""
   config = gmflow()
   config.objective.num_states = 4
   config.train.update(steps=48_000, checkpoint_every=4000)
@@ -89,6 +95,7 @@ def gmflow_long() -> ConfigDict:
 
 
 def dx() -> ConfigDict:
+  """Student of 1 evaluation with denoised states on a grid as its policy."""
   config = base("imitation")
   config.head = dict(kind="dx", num_coefficients=10, basis="grid")
   config.objective.update(num_states=2, window=10.0)
@@ -97,6 +104,7 @@ def dx() -> ConfigDict:
 
 
 def arc() -> ConfigDict:
+  """Student of 1 evaluation with a mixture of momentum processes as its policy."""
   config = base("imitation")
   config.head = dict(kind="arc", num_components=8)
   config.objective.update(num_states=2, window=3.0, dropout=0.1)
@@ -105,6 +113,7 @@ def arc() -> ConfigDict:
 
 
 def arc_adapters() -> ConfigDict:
+  """The same with adapters on the frozen teacher."""
   config = arc()
   config.adapters.table = (("blocks/(mlp_in|mlp_out)|time_embed/.*", 8),)
   return config
@@ -114,6 +123,7 @@ def arc_adapters() -> ConfigDict:
 
 
 def flow_map(objective: str) -> ConfigDict:
+  """Returns the settings that all flow maps share."""
   config = base(objective, time_scale=1.0)
   config.optimizer.learning_rate = 1e-3
   config.objective.warmup_steps = 1000
@@ -121,6 +131,7 @@ def flow_map(objective: str) -> ConfigDict:
 
 
 def ayf_emd() -> ConfigDict:
+  """Align Your Flow's Eulerian flow map."""
   config = flow_map("ayf_emd")
   # Many jumps end at the data. Longer ones (time_mean=0) are better at one evaluation (alignment 0.91 against 1.09) and
   # worse from four on (0.39 against 0.30).
@@ -129,18 +140,21 @@ def ayf_emd() -> ConfigDict:
 
 
 def ayf_emd_adversarial() -> ConfigDict:
+  """The same with adversarial finetuning."""
   config = ayf_emd()
   config.adversarial.update(weight=0.1, width=16)
   return config
 
 
 def ayf_lmd() -> ConfigDict:
+  """Align Your Flow's Lagrangian flow map."""
   config = flow_map("ayf_lmd")
   config.objective.anchor = 0.5
   return config
 
 
 def mean_flow() -> ConfigDict:
+  """MeanFlow, which learns from the data."""
   config = flow_map("mean_flow")
   # MeanFlow is compared with a teacher without guidance, so it has none.
   config.objective.update(warmup_steps=0, kappa=0.0, cond_dropout=0.0)
@@ -148,12 +162,14 @@ def mean_flow() -> ConfigDict:
 
 
 def consistency() -> ConfigDict:
+  """Consistency model."""
   config = flow_map("consistency")
   config.sample.gamma = 1.0  # a consistency model jumps to the data alone: noise is renewed between the jumps
   return config
 
 
 def quicktest(config: ConfigDict) -> None:
+  """Shrinks a config to a smoke test."""
   config.model.update(width=16, depth=1, num_heads=2, scan_unroll=1)
   config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
   config.optimizer.warmup_steps = 1

@@ -16,6 +16,7 @@ from pflow_jax.settings.defaults import default_config, pick
 
 
 def base(objective: str) -> ConfigDict:
+  """Returns the settings that all variants share."""
   config = default_config(objective)
   config.data = dict(name="emoji", size=32, embeddings="runs/emoji_names")
   config.model = dict(kind="dit", patch_size=4, width=128, depth=6, num_heads=4, scan_unroll=1, time_scale=1000.0)
@@ -28,6 +29,7 @@ def base(objective: str) -> ConfigDict:
 
 
 def teacher() -> ConfigDict:
+  """Teacher, which learns from emoji and their names."""
   config = base("flow_matching")
   config.head = dict(kind="velocity")
   config.objective.cond_dropout = 0.1
@@ -36,6 +38,7 @@ def teacher() -> ConfigDict:
 
 
 def gmflow() -> ConfigDict:
+  """Student of 4 evaluations with a Gaussian mixture as its policy."""
   config = base("imitation")
   config.head = dict(kind="gmflow", num_components=8)
   config.teacher.guidance = 3.0
@@ -45,6 +48,7 @@ def gmflow() -> ConfigDict:
 
 
 def gmflow_1nfe() -> ConfigDict:
+  """The same for 1 evaluation."""
   config = gmflow()
   config.objective.nfe = 1
   config.train.steps = 3000
@@ -52,6 +56,7 @@ def gmflow_1nfe() -> ConfigDict:
 
 
 def quicktest(config: ConfigDict) -> None:
+  """Shrinks a config to a smoke test."""
   config.data = dict(name="synthetic_prompts", model="minilm", shape=(8, 8, 3), pooled=12)
   config.model.update(patch_size=2, width=16, depth=1, num_heads=2)
   config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)

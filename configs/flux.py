@@ -23,6 +23,7 @@ from pflow_jax.settings.defaults import default_config, pick
 
 
 def base() -> ConfigDict:
+  """Returns the settings that all variants share."""
   config = default_config("imitation")
   config.data = dict(name="prompts:/data/flux_prompts", model="flux", shape=(128, 128, 16))
   config.model = dict(kind="flux", guidance=3.5, dtype="bfloat16", remat="full", attention="splash", scan_unroll=1)
@@ -43,6 +44,7 @@ def base() -> ConfigDict:
 
 
 def gm() -> ConfigDict:
+  """Student of 4 evaluations with a Gaussian mixture as its policy."""
   config = base()
   config.head = dict(kind="gmflow", num_components=8)
   config.sample.auto_temperature = True
@@ -50,24 +52,28 @@ def gm() -> ConfigDict:
 
 
 def gm_8nfe() -> ConfigDict:
+  """The same for 8 evaluations."""
   config = gm()
   config.objective.nfe = 8
   return config
 
 
 def gm_data_free() -> ConfigDict:
+  """The student of 4 evaluations, trained without images."""
   config = gm()
   config.objective.data_free = True
   return config
 
 
 def gm_8nfe_data_free() -> ConfigDict:
+  """The student of 8 evaluations, trained without images."""
   config = gm_8nfe()
   config.objective.data_free = True
   return config
 
 
 def dx() -> ConfigDict:
+  """Student of 4 evaluations with denoised states on a grid as its policy."""
   config = base()
   config.head = dict(kind="dx", num_coefficients=10, basis="grid")
   config.objective.dropout = 0.0
@@ -75,6 +81,7 @@ def dx() -> ConfigDict:
 
 
 def arc() -> ConfigDict:
+  """Student of 2 evaluations with a mixture of momentum processes as its policy."""
   config = base()
   config.head = dict(kind="arc", num_components=16)
   config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
@@ -84,6 +91,7 @@ def arc() -> ConfigDict:
 
 
 def quicktest(config: ConfigDict) -> None:
+  """Shrinks a config to a smoke test."""
   config.data = dict(name="synthetic_prompts", model="flux", shape=(8, 8, 16), text=(6, 12), pooled=10)
   config.model.update(depth=1, single_depth=1, num_heads=2, head_dim=16, text_width=12, pooled_width=10)
   config.model.update(rope_axes=(4, 6, 6), attention="xla", dtype="float32", remat="none")

@@ -21,6 +21,7 @@ from pflow_jax.settings.defaults import default_config, pick
 
 
 def base(objective: str, time_scale: float = 1000.0) -> ConfigDict:
+  """Returns the settings that all variants share."""
   config = default_config(objective)
   config.data = dict(name="latents:/data/imagenet256", shape=(32, 32, 4), num_classes=1000)
   config.model = dict(kind="dit", patch_size=2, width=1152, depth=28, num_heads=16, scan_unroll=1)
@@ -43,6 +44,7 @@ def base(objective: str, time_scale: float = 1000.0) -> ConfigDict:
 
 
 def teacher(time_scale: float = 1000.0) -> ConfigDict:
+  """Teacher of the policy students."""
   config = base("flow_matching", time_scale)
   config.objective.cond_dropout = 0.1
   config.optimizer.learning_rate = 1e-4
@@ -59,6 +61,7 @@ def flow_teacher() -> ConfigDict:
 
 
 def policy(**head) -> ConfigDict:
+  """Returns the settings that all policy students share; `head` is the section of that name."""
   config = base("imitation")
   config.head = head
   config.teacher.update(guidance=2.7, interval=(0.0, 0.6))
@@ -68,12 +71,14 @@ def policy(**head) -> ConfigDict:
 
 
 def gmflow() -> ConfigDict:
+  """Student of 1 evaluation with a Gaussian mixture as its policy."""
   config = policy(kind="gmflow", num_components=32)
   config.objective.dropout = 0.05
   return config
 
 
 def gmflow_2nfe() -> ConfigDict:
+  """The same for 2 evaluations."""
   config = gmflow()
   config.objective.nfe = 2
   config.train.steps = 24_000
@@ -81,6 +86,7 @@ def gmflow_2nfe() -> ConfigDict:
 
 
 def dx() -> ConfigDict:
+  """Student of 1 evaluation with denoised states on a grid as its policy."""
   config = policy(kind="dx", num_coefficients=10, basis="grid")
   config.objective.window = 10.0
   config.train.steps = 40_000
@@ -88,6 +94,7 @@ def dx() -> ConfigDict:
 
 
 def arc_adapters() -> ConfigDict:
+  """Student of 2 evaluations with a mixture of momentum processes as its policy, and adapters on the frozen teacher."""
   config = policy(kind="arc", num_components=16)
   config.adapters.table = (("blocks/(mlp_in|mlp_out)|time_embed/.*", 96),)
   config.optimizer.update(learning_rate=1e-4, rates=(("head/proj_out_loggamma/.*", 0.1), (".*", 1.0)))
@@ -97,6 +104,7 @@ def arc_adapters() -> ConfigDict:
 
 
 def ayf_emd() -> ConfigDict:
+  """Align Your Flow's Eulerian flow map, for several strengths of guidance."""
   config = base("ayf_emd", time_scale=1.0)
   config.teacher.guidance = 2.0
   config.objective.update(guidance=(1.0, 3.0), warmup_steps=10_000)
@@ -106,6 +114,7 @@ def ayf_emd() -> ConfigDict:
 
 
 def quicktest(config: ConfigDict) -> None:
+  """Shrinks a config to a smoke test."""
   config.data = dict(name="synthetic", shape=(8, 8, 4), num_classes=10)
   config.model.update(width=16, depth=2, num_heads=2)
   config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, keep_every=0)

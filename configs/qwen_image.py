@@ -18,6 +18,7 @@ from pflow_jax.settings.defaults import default_config, pick
 
 
 def base() -> ConfigDict:
+  """Returns the settings that all variants share."""
   config = default_config("imitation")
   config.data = dict(name="prompts:/data/qwen_prompts", model="qwen_image", shape=(128, 128, 16))
   config.data.buckets = (128, 256, 512)
@@ -37,6 +38,7 @@ def base() -> ConfigDict:
 
 
 def gm() -> ConfigDict:
+  """Student of 4 evaluations with a Gaussian mixture as its policy."""
   config = base()
   config.head = dict(kind="gmflow", num_components=8)
   config.sample.auto_temperature = True
@@ -44,12 +46,14 @@ def gm() -> ConfigDict:
 
 
 def gm_data_free() -> ConfigDict:
+  """The same, trained without images."""
   config = gm()
   config.objective.data_free = True
   return config
 
 
 def dx() -> ConfigDict:
+  """Student of 4 evaluations with denoised states on a grid as its policy."""
   config = base()
   config.head = dict(kind="dx", num_coefficients=10, basis="grid")
   config.objective.dropout = 0.0
@@ -57,6 +61,7 @@ def dx() -> ConfigDict:
 
 
 def arc() -> ConfigDict:
+  """Student of 2 evaluations with a mixture of momentum processes as its policy."""
   config = base()
   config.head = dict(kind="arc", num_components=16)
   config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
@@ -66,6 +71,7 @@ def arc() -> ConfigDict:
 
 
 def quicktest(config: ConfigDict) -> None:
+  """Shrinks a config to a smoke test."""
   config.data = dict(name="synthetic_prompts", model="qwen_image", shape=(8, 8, 16), text=(6, 12))
   config.model.update(depth=2, num_heads=2, head_dim=16, text_width=12, rope_axes=(4, 6, 6))
   config.model.update(attention="xla", dtype="float32", remat="none")

@@ -41,7 +41,7 @@ def batches(
     start: batches to skip.
     rows: those of a global batch that this process reads, ascending, see
       `mesh.sharding.Layout.local_rows`; None is all of them.
-    num_threads: threads that read ahead; 0 reads in the caller, None is the default of the set: 0 in memory, 2 for files.
+    num_threads: threads that read ahead; 0 reads in the caller, None is the default, 0 in memory and 2 for files.
     num_workers: processes that read, each with its threads; 0 reads in this process.
 
   Raises:
