@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from pflow_jax.conversion.models import Model, model_of_torch
-from pflow_jax.families.flux import names as flux
+from pflow_jax.families.flux.names import NAMES as flux
 from pflow_jax.torch_io.shards import ModelFolder, Planned
 from pflow_jax.torch_io.table import same_bits
 from pflow_jax.torch_io.tensors import open_tensors

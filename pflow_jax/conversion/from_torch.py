@@ -135,7 +135,7 @@ def _import_teacher(
     sample=SampleSettings(**walk),
     source=source,
   )
-  notes = tuple(filter(None, [getattr(model.names, "time_note", lambda *_: "")(config, path.name)]))
+  notes = tuple(filter(None, [model.names.time_note(config, path.name)]))
   if model.learns_variance:
     channels = model.attributes["channels"]
     notes += (

@@ -11,10 +11,11 @@ import numpy as np
 
 from pflow_jax.data import ArrayRecords, Dataset, Embedding
 from pflow_jax.families.dit import names as dit
-from pflow_jax.families.family import Family
-from pflow_jax.families.head_names import policy_from_config
+from pflow_jax.families.metadata import head_of_config
+from pflow_jax.families.names import NetworkNames
 from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.files import foreign
+from pflow_jax.networks.heads import Head
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.fields import check_sizes, read_fields
 from pflow_jax.torch_io.places import Tensors
@@ -24,7 +25,6 @@ from pflow_jax.training.network import head_class, make_network
 
 # Attributes of our modules that a config takes from its data, and what is no attribute at all.
 _FROM_DATA = ("channels", "num_classes", "sample_size", "out_channels")
-_OF_HEADS = ("num_gaussians", "logstd_inner_dim", "n_grid", "p_order")  # fields that the output layers have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,20 @@ class Model:
   head: Choice
 
   @property
-  def names(self) -> Any:
-    """The module with the names of its weights, see `families.family.Family`."""
-    return FAMILIES[self.kind].names
+  def names(self) -> NetworkNames:
+    """Names of its weights in PyTorch."""
+    names = FAMILIES[self.kind].names
+    assert names is not None
+    return names
+
+  @property
+  def output(self) -> Head:
+    """Its output layer as a module, without the sizes of the network."""
+    return head_class(self.head)(**self.head.options)
 
   @property
   def rows(self) -> tuple[Row, ...]:
-    return self.names.rows(self.attributes, self.head.plain())
+    return self.names.rows(self.attributes, self.output)
 
   @property
   def options(self) -> dict[str, Any]:
@@ -58,7 +65,7 @@ class Model:
   @property
   def torch_config(self) -> dict[str, Any]:
     """A config.json."""
-    return self.names.config_from_model(self.attributes, self.head.plain())
+    return self.names.config_from_model(self.attributes, self.output)
 
   @property
   def learns_variance(self) -> bool:
@@ -81,7 +88,7 @@ class Model:
     embedding = None
     if "text_width" in attributes:
       embedding = Embedding((1,), attributes["text_width"], True, attributes.get("pooled_width") or 0)
-    side, classes = attributes["patch_size"], attributes.get("num_classes", 0)
+    side, classes = attributes.get("patch_size", 1), attributes.get("num_classes", 0)
     records = ArrayRecords(np.zeros((0, 0)), np.zeros(0))
     shape = (side, side, attributes["channels"])
     return Dataset("none", shape, classes, (), records, embedding=embedding)
@@ -93,7 +100,7 @@ def read_config(source: pathlib.Path) -> dict[str, Any]:
   Raises: ValueError if there is none, or its class is not known.
   """
   folder = source if source.is_dir() else source.parent
-  known = [name for family in _converted().values() for name in family.names.CLASS_NAMES]
+  known = [name for names in _converted().values() for name in names.classes]
   path = folder / CONFIG
   if not path.exists():
     raise ValueError(
@@ -116,18 +123,18 @@ def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tenso
   Raises: ValueError naming what in the config this package's network does not do, or its tensors cannot have.
   """
   name = config["_class_name"]
-  kind, family = next((k, f) for k, f in _converted().items() if name in f.names.CLASS_NAMES)
-  module: Any = family.names
-  schema = module.FIELDS[name]
+  kind, names = next((k, n) for k, n in _converted().items() if name in n.classes)
+  schema = names.schema(name)
   full = read_fields(config, schema)
-  policy = policy_from_config(module.CLASS_NAMES[name], full | {"_class_name": name}, metadata)
-  attributes = module.model_from_config(config, policy)
+  head = head_of_config(names.classes[name], full | {"_class_name": name}, metadata)
+  owner = head_class(head)
+  attributes = names.model_from_config(config, owner(**head.options))
   if "sample_size" in full:
     attributes["sample_size"] = full["sample_size"]
   if tensors is not None:
-    check_sizes(full, schema, tensors, _OF_HEADS if any(map(is_lora, tensors.places)) else None)
-  head = {key: value for key, value in policy.items() if key != "kind"}
-  return Model(kind, attributes, Choice(policy["kind"], head))
+    of_head = [field.name for field in dataclasses.fields(owner.torch_schema())]
+    check_sizes(full, schema, tensors, of_head if any(map(is_lora, tensors.places)) else None)
+  return Model(kind, attributes, head)
 
 
 def model_of_run(
@@ -151,7 +158,7 @@ def model_of_run(
   missing = [name for name in _required(kind) if attributes.get(name) is None]
   if missing:
     raise ValueError(f"config.model: {', '.join(missing)} must be set")
-  patch = attributes["patch_size"]
+  patch = attributes.get("patch_size", 1)
   made = head_class(head)(channels=1, patch_size=patch, **head.options)
   bias = shapes.get(f"head/{made.velocity_layer}/bias", ())
   if len(bias) != 1:
@@ -171,9 +178,9 @@ def model_of_run(
   return Model(kind, attributes, head)
 
 
-def _converted() -> dict[str, Family]:
-  """Families whose weights have names in PyTorch."""
-  return {name: family for name, family in FAMILIES.items() if family.names is not None}
+def _converted() -> dict[str, NetworkNames]:
+  """Returns the names in PyTorch of the families that have some."""
+  return {name: family.names for name, family in FAMILIES.items() if family.names is not None}
 
 
 def _required(kind: str) -> list[str]:

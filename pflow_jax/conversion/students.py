@@ -15,7 +15,8 @@ from pflow_jax.conversion.models import Model, model_of_run
 from pflow_jax.conversion.runs import check_leaves, read_run
 from pflow_jax.core.objectives.imitation import Imitation
 from pflow_jax.core.rollout import NEWEST
-from pflow_jax.families.head_names import sampling_of
+from pflow_jax.data.prompts.records import MAX_LENGTHS
+from pflow_jax.families.metadata import sampling_of
 from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.settings.adapters import AdapterSettings
 from pflow_jax.settings.sample import SampleSettings
@@ -30,8 +31,6 @@ from pflow_jax.training.teachers import which_of
 
 Shape = tuple[int, ...]
 Leaves = dict[str, TensorLeaf]
-
-TEXT_SIZE = 128  # latents a side, of pictures of 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +129,14 @@ def _plain(value: Any) -> Any:
 def data_of(model: Model) -> dict[str, Any]:
   """The section `data` of a converted run: random data of the shapes that the network takes."""
   attributes = model.attributes
-  side = attributes.get("sample_size", TEXT_SIZE)
+  family = FAMILIES[model.kind]
+  side = attributes.get("sample_size", family.side)
   shape = (side, side, attributes["channels"])
   if "classes" in network_kind(model.kind).conditions:
     return {"name": "synthetic", "shape": shape, "num_classes": attributes["num_classes"]}
   prompts = {"name": "synthetic_prompts", "model": model.kind, "shape": shape, "num_records": 1}
   pooled = {"pooled": attributes["pooled_width"]} if attributes.get("pooled_width") else {}
-  return prompts | {"text": (512, attributes["text_width"])} | pooled
+  return prompts | {"text": (MAX_LENGTHS[model.kind], attributes["text_width"])} | pooled
 
 
 def student_settings(
@@ -147,7 +147,7 @@ def student_settings(
   What the files do not tell is taken from the releases' recipes, and from the name of the folder, such as
   "gmflux_k8_piid_8step"; the data are random ones of the network's shapes. All can be changed when it is used.
   """
-  recipe = FAMILIES[model.kind].students[model.head.kind]
+  recipe = FAMILIES[model.kind].students.get(head_class(model.head), {})
   told = sampling_of(metadata) or dict(recipe)
   stated = re.search(r"(\d+)[-_]?(?:step|nfe)", name)
   if stated and not sampling_of(metadata):

@@ -17,7 +17,7 @@ from pflow_jax.conversion.leaves import Exporter
 from pflow_jax.conversion.models import classes_of, model_of_run
 from pflow_jax.conversion.progress import digest, in_words, megabytes
 from pflow_jax.conversion.runs import check_leaves, read_run
-from pflow_jax.families.head_names import policy_metadata, release_of, sampling_metadata
+from pflow_jax.families.metadata import policy_metadata, release_of, sampling_metadata
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.checksums import CHECKSUMS
@@ -29,7 +29,6 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io.shards import ModelFolder
 from pflow_jax.torch_io.table import flat_shapes, rows_for
 from pflow_jax.training import workdir
-from pflow_jax.training.network import head_class
 from pflow_jax.training.teachers import which_of
 
 
@@ -54,8 +53,8 @@ def to_torch(
   rows = rows_for(model.rows, leaves)
   metadata: dict[str, str] = {}
   objective, sampling = settings.objective, settings.sample
-  if head_class(model.head).has_policy:
-    metadata = policy_metadata(model.head.plain(), objective.max_segment, objective.shift)
+  if model.output.has_policy:
+    metadata = policy_metadata(model.output, objective.max_segment, objective.shift)
     grid = objective.nfe, objective.final_scale, objective.shift
     metadata |= sampling_metadata(*grid, sampling.temperature_of_segments, sampling.method)
   exporter = Exporter(leaves, rows, dtype, _scales(leaves, settings.adapters.rows), _unused(leaves))

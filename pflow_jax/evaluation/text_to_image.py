@@ -78,9 +78,9 @@ def sample_prompts(
   run_settings = use_teacher(Settings.of(config, converted=True), teacher)
   settings = run_settings.sample
   family = family_of(run_settings)
-  if pipeline is None and family.autoencoders:
+  if pipeline is None and family.autoencoder:
     raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
-  if not family.autoencoders and (height or width):
+  if not family.autoencoder and (height or width):
     raise ValueError("--height, --width: this run samples pictures of the size that it was trained on")
   layout = layout_of(run_settings)  # raises before the encoders are read if these devices cannot run the network
   # The encoders compute in the network's dtype or a wider one.
@@ -90,7 +90,7 @@ def sample_prompts(
   cond = text.encode_prompts(family.name, pipeline, asked, run_settings.data.get("max_length"), dtype=dtype)
   null = {name: value[-1] for name, value in cond.items()}
   cond = {name: value[: len(prompts)] for name, value in cond.items()}
-  codec = load_autoencoder(pipeline) if family.autoencoders and pipeline is not None else None
+  codec = load_autoencoder(pipeline) if family.autoencoder and pipeline is not None else None
   dataset = _shapes(run_settings, cond, codec, height, width) if codec else None
   experiment = build(run_settings, dataset=dataset, run=folder)
   dataset = experiment.dataset

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pflow_jax.data.pixels import read_pixels, to_unit
+from pflow_jax.families.names import TorchNames
 from pflow_jax.families.registry import FAMILIES
 from pflow_jax.files.foreign import check_memory, is_there, read_json, real_folder, shown
 from pflow_jax.torch_io.check import check_tensors
@@ -21,9 +22,10 @@ from pflow_jax.torch_io.table import flat_shapes, to_flax, torch_shapes_of
 from pflow_jax.torch_io.tensors import open_tensors
 
 
-def classes() -> dict[str, tuple[Any, Any]]:
-  """The autoencoders of all families: classes in config.json -> our module, and the module of its table."""
-  return {name: pair for family in FAMILIES.values() for name, pair in family.autoencoders.items()}
+def classes() -> dict[str, TorchNames]:
+  """Returns the names of the autoencoders of all families, by their classes in config.json."""
+  known = [family.autoencoder for family in FAMILIES.values() if family.autoencoder is not None]
+  return {name: names for names in known for name in names.class_names}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,14 +78,13 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   known = classes()
   if not isinstance(name, str) or name not in known:
     raise ValueError(f"{file}: expected an autoencoder of {sorted(known)}, got {shown(name)}")
-  kind, table = known[name]
-  attributes = table.model_from_config(config)
-  module = kind(**attributes, dtype=jnp.dtype(dtype))
-  rows = table.rows(attributes)
+  names = known[name]
+  schema, attributes = names.schema(name), names.model_from_config(config)
+  module: Any = names.module(**attributes, dtype=jnp.dtype(dtype))
+  rows = names.rows(attributes)
   tensors = open_tensors(path)
-  rename = getattr(table, "current_name", lambda name: name)
-  tensors = tensors.renamed({rename(name): name for name in tensors.shapes})
-  check_sizes(read_fields(config, table.FIELDS[name]), table.FIELDS[name], tensors)
+  tensors = tensors.renamed({names.current_name(name): name for name in tensors.shapes})
+  check_sizes(read_fields(config, schema), schema, tensors)
   factor = module.down_factor
   shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, factor, factor, 3), jnp.float32))
   by_path = flat_shapes(shapes["params"])

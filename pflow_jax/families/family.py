@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from pflow_jax.data.prompts.records import Fields
 from pflow_jax.families.encoders import Encoder
+from pflow_jax.families.names import NetworkNames, TorchNames
+from pflow_jax.networks.heads import Head
 from pflow_jax.networks.registry import NetworkKind
 
 
@@ -17,20 +20,24 @@ class Family:
   Attributes:
     name: of the network in a config, and of the prompts that are embedded for it.
     network: None where the family is a text encoder alone, whose vector takes the place of a class.
-    names: module with the names of its weights in PyTorch: `CLASS_NAMES` (class in config.json -> kind of head),
-      `FIELDS` (class -> schema of its config.json), `rows`, `model_from_config` and `config_from_model`, see
-      `families.flux.names`. None where nothing is converted.
+    names: of its weights in PyTorch; None where nothing is converted.
     encoder: its text encoders.
-    autoencoders: classes in config.json -> (Flax module, module with the names of its weights).
+    autoencoder: names of its autoencoder's weights; None where it makes pixels.
+    prompts: arrays that its encoder gives at the published size.
+    max_length: tokens of a text; 0 for an encoder that gives one vector.
+    side: pixels of a latent along each axis, of a picture of the published size.
     teacher: what its released models are sampled with, keys of `SampleSettings`, and the time "shift".
-    students: the same of its released students, by kind of head: "nfe", "final_scale", "shift", and "temperature" where
-      it is not 1.
+    students: the same of its released students, by head: "nfe", "final_scale", "shift", and "temperature" where it is
+      not 1.
   """
 
   name: str
   network: NetworkKind | None = None
-  names: Any = None
+  names: NetworkNames | None = None
   encoder: type[Encoder] | None = None
-  autoencoders: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+  autoencoder: TorchNames | None = None
+  prompts: Fields | None = None
+  max_length: int = 0
+  side: int = 128
   teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  students: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  students: Mapping[type[Head], Mapping[str, Any]] = dataclasses.field(default_factory=dict)

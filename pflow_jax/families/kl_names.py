@@ -7,11 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pflow_jax.families.names import TorchNames
 from pflow_jax.networks.vae import AutoencoderKL
 from pflow_jax.torch_io.fields import Blocks, Number, Positive, Size, Sizes, read_fields
 from pflow_jax.torch_io.table import Row, conv, dense
-
-CLASS_NAMES = ("AutoencoderKL",)
 
 # What diffusers called the layers of the attention when Stable Diffusion 1.x was released.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -55,29 +54,6 @@ class Fields:
   force_upcast: Any = True
 
 
-FIELDS = dict.fromkeys(CLASS_NAMES, Fields)
-
-
-def current_name(name: str) -> str:
-  """Today's name of a tensor that an old file may hold under another."""
-  return re.sub(
-    r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda found: _OLD_NAMES[found[0]], name
-  )
-
-
-def rows(model: Mapping[str, Any]) -> tuple[Row, ...]:
-  """Table of names for attributes of `networks.vae.AutoencoderKL`."""
-  module = AutoencoderKL(**model)
-  table = [
-    *_half("encoder", "down_blocks", "downsamplers.0.conv", module.widths, module.depth, module),
-    *_half("decoder", "up_blocks", "upsamplers.0.conv", module.widths[::-1], module.depth + 1, module),
-  ]
-  for name in ("quant_conv", "post_quant_conv"):
-    if getattr(module, f"use_{name}"):
-      table += conv(name, name)
-  return tuple(table)
-
-
 def _half(
   name: str, levels: str, resample: str, widths: tuple[int, ...], depth: int, module: AutoencoderKL
 ) -> list[Row]:
@@ -111,23 +87,48 @@ def _norm(torch: str, flax: str) -> tuple[Row, Row]:
   return Row(f"{torch}.weight", f"{flax}/scale"), Row(f"{torch}.bias", f"{flax}/bias")
 
 
-def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Attributes of `networks.vae.AutoencoderKL` for a config.json.
+class KLNames(TorchNames):
+  """Names of `networks.vae.AutoencoderKL`."""
 
-  Raises: ValueError naming everything in it that the network does not have.
-  """
-  full = read_fields(config, Fields, CLASS_NAMES[0])
-  widths, groups = full["block_out_channels"], full["norm_num_groups"]
-  problems = [
-    f"{name}: expected one for each of block_out_channels {list(widths)}, got {list(full[name])}"
-    for name in ("down_block_types", "up_block_types")
-    if len(full[name]) != len(widths)
-  ]
-  if full["out_channels"] != full["in_channels"]:
-    problems.append(f"out_channels: expected in_channels {full['in_channels']}, got {full['out_channels']}")
-  if any(width % groups for width in widths):
-    problems.append(f"block_out_channels: expected multiples of norm_num_groups {groups}, got {list(widths)}")
-  if problems:
-    raise ValueError(f"config.json of {CLASS_NAMES[0]}: {'; '.join(problems)}")
-  model = {ours: full[theirs] for theirs, ours in _CONFIG}
-  return model | {"scale": float(model["scale"]), "shift": float(model["shift"] or 0.0)}
+  module = AutoencoderKL
+  class_names = ("AutoencoderKL",)
+
+  def schema(self, name: str) -> type:
+    return Fields
+
+  def current_name(self, name: str) -> str:
+    return re.sub(
+      r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda found: _OLD_NAMES[found[0]], name
+    )
+
+  def body(self, model: Mapping[str, Any]) -> tuple[Row, ...]:
+    module = AutoencoderKL(**model)
+    table = [
+      *_half("encoder", "down_blocks", "downsamplers.0.conv", module.widths, module.depth, module),
+      *_half("decoder", "up_blocks", "upsamplers.0.conv", module.widths[::-1], module.depth + 1, module),
+    ]
+    for name in ("quant_conv", "post_quant_conv"):
+      if getattr(module, f"use_{name}"):
+        table += conv(name, name)
+    return tuple(table)
+
+  def model_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    name = self.class_names[0]
+    full = read_fields(config, Fields, name)
+    widths, groups = full["block_out_channels"], full["norm_num_groups"]
+    problems = [
+      f"{name}: expected one for each of block_out_channels {list(widths)}, got {list(full[name])}"
+      for name in ("down_block_types", "up_block_types")
+      if len(full[name]) != len(widths)
+    ]
+    if full["out_channels"] != full["in_channels"]:
+      problems.append(f"out_channels: expected in_channels {full['in_channels']}, got {full['out_channels']}")
+    if any(width % groups for width in widths):
+      problems.append(f"block_out_channels: expected multiples of norm_num_groups {groups}, got {list(widths)}")
+    if problems:
+      raise ValueError(f"config.json of {name}: {'; '.join(problems)}")
+    model = {ours: full[theirs] for theirs, ours in _CONFIG}
+    return model | {"scale": float(model["scale"]), "shift": float(model["shift"] or 0.0)}
+
+
+NAMES = KLNames()

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pflow_jax.torch_io.fields import Depth, Number, Size, check_outputs
+from pflow_jax.families.names import NetworkNames
+from pflow_jax.networks.heads import Head
+from pflow_jax.torch_io.fields import Depth, Size, check_outputs, joined
 from pflow_jax.torch_io.table import Row, dense
 
 PATCH = 2  # side of a patch, which PyTorch counts among the channels
@@ -55,35 +57,44 @@ class Fields:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ArcFields:
-  """What an ArcFlow student has besides."""
+class PackedFields:
+  """Fields of a student whose head has layers of its own, for whole patches."""
 
-  num_gaussians: Size = 16
   logweights_channels: Literal[4] = 4
   patch_size: Literal[2] = 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GMFields(ArcFields):
-  """What a GMFlow student has besides."""
+class Names(NetworkNames):
+  """What both networks share."""
 
-  constant_logstd: Number | None = None
-  logstd_inner_dim: Size = 1024
-  gm_num_logstd_layers: Literal[2] = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DXFields:
-  """What a DX student has besides; π-Flow's files tell its coefficients by their channels."""
-
-  n_grid: Size = 1
-  p_order: Size = 1
+  def class_of(self, head: Head) -> str:
+    # π-Flow's loader knows no class of a head that the metadata tell of, DX.
+    return self.class_names[0] if head.torch_extends and not head.torch_fields() else super().class_of(head)
 
 
-def sizes_from_config(full: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
-  """Attributes that both networks have, of all fields of a config.json.
+def schema(head: type[Head], network: type, backbone: type, student: type) -> type:
+  """Returns the dataclass of the fields of config.json.
 
-  Raises: ValueError for sizes that do not fit, or a latent that is no image's, which this package has no network for.
+  Args:
+    head: of the network.
+    network: fields that all classes of the network have.
+    backbone: fields of its class in diffusers.
+    student: fields of a student whose head extends the output layer of that.
+  """
+  if not head.torch_extends:
+    return joined(network, PackedFields, head.torch_schema())
+  return joined(student if head.has_policy else backbone, head.torch_schema())
+
+
+def sizes_from_config(full: Mapping[str, Any], head: Head) -> dict[str, Any]:
+  """Returns the attributes that both networks have.
+
+  Args:
+    full: all fields of a config.json.
+    head: of the network.
+
+  Raises:
+    ValueError: sizes do not fit, or the latent is no image's, for which this package has no network.
   """
   inputs, axes = full["in_channels"], full["axes_dims_rope"]
   channels, rest = divmod(inputs, SUB_PIXELS)
@@ -95,9 +106,9 @@ def sizes_from_config(full: Mapping[str, Any], policy: Mapping[str, Any]) -> dic
       f"{full['attention_head_dim']}, got {list(axes)}"
     )
   outputs = full["out_channels"]
-  if policy["kind"] in ("velocity", "dx"):  # of which diffusers may count patches apart
-    outputs = full["patch_size"] ** 2 * (outputs or inputs * max(full.get("n_grid", 1), full.get("p_order", 1)))
-  check_outputs(outputs or inputs, inputs, policy)
+  if head.torch_extends:  # diffusers may count patches apart
+    outputs = full["patch_size"] ** 2 * (outputs or inputs * head.torch_maps)
+  check_outputs(outputs or inputs, inputs, head.torch_maps)
   return {
     "channels": channels,
     "patch_size": PATCH,
@@ -110,10 +121,25 @@ def sizes_from_config(full: Mapping[str, Any], policy: Mapping[str, Any]) -> dic
   }
 
 
-def config_from_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
-  """The way back.
+def config_from_head(channels: int, head: Head) -> dict[str, Any]:
+  """Returns the fields of a config.json for the output layers.
 
-  Raises: ValueError for sizes that the PyTorch classes do not have.
+  Args:
+    channels: of the latents.
+    head: of the network.
+  """
+  fields = {"patch_size": 1} if head.torch_extends else {"logweights_channels": SUB_PIXELS}
+  return {**fields, "out_channels": head.torch_maps * channels * SUB_PIXELS, **head.torch_fields()}
+
+
+def config_from_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a config.json for the attributes that both networks have.
+
+  Args:
+    model: attributes of a network.
+
+  Raises:
+    ValueError: the PyTorch classes do not have such sizes.
   """
   if model["patch_size"] != PATCH or model["mlp_ratio"] != 4:
     raise ValueError(

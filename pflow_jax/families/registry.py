@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS, Fields
+from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS
 from pflow_jax.families import kl_names
 from pflow_jax.families.dit import names as dit_names
 from pflow_jax.families.family import Family
@@ -16,35 +16,34 @@ from pflow_jax.families.qwen_image import names as qwen_image_names
 from pflow_jax.families.qwen_image import vae_names as qwen_vae_names
 from pflow_jax.families.qwen_image.encoder import QwenImageEncoder
 from pflow_jax.families.qwen_image.network import QwenImage
-from pflow_jax.families.qwen_image.vae import QwenVAE
 from pflow_jax.networks import layers, mmdit
+from pflow_jax.networks.heads import ArcHead, DXHead, GMFlowHead, Head
 from pflow_jax.networks.registry import NETWORKS as NETWORKS
 from pflow_jax.networks.registry import NetworkKind, register_network
 from pflow_jax.networks.registry import network_kind as network_kind
 from pflow_jax.networks.registry import sharding_rules as sharding_rules
-from pflow_jax.networks.vae import AutoencoderKL
 
 _RULES = (*mmdit.SHARDING, *layers.SHARDING)
 _SHIFT = 3.2  # of the text-to-image students, and of how their teachers are walked
 # The releases' recipes.
-_OF_TEXTS: dict[str, dict[str, Any]] = {
-  "gmflow": {"nfe": 4, "final_scale": 0.5, "shift": _SHIFT, "temperature": "auto"},
-  "dx": {"nfe": 4, "final_scale": 0.5, "shift": _SHIFT},
-  "arc": {"nfe": 2, "final_scale": 1.0, "shift": _SHIFT},
+_OF_TEXTS: dict[type[Head], dict[str, Any]] = {
+  GMFlowHead: {"nfe": 4, "final_scale": 0.5, "shift": _SHIFT, "temperature": "auto"},
+  DXHead: {"nfe": 4, "final_scale": 0.5, "shift": _SHIFT},
+  ArcHead: {"nfe": 2, "final_scale": 1.0, "shift": _SHIFT},
 }
-_OF_CLASSES = {head: {"nfe": 1, "final_scale": 1.0, "shift": 1.0} for head in _OF_TEXTS}
+_OF_CLASSES: dict[type[Head], dict[str, Any]] = {
+  head: {"nfe": 1, "final_scale": 1.0, "shift": 1.0} for head in _OF_TEXTS
+}
 _WALK = {"shift": _SHIFT, "nfe": (50,), "batch_size": 16}
 
 FAMILIES: dict[str, Family] = {}
 
 
-def register_family(family: Family, prompts: Fields | None = None, max_length: int = 0) -> None:
+def register_family(family: Family) -> None:
   """Makes a family known: its network to configs, its files to `pflow convert`, its encoder to `pflow cache`.
 
   Args:
     family: with a name of its own.
-    prompts: shapes of what its encoder gives at the published size, where `data` does not know them yet.
-    max_length: tokens of a text, 0 for an encoder that gives one vector.
 
   Raises:
     ValueError: another family, or another network, has that name.
@@ -53,19 +52,19 @@ def register_family(family: Family, prompts: Fields | None = None, max_length: i
     raise ValueError(f"there is a family {family.name!r} already; take another name")
   if family.network is not None:
     register_network(family.name, family.network)
-  if prompts is not None:
-    MODELS[family.name], MAX_LENGTHS[family.name] = prompts, max_length
+  if family.prompts is not None:
+    MODELS[family.name], MAX_LENGTHS[family.name] = family.prompts, family.max_length
   FAMILIES[family.name] = family
 
 
-register_family(Family("dit", NETWORKS["dit"], dit_names, students=_OF_CLASSES))
+register_family(Family("dit", NETWORKS["dit"], dit_names.NAMES, students=_OF_CLASSES))
 register_family(
   Family(
     "flux",
     NetworkKind(Flux, _RULES, ("text",), "flux"),
-    flux_names,
+    flux_names.NAMES,
     FluxEncoder,
-    dict.fromkeys(kl_names.CLASS_NAMES, (AutoencoderKL, kl_names)),
+    kl_names.NAMES,
     teacher=_WALK,
     students=_OF_TEXTS,
   )
@@ -74,9 +73,9 @@ register_family(
   Family(
     "qwen_image",
     NetworkKind(QwenImage, _RULES, ("text",), "flux"),
-    qwen_image_names,
+    qwen_image_names.NAMES,
     QwenImageEncoder,
-    dict.fromkeys(qwen_vae_names.CLASS_NAMES, (QwenVAE, qwen_vae_names)),
+    qwen_vae_names.NAMES,
     teacher=_WALK,
     students=_OF_TEXTS,
   )

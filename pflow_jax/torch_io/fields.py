@@ -8,7 +8,9 @@ nothing of a network's output. A field that the dataclass does not have is refus
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import typing
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
@@ -30,6 +32,30 @@ Epsilon = Annotated[float, Gt(0), Le(1)]
 
 _NO_SIZES = ("Any", "Side")
 _COUNTS = ("Depth", "Blocks")
+_Whole = Annotated[int, Ge(0), Le(2**20)]
+
+
+@functools.cache
+def schema_of(module: Any, hidden: tuple[str, ...]) -> type:
+  """Returns a dataclass whose fields are a Flax module's attributes, with their defaults.
+
+  Args:
+    module: the module's class.
+    hidden: names of the attributes that are left out.
+  """
+  hints = typing.get_type_hints(module)
+  fields = [
+    (field.name, _Whole if hints[field.name] is int else hints[field.name], dataclasses.field(default=field.default))
+    for field in dataclasses.fields(module)
+    if field.name not in ("parent", "name", *hidden)
+  ]
+  return dataclasses.make_dataclass("Fields", fields, frozen=True, kw_only=True)
+
+
+@functools.cache
+def joined(*schemas: type) -> type:
+  """Returns a dataclass with the fields of several; the first that has a field decides its type and its default."""
+  return dataclasses.make_dataclass("Fields", [], bases=schemas, frozen=True, kw_only=True)
 
 
 def read_fields(config: Mapping[str, Any], schema: type, name: str | None = None) -> dict[str, Any]:
@@ -84,14 +110,18 @@ def check_sizes(
     check("the square of num_attention_heads x attention_head_dim", width**2, nbytes, f"{in_bytes(nbytes)} of tensors")
 
 
-def check_outputs(outputs: int, inputs: int, policy: Mapping[str, Any], other: str = "") -> None:
-  """Refuses another number of output channels than inputs and policy ask for.
+def check_outputs(outputs: int, inputs: int, count: int, other: str = "") -> None:
+  """Refuses another number of output channels than a head asks for.
 
   Args:
+    outputs: the field out_channels.
+    inputs: the field in_channels.
+    count: velocities that the field out_channels counts.
     other: words for what else is expected.
-  Raises: ValueError naming the field.
+
+  Raises:
+    ValueError: it is another, naming the field.
   """
-  count = policy["num_coefficients"] if policy["kind"] == "dx" else 1
   if outputs != count * inputs:
     what = f"{count} times in_channels, {count * inputs}" if count > 1 else f"in_channels, {inputs}"
     raise ValueError(f"config.json: out_channels: expected {what}{other}, got {outputs}")

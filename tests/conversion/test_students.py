@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
 from pflow_jax.conversion.program import convert
-from pflow_jax.families.head_names import sampling_of
+from pflow_jax.families.metadata import sampling_of
 from pflow_jax.settings.defaults import default_config
 from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io.table import same_bits

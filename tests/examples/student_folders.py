@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from pflow_jax.families.dit import names as dit
-from pflow_jax.families.flux import names as flux
+from pflow_jax.families.dit.names import NAMES as dit
+from pflow_jax.families.flux.names import NAMES as flux
 from pflow_jax.families.flux.network import Flux
-from pflow_jax.families.qwen_image import names as qwen_image
+from pflow_jax.families.qwen_image.names import NAMES as qwen_image
 from pflow_jax.families.qwen_image.network import QwenImage
 from pflow_jax.mesh.partition import combine
 from pflow_jax.networks import heads
@@ -103,8 +103,9 @@ def write(folder, config, tensors, metadata=None):
 def write_model(folder, backbone, policy_name, params, prefix="", **attributes):
   """The folder of a teacher, a student or an adapter, whatever is in `params`."""
   model, policy, convert = MODELS[backbone] | attributes, POLICIES[policy_name], CONVERT[backbone]
-  tensors = {prefix + name: tensor for name, tensor in to_torch(convert.rows(model, policy), params).items()}
-  config = convert.config_from_model(model | dict(sample_size=8), policy)
+  head = HEADS[policy["kind"]](**{key: value for key, value in policy.items() if key != "kind"})
+  tensors = {prefix + name: tensor for name, tensor in to_torch(convert.rows(model, head), params).items()}
+  config = convert.config_from_model(model | dict(sample_size=8), head)
   metadata = {"policy_config": json.dumps(STATED.get(policy_name)), "sampling": json.dumps(SAMPLING | RELEASE)}
   return write(folder, config, tensors, metadata if policy_name in STATED else None)
 

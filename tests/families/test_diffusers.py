@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
 
-from pflow_jax.families.dit import names as dit
-from pflow_jax.families.flux import names as flux
+from pflow_jax.families.dit.names import NAMES as dit
+from pflow_jax.families.flux.names import NAMES as flux
 from pflow_jax.families.flux.network import Flux
-from pflow_jax.families.qwen_image import names as qwen_image
+from pflow_jax.families.qwen_image.names import NAMES as qwen_image
 from pflow_jax.families.qwen_image.network import QwenImage
 from pflow_jax.mesh.partition import path_of
 from pflow_jax.networks.dit import DiT

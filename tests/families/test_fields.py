@@ -13,13 +13,13 @@ import torch
 
 from pflow_jax.conversion import models
 from pflow_jax.families import autoencoder
-from pflow_jax.families import kl_names as vae
-from pflow_jax.families.dit import names as dit
-from pflow_jax.families.flux import names as flux
+from pflow_jax.families.dit.names import NAMES as dit
+from pflow_jax.families.flux.names import NAMES as flux
 from pflow_jax.families.flux.network import Flux
-from pflow_jax.families.qwen_image import names as qwen_image
-from pflow_jax.families.qwen_image import vae_names as qwen_vae
+from pflow_jax.families.kl_names import NAMES as vae
+from pflow_jax.families.qwen_image.names import NAMES as qwen_image
 from pflow_jax.families.qwen_image.network import QwenImage
+from pflow_jax.families.qwen_image.vae_names import NAMES as qwen_vae
 from pflow_jax.networks.dit import DiT
 from pflow_jax.networks.heads import VelocityHead
 from pflow_jax.torch_io.fields import check_sizes, read_fields
@@ -135,7 +135,7 @@ def test_every_argument_of_diffusers_is_a_field_with_its_default(name):
   defaults = defaults_of(name)
   assert set(HONOURED[name]) | set(REFUSED[name]) == set(defaults)
   plain = lambda value: list(value) if isinstance(value, (list, tuple)) else value
-  fields = read_fields({"_class_name": name}, TABLES[name].FIELDS[name])
+  fields = read_fields({"_class_name": name}, TABLES[name].schema(name))
   assert {key: plain(fields[key]) for key in defaults} == {key: plain(value) for key, value in defaults.items()}
   assert all(plain(value) != plain(defaults[key]) for key, value in (HONOURED[name] | REFUSED[name]).items())
 
@@ -189,8 +189,8 @@ def test_text_models_do_what_every_field_says(case, module):
 def test_autoencoders_do_what_every_field_says(name, tmp_path):
   model = randomised(getattr(diffusers, name)(**HONOURED[name]))
   model.save_pretrained(tmp_path)
-  module, table = autoencoder.classes()[name]
-  module = module(**table.model_from_config(json.loads((tmp_path / "config.json").read_text())))
+  table = autoencoder.classes()[name]
+  module = table.module(**table.model_from_config(json.loads((tmp_path / "config.json").read_text())))
   params = params_of(table.rows(table.model_from_config(HONOURED[name])), model)
   z = np.random.default_rng(0).normal(size=(1, 3, 2, module.latent_channels)).astype(np.float32)
   latent = torch.tensor(z).movedim(-1, 1)
@@ -367,7 +367,7 @@ def test_an_unknown_field_is_refused(name, value):
 
 
 WRONG = [None, True, False, "x", "3", 2.5, [], [3], {}, {"a": 1}, -1, 0, 10**8, 10**30, 1e-300, ["x", None]]
-CLASSES = {name: f.names for f in models._converted().values() for name in f.names.CLASS_NAMES}
+CLASSES = {name: names for names in models._converted().values() for name in names.classes}
 
 
 def message_of(config):
@@ -384,7 +384,7 @@ def message_of(config):
 def test_fields_of_wrong_types_are_refused_by_name(name):
   """Where a value is taken, it is one that the field may have."""
   whole = {"_class_name": name} | ({"in_channels": 8, "out_channels": 24} if name.startswith("DX") else {})
-  for field in dataclasses.fields(CLASSES[name].FIELDS[name]):
+  for field in dataclasses.fields(CLASSES[name].schema(name)):
     messages = [message_of(whole | {field.name: value}) for value in WRONG if field.type != "Any"]
     assert field.type == "Any" or any(messages), field.name
     for message in filter(None, messages):
@@ -408,7 +408,7 @@ def place(shape):
 def test_sizes_that_the_files_cannot_hold_are_refused(config, message):
   tensors = Tensors({name: place(shape) for name, shape in {"a": (100,), "b": (10, 20), "c": (100,)}.items()})
   small = dict(num_layers=1, num_embeds_ada_norm=5, num_attention_heads=2, attention_head_dim=4)
-  schema = dit.FIELDS["DiTTransformer2DModel"]
+  schema = dit.schema("DiTTransformer2DModel")
   check_sizes(read_fields(small, schema), schema, tensors)
   with pytest.raises(ValueError, match=message):
     check_sizes(read_fields(small | config, schema), schema, tensors)

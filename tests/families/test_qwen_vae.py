@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pflow_jax.families.qwen_image import vae as qwen_vae
-from pflow_jax.families.qwen_image import vae_names as names
 from pflow_jax.families.qwen_image.vae import QwenVAE
+from pflow_jax.families.qwen_image.vae_names import NAMES as names
 from pflow_jax.torch_io.table import to_flax
 from tests.networks.test_vae import (
   call,

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import Timesteps
 from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.conversion import models
 from pflow_jax.conversion.program import convert
-from pflow_jax.families.dit import names as dit
+from pflow_jax.families.dit.names import NAMES as dit
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.table import flat_shapes
 from pflow_jax.training import workdir

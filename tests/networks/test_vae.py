@@ -11,7 +11,7 @@ import torch
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
-from pflow_jax.families import kl_names as names
+from pflow_jax.families.kl_names import NAMES as names
 from pflow_jax.mesh.sharding import MeshSettings, make_layout
 from pflow_jax.networks import vae
 from pflow_jax.networks.vae import AutoencoderKL

@@ -5,24 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pflow_jax.families.head_names import VELOCITY, config_from_policy, head_rows, student_of
+from pflow_jax.families.names import TEACHER, NetworkNames
 from pflow_jax.networks.dit import DiT
-from pflow_jax.torch_io.fields import Depth, Epsilon, Number, Positive, Side, Size, check_outputs, read_fields
+from pflow_jax.networks.heads import HEADS, Head
+from pflow_jax.torch_io.fields import Depth, Epsilon, Positive, Side, Size, check_outputs, joined, read_fields
 from pflow_jax.torch_io.table import Row, dense
 
 DIFFUSERS, OLD = "DiTTransformer2DModel", "Transformer2DModel"
 FLOW = "DiTTransformer2DModelMod"
-# Policies of the PyTorch classes; all but diffusers' are π-Flow's, or (ArcDiT) named like them.
-CLASS_NAMES = {
-  FLOW: "velocity",
-  DIFFUSERS: "velocity",
-  OLD: "velocity",
-  "GMDiTTransformer2DModelV2": "gmflow",
-  "DXDiTTransformer2DModel": "dx",
-  "ArcDiTTransformer2DModel": "arc",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,163 +59,130 @@ class OldFields(Fields):
   use_linear_projection: Any = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ArcFields(Fields):
-  """Of an ArcFlow student."""
-
-  num_gaussians: Size = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GMFields(ArcFields):
-  """Of a GMFlow student."""
-
-  constant_logstd: Number | None = None
-  logstd_inner_dim: Size = 1024
-  gm_num_logstd_layers: Literal[2] = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DXFields(Fields):
-  """Of a DX student; π-Flow's files tell its coefficients by their channels."""
-
-  n_grid: Size = 1
-  p_order: Size = 1
-
-
-FIELDS = {
-  FLOW: Fields,
-  DIFFUSERS: Fields,
-  OLD: OldFields,
-  "GMDiTTransformer2DModelV2": GMFields,
-  "DXDiTTransformer2DModel": DXFields,
-  "ArcDiTTransformer2DModel": ArcFields,
-}
 _BLOCK = (("norm1.linear", "adaln"), ("attn1.to_out.0", "proj"), ("ff.net.0.proj", "mlp_in"), ("ff.net.2", "mlp_out"))
 
 
-def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tuple[Row, ...]:
-  """Table of names for attributes of `networks.dit.DiT` and the section `head`.
+class DiTNames(NetworkNames):
+  """Names of `networks.dit.DiT`.
 
-  `model` may have "out_channels", those of a file with a learned variance, whose first `channels` are the velocity.
+  Its attributes may have "out_channels", those of a file with a learned variance, whose first `channels` are the
+  velocity, and "sample_size".
   """
-  block = "transformer_blocks.{i}"
-  names = ["emb"]
-  if _is_diffusers(model, policy):
-    names = [f"transformer_blocks.{i}.norm1.emb" for i in range(model["depth"])]
 
-  def embedding(name: str, leaf: str, layout: str) -> Row:
-    return Row(tuple(f"{prefix}.{name}" for prefix in names), leaf, layout, tied=True)
+  module = DiT
+  class_names = (FLOW, DIFFUSERS, OLD)
+  output = "proj_out_2"
+  backbone = DIFFUSERS
+  irregular: ClassVar[Mapping[str, str]] = {"GM": f"GM{DIFFUSERS}V2"}
 
-  head = head_rows(policy, "proj_out_2")
-  if model.get("out_channels", model["channels"]) != model["channels"]:
-    head = tuple(Row(row.torch, row.flax, row.layout, take=(model["channels"], model["out_channels"])) for row in head)
-  return (
-    Row("pos_embed.proj.weight", "patch_embed/kernel", "patch", patch_size=model["patch_size"]),
-    Row("pos_embed.proj.bias", "patch_embed/bias"),
-    *(
-      embedding(f"timestep_embedder.linear_{i}.{end}", f"time_embed/{part}/{leaf}", layout)
-      for i, part in ((1, "in"), (2, "out"))
-      for end, leaf, layout in (("weight", "kernel", "linear"), ("bias", "bias", "same"))
-    ),
-    embedding("class_embedder.embedding_table.weight", "class_embed/embedding", "same"),
-    *dense(tuple(f"{block}.attn1.to_{name}" for name in "qkv"), "blocks/qkv"),
-    *(row for theirs, ours in _BLOCK for row in dense(f"{block}.{theirs}", f"blocks/{ours}")),
-    *dense("proj_out_1", "final_norm/adaln"),
-    *head,
-  )
+  def rows(self, model: Mapping[str, Any], head: Head = TEACHER) -> tuple[Row, ...]:
+    block = "transformer_blocks.{i}"
+    names = ["emb"]
+    if _is_diffusers(model, head):
+      names = [f"transformer_blocks.{i}.norm1.emb" for i in range(model["depth"])]
 
+    def embedding(name: str, leaf: str, layout: str) -> Row:
+      return Row(tuple(f"{prefix}.{name}" for prefix in names), leaf, layout, tied=True)
 
-def _is_diffusers(model: Mapping[str, Any], policy: Mapping[str, Any]) -> bool:
-  """Whether the PyTorch class is diffusers' own, which no other has the frequencies of."""
-  return policy["kind"] == "velocity" and bool(model.get("frequency_shift"))
-
-
-def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """Attributes of `networks.dit.DiT` for a config.json, and "out_channels" where the variance is learned too.
-
-  Raises: ValueError naming the fields that this package's network does not have.
-  """
-  name = config.get("_class_name", FLOW)
-  full = read_fields(config, FIELDS[name])
-  channels, patch, side = full["in_channels"], full["patch_size"], full["sample_size"]
-  if side % patch:
-    raise ValueError(f"config.json: sample_size: expected a multiple of patch_size {patch}, got {side}")
-  model = {
-    "channels": channels,
-    "patch_size": patch,
-    "width": full["num_attention_heads"] * full["attention_head_dim"],
-    "depth": full["num_layers"],
-    "num_heads": full["num_attention_heads"],
-    "num_classes": full["num_embeds_ada_norm"],
-    "mlp_ratio": 4.0,
-    "norm_eps": float(full["norm_eps"]),
-    "time_scale": float(full["num_timesteps"]),
-    "flip_time": full["flip_model_timesteps"],
-  }
-  if name in (DIFFUSERS, OLD) or full["frequency_shift"]:
-    model["frequency_shift"] = 1
-  outputs = full["out_channels"] or channels * max(full.get("n_grid", 1), full.get("p_order", 1))
-  is_velocity = policy["kind"] == "velocity"
-  if is_velocity and outputs == 2 * channels:
-    model["out_channels"] = outputs
-  else:
-    check_outputs(outputs, channels, policy, ", or twice that with a learned variance" if is_velocity else "")
-  return model
-
-
-def time_note(config: Mapping[str, Any], name: str) -> str:
-  """Words on what is assumed of the time of a teacher of class FLOW, where its config.json does not say.
-
-  π-Flow's release has three such teachers, of which SiT's counts time from noise to data: the tensors do not tell.
-
-  Args:
-    name: of its file.
-  Raises: ValueError for a file that is called SiT's.
-  """
-  if config["_class_name"] != FLOW or "flip_model_timesteps" in config:
-    return ""
-  if re.search(r"(?<![a-z])sit(?![a-z])", name.lower()):
-    raise ValueError(
-      f"{name}: SiT counts time from noise to data, and config.json does not say whether this model does; add "
-      '"num_timesteps": 1 and "flip_model_timesteps": true (false for a model whose time runs from data to noise), of '
-      "a model whose output is eps - x0, as that of π-Flow's file (SiT's own is x0 - eps: negate proj_out_2 first)"
+    output = head.torch_rows(self.output)
+    if model.get("out_channels", model["channels"]) != model["channels"]:
+      take = model["channels"], model["out_channels"]
+      output = tuple(Row(row.torch, row.flax, row.layout, take=take) for row in output)
+    return (
+      Row("pos_embed.proj.weight", "patch_embed/kernel", "patch", patch_size=model["patch_size"]),
+      Row("pos_embed.proj.bias", "patch_embed/bias"),
+      *(
+        embedding(f"timestep_embedder.linear_{i}.{end}", f"time_embed/{part}/{leaf}", layout)
+        for i, part in ((1, "in"), (2, "out"))
+        for end, leaf, layout in (("weight", "kernel", "linear"), ("bias", "bias", "same"))
+      ),
+      embedding("class_embedder.embedding_table.weight", "class_embed/embedding", "same"),
+      *dense(tuple(f"{block}.attn1.to_{name}" for name in "qkv"), "blocks/qkv"),
+      *(row for theirs, ours in _BLOCK for row in dense(f"{block}.{theirs}", f"blocks/{ours}")),
+      *dense("proj_out_1", "final_norm/adaln"),
+      *output,
     )
-  scale = config.get("num_timesteps", Fields.num_timesteps)
-  return (
-    f"taken to be given time from data, 0, to noise, {scale:g}, and to return eps - x0; if it is not, say so in "
-    'config.json: "num_timesteps", and "flip_model_timesteps": true for time from noise to data'
-  )
 
+  def schema(self, name: str) -> type:
+    return joined(OldFields if name == OLD else Fields, HEADS[self.classes[name]].torch_schema())
 
-def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """A config.json for attributes of `networks.dit.DiT`, "sample_size" beside them, and the section `head`.
+  def model_from_config(self, config: Mapping[str, Any], head: Head = TEACHER) -> dict[str, Any]:
+    name = config.get("_class_name", FLOW)
+    full = read_fields(config, self.schema(name))
+    channels, patch, side = full["in_channels"], full["patch_size"], full["sample_size"]
+    if side % patch:
+      raise ValueError(f"config.json: sample_size: expected a multiple of patch_size {patch}, got {side}")
+    model = {
+      "channels": channels,
+      "patch_size": patch,
+      "width": full["num_attention_heads"] * full["attention_head_dim"],
+      "depth": full["num_layers"],
+      "num_heads": full["num_attention_heads"],
+      "num_classes": full["num_embeds_ada_norm"],
+      "mlp_ratio": 4.0,
+      "norm_eps": float(full["norm_eps"]),
+      "time_scale": float(full["num_timesteps"]),
+      "flip_time": full["flip_model_timesteps"],
+    }
+    if name in (DIFFUSERS, OLD) or full["frequency_shift"]:
+      model["frequency_shift"] = 1
+    outputs = full["out_channels"] or channels * head.torch_maps
+    if not head.has_policy and outputs == 2 * channels:
+      model["out_channels"] = outputs
+    else:
+      other = "" if head.has_policy else ", or twice that with a learned variance"
+      check_outputs(outputs, channels, head.torch_maps, other)
+    return model
 
-  Raises: ValueError for attributes that the PyTorch classes do not have.
-  """
-  if model["mlp_ratio"] != 4 or model.get("pooled_width") is not None:
-    raise ValueError(
-      "config.model: PyTorch's DiT has mlp_ratio 4 and classes, got mlp_ratio "
-      f"{model['mlp_ratio']} and pooled_width {model.get('pooled_width')}"
+  def time_note(self, config: Mapping[str, Any], name: str) -> str:
+    # π-Flow's release has three such teachers, of which SiT's counts time from noise to data: the tensors do not tell.
+    if config["_class_name"] != FLOW or "flip_model_timesteps" in config:
+      return ""
+    if re.search(r"(?<![a-z])sit(?![a-z])", name.lower()):
+      raise ValueError(
+        f"{name}: SiT counts time from noise to data, and config.json does not say whether this model does; add "
+        '"num_timesteps": 1 and "flip_model_timesteps": true (false for a model whose time runs from data to noise), '
+        "of a model whose output is eps - x0, as that of π-Flow's file (SiT's own is x0 - eps: negate proj_out_2 first)"
+      )
+    scale = config.get("num_timesteps", Fields.num_timesteps)
+    return (
+      f"taken to be given time from data, 0, to noise, {scale:g}, and to return eps - x0; if it is not, say so in "
+      'config.json: "num_timesteps", and "flip_model_timesteps": true for time from noise to data'
     )
-  name = student_of(policy["kind"], CLASS_NAMES)
-  return {
-    "_class_name": DIFFUSERS if _is_diffusers(model, policy) else name,
-    "in_channels": model["channels"],
-    "num_layers": model["depth"],
-    "num_attention_heads": model["num_heads"],
-    "attention_head_dim": model["width"] // model["num_heads"],
-    "patch_size": model["patch_size"],
-    "num_embeds_ada_norm": model["num_classes"],
-    **({"sample_size": model["sample_size"]} if "sample_size" in model else {}),
-    "norm_eps": model.get("norm_eps", DiT.norm_eps),
-    "activation_fn": Fields.activation_fn,
-    "attention_bias": Fields.attention_bias,
-    "norm_elementwise_affine": Fields.norm_elementwise_affine,
-    "norm_type": Fields.norm_type,
-    **config_from_policy(policy, model["channels"]),
-    # Fields of ours, said where a reader that does not know them would compute something else.
-    **({} if model["time_scale"] == 1000 else {"num_timesteps": model["time_scale"]}),
-    **({"flip_model_timesteps": True} if model.get("flip_time", DiT.flip_time) else {}),
-    **({"frequency_shift": 1} if model.get("frequency_shift") and policy["kind"] != "velocity" else {}),
-  }
+
+  def config_from_model(self, model: Mapping[str, Any], head: Head = TEACHER) -> dict[str, Any]:
+    if model["mlp_ratio"] != 4 or model.get("pooled_width") is not None:
+      raise ValueError(
+        "config.model: PyTorch's DiT has mlp_ratio 4 and classes, got mlp_ratio "
+        f"{model['mlp_ratio']} and pooled_width {model.get('pooled_width')}"
+      )
+    name = self.class_of(head)
+    return {
+      "_class_name": DIFFUSERS if _is_diffusers(model, head) else name,
+      "in_channels": model["channels"],
+      "num_layers": model["depth"],
+      "num_attention_heads": model["num_heads"],
+      "attention_head_dim": model["width"] // model["num_heads"],
+      "patch_size": model["patch_size"],
+      "num_embeds_ada_norm": model["num_classes"],
+      **({"sample_size": model["sample_size"]} if "sample_size" in model else {}),
+      "norm_eps": model.get("norm_eps", DiT.norm_eps),
+      "activation_fn": Fields.activation_fn,
+      "attention_bias": Fields.attention_bias,
+      "norm_elementwise_affine": Fields.norm_elementwise_affine,
+      "norm_type": Fields.norm_type,
+      "out_channels": head.torch_maps * model["channels"],
+      **head.torch_fields(),
+      # Fields of ours, said where a reader that does not know them would compute something else.
+      **({} if model["time_scale"] == 1000 else {"num_timesteps": model["time_scale"]}),
+      **({"flip_model_timesteps": True} if model.get("flip_time", DiT.flip_time) else {}),
+      **({"frequency_shift": 1} if model.get("frequency_shift") and head.has_policy else {}),
+    }
+
+
+def _is_diffusers(model: Mapping[str, Any], head: Head) -> bool:
+  """Returns whether the PyTorch class is diffusers' own, which no other has the frequencies of."""
+  return not head.has_policy and bool(model.get("frequency_shift"))
+
+
+NAMES = DiTNames()

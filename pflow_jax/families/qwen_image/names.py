@@ -7,17 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pflow_jax.families import mmdit_names as mmdit
-from pflow_jax.families.head_names import VELOCITY, config_from_policy, head_rows, student_of
+from pflow_jax.families.names import TEACHER
+from pflow_jax.families.qwen_image.network import QwenImage
+from pflow_jax.networks.heads import HEADS, Head
 from pflow_jax.torch_io.fields import Depth, Size, read_fields
 from pflow_jax.torch_io.table import Row, dense
-
-# Policies of the PyTorch classes. π-Flow's files of DX students name the backbone's class.
-CLASS_NAMES = {
-  "QwenImageTransformer2DModel": "velocity",
-  "GMQwenImageTransformer2DModel": "gmflow",
-  "DXQwenImageTransformer2DModel": "dx",
-  "ArcQwenImageTransformer2DModel": "arc",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,23 +35,12 @@ class Fields(_Fields):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GMFields(_Fields, mmdit.GMFields):
-  """Of a GMFlow student."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DXFields(_Fields, mmdit.DXFields):
-  """Of a DX student, for which π-Flow's class counts the channels of whole patches."""
+class StudentFields(_Fields):
+  """Of a student in that class, for which π-Flow's counts the channels of whole patches."""
 
   patch_size: Size = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ArcFields(_Fields, mmdit.ArcFields):
-  """Of an ArcFlow student."""
-
-
-FIELDS = dict(zip(CLASS_NAMES, (Fields, GMFields, DXFields, ArcFields), strict=True))
 _DOUBLE = (
   *(("img_mod.1", "img_mod"), ("txt_mod.1", "txt_mod")),
   *(("img_mlp.net.0.proj", "img_mlp_in"), ("img_mlp.net.2", "img_mlp_out")),
@@ -65,34 +48,33 @@ _DOUBLE = (
 )
 
 
-def rows(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> tuple[Row, ...]:
-  """Table of names for attributes of `families.qwen_image.network.QwenImage` and the section `head`."""
-  return (
-    *dense("img_in", "img_in"),
-    *dense("txt_in", "txt_in"),
-    Row("txt_norm.weight", "txt_norm/scale"),
-    *mmdit.embedding_rows("time_text_embed.timestep_embedder", "time_embed"),
-    *mmdit.double_block_rows(_DOUBLE),
-    *mmdit.final_norm_rows(),
-    *head_rows(policy, "proj_out"),
-  )
+class QwenImageNames(mmdit.Names):
+  """Names of `families.qwen_image.network.QwenImage`."""
+
+  module = QwenImage
+  class_names = ("QwenImageTransformer2DModel",)
+
+  def body(self, model: Mapping[str, Any]) -> tuple[Row, ...]:
+    return (
+      *dense("img_in", "img_in"),
+      *dense("txt_in", "txt_in"),
+      Row("txt_norm.weight", "txt_norm/scale"),
+      *mmdit.embedding_rows("time_text_embed.timestep_embedder", "time_embed"),
+      *mmdit.double_block_rows(_DOUBLE),
+      *mmdit.final_norm_rows(),
+    )
+
+  def schema(self, name: str) -> type:
+    return mmdit.schema(HEADS[self.classes[name]], _Fields, Fields, StudentFields)
+
+  def model_from_config(self, config: Mapping[str, Any], head: Head = TEACHER) -> dict[str, Any]:
+    return mmdit.sizes_from_config(read_fields(config, self.schema(config["_class_name"])), head)
+
+  def config_from_model(self, model: Mapping[str, Any], head: Head = TEACHER) -> dict[str, Any]:
+    fields = mmdit.config_from_head(model["channels"], head)
+    if not head.has_policy:  # diffusers counts a teacher's channels before they are packed
+      fields = {"patch_size": mmdit.PATCH, "out_channels": model["channels"]}
+    return {"_class_name": self.class_of(head), **mmdit.config_from_sizes(model), **fields}
 
 
-def model_from_config(config: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """Attributes of `families.qwen_image.network.QwenImage` for a config.json.
-
-  Raises: ValueError naming the fields that plain Qwen-Image does not have.
-  """
-  return mmdit.sizes_from_config(read_fields(config, FIELDS[config["_class_name"]]), policy)
-
-
-def config_from_model(model: Mapping[str, Any], policy: Mapping[str, Any] = VELOCITY) -> dict[str, Any]:
-  """A config.json for attributes of `families.qwen_image.network.QwenImage` and the section `head`."""
-  outputs = model["channels"] * mmdit.SUB_PIXELS
-  fields = config_from_policy(policy, outputs, mmdit.SUB_PIXELS)
-  kind = policy["kind"]
-  if kind == "velocity":  # of which diffusers counts the channels before they are packed
-    fields = {"patch_size": mmdit.PATCH, "out_channels": model["channels"]}
-  if kind == "dx":  # a class that π-Flow's loader knows has no DX in it
-    fields, kind = {"patch_size": 1} | fields, "velocity"
-  return {"_class_name": student_of(kind, CLASS_NAMES), **mmdit.config_from_sizes(model), **fields}
+NAMES = QwenImageNames()

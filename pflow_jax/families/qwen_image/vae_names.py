@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 from annotated_types import Len
 
+from pflow_jax.families.names import TorchNames
 from pflow_jax.families.qwen_image.vae import QwenVAE
 from pflow_jax.torch_io.fields import Blocks, Number, Positive, Size, Sizes, read_fields
 from pflow_jax.torch_io.table import Row, conv
-
-CLASS_NAMES = ("AutoencoderKLQwenImage",)
 
 # diffusers' name and ours; the defaults are the same.
 _CONFIG = (
@@ -41,19 +40,6 @@ class Fields:
   latents_std: tuple[Positive, ...] = QwenVAE.latent_std
   attn_scales: tuple[()] = ()
   dropout: Any = 0.0
-
-
-FIELDS = dict.fromkeys(CLASS_NAMES, Fields)
-
-
-def rows(model: Mapping[str, Any]) -> tuple[Row, ...]:
-  """Table of names for attributes of `families.qwen_image.vae.QwenVAE`."""
-  module = QwenVAE(**model)
-  table = [*_conv("quant_conv", "quant_conv"), *_conv("post_quant_conv", "post_quant_conv")]
-  for name in ("encoder", "decoder"):
-    table += [*_conv(f"{name}.conv_in", f"{name}/conv_in"), *_conv(f"{name}.conv_out", f"{name}/conv_out")]
-    table += [_norm(f"{name}.norm_out", f"{name}/norm_out"), *_mid(f"{name}.mid_block", f"{name}/mid")]
-  return (*table, *_encoder_levels(module), *_decoder_levels(module))
 
 
 def _encoder_levels(module: QwenVAE) -> list[Row]:
@@ -114,22 +100,39 @@ def _norm(torch: str, flax: str) -> Row:
   return Row(f"{torch}.gamma", f"{flax}/scale", "channels3d")
 
 
-def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Attributes of `families.qwen_image.vae.QwenVAE` for a config.json.
+class QwenVAENames(TorchNames):
+  """Names of `families.qwen_image.vae.QwenVAE`."""
 
-  Raises: ValueError naming everything in it that the network does not have.
-  """
-  full = read_fields(config, Fields, CLASS_NAMES[0])
-  lengths = {"temperal_downsample": len(full["dim_mult"]) - 1}
-  lengths |= dict.fromkeys(("latents_mean", "latents_std"), full["z_dim"])
-  problems = [
-    f"{name}: expected {count} of them, got {len(full[name])}"
-    for name, count in lengths.items()
-    if len(full[name]) != count
-  ]
-  if problems:
-    raise ValueError(
-      f"config.json of {CLASS_NAMES[0]}: {'; '.join(problems)} (there are z_dim {full['z_dim']} channels and "
-      f"{len(full['dim_mult'])} levels)"
-    )
-  return {ours: full[theirs] for theirs, ours in _CONFIG}
+  module = QwenVAE
+  class_names = ("AutoencoderKLQwenImage",)
+
+  def schema(self, name: str) -> type:
+    return Fields
+
+  def body(self, model: Mapping[str, Any]) -> tuple[Row, ...]:
+    module = QwenVAE(**model)
+    table = [*_conv("quant_conv", "quant_conv"), *_conv("post_quant_conv", "post_quant_conv")]
+    for name in ("encoder", "decoder"):
+      table += [*_conv(f"{name}.conv_in", f"{name}/conv_in"), *_conv(f"{name}.conv_out", f"{name}/conv_out")]
+      table += [_norm(f"{name}.norm_out", f"{name}/norm_out"), *_mid(f"{name}.mid_block", f"{name}/mid")]
+    return (*table, *_encoder_levels(module), *_decoder_levels(module))
+
+  def model_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    name = self.class_names[0]
+    full = read_fields(config, Fields, name)
+    lengths = {"temperal_downsample": len(full["dim_mult"]) - 1}
+    lengths |= dict.fromkeys(("latents_mean", "latents_std"), full["z_dim"])
+    problems = [
+      f"{name}: expected {count} of them, got {len(full[name])}"
+      for name, count in lengths.items()
+      if len(full[name]) != count
+    ]
+    if problems:
+      raise ValueError(
+        f"config.json of {name}: {'; '.join(problems)} (there are z_dim {full['z_dim']} channels and "
+        f"{len(full['dim_mult'])} levels)"
+      )
+    return {ours: full[theirs] for theirs, ours in _CONFIG}
+
+
+NAMES = QwenVAENames()

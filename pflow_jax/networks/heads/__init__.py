@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from pflow_jax.networks.heads.arc import GAMMA_RANGE as GAMMA_RANGE
 from pflow_jax.networks.heads.arc import ArcHead as ArcHead
+from pflow_jax.networks.heads.base import FROM_NETWORK as FROM_NETWORK
 from pflow_jax.networks.heads.base import SHARDING as SHARDING
 from pflow_jax.networks.heads.base import Head as Head
 from pflow_jax.networks.heads.dx import DXHead as DXHead
@@ -18,8 +19,6 @@ from pflow_jax.networks.heads.start import head_params_from_teacher as head_para
 from pflow_jax.networks.heads.start import student_params_from_teacher as student_params_from_teacher
 from pflow_jax.networks.heads.velocity import DenoiserHead as DenoiserHead
 from pflow_jax.networks.heads.velocity import VelocityHead as VelocityHead
-
-FROM_NETWORK = ("channels", "patch_size", "layout", "use_bias")  # attributes that are filled in for the network
 
 HEADS: dict[str, type[Head]] = {
   "velocity": VelocityHead,
@@ -39,8 +38,14 @@ def register_head(kind: str, head: type[Head]) -> None:
     head: its class.
 
   Raises:
-    ValueError: another head has that name.
+    ValueError: another head has that name, there or in PyTorch.
   """
+  same = [name for name, other in HEADS.items() if other.torch_prefix == head.torch_prefix and other is not head]
+  if head.torch_prefix is not None and same:
+    raise ValueError(
+      f"{head.__name__}.torch_prefix: expected another than {head.torch_prefix!r}, that of the head {same[0]!r}; None "
+      "is for a head without a class in PyTorch"
+    )
   if HEADS.setdefault(kind, head) is not head:
     raise ValueError(f"there is a head {kind!r} already, {HEADS[kind].__name__}; take another name")
 

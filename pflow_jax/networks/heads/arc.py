@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,17 @@ from flax import linen as nn
 
 from pflow_jax.core.policies import ArcPolicy, Policy
 from pflow_jax.networks.heads.base import XAVIER, Head, Params, dense_zeros, join_rows, tile
+from pflow_jax.torch_io.fields import Size
+from pflow_jax.torch_io.table import Row, dense
 
 GAMMA_RANGE = (0.2, 4.0)  # of ArcFlow's momentum components at the start, log-spaced
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchFields:
+  """Fields of PyTorch's config.json."""
+
+  num_gaussians: Size = 16
 
 
 class ArcHead(Head):
@@ -25,6 +35,7 @@ class ArcHead(Head):
   num_components: int = 8
 
   has_policy = True
+  torch_prefix, torch_policy = "Arc", "ArcFlow"
   velocity_layer = "proj_out_means"
 
   @nn.nowrap
@@ -34,6 +45,24 @@ class ArcHead(Head):
   @property
   def maps(self) -> int:
     return self.num_components
+
+  @nn.nowrap
+  def torch_rows(self, output: str) -> tuple[Row, ...]:
+    names = ["proj_out_means", "proj_out_logweights"]
+    names += ["proj_out_loggamma"] if self.num_components > 1 else []
+    return tuple(row for name in names for row in dense(name, f"head/{name}"))
+
+  @classmethod
+  def torch_schema(cls) -> type:
+    return TorchFields
+
+  @classmethod
+  def options_from_torch(cls, config: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    return {"num_components": config["num_gaussians"]}
+
+  @nn.nowrap
+  def torch_fields(self) -> dict[str, Any]:
+    return {"num_gaussians": self.num_components}
 
   @nn.compact
   def __call__(self, tokens: jax.Array, embedding: jax.Array, grid: tuple[int, ...]) -> dict[str, jax.Array]:

@@ -11,6 +11,7 @@ References: pi-Flow, arXiv:2510.14974; ArcFlow; their released code.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -21,10 +22,14 @@ from einops import rearrange
 from flax import linen as nn
 
 from pflow_jax.networks.layers import accumulation_dtype, gathered, unpatchify
+from pflow_jax.torch_io.fields import schema_of
+from pflow_jax.torch_io.table import Row, dense
 
 Params = dict[str, Any]
 # Where the parameters lie on a mesh, see `mesh.sharding.Layout`.
 SHARDING = (("head/.*/kernel", ("fsdp", None)),)
+
+FROM_NETWORK = ("channels", "patch_size", "layout", "use_bias")  # attributes that are filled in for the network
 
 XAVIER = nn.initializers.xavier_uniform()
 ZEROS = nn.initializers.zeros
@@ -79,6 +84,65 @@ class Head(nn.Module):
 
   starts_policies: ClassVar[bool] = False
   """Whether the output layer of a policy can start from this one."""
+
+  torch_prefix: ClassVar[str | None] = None
+  """Start of the names of PyTorch's classes with this head, before the network's; None where there are no such."""
+
+  torch_policy: ClassVar[str | None] = None
+  """Name of its policy in the metadata of PyTorch's files; by default `torch_prefix`."""
+
+  torch_extends: ClassVar[bool] = False
+  """Whether its layer is the output layer of the network's PyTorch class, perhaps with more channels."""
+
+  @property
+  def torch_maps(self) -> int:
+    """Velocities that out_channels in PyTorch's config.json counts."""
+    return 1
+
+  @nn.nowrap
+  def torch_rows(self, output: str) -> tuple[Row, ...]:
+    """Returns the names of its parameters in PyTorch: rows whose leaves begin with "head/".
+
+    Args:
+      output: name of the layer that makes a velocity in the network's PyTorch class.
+    """
+    return dense(output, f"head/{self.velocity_layer}")
+
+  @classmethod
+  def torch_schema(cls) -> type:
+    """Returns a dataclass of its fields in PyTorch's config.json; by default its own attributes."""
+    return schema_of(cls, FROM_NETWORK)
+
+  @classmethod
+  def options_from_torch(cls, config: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns its options.
+
+    Args:
+      config: fields of config.json, those that it leaves unsaid too.
+      stated: what the files' metadata say of the policy.
+
+    Raises:
+      ValueError: they contradict each other, or describe another head.
+    """
+    return {field.name: config[field.name] for field in dataclasses.fields(cls.torch_schema())}
+
+  @nn.nowrap
+  def torch_fields(self) -> dict[str, Any]:
+    """Returns its fields of PyTorch's config.json but for out_channels, the way back of `options_from_torch`."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self.torch_schema())}
+
+  @nn.nowrap
+  def torch_stated(self, segment: float, shift: float) -> dict[str, Any]:
+    """Returns what PyTorch's metadata say of its policy beside the name.
+
+    Args:
+      segment: longest segment of the student, in schedule time.
+      shift: time shift of the student.
+
+    Raises:
+      ValueError: no PyTorch release reads such a policy.
+    """
+    return {}
 
   def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:
     """Parameters from a checked teacher layer; offset (M, C) goes on the biases of the copies."""

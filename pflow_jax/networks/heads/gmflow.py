@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,18 @@ from flax import linen as nn
 from pflow_jax.core.policies import GMFlowPolicy, Policy
 from pflow_jax.networks.heads.base import XAVIER, ZEROS, Head, Params, dense_zeros, tile
 from pflow_jax.networks.layers import accumulation_dtype, gathered
+from pflow_jax.torch_io.fields import Number, Size
+from pflow_jax.torch_io.table import Row, dense
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchFields:
+  """Fields of PyTorch's config.json."""
+
+  num_gaussians: Size = 16
+  constant_logstd: Number | None = None
+  logstd_inner_dim: Size = 1024
+  gm_num_logstd_layers: Literal[2] = 2
 
 
 class GMFlowHead(Head):
@@ -32,6 +45,7 @@ class GMFlowHead(Head):
   init_log_std: float = math.log(0.05)
 
   has_policy = True
+  torch_prefix, torch_policy = "GM", "GMFlow"
   velocity_layer = "proj_out_means"
 
   @nn.nowrap
@@ -41,6 +55,33 @@ class GMFlowHead(Head):
   @property
   def maps(self) -> int:
     return self.num_components
+
+  @nn.nowrap
+  def torch_rows(self, output: str) -> tuple[Row, ...]:
+    layers = {name: name for name in ("proj_out_means", "proj_out_logweights")}
+    if self.learns_log_std:
+      layers |= {f"proj_out_logstds.{layer}": f"proj_out_logstds_{layer}" for layer in (1, 3)}
+    return tuple(row for theirs, ours in layers.items() for row in dense(theirs, f"head/{ours}"))
+
+  @classmethod
+  def torch_schema(cls) -> type:
+    return TorchFields
+
+  @classmethod
+  def options_from_torch(cls, config: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    options = {"num_components": config["num_gaussians"]}
+    if config["constant_logstd"] is not None:
+      return options | {"log_std": float(config["constant_logstd"])}
+    return options | {"logstd_inner_dim": config["logstd_inner_dim"]}
+
+  @nn.nowrap
+  def torch_fields(self) -> dict[str, Any]:
+    return {
+      "num_gaussians": self.num_components,
+      "constant_logstd": None if self.learns_log_std else float(self.log_std),
+      "logstd_inner_dim": self.logstd_inner_dim,
+      "gm_num_logstd_layers": TorchFields.gm_num_logstd_layers,
+    }
 
   @property
   def learns_log_std(self) -> bool:

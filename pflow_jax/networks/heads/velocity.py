@@ -16,6 +16,8 @@ class VelocityHead(Head):
   """The velocity itself: (B, *space, C), float32. A teacher's head; zero at the start."""
 
   starts_policies = True
+  torch_prefix = ""
+  torch_extends = True
 
   @property
   def maps(self) -> int:
@@ -47,6 +49,7 @@ class DenoiserHead(VelocityHead):
   min_sigma: float = 0.002
 
   starts_policies = False
+  torch_prefix = None
 
   @nn.nowrap
   def field(self, apply: Callable[[jax.Array, jax.Array, Any], Any]) -> Callable[[jax.Array, jax.Array, Any], Any]:

@@ -1,0 +1,189 @@
+"""Names of a module's weights and settings in PyTorch's files; a family has one table for each of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from flax import linen as nn
+
+from pflow_jax.networks.heads import HEADS, Head, VelocityHead, head_options_of
+from pflow_jax.torch_io.fields import joined, read_fields, schema_of
+from pflow_jax.torch_io.table import Row
+
+TEACHER = VelocityHead()
+_HIDDEN = ("head", "dtype", "remat", "attention", "scan_unroll")  # attributes that say nothing of which network it is
+
+
+class TorchNames:
+  """Names of the weights of a module without a head, such as an autoencoder.
+
+  A subclass has at least `module`, `class_names` and `body`. Unless it says otherwise, the fields of config.json are
+  the attributes of the module.
+  """
+
+  module: ClassVar[type[nn.Module]]
+  """The Flax module."""
+
+  class_names: ClassVar[tuple[str, ...]]
+  """Its classes in PyTorch, "_class_name" in config.json; the first is written."""
+
+  def body(self, model: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Returns the table of names of the module's own parameters.
+
+    Args:
+      model: attributes of the module.
+    """
+    raise NotImplementedError
+
+  def rows(self, model: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Returns the table of names of all parameters.
+
+    Args:
+      model: attributes of the module.
+    """
+    return self.body(model)
+
+  def schema(self, name: str) -> type:
+    """Returns the dataclass of the fields of config.json.
+
+    Args:
+      name: one of `classes`.
+    """
+    del name
+    return schema_of(self.module, _HIDDEN)
+
+  def model_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the attributes of the module.
+
+    Args:
+      config: a config.json.
+
+    Raises:
+      ValueError: it has fields that the module does not have, all of which are named.
+    """
+    return read_fields(config, self.schema(self.class_names[0]), self.class_names[0])
+
+  def config_from_model(self, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config.json, the way back of `model_from_config`.
+
+    Args:
+      model: attributes of the module.
+
+    Raises:
+      ValueError: PyTorch's class does not have them.
+    """
+    name = self.class_names[0]
+    return {"_class_name": name} | {field: model[field] for field in _names(self.schema(name)) if field in model}
+
+  def current_name(self, name: str) -> str:
+    """Returns today's name of a tensor that an old file may hold under another.
+
+    Args:
+      name: of the tensor in a file.
+    """
+    return name
+
+
+class NetworkNames(TorchNames):
+  """Names of the weights of a network, whose head brings its own.
+
+  `class_names` are those of a teacher.
+  """
+
+  output: ClassVar[str] = "proj_out"
+  """Name of the layer that makes a velocity."""
+
+  backbone: ClassVar[str] = ""
+  """What follows the prefix in the names of students' classes; by default the first of `class_names`."""
+
+  irregular: ClassVar[Mapping[str, str]] = {}
+  """Classes of students that are named otherwise, by `torch_prefix`."""
+
+  @property
+  def classes(self) -> dict[str, str]:
+    """Classes in PyTorch and the kinds of their heads, of all heads that are known."""
+    found: dict[str, str] = {}
+    for kind, head in HEADS.items():
+      if head.torch_prefix is not None:
+        found |= dict.fromkeys(self._class_names(head.torch_prefix), kind)
+    return found
+
+  def _class_names(self, prefix: str) -> tuple[str, ...]:
+    if not prefix:
+      return self.class_names
+    return (self.irregular.get(prefix, prefix + (self.backbone or self.class_names[0])),)
+
+  def class_of(self, head: Head) -> str:
+    """Returns the class in PyTorch that is written.
+
+    Args:
+      head: of the network.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if head.torch_prefix is None:
+      known = sorted(set(self.classes.values()))
+      raise ValueError(f"config.head.kind: no PyTorch class has {head_options_of(head)[0]!r}, only {known}")
+    return self._class_names(head.torch_prefix)[0]
+
+  def rows(self, model: Mapping[str, Any], head: Head = TEACHER) -> tuple[Row, ...]:
+    """Returns the table of names of all parameters.
+
+    Args:
+      model: attributes of the network.
+      head: its head, of which the sizes do not matter.
+    """
+    return (*self.body(model), *head.torch_rows(self.output))
+
+  def schema(self, name: str) -> type:
+    own, of_head = schema_of(self.module, _HIDDEN), HEADS[self.classes[name]].torch_schema()
+    if shared := sorted(set(_names(own)) & set(_names(of_head))):
+      raise ValueError(
+        f"{name}: expected a network and a head whose fields in config.json differ, got {shared} in both"
+      )
+    return joined(own, of_head)
+
+  def model_from_config(self, config: Mapping[str, Any], head: Head = TEACHER) -> dict[str, Any]:
+    """Returns the attributes of the network.
+
+    Args:
+      config: a config.json, with "_class_name".
+      head: of the network that it describes.
+
+    Raises:
+      ValueError: it has fields that the network does not have, all of which are named.
+    """
+    full = read_fields(config, self.schema(config["_class_name"]))
+    return {name: full[name] for name in _names(schema_of(self.module, _HIDDEN))}
+
+  def config_from_model(self, model: Mapping[str, Any], head: Head = TEACHER) -> dict[str, Any]:
+    """Returns a config.json, the way back of `model_from_config`.
+
+    Args:
+      model: attributes of the network.
+      head: its head.
+
+    Raises:
+      ValueError: PyTorch has no class for them.
+    """
+    own = {name: model[name] for name in _names(schema_of(self.module, _HIDDEN)) if name in model}
+    return {"_class_name": self.class_of(head), **own, **head.torch_fields()}
+
+  def time_note(self, config: Mapping[str, Any], name: str) -> str:
+    """Returns words on what is assumed of a teacher's time where its config.json does not say, or "".
+
+    Args:
+      config: a config.json.
+      name: of its file.
+
+    Raises:
+      ValueError: an assumption would be wrong.
+    """
+    del config, name
+    return ""
+
+
+def _names(schema: type) -> list[str]:
+  return list(schema.__dataclass_fields__)  # type: ignore[attr-defined]
