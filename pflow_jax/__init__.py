@@ -21,6 +21,8 @@ if TYPE_CHECKING:
   from pflow_jax.commands.library import distill as distill
   from pflow_jax.commands.library import load as load
   from pflow_jax.commands.library import train as train
+  from pflow_jax.conversion.cache import cache as cache
+  from pflow_jax.conversion.program import convert as convert
   from pflow_jax.core.guidance import autoguided as autoguided
   from pflow_jax.core.guidance import guided as guided
   from pflow_jax.core.objectives.flow_map import FlowMap as FlowMap
@@ -56,7 +58,12 @@ if TYPE_CHECKING:
   from pflow_jax.data.registry import register_source as register_source
   from pflow_jax.evaluation import plot as plot
   from pflow_jax.evaluation.measure import Report as Report
+  from pflow_jax.families.autoencoder import Codec as Codec
+  from pflow_jax.families.autoencoder import load_autoencoder as load_autoencoder
+  from pflow_jax.families.encoders import Encoder as Encoder
   from pflow_jax.families.family import Family as Family
+  from pflow_jax.families.names import NetworkNames as NetworkNames
+  from pflow_jax.families.names import TorchNames as TorchNames
   from pflow_jax.families.registry import register_family as register_family
   from pflow_jax.networks.denoiser import denoiser_velocity as denoiser_velocity
   from pflow_jax.networks.denoiser import edm_denoiser as edm_denoiser
@@ -84,6 +91,7 @@ if TYPE_CHECKING:
   from pflow_jax.settings.teacher import StartSettings as StartSettings
   from pflow_jax.settings.teacher import TeacherSettings as TeacherSettings
   from pflow_jax.settings.train import TrainSettings as TrainSettings
+  from pflow_jax.torch_io import table as table
   from pflow_jax.training.methods import Method as Method
   from pflow_jax.training.methods import register_objective as register_objective
   from pflow_jax.training.teachers import Teacher as Teacher
@@ -126,15 +134,20 @@ _NAMES: dict[str, tuple[str, ...]] = {
   "settings.sample": ("EvaluateSettings", "SampleSettings"),
   "settings.teacher": ("StartSettings", "TeacherSettings"),
   "settings.train": ("TrainSettings",),
+  "families.autoencoder": ("Codec", "load_autoencoder"),
+  "families.encoders": ("Encoder",),
   "families.family": ("Family",),
+  "families.names": ("NetworkNames", "TorchNames"),
   "families.registry": ("register_family",),
   "training.methods": ("Method", "register_objective"),
   "training.teachers": ("Teacher",),
   "evaluation.measure": ("Report",),
+  "conversion.cache": ("cache",),
+  "conversion.program": ("convert",),
   "commands.library": ("Run", "distill", "load", "train"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = {"data": "data", "plot": "evaluation.plot"}
+_MODULES = {"data": "data", "plot": "evaluation.plot", "table": "torch_io.table"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ PUBLIC = {
   "AdapterSettings",
   "ArcHead",
   "ArcPolicy",
+  "Codec",
   "DIT_SIZES",
   "DXHead",
   "DXPolicy",
@@ -21,6 +22,7 @@ PUBLIC = {
   "EDM2UNet",
   "EDM2_SIZES",
   "EmaSettings",
+  "Encoder",
   "EvaluateSettings",
   "Family",
   "FlowMap",
@@ -33,6 +35,7 @@ PUBLIC = {
   "MeshSettings",
   "Method",
   "NetworkKind",
+  "NetworkNames",
   "OptimizerSettings",
   "Policy",
   "Report",
@@ -41,6 +44,7 @@ PUBLIC = {
   "StartSettings",
   "Teacher",
   "TeacherSettings",
+  "TorchNames",
   "TrainSettings",
   "VelocityHead",
   "auto_temperature",
@@ -48,7 +52,9 @@ PUBLIC = {
   "average_velocity",
   "ayf_emd",
   "ayf_lmd",
+  "cache",
   "consistency",
+  "convert",
   "denoiser_velocity",
   "distill",
   "dropout",
@@ -63,6 +69,7 @@ PUBLIC = {
   "imitation_loss",
   "imitation_loss_data_free",
   "load",
+  "load_autoencoder",
   "mean_flow",
   "register_family",
   "register_head",
@@ -83,7 +90,7 @@ PUBLIC = {
 
 
 def test_public_names_are_pinned():
-  assert set(dir(pflow_jax)) == PUBLIC | {"data", "plot"}
+  assert set(dir(pflow_jax)) == PUBLIC | {"data", "plot", "table"}
   for name in PUBLIC:
     assert getattr(pflow_jax, name).__doc__ or isinstance(getattr(pflow_jax, name), dict), name
 
@@ -92,7 +99,7 @@ def test_type_checkers_see_the_same_names():
   (block,) = (node for node in ast.parse(inspect.getsource(pflow_jax)).body if isinstance(node, ast.If))
   seen = {(alias.name, node.module) for node in block.body for alias in node.names}
   own = {(name, f"pflow_jax.{module}") for name, module in pflow_jax._PLACES.items()}
-  assert seen == own | {("data", "pflow_jax"), ("plot", "pflow_jax.evaluation")}
+  assert seen == own | {("data", "pflow_jax"), ("plot", "pflow_jax.evaluation"), ("table", "pflow_jax.torch_io")}
 
 
 def test_a_name_that_is_none_is_an_attribute_error():

@@ -17,6 +17,7 @@ from pflow_jax.checkpoints.checkpoint import Checkpointer, newest_step
 from pflow_jax.evaluation.evaluate import KeptInFolder, save_pictures
 from pflow_jax.evaluation.measure import Report, measure
 from pflow_jax.evaluation.samplers import Sampler, student_samplers, velocity_samplers
+from pflow_jax.evaluation.text_to_image import ask, draw
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
 from pflow_jax.mesh.distributed import is_first
@@ -113,8 +114,42 @@ class Run:
     noise, cond = draw_noise(self.data, num, seed, labels)
     keys = sample_keys(num, seed)
     run = self._sampler(settings, evaluations(self._experiment.method, settings)[0])
-    draw = functools.partial(run, self.params)
-    return in_batches(draw, self._layout, settings.batch_size, noise, cond, keys)
+    one = functools.partial(run, self.params)
+    return in_batches(one, self._layout, settings.batch_size, noise, cond, keys)
+
+  def pictures(
+    self,
+    prompts: Sequence[str],
+    *,
+    pipeline: Folder | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    nfe: int | None = None,
+    seed: int = 0,
+    **sampling: Any,
+  ) -> np.ndarray:
+    """Draws a picture of every prompt; the same that `pflow sample --prompt` draws.
+
+    Args:
+      prompts: texts.
+      pipeline: folder of the published model, whose text encoders and autoencoder are used; not needed for a run on
+        MiniLM's embeddings and pixels.
+      height: in pixels; by default as trained.
+      width: in pixels; by default as trained.
+      nfe: network evaluations, as for `sample`.
+      seed: picture i starts from noise that depends on it and i alone.
+      **sampling: other values of fields of `SampleSettings`.
+
+    Returns:
+      (n, H, W, C), about [-1, 1], float32.
+
+    Raises:
+      ValueError: the run is not conditioned on texts; a folder, a size or a setting does not fit.
+    """
+    settings = self._sampling(nfe, **sampling)
+    asked = ask(dataclasses.replace(self.settings, sample=settings), prompts, pipeline, height, width)
+    count = evaluations(self._experiment.method, settings)[0]
+    return asked.decoded(draw(self._experiment, self.params, self._layout, settings, asked, count, seed)[1])
 
   def trajectories(
     self, num: int = 64, *, labels: Sequence[int | str] | None = None, nfe: int | None = None, seed: int = 0
@@ -233,5 +268,5 @@ class RunTeacher(Teacher):
     self._own = {"strong": Part(method.velocity, shapes, method.network, values=run.params)}
 
   def check(self, settings: Settings, dataset: datasets.Dataset, strengths: tuple[float, float]) -> None:
-    asked = settings.teacher or TeacherSettings()
-    check_fit(settings, self._settings, "this run", asked, dataset, asked.is_guided(strengths), about_data=True)
+    own, asked = self._settings, settings.teacher or TeacherSettings()
+    check_fit(settings, own, "this run", asked, dataset, asked.is_guided(strengths), about_data=not own.converted)

@@ -39,7 +39,7 @@ _COUNTED = 10_000  # prompts whose tokens are counted at a time
 
 
 def cache(
-  prompts: str,
+  prompts: str | Sequence[str],
   model: str,
   out: str | os.PathLike,
   *,
@@ -55,7 +55,7 @@ def cache(
   """Writes a folder that "prompts:<out>" reads, see `data.prompt_records`.
 
   Args:
-    prompts: a .txt, .jsonl or .csv file, see `data.read_prompts`, or "data:<name>" for the texts of a data set.
+    prompts: texts, or a .txt, .jsonl or .csv file, see `data.read_prompts`, or "data:<name>" for those of a data set.
     model, encoders, max_length, dtype: see `families.text.load_encoder`. Text is always stored in bfloat16.
     batch_size: prompts at a time.   shard_records: in a file; default what gives files of 4 GiB at most.
     field, file_field: of the file of prompts: what names the prompt, and a file beside it that holds x0.
@@ -70,7 +70,9 @@ def cache(
   if batch_size < 1 or (shard_records is not None and shard_records < 1):
     raise ValueError(f"expected batch_size and shard_records >= 1, got {batch_size} and {shard_records}.")
   found = _read(prompts, field, file_field)
-  print(f"{prompts}: {len(found.texts):,} prompts ({found.blank:,} blank and {found.repeated:,} repeated left out)")
+  named = prompts if isinstance(prompts, str) else "prompts"
+  left = f"{found.blank:,} blank and {found.repeated:,} repeated"
+  print(f"{named}: {len(found.texts):,} prompts ({left} left out)")
   encoder = load_encoder(model, encoders, max_length=max_length, dtype=dtype)
   read_x0 = read_x0 or read_arrays
   shape = _x0(found, read_x0, slice(0, 1)).shape[1:] if found.paths else ()
@@ -117,7 +119,15 @@ def read_arrays(paths: Sequence[pathlib.Path]) -> np.ndarray:
   return np.stack(arrays)
 
 
-def _read(prompts: str, field: str | None, file_field: str | None) -> Prompts:
+def _read(prompts: str | Sequence[str], field: str | None, file_field: str | None) -> Prompts:
+  if not isinstance(prompts, str):
+    if field or file_field:
+      raise ValueError(f"prompts: a list has no field {field or file_field!r}; give a file")
+    given = [text for text in prompts if text.strip()]
+    own = list(dict.fromkeys(given))
+    if not own:
+      raise ValueError("prompts: expected at least one text, got none")
+    return Prompts(own, [], [f"prompt {text!r}" for text in own], len(prompts) - len(given), len(given) - len(own))
   kind, _, name = prompts.partition("data:")
   if kind or not name:
     return data.read_prompts(prompts, field, file_field)

@@ -22,11 +22,13 @@ from pflow_jax.evaluation.sample import as_saved, check_local
 from pflow_jax.families import text
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
 from pflow_jax.families.family import Family
-from pflow_jax.families.registry import FAMILIES
+from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.mesh.distributed import is_first
+from pflow_jax.mesh.sharding import Layout
+from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Settings
-from pflow_jax.training.experiment import build, layout_of
+from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.origins import use_teacher
 from pflow_jax.training.sample import check_room, evaluations, in_batches, make_sampler, sample_keys, warn_of_gaps
 from pflow_jax.training.teachers import which_of
@@ -77,44 +79,113 @@ def sample_prompts(
   out = pathlib.Path(checked_folder(f"{folder}/samples/prompts_seed{seed}" if out is None else out, "--out"))
   run_settings = use_teacher(Settings.of(config, converted=True), teacher)
   settings = run_settings.sample
+  layout = layout_of(run_settings)  # raises before the encoders are read if these devices cannot run the network
+  asked = ask(run_settings, prompts, pipeline, height, width)
+  experiment = build(run_settings, dataset=asked.dataset, run=folder)
+  nfe = nfe or evaluations(experiment.method, settings)[0]
+  params = experiment.load(folder, which_of(run_settings, which), layout)
+  noise, x0 = draw(experiment, params, layout, settings, asked, nfe, seed)
+  if is_first():
+    pictures = asked.decoded(x0)
+    told = {"model": run_settings.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
+    told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": settings.temperature_of_segments}
+    out.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = dict(x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **as_saved(asked.cond))
+    np.savez(out / "samples.npz", **arrays)
+    _write(out, pictures, prompts, told)
+  return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """Prompts as a run is asked for them.
+
+  Attributes:
+    cond: the condition, a dict of arrays.
+    null: the empty prompt's, or the last prompt's where nothing is guided.
+    codec: autoencoder of the latents; None for pixels.
+    dataset: shapes of what is sampled; None for those of the run.
+  """
+
+  cond: dict[str, np.ndarray]
+  null: dict[str, np.ndarray]
+  codec: Codec | None
+  dataset: data.Dataset | None
+
+  def decoded(self, x0: np.ndarray) -> np.ndarray:
+    """Returns pictures (n, H, W, C), about [-1, 1].
+
+    Args:
+      x0: samples (n, h, w, c).
+    """
+    return x0 if self.codec is None else self.codec.decode(x0)
+
+
+def ask(
+  run_settings: Settings,
+  prompts: Sequence[str],
+  pipeline: str | os.PathLike | None = None,
+  height: int | None = None,
+  width: int | None = None,
+) -> Asked:
+  """Returns prompts as the run of `run_settings` is asked for them.
+
+  Args:
+    run_settings: of the run.
+    prompts: texts.
+    pipeline: folder of the published model.
+    height: in pixels.
+    width: in pixels.
+
+  Raises:
+    ValueError: the run, the folder or a size does not fit.
+  """
+  settings = run_settings.sample
   family = family_of(run_settings)
   if pipeline is None and family.autoencoder:
     raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
   if not family.autoencoder and (height or width):
     raise ValueError("--height, --width: this run samples pictures of the size that it was trained on")
-  layout = layout_of(run_settings)  # raises before the encoders are read if these devices cannot run the network
   # The encoders compute in the network's dtype or a wider one.
   dtype = "float32" if run_settings.model.get("dtype", "float32") == "float32" else "bfloat16"
   # A teacher is guided away from the empty prompt, which then comes last. Without guidance `null` is not used.
-  asked = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
-  cond = text.encode_prompts(family.name, pipeline, asked, run_settings.data.get("max_length"), dtype=dtype)
+  texts = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
+  cond = text.encode_prompts(family.name, pipeline, texts, run_settings.data.get("max_length"), dtype=dtype)
   null = {name: value[-1] for name, value in cond.items()}
   cond = {name: value[: len(prompts)] for name, value in cond.items()}
   codec = load_autoencoder(pipeline) if family.autoencoder and pipeline is not None else None
-  dataset = _shapes(run_settings, cond, codec, height, width) if codec else None
-  experiment = build(run_settings, dataset=dataset, run=folder)
-  dataset = experiment.dataset
+  return Asked(cond, null, codec, _shapes(run_settings, cond, codec, height, width) if codec else None)
+
+
+def draw(
+  experiment: Experiment, params: Any, layout: Layout, settings: SampleSettings, asked: Asked, nfe: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draws a sample of every prompt.
+
+  Args:
+    experiment: the run.
+    params: all parameters of its network.
+    layout: of them.
+    settings: how it is sampled.
+    asked: the prompts.
+    nfe: network evaluations.
+    seed: sample i starts from noise that depends on it and i alone.
+
+  Returns:
+    Noise and samples, (n, *space, C) each.
+  """
+  dataset, count = asked.dataset or experiment.dataset, len(next(iter(asked.cond.values())))
   assert dataset.embedding is not None
-  dataset = dataclasses.replace(dataset, embedding=dataclasses.replace(dataset.embedding, null=null))
+  dataset = dataclasses.replace(dataset, embedding=dataclasses.replace(dataset.embedding, null=asked.null))
   method = dataclasses.replace(experiment.method, dataset=dataset)
-  check_room(dataset, len(prompts), 2, "prompts")
-  nfe = nfe or evaluations(method, settings)[0]
-  params = experiment.load(folder, which_of(run_settings, which), layout)
+  check_room(dataset, count, 2, "prompts")
   key = jax.random.key(seed)
-  draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
-  noise = np.asarray(draw(jnp.arange(len(prompts))))
-  keys = sample_keys(len(prompts), seed)
+  one = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
+  noise = np.asarray(one(jnp.arange(count)))
   run = functools.partial(make_sampler(method, settings, nfe), params)
-  x0 = in_batches(run, layout, settings.batch_size, noise, cond, keys)
+  x0 = in_batches(run, layout, settings.batch_size, noise, asked.cond, sample_keys(count, seed))
   warn_of_gaps(f"{nfe} NFE", x0, params)
-  if is_first():
-    pictures = x0 if codec is None else codec.decode(x0)
-    told = {"model": run_settings.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
-    told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": settings.temperature_of_segments}
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "samples.npz", x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **as_saved(cond))  # type: ignore[arg-type]
-    _write(out, pictures, prompts, told)
-  return out
+  return noise, x0
 
 
 def family_of(settings: Settings) -> Family:
@@ -139,7 +210,8 @@ def _shapes(
   """Makes a set without records, of the shapes of the samples and of their conditions."""
   trained = tuple(settings.data["shape"])
   sizes = {"--height": (height, trained[0]), "--width": (width, trained[1])}
-  patch = settings.model.get("patch_size", 2) * codec.factor
+  own = network_kind(settings.model.kind).defaults.get("patch_size", 1)
+  patch = settings.model.get("patch_size", own) * codec.factor
   for flag, (given, _) in sizes.items():
     if given is not None and (given < patch or given % patch):
       raise ValueError(f"{flag}: expected a multiple of {patch} pixels, got {given}")

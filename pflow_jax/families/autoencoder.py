@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +17,13 @@ import numpy as np
 from pflow_jax.data.pixels import read_pixels, to_unit
 from pflow_jax.families.names import TorchNames
 from pflow_jax.families.registry import FAMILIES
+from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.foreign import check_memory, is_there, read_json, real_folder, shown
+from pflow_jax.networks.heads import attributes_of
 from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.fields import check_sizes, read_fields
-from pflow_jax.torch_io.table import flat_shapes, to_flax, torch_shapes_of
+from pflow_jax.torch_io.shards import ModelFolder, Planned
+from pflow_jax.torch_io.table import flat_shapes, to_flax, to_torch, torch_shapes_of
 from pflow_jax.torch_io.tensors import open_tensors
 
 
@@ -30,7 +35,13 @@ def classes() -> dict[str, TorchNames]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codec:
-  """An autoencoder with its parameters; one picture at a time, so that its memory does not grow with their number."""
+  """An autoencoder with its parameters; one picture at a time, so that its memory does not grow with their number.
+
+  Attributes:
+    module: Flax module with the methods `encode` and `decode`, and the attributes `down_factor`, `latent_channels` and
+      `dtype`.
+    params: its parameters.
+  """
 
   module: Any
   params: Any
@@ -47,6 +58,31 @@ class Codec:
   def encode(self, x: np.ndarray) -> np.ndarray:
     """Latents (B, h, w, C), of about unit variance, of pictures (B, H, W, 3) in [-1, 1]; the mean, not a draw."""
     return np.concatenate([np.asarray(self._run("encode")(self.params, one[None])) for one in x])
+
+  def save(self, folder: str | os.PathLike) -> pathlib.Path:
+    """Writes it as diffusers does, to the folder "vae" of a pipeline; `load_autoencoder` reads it.
+
+    Args:
+      folder: of the pipeline, which may be new.
+
+    Returns:
+      The folder "vae".
+
+    Raises:
+      ValueError: no family has such an autoencoder, or there is another one.
+    """
+    found = [names for names in classes().values() if names.module is type(self.module)]
+    if not found:
+      known = sorted({names.module.__name__ for names in classes().values()})
+      raise ValueError(f"expected an autoencoder of {known}, got {type(self.module).__name__}; register its family")
+    attributes = attributes_of(self.module, ())
+    tensors = to_torch(found[0].rows(attributes), self.params)
+    planned = [Planned(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+    path = pathlib.Path(checked_folder(folder)) / "vae"
+    target = ModelFolder(path, found[0].config_from_model(attributes), planned, _digest(tensors))
+    if not target.is_complete():
+      target.write(tensors.__getitem__)
+    return path
 
   @functools.cache  # noqa: B019 (of the one autoencoder of a program)
   def _run(self, method: str) -> Any:
@@ -92,3 +128,10 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   check_tensors(expected, tensors.shapes, str(path))
   params = to_flax(rows, {name: tensors.read(name).astype(np.float32) for name in expected})
   return Codec(module, jax.device_put(params))
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+  state = hashlib.sha256()
+  for name, tensor in tensors.items():
+    state.update(name.encode() + tensor.tobytes())
+  return state.hexdigest()

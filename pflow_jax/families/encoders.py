@@ -1,6 +1,6 @@
-"""What the text encoders of families are: in PyTorch, from folders on this machine.
+"""Text encoders of families.
 
-Each takes a prompt the way of the model's pipeline in diffusers: tokens, template, padding and all.
+A published one takes a prompt the way of the model's pipeline in diffusers: tokens, template, padding and all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pydantic
@@ -26,63 +26,142 @@ MAX_SETTINGS = 2**28  # bytes of a file beside the weights
 
 
 class Encoder:
-  """One model's way from prompts to arrays. Settings and tokenizers are read at once, weights at the first `encode`.
+  """One model's way from prompts to arrays.
+
+  A subclass has at least `model`, `length`, the widths of what it gives, and `arrays`.
 
   Attributes:
-    folder: of the encoders.   fields: of what `encode` gives.   template: around a prompt, or None.
+    folder: of the encoders.
+    fields: what `encode` gives.
     max_length: tokens of a text, at most, or of every one where `fields.masked` is False.
   """
 
-  model = ""
-  default_dtype = "bfloat16"
-  networks: tuple[tuple[str, str], ...] = ()  # (folder, class of transformers)
-  tokenizers: tuple[tuple[str, str], ...] = ()
-  limit: int | None = None  # tokens at most
-  template: str | None = None
+  model: ClassVar[str] = ""
+  """Name of its family."""
+
+  default_dtype: ClassVar[str] = "float32"
+  """What it is computed in."""
+
+  length: ClassVar[int] = 0
+  """Tokens of a text unless told otherwise; 0 of an encoder that gives one vector."""
+
+  limit: ClassVar[int | None] = None
+  """Tokens of a text, at most."""
+
+  text_width: ClassVar[int] = 0
+  """Width of "text" at the published size; 0 without it."""
+
+  pooled_width: ClassVar[int] = 0
+  """Width of "pooled" at the published size; 0 without it."""
+
+  masked: ClassVar[bool] = False
+  """Whether the network is told which tokens are padding; else all texts have one length."""
+
+  template: ClassVar[str | None] = None
+  """Text around a prompt."""
+
   fields: Fields
 
   def __init__(self, folder: str | os.PathLike, max_length: int, dtype: str, device: str | None = None):
     self.folder, self.max_length, self.dtype = pathlib.Path(folder), max_length, dtype
     if dtype not in DTYPES:
       raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}.")
-    if bool(MAX_LENGTHS[self.model]) != (max_length > 0) or (self.limit and max_length > self.limit):
-      expected = f"1 to {self.limit or 'any number of'} tokens" if MAX_LENGTHS[self.model] else "no length of text"
+    length = MAX_LENGTHS[self.model]
+    if bool(length) != (max_length > 0) or (self.limit and max_length > self.limit):
+      expected = f"1 to {self.limit or 'any number of'} tokens" if length else "no length of text"
       raise ValueError(f"max_length: {self.model} takes {expected}, got {max_length}.")
-    self._check_folder()
-    torch, transformers = imported("torch"), imported("transformers")
-    self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    self._tokenizers = [_from_folder(getattr(transformers, kind), self.folder / name) for name, kind in self.tokenizers]
+    self.open(device)
     self.fields = self._fields()
 
   @classmethod
   def find(cls) -> str:
-    """The folder of the encoders where none is given.
+    """Returns the folder of the encoders where none is given.
 
     Raises:
       ValueError: one must be given.
     """
-    raise ValueError(f"{cls.model} needs the folder of its text encoders, that of the pipeline: --encoders.")
+    return "."
+
+  def open(self, device: str | None) -> None:
+    """Reads what the encoder needs before its first prompt; by default nothing.
+
+    Args:
+      device: of PyTorch; None for the best that there is.
+
+    Raises:
+      ValueError: the folder does not hold this encoder.
+    """
 
   def text_lengths(self, prompts: Sequence[str]) -> np.ndarray:
-    """Tokens of each prompt's text, (n,) int32, from the tokenizer alone."""
+    """Returns the tokens of each prompt's text, (n,) int32.
+
+    Args:
+      prompts: texts.
+    """
     return np.full(len(prompts), self.max_length, np.int32)
 
-  def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of prompts, as far as the model has them.
+  def arrays(self, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays of prompts, see `encode`.
 
-    Returns: "text" (n, L, D) of the encoder's dtype, padded with zeros to the longest where there is a mask; "mask"
-      (n, L) bool; "pooled" (n, P) float32.
-    Raises: ValueError for weights that do not fit, or a prompt whose arrays are not finite.
+    Args:
+      prompts: texts.
     """
-    with using(self.folder), imported("torch").inference_mode():
-      arrays = self._encode(list(prompts))
+    raise NotImplementedError
+
+  def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays of prompts, as far as the model has them.
+
+    Args:
+      prompts: texts.
+
+    Returns:
+      "text" (n, L, D), padded with zeros to the longest where there is a mask; "mask" (n, L) bool; "pooled" (n, P)
+      float32.
+
+    Raises:
+      ValueError: weights do not fit, or a prompt's arrays are not finite.
+    """
+    arrays = self.arrays(list(prompts))
     for prompt, *rows in zip(prompts, *arrays.values(), strict=True):
       if not all(np.isfinite(row.astype(np.float32)).all() for row in rows):
         raise ValueError(f"{self.folder}: the encoders give values that are not finite for the prompt {prompt!r}.")
     return arrays
 
   def digest(self) -> str:
-    """Tells encoders apart: a hash of their settings, their tokenizers, and the names and sizes of their weights."""
+    """Returns what tells an encoder from others; by default the name of its class."""
+    return type(self).__qualname__
+
+  def _fields(self) -> Fields:
+    return Fields(self.text_width, self.masked, self.pooled_width)
+
+
+class TorchEncoder(Encoder):
+  """An encoder of transformers. Settings and tokenizers are read at once, weights at the first `encode`."""
+
+  default_dtype = "bfloat16"
+
+  networks: ClassVar[tuple[tuple[str, str], ...]] = ()
+  """Folders of its networks, and their classes in transformers."""
+
+  tokenizers: ClassVar[tuple[tuple[str, str], ...]] = ()
+  """Folders of its tokenizers, and their classes in transformers."""
+
+  @classmethod
+  def find(cls) -> str:
+    raise ValueError(f"{cls.model} needs the folder of its text encoders, that of the pipeline: --encoders.")
+
+  def open(self, device: str | None) -> None:
+    self._check_folder()
+    torch, transformers = imported("torch"), imported("transformers")
+    self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    self._tokenizers = [_from_folder(getattr(transformers, kind), self.folder / name) for name, kind in self.tokenizers]
+
+  def arrays(self, prompts: list[str]) -> dict[str, np.ndarray]:
+    with using(self.folder), imported("torch").inference_mode():
+      return self._encode(prompts)
+
+  def digest(self) -> str:
+    """Returns a hash of its settings, its tokenizers, and the names and sizes of its weights."""
     state = hashlib.blake2b(digest_size=16)
     for name in sorted({name for name, _ in (*self.networks, *self.tokenizers)}):
       for file in sorted(p for p in (self.folder / name).iterdir() if p.is_file() and not p.name.startswith(".")):
@@ -91,14 +170,11 @@ class Encoder:
         state.update(b"" if weights or file.suffix == ".md" else read_bytes(file, MAX_SETTINGS))
     return state.hexdigest()
 
-  def _fields(self) -> Fields:
-    raise NotImplementedError
-
   def _encode(self, prompts: list[str]) -> dict[str, np.ndarray]:
     raise NotImplementedError
 
   def _width(self, name: str, key: str) -> int:
-    """A width in the config.json of a network."""
+    """Returns a width in the config.json of a network."""
     path = self.folder / name / "config.json"
     config = read_json(path)
     config = check_type(config.get("text_config", config), dict[str, Any], where=f"{path}: text_config")

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pflow_jax.data.prompts.records import Fields
 from pflow_jax.families.encoders import Encoder
 from pflow_jax.families.names import NetworkNames, TorchNames
 from pflow_jax.networks.heads import Head
@@ -23,8 +22,6 @@ class Family:
     names: of its weights in PyTorch; None where nothing is converted.
     encoder: its text encoders.
     autoencoder: names of its autoencoder's weights; None where it makes pixels.
-    prompts: arrays that its encoder gives at the published size.
-    max_length: tokens of a text; 0 for an encoder that gives one vector.
     side: pixels of a latent along each axis, of a picture of the published size.
     teacher: what its released models are sampled with, keys of `SampleSettings`, and the time "shift".
     students: the same of its released students, by head: "nfe", "final_scale", "shift", and "temperature" where it is
@@ -36,8 +33,6 @@ class Family:
   names: NetworkNames | None = None
   encoder: type[Encoder] | None = None
   autoencoder: TorchNames | None = None
-  prompts: Fields | None = None
-  max_length: int = 0
   side: int = 128
   teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   students: Mapping[type[Head], Mapping[str, Any]] = dataclasses.field(default_factory=dict)

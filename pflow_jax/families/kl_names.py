@@ -130,5 +130,13 @@ class KLNames(TorchNames):
     model = {ours: full[theirs] for theirs, ours in _CONFIG}
     return model | {"scale": float(model["scale"]), "shift": float(model["shift"] or 0.0)}
 
+  def config_from_model(self, model: Mapping[str, Any]) -> dict[str, Any]:
+    count = len(model["widths"])
+    blocks = {
+      f"{way}_block_types": [f"{name}Block2D"] * count for way, name in (("down", "DownEncoder"), ("up", "UpDecoder"))
+    }
+    sizes = {theirs: model[ours] for theirs, ours in _CONFIG}
+    return {"_class_name": self.class_names[0], **sizes, "out_channels": model["channels"], **blocks}
+
 
 NAMES = KLNames()

@@ -51,7 +51,7 @@ class TorchNames:
       name: one of `classes`.
     """
     del name
-    return schema_of(self.module, _HIDDEN)
+    return self._own
 
   def model_from_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the attributes of the module.
@@ -75,6 +75,11 @@ class TorchNames:
     """
     name = self.class_names[0]
     return {"_class_name": name} | {field: model[field] for field in _names(self.schema(name)) if field in model}
+
+  @property
+  def _own(self) -> type:
+    module: Any = self.module
+    return schema_of(module, _HIDDEN)
 
   def current_name(self, name: str) -> str:
     """Returns today's name of a tensor that an old file may hold under another.
@@ -138,12 +143,10 @@ class NetworkNames(TorchNames):
     return (*self.body(model), *head.torch_rows(self.output))
 
   def schema(self, name: str) -> type:
-    own, of_head = schema_of(self.module, _HIDDEN), HEADS[self.classes[name]].torch_schema()
-    if shared := sorted(set(_names(own)) & set(_names(of_head))):
-      raise ValueError(
-        f"{name}: expected a network and a head whose fields in config.json differ, got {shared} in both"
-      )
-    return joined(own, of_head)
+    of_head = HEADS[self.classes[name]].torch_schema()
+    if shared := sorted(set(_names(self._own)) & set(_names(of_head))):
+      raise ValueError(f"{name}: expected fields of config.json in the network or in its head, got {shared} in both")
+    return joined(self._own, of_head)
 
   def model_from_config(self, config: Mapping[str, Any], head: Head = TEACHER) -> dict[str, Any]:
     """Returns the attributes of the network.
@@ -156,7 +159,7 @@ class NetworkNames(TorchNames):
       ValueError: it has fields that the network does not have, all of which are named.
     """
     full = read_fields(config, self.schema(config["_class_name"]))
-    return {name: full[name] for name in _names(schema_of(self.module, _HIDDEN))}
+    return {name: full[name] for name in _names(self._own)}
 
   def config_from_model(self, model: Mapping[str, Any], head: Head = TEACHER) -> dict[str, Any]:
     """Returns a config.json, the way back of `model_from_config`.
@@ -168,7 +171,7 @@ class NetworkNames(TorchNames):
     Raises:
       ValueError: PyTorch has no class for them.
     """
-    own = {name: model[name] for name in _names(schema_of(self.module, _HIDDEN)) if name in model}
+    own = {name: model[name] for name in _names(self._own) if name in model}
     return {"_class_name": self.class_of(head), **own, **head.torch_fields()}
 
   def time_note(self, config: Mapping[str, Any], name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS
+from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS, Fields
 from pflow_jax.families import kl_names
 from pflow_jax.families.dit import names as dit_names
 from pflow_jax.families.family import Family
@@ -46,14 +46,18 @@ def register_family(family: Family) -> None:
     family: with a name of its own.
 
   Raises:
-    ValueError: another family, or another network, has that name.
+    ValueError: another family, or another network, has that name; its encoder has another one.
   """
   if FAMILIES.get(family.name, family) is not family:
     raise ValueError(f"there is a family {family.name!r} already; take another name")
   if family.network is not None:
     register_network(family.name, family.network)
-  if family.prompts is not None:
-    MODELS[family.name], MAX_LENGTHS[family.name] = family.prompts, family.max_length
+  encoder = family.encoder
+  if encoder is not None:
+    if encoder.model != family.name:
+      raise ValueError(f"{encoder.__name__}.model: expected {family.name!r}, its family, got {encoder.model!r}")
+    MODELS.setdefault(family.name, Fields(encoder.text_width, encoder.masked, encoder.pooled_width))
+    MAX_LENGTHS.setdefault(family.name, encoder.length)
   FAMILIES[family.name] = family
 
 

@@ -234,6 +234,27 @@ def to_flax(table: Table, tensors: Mapping[str, np.ndarray]) -> Params:
   return unflatten_dict(flat)
 
 
+def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Returns the tensors by name of all leaves of nested parameters in memory, adapters too; the way back of `to_flax`.
+
+  Args:
+    table: of names.
+    params: nested parameters.
+
+  Raises:
+    ValueError: leaves have no row.
+  """
+  flat = {"/".join(keys): np.asarray(leaf) for keys, leaf in flatten_dict(params).items()}
+  rows = rows_for(table, flat)
+  tensors: dict[str, np.ndarray] = {}
+  for path, leaf in flat.items():
+    row = rows[path]
+    for index in range(len(leaf)) if row.stacked else [None]:
+      pairs = tensors_of_layer(row, leaf if index is None else leaf[index], index)
+      tensors |= {name: np.ascontiguousarray(tensor) for name, tensor in pairs}
+  return tensors
+
+
 def rows_for(table: Table, paths: Sequence[str] | Mapping[str, Any]) -> dict[str, Row]:
   """The row of every leaf path, those of adapters derived from their kernels'.
 

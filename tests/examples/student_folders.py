@@ -16,7 +16,7 @@ from pflow_jax.mesh.partition import combine
 from pflow_jax.networks import heads
 from pflow_jax.networks.dit import DiT
 from pflow_jax.networks.lora import Adapter, init_adapters
-from tests.torch_io.tables import to_torch
+from pflow_jax.torch_io.table import to_torch
 
 CHANNELS, BATCH = 4, 2
 WEIGHTS = "diffusion_pytorch_model.safetensors"

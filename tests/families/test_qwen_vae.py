@@ -12,7 +12,7 @@ import torch
 from pflow_jax.families.qwen_image import vae as qwen_vae
 from pflow_jax.families.qwen_image.vae import QwenVAE
 from pflow_jax.families.qwen_image.vae_names import NAMES as names
-from pflow_jax.torch_io.table import to_flax
+from pflow_jax.torch_io.table import to_flax, to_torch
 from tests.networks.test_vae import (
   call,
   check_dtypes,
@@ -27,7 +27,6 @@ from tests.networks.test_vae import (
   tensors_of,
   to_torch_image,
 )
-from tests.torch_io.tables import to_torch
 
 TINY = dict(
   base_dim=8,

@@ -15,9 +15,8 @@ from pflow_jax.families.kl_names import NAMES as names
 from pflow_jax.mesh.sharding import MeshSettings, make_layout
 from pflow_jax.networks import vae
 from pflow_jax.networks.vae import AutoencoderKL
-from pflow_jax.torch_io.table import to_flax, torch_shapes_of
+from pflow_jax.torch_io.table import to_flax, to_torch, torch_shapes_of
 from tests.networks.test_dit import QUICK, equations
-from tests.torch_io.tables import to_torch
 
 LEVELS = 3
 TINY = dict(

@@ -18,9 +18,9 @@ from pflow_jax.torch_io.table import (
   same_bits,
   strip_prefix,
   to_flax,
+  to_torch,
   torch_shapes_of,
 )
-from tests.torch_io.tables import to_torch
 
 TABLE = (
   *dense("block.{i}.layer", "blocks/layer"),

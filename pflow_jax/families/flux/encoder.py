@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from pflow_jax.data.prompts.records import Fields
-from pflow_jax.families.encoders import Encoder, to_numpy
+from pflow_jax.families.encoders import TorchEncoder, to_numpy
 
 
-class FluxEncoder(Encoder):
+class FluxEncoder(TorchEncoder):
   """FLUX.1: "text" (n, max_length, 4096) of T5-XXL, "pooled" (n, 768) of CLIP-L, at the published sizes.
 
   References: FluxPipeline.encode_prompt of diffusers.

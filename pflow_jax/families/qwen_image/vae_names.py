@@ -134,5 +134,8 @@ class QwenVAENames(TorchNames):
       )
     return {ours: full[theirs] for theirs, ours in _CONFIG}
 
+  def config_from_model(self, model: Mapping[str, Any]) -> dict[str, Any]:
+    return {"_class_name": self.class_names[0], **{theirs: model[ours] for theirs, ours in _CONFIG}}
+
 
 NAMES = QwenVAENames()

@@ -111,7 +111,8 @@ class Head(nn.Module):
   @classmethod
   def torch_schema(cls) -> type:
     """Returns a dataclass of its fields in PyTorch's config.json; by default its own attributes."""
-    return schema_of(cls, FROM_NETWORK)
+    own: Any = cls
+    return schema_of(own, FROM_NETWORK)
 
   @classmethod
   def options_from_torch(cls, config: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
@@ -16,7 +16,7 @@ class VelocityHead(Head):
   """The velocity itself: (B, *space, C), float32. A teacher's head; zero at the start."""
 
   starts_policies = True
-  torch_prefix = ""
+  torch_prefix: ClassVar[str | None] = ""
   torch_extends = True
 
   @property
