@@ -1,5 +1,6 @@
 """docs/extending.md: its blocks run, one after the other, and what they add behaves as if it were the package's own."""
 
+import json
 import pathlib
 import re
 
@@ -11,8 +12,11 @@ import pflow_jax as pf
 from pflow_jax.commands.cli import main
 from pflow_jax.core.objectives import OBJECTIVES
 from pflow_jax.data import registry as sources
+from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS
+from pflow_jax.families.registry import FAMILIES
 from pflow_jax.networks.heads import HEADS
 from pflow_jax.networks.registry import NETWORKS, sharding_rules
+from pflow_jax.torch_io.tensors import open_tensors
 from pflow_jax.training.methods import METHODS
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
@@ -23,18 +27,20 @@ pytestmark = pytest.mark.usefixtures("float32")
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
   """What the page's blocks define, run in a folder of their own; afterwards nobody knows it."""
-  tables = (OBJECTIVES, HEADS, NETWORKS, METHODS, sources._SOURCES)
+  tables = (OBJECTIVES, HEADS, NETWORKS, METHODS, FAMILIES, MODELS, MAX_LENGTHS, sources._SOURCES)
   before = [dict(table) for table in tables]
   names = {"__name__": "extending"}
   folder = tmp_path_factory.mktemp("extending")
-  with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-    patch.chdir(folder)
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)):
-      exec(compile(block, f"{PAGE.name}, block {number}", "exec", dont_inherit=True), names)
-  yield names | {"folder": folder}
-  for table, values in zip(tables, before, strict=True):
-    table.clear()
-    table.update(values)
+  try:
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+      patch.chdir(folder)
+      for number, block in enumerate(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)):
+        exec(compile(block, f"{PAGE.name}, block {number}", "exec", dont_inherit=True), names)
+    yield names | {"folder": folder}
+  finally:
+    for table, values in zip(tables, before, strict=True):
+      table.clear()
+      table.update(values)
 
 
 def test_what_the_page_adds_trains_and_samples(page):
@@ -73,6 +79,82 @@ def test_its_parameters_lie_where_its_table_says(page):
   assert run.params["hidden"]["kernel"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
 
 
+LAYERS = ("context_embedder", "time_embedder", "x_embedder")
+
+
+@pytest.mark.parametrize(
+  ("model", "name", "head"),
+  [
+    ("tiny/transformer", "TinyTransformer2DModel", "proj_out"),
+    ("torch/tiny", "StraightTinyTransformer2DModel", "proj_straight"),
+  ],
+)
+def test_pytorch_s_files_have_the_names_of_the_page(page, model, name, head):
+  folder = page["folder"] / model
+  fields = {"text_width": 8, "width": 16, "channels": 4}
+  assert json.loads((folder / "config.json").read_text()) == {"_class_name": name, **fields}
+  tensors = open_tensors(folder)
+  assert set(tensors.places) == {f"{layer}.{leaf}" for layer in (*LAYERS, head) for leaf in ("weight", "bias")}
+  assert json.loads(tensors.metadata.get("policy_config", "{}")) == ({"type": "Straight"} if "Straight" in name else {})
+  params = {"tiny/transformer": page["painter"], "torch/tiny": page["tiny"]}[model].params
+  np.testing.assert_array_equal(tensors.read("time_embedder.weight"), params["time_in"]["kernel"].T)
+  np.testing.assert_array_equal(tensors.read(f"{head}.bias"), params["head"]["proj_out"]["bias"])
+
+
+def test_what_comes_back_from_pytorch_is_the_same_student(page):
+  tiny, again = page["tiny"], page["tiny_again"]
+  assert again.settings.head == tiny.settings.head
+  assert again.settings.objective.nfe == 2
+  jax.tree.map(np.testing.assert_array_equal, again.params, tiny.params)
+  np.testing.assert_array_equal(_pictures(page, again), _pictures(page, tiny))
+
+
+def test_the_family_paints(page):
+  pictures = _pictures(page, page["tiny"])
+  assert pictures.shape == (2, 8, 8, 3)
+  assert np.isfinite(pictures).all()
+  np.testing.assert_array_equal(pictures[:1], page["pictures"])
+  assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
+  assert _pictures(page, page["tiny"], height=4, width=12).shape == (2, 4, 12, 3)
+  codec = pf.load_autoencoder(page["folder"] / "tiny")
+  jax.tree.map(np.testing.assert_array_equal, codec.params, dict(page["params"]))
+
+
+def _pictures(page, run, **options):
+  return run.pictures(["a green bird", "a dog"], pipeline=page["folder"] / "tiny", **options)
+
+
+def test_the_command_line_knows_the_family(page, capsys, monkeypatch):
+  monkeypatch.chdir(page["folder"])
+  main(["sample", "--workdir=runs/tiny", "--prompt=a green bird", "--pipeline=tiny", "--out=painted"])
+  with np.load("painted/samples.npz") as arrays:
+    np.testing.assert_allclose(
+      pf.load_autoencoder("tiny").decode(arrays["x0"]), page["pictures"], atol=1e-6 * np.abs(page["pictures"]).max()
+    )
+  main(["convert", "--source=runs/tiny", "--out=torch/command"])
+  assert json.loads(pathlib.Path("torch/command/config.json").read_text())["width"] == 16
+  pathlib.Path("texts.txt").write_text("\n".join(page["texts"]))
+  main(["cache", "--prompts=texts.txt", "--model=tiny", "--encoders=tiny", "--out=cached"])
+  for name in ("null.record", "00000.array_record"):
+    assert pathlib.Path("cached", name).read_bytes() == pathlib.Path("prompts", name).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["dit", "flux", "qwen_image"])
+def test_its_head_has_a_class_in_pytorch_with_every_network(page, family):
+  names, head = FAMILIES[family].names, page["StraightHead"]()
+  name = names.class_of(head)
+  assert names.classes[name] == "straight"
+  assert name == "Straight" + {"dit": "DiT", "flux": "Flux", "qwen_image": "QwenImage"}[family] + "Transformer2DModel"
+  kind = FAMILIES[family].network
+  model = kind.defaults | dict(patch_size=2, width=32, depth=2, num_heads=2, num_classes=5, channels=4)
+  rows = names.rows(model, head)
+  assert [row.torch for row in rows if row.flax.startswith("head/")] == ["proj_straight.weight", "proj_straight.bias"]
+  config = names.config_from_model(model, head)
+  assert config["_class_name"] == name
+  back = names.model_from_config(json.loads(json.dumps(config)), head)
+  assert back == {key: model[key] for key in back}
+
+
 def test_the_command_line_knows_it(page, capsys):
   main(["sample", "--workdir", str(page["folder"] / "runs/jumper"), "--num=4", "--out", str(page["folder"] / "x")])
   with np.load(page["folder"] / "x.npz") as arrays:
@@ -85,6 +167,8 @@ def test_a_name_is_taken_once(page):
     (lambda: pf.register_network("dit", pf.NetworkKind(page["Sine"])), NETWORKS),
     (lambda: pf.register_objective("imitation", page["Endpoint"], page["EndpointMethod"]), OBJECTIVES),
     (lambda: pf.register_source("digits", page["rings"]), sources._SOURCES),
+    (lambda: pf.register_family(pf.Family("tiny")), FAMILIES),
+    (lambda: pf.register_head("other", type("Other", (page["StraightHead"],), {})), HEADS),
   ):
     before = dict(table)
     with pytest.raises(ValueError, match="already"):

@@ -43,8 +43,8 @@ def register_head(kind: str, head: type[Head]) -> None:
   same = [name for name, other in HEADS.items() if other.torch_prefix == head.torch_prefix and other is not head]
   if head.torch_prefix is not None and same:
     raise ValueError(
-      f"{head.__name__}.torch_prefix: expected another than {head.torch_prefix!r}, that of the head {same[0]!r}; None "
-      "is for a head without a class in PyTorch"
+      f"{head.__name__}: there is a head with torch_prefix {head.torch_prefix!r} already, {same[0]!r}; take another, "
+      "or None for a head without a class in PyTorch"
     )
   if HEADS.setdefault(kind, head) is not head:
     raise ValueError(f"there is a head {kind!r} already, {HEADS[kind].__name__}; take another name")
