@@ -57,12 +57,17 @@ def cache(
   Args:
     prompts: texts, or a .txt, .jsonl or .csv file, see `data.read_prompts`, or "data:<name>" for those of a data set.
     model, encoders, max_length, dtype: see `families.text.load_encoder`. Text is always stored in bfloat16.
-    batch_size: prompts at a time.   shard_records: in a file; default what gives files of 4 GiB at most.
+    batch_size: prompts at a time.
+    shard_records: in a file; default what gives files of 4 GiB at most.
     field, file_field: of the file of prompts: what names the prompt, and a file beside it that holds x0.
     read_x0: reads those files; default NumPy's .npy, (*space, C) each, such as latents.
-  Returns: the index.
-  Raises: ValueError for input or a folder that does not fit, or a disk without the room; RuntimeError if a shard that
-    was written cannot be read back.
+
+  Returns:
+    The index.
+
+  Raises:
+    ValueError: input or a folder that does not fit, or a disk without the room.
+    RuntimeError: a shard that was written cannot be read back.
   """
   folder = pathlib.Path(checked_folder(out, "--out"))
   if "://" in str(out):
@@ -166,7 +171,8 @@ def _digest(found: Prompts) -> str:
 def _claim(folder: pathlib.Path, index: Index) -> bool:
   """Marks the folder as one that `index` is being written to; False if it is complete already.
 
-  Raises: ValueError if it holds anything else.
+  Raises:
+    ValueError: it holds anything else.
   """
   for name in (INDEX, INDEX + PARTIAL):
     other = read_index(str(folder), name)

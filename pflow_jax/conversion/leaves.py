@@ -60,7 +60,8 @@ class TensorLeaf:
 def dtype_of(row: Row, names: Sequence[str], tensors: Tensors, wanted: np.dtype | None) -> np.dtype:
   """The dtype of a leaf made of the tensors `names`.
 
-  Raises: ValueError if they have several and none is wanted.
+  Raises:
+    ValueError: they have several and none is wanted.
   """
   found = {tensors.places[name].dtype for name in names}
   if wanted is not None and all(_is_float(dtype) for dtype in found):
@@ -90,7 +91,9 @@ class Exporter:
   """Tensors by name, made of the leaves of a checkpoint.
 
   Args:
-    leaves, rows: by path.   dtype: of the tensors; None is the leaves'.   scale: of leaves, by path, where it is not 1.
+    leaves, rows: by path.
+    dtype: of the tensors; None is the leaves'.
+    scale: of leaves, by path, where it is not 1.
     unused: layers, (path, index), that are left out.
   """
 

@@ -27,8 +27,12 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, teacher: str | o
 
   Args:
     teacher: workdir of its teacher, if that has moved.
-  Returns: the step of the checkpoint.
-  Raises: ValueError for a run without adapters, or with a teacher in low precision, or an `out` that holds a run.
+
+  Returns:
+    The step of the checkpoint.
+
+  Raises:
+    ValueError: a run without adapters, or with a teacher in low precision, or an `out` that holds a run.
   """
   folder, out = expanded(folder), checked_folder(out, "--out")
   settings = workdir.load_settings(folder)

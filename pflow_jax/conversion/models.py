@@ -97,7 +97,8 @@ class Model:
 def read_config(source: pathlib.Path) -> dict[str, Any]:
   """The config.json of a model folder, or beside a file.
 
-  Raises: ValueError if there is none, or its class is not known.
+  Raises:
+    ValueError: there is none, or its class is not known.
   """
   folder = source if source.is_dir() else source.parent
   known = [name for names in _converted().values() for name in names.classes]
@@ -120,7 +121,9 @@ def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tenso
 
   Args:
     tensors: in those files, which bound its sizes; those of an adapter are its teacher's.
-  Raises: ValueError naming what in the config this package's network does not do, or its tensors cannot have.
+
+  Raises:
+    ValueError: naming what in the config this package's network does not do, or its tensors cannot have.
   """
   name = config["_class_name"]
   kind, names = next((k, n) for k, n in _converted().items() if name in n.classes)

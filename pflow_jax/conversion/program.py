@@ -46,8 +46,12 @@ def convert(
     key: of the state dict in a .pth file, where it holds several.
     mesh: sizes of the axes of a mesh whose devices' parts are to lie together in the checkpoint, see
       `settings.mesh.MeshSettings`. In a job of several processes it is that of all their devices.
-  Returns: whether anything was left to do.
-  Raises: ValueError for what cannot be converted, before anything is written.
+
+  Returns:
+    Whether anything was left to do.
+
+  Raises:
+    ValueError: what cannot be converted, before anything is written.
   """
   if dtype not in (None, "float32", "bfloat16"):
     raise ValueError(f"--dtype: expected 'float32' or 'bfloat16', got {dtype!r}")

@@ -121,7 +121,8 @@ def is_run(folder: str | os.PathLike) -> bool:
 def read_run(folder: str) -> Settings:
   """The settings of the run in `folder`.
 
-  Raises: ValueError where there is none, or a key that the converter reads is of another type.
+  Raises:
+    ValueError: there is none, or a key that the converter reads is of another type.
   """
   path = epath.Path(folder) / workdir.CONFIG
   if path.exists():

@@ -38,7 +38,8 @@ class Adapters:
   """What an adapter's files are, on a network of ours.
 
   Attributes:
-    leaves: that train, by path.   table, train: as of the section `adapters` of a config.
+    leaves: that train, by path.
+    table, train: as of the section `adapters` of a config.
   """
 
   leaves: Leaves
@@ -49,7 +50,8 @@ class Adapters:
 def read_adapters(model: Model, tensors: Tensors, where: str, dtype: np.dtype | None) -> Adapters:
   """The leaves of an adapter of `model`, the student.
 
-  Raises: ValueError with all tensors that are missing, unexpected or mis-shaped.
+  Raises:
+    ValueError: with all tensors that are missing, unexpected or mis-shaped.
   """
   shapes, rows = model.shapes(), {row.flax: row for row in model.rows}
   owners = {name: path for path, row in rows.items() for name in torch_shapes_of(row, shapes[path])}
@@ -88,7 +90,8 @@ def leaf_of(row: Row, shape: Shape, tensors: Tensors, dtype: np.dtype | None, pa
   """The leaf of a row.
 
   Args:
-    dtype: of floating leaves; None is the tensors'.   partly: layers that the files lack are zeros.
+    dtype: of floating leaves; None is the tensors'.
+    partly: layers that the files lack are zeros.
   """
   layers: list[int | None] = list(range(shape[0])) if row.stacked else [None]
   absent = frozenset(i for i in layers if i is not None and partly and not any(n in tensors.places for n in row.at(i)))
@@ -99,7 +102,8 @@ def leaf_of(row: Row, shape: Shape, tensors: Tensors, dtype: np.dtype | None, pa
 def base_of(folder: str, model: Model) -> Model:
   """`model`, a student, as one of the teacher in the workdir `folder`.
 
-  Raises: ValueError if that has another network.
+  Raises:
+    ValueError: that has another network.
   """
   settings = read_run(folder)
   if not head_class(settings.head).starts_policies:

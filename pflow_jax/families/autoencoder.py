@@ -91,7 +91,8 @@ class Codec:
   def read(self, paths: Sequence[str | os.PathLike], size: tuple[int, int]) -> np.ndarray:
     """Latents of picture files, cut to the shape of `size` (H, W) around their middle and scaled to it.
 
-    Raises: ValueError for a file that is no picture, or a size that the machine cannot hold.
+    Raises:
+      ValueError: a file that is no picture, or a size that the machine cannot hold.
     """
     check_memory(f"pictures of {shown(size)} pixels", 20 * size[0] * size[1], "ask for fewer")
     return np.concatenate([self.encode(to_unit(read_pixels(path, size, 3))[None]) for path in paths])
@@ -102,7 +103,9 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
 
   Args:
     dtype: to compute in. Parameters are float32.
-  Raises: ValueError for a folder without one, of a class that is not known, or whose tensors do not fit its config.
+
+  Raises:
+    ValueError: a folder without one, of a class that is not known, or whose tensors do not fit its config.
   """
   path = real_folder(folder)
   path = path / "vae" if is_there(path / "vae") else path

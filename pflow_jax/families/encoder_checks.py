@@ -20,7 +20,9 @@ def check_network(kind: Any, folder: pathlib.Path) -> None:
 
   Args:
     kind: the network's class.
-  Raises: ValueError.
+
+  Raises:
+    ValueError.
   """
   import torch
 

@@ -30,8 +30,10 @@ def load_encoder(
     max_length: tokens of a text, default 512, as those pipelines.
     dtype: that it is computed in, "bfloat16" or "float32"; default bfloat16, and float32 for minilm.
     device: of PyTorch; default "cuda" if there is one, else "cpu".
-  Raises: ValueError for another model, a folder without its encoders or a length out of range; ImportError without
-    PyTorch and transformers.
+
+  Raises:
+    ValueError: another model, a folder without its encoders or a length out of range.
+    ImportError: without PyTorch and transformers.
   """
   known = {name: family.encoder for name, family in FAMILIES.items() if family.encoder is not None}
   if model not in known:
@@ -53,8 +55,9 @@ def encode_prompts(
 ) -> dict[str, np.ndarray]:
   """The condition that a network of `model` samples `prompts` with; arguments and errors as of `load_encoder`.
 
-  Returns: "text" (n, L, D) of `dtype`, of FLUX.1 L = max_length, else the longest rounded up to a multiple of 64;
-    "mask" (n, L) bool; "pooled" (n, P) float32; as far as the model has them.
+  Returns:
+    "text" (n, L, D) of `dtype`, of FLUX.1 L = max_length, else the longest rounded up to a multiple of 64; "mask" (n,
+    L) bool; "pooled" (n, P) float32; as far as the model has them.
   """
   if not prompts:
     raise ValueError("there are no prompts to encode.")

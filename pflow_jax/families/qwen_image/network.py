@@ -21,8 +21,10 @@ from pflow_jax.networks.mmdit import DoubleBlock, Transformer, image_positions, 
 class QwenImage(Transformer):
   """Qwen-Image's transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns. Defaults are the release's.
 
-  Attributes: those of `Transformer`, and
-    depth: blocks.   text_width: of cond["text"] (B, L, .).
+  Attributes:
+    those of `Transformer`, and
+    depth: blocks.
+    text_width: of cond["text"] (B, L, .).
   """
 
   depth: int = 60
@@ -42,7 +44,9 @@ class QwenImage(Transformer):
 
     Args:
       cond: "text" (B, L, text_width) and perhaps "mask" (B, L) bool, True where there is a token.
-    Raises: ValueError for shapes that do not fit.
+
+    Raises:
+      ValueError: shapes that do not fit.
     """
     grid = self._grid(x, cond, {"text": self.text_width})
     img = self.img_in(patchify(x, self.patch_size, "flux"))

@@ -160,6 +160,7 @@ class QwenVAE(vae.Autoencoder):
   def decode(self, z: jax.Array) -> jax.Array:
     """Images of latents z (B, h, w, latent_channels): (B, H, W, channels), clipped to [-1, 1]; float32.
 
-    Raises: ValueError for other shapes.
+    Raises:
+      ValueError: other shapes.
     """
     return jnp.clip(super().decode(z), -1.0, 1.0)

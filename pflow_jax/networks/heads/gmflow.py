@@ -36,7 +36,8 @@ class GMFlowHead(Head):
   Attributes:
     num_components: K.
     log_std: "learned" (an MLP on the detached embedding) or a constant.
-    logstd_inner_dim: width of that MLP.   init_log_std: what it returns at the start.
+    logstd_inner_dim: width of that MLP.
+    init_log_std: what it returns at the start.
   """
 
   num_components: int = 8

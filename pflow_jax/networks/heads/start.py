@@ -47,14 +47,19 @@ def head_params_from_teacher(
     head: a head of this module, with the channels, patch_size and layout of the teacher's.
     teacher_head_params: {"proj_out": {"kernel": (D, p^n C), "bias": (p^n C,)}}, float32.
     key: for the noise and for the first layer of the log-std MLP.
-    bias_noise: standard deviation of what is added to the biases of mixture components (GMFlow,
-      ArcFlow), one value per (component, channel), shared by the sub-pixels. At 0 the student's
-      first prediction is exactly the teacher's velocity.
+    bias_noise: standard deviation of what is added to the biases of mixture components (GMFlow, ArcFlow), one value per
+      (component, channel), shared by the sub-pixels. At 0 the student's first prediction is exactly the teacher's
+      velocity.
     noise: standard normal values (K, C) to use instead of drawing them.
 
-  Returns: the head's parameters, new arrays.
-  Raises: ValueError if the teacher's layer does not fit the head.
-  References: the released initialisation of pi-Flow and ArcFlow.
+  Returns:
+    The head's parameters, new arrays.
+
+  Raises:
+    ValueError: the teacher's layer does not fit the head.
+
+  References:
+    the released initialisation of pi-Flow and ArcFlow.
   """
   layer = _teacher_layer(head, teacher_head_params)
   shape = (head.maps, head.channels)
@@ -84,7 +89,8 @@ def student_params_from_teacher(
     bias_noise: see there.
     noise: see there.
 
-  Returns: new arrays throughout, so that a step may donate them while the teacher lives on.
+  Returns:
+    New arrays throughout, so that a step may donate them while the teacher lives on.
   """
   head = getattr(student, "head", student)
   if not isinstance(head, Head):
