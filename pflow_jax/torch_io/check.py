@@ -14,7 +14,16 @@ _LENGTH = 120  # and their length; models have fewer and shorter ones
 
 
 def check_tensors(expected: Mapping[str, Shape], got: Mapping[str, Shape], where: str) -> None:
-  """Raises ValueError that lists missing, unexpected and mis-shaped tensors, with the nearest names."""
+  """Refuses tensors of other names or shapes.
+
+  Args:
+    expected: shapes by name.
+    got: shapes by name.
+    where: file, for errors.
+
+  Raises:
+    ValueError: tensors are missing, unexpected or of another shape. All are listed, with the nearest names.
+  """
   missing = [name for name in expected if name not in got]
   unexpected = [name for name in got if name not in expected]
   shapes = [name for name in expected if name in got and tuple(expected[name]) != tuple(got[name])]
@@ -31,9 +40,14 @@ def check_tensors(expected: Mapping[str, Shape], got: Mapping[str, Shape], where
 
 
 def listing(names: Iterable[str], near: Sequence[str], notes: Mapping[str, str] | None = None) -> str:
-  """Names, each with its note, or with the nearest of `near`; no more than _SHOWN of them.
+  """Lists names, each with its note, or with the nearest of `near`; no more than _SHOWN of them.
 
   Names that differ in one number alone, with the same note, are one: "blocks.{0-18}.q.weight".
+
+  Args:
+    names: to be listed.
+    near: names of the other kind.
+    notes: by name.
   """
   notes = notes or {}
   numbers: dict[tuple[str, str], list[int]] = {}

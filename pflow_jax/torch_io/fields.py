@@ -59,16 +59,17 @@ def joined(*schemas: type) -> type:
 
 
 def read_fields(config: Mapping[str, Any], schema: type, name: str | None = None) -> dict[str, Any]:
-  """The fields of a config.json by name, those that it leaves unsaid too.
+  """Returns the fields of a config.json by name, those that it leaves unsaid too.
 
   Names that begin with an underscore are about the file. An unknown field that is null is as good as absent.
 
   Args:
+    config: a config.json.
     schema: dataclass of the fields.
     name: of the class, where the config need not tell.
 
   Raises:
-    ValueError: naming every field of another type or value, or that the schema does not have.
+    ValueError: fields are of another type or value, or are none of the schema's. All are named.
   """
   where = f"config.json of {config.get('_class_name', name)}"
   said = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -91,10 +92,12 @@ def check_sizes(
 
   Args:
     config: all fields of a config.json, see `read_fields`.
+    schema: dataclass of the fields.
+    tensors: of the model's files.
     names: of the fields that the tensors have; None is all.
 
   Raises:
-    ValueError: naming the field.
+    ValueError: a size is too large. Its field is named.
   """
   count, nbytes = len(tensors.places), tensors.nbytes
 

@@ -24,18 +24,20 @@ _LENGTHS = 26  # where an entry's header has the lengths of its name and of what
 
 
 def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
-  """The tensors of a state dict; the pickle is read with weights_only, the data stay in the file.
+  """Opens the tensors of a state dict; the pickle is read with weights_only, the data stay in the file.
 
   Nothing is mapped (`mmap=True`): a file that another process cuts short would end a program that reads a mapping of
   it. Nor is memory taken: weights_only lets a pickle call torch.Tensor(n, n), with which a file of a kilobyte may ask
   for gigabytes. FakeTensorMode and _checkpoint_offset are how PyTorch's tutorial on GPUDirect Storage gets at offsets.
 
   Args:
+    file: of torch.save.
     key: of the state dict in the file, "a.b" for one within another; by default the file itself, or the only dict of
       tensors in it.
 
   Raises:
-    ValueError: a pickle with code, another format than torch.save's of version 1.6 on, or a key that is none.
+    ValueError: the pickle holds code, the format is not torch.save's of version 1.6 on, or there is no such key.
+    ImportError: PyTorch is not there.
   """
   try:
     import torch
@@ -102,7 +104,7 @@ def _check_archive(file: pathlib.Path) -> None:
 
 
 def _stored(file: pathlib.Path, entry: zipfile.ZipInfo, limit: int) -> bytes:
-  """The bytes of an entry, at most `limit`; its checksum, which torch need not write, is not looked at."""
+  """Returns the bytes of an entry, at most `limit`; its checksum, which torch need not write, is not looked at."""
   with file.open("rb") as f:
     f.seek(entry.header_offset + _LENGTHS)
     f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)
@@ -110,7 +112,7 @@ def _stored(file: pathlib.Path, entry: zipfile.ZipInfo, limit: int) -> bytes:
 
 
 def _choose(file: pathlib.Path, loaded: Any, key: str) -> Mapping[str, Any]:
-  """The dict of tensors that `key` names, or the only one."""
+  """Returns the dict of tensors that `key` names, or the only one."""
   found = dict(_state_dicts(loaded))
   if key in found:
     return found[key]
@@ -124,7 +126,7 @@ def _choose(file: pathlib.Path, loaded: Any, key: str) -> Mapping[str, Any]:
 
 
 def _state_dicts(loaded: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-  """Paths and dicts with tensors in `loaded`, each dict once, whatever holds it: it may hold itself."""
+  """Yields paths and dicts with tensors in `loaded`, each dict once, whatever holds it: it may hold itself."""
   import torch
 
   todo, seen = [("", loaded)], set()

@@ -1,4 +1,4 @@
-"""Where tensors lie on disk, and reading them one at a time: nothing is mapped or kept."""
+"""Tensors on disk by their places, read one at a time: nothing is mapped or kept."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a tensor lies.
+  """Place of a tensor on disk.
 
   Attributes:
+    file: that holds it.
     offset: of its first element in the file, in bytes.
+    shape: of the tensor.
+    dtype: of its elements.
     strides: in elements, for a tensor that does not lie in C order; None for one that does.
   """
 
@@ -63,6 +66,7 @@ class Tensors:
   """Tensors by name, in one file or in several.
 
   Attributes:
+    places: of the tensors.
     metadata: what the files say of themselves, such as "policy_config".
   """
 
@@ -78,7 +82,12 @@ class Tensors:
     return sum(place.nbytes for place in self.places.values())
 
   def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-    """A tensor, or some of its rows (of the first axis), in C order unless its file has it otherwise."""
+    """Reads a tensor, or some of its rows, in C order unless its file has it otherwise.
+
+    Args:
+      name: of the tensor.
+      rows: of its first axis.
+    """
     place = self.places[name]
     if place.strides is not None:
       count = 1 + sum((size - 1) * stride for size, stride in zip(place.shape, place.strides, strict=True))
@@ -91,17 +100,17 @@ class Tensors:
     return flat.reshape((stop - start, *place.shape[1:]) if place.shape else ())
 
   def renamed(self, names: Mapping[str, str]) -> Tensors:
-    """The same tensors by other names, {new: old}."""
+    """Returns the same tensors by other names, {new: old}."""
     return dataclasses.replace(self, places={new: self.places[old] for new, old in names.items()})
 
   def identity(self) -> list[list[Any]]:
-    """What tells these files from others, without reading them: paths, sizes and times of change."""
+    """Returns paths, sizes and times of change, which tell these files from others without reading them."""
     files = sorted({place.file for place in self.places.values()})
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _read(file: pathlib.Path, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
-  """`count` elements from `offset` on; one buffer, no mapping."""
+  """Reads `count` elements from `offset` on; one buffer, no mapping."""
   flat = np.empty(count * dtype.itemsize, np.uint8)
   view, done = flat.data, 0
   with file.open("rb", buffering=0) as f:

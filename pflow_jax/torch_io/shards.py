@@ -32,7 +32,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class _Journal:
-  """What is kept of an interrupted conversion: of what source, and sizes and checksums of its complete files."""
+  """Journal of an interrupted conversion: its source, and sizes and checksums of its complete files."""
 
   source: str
   files: dict[str, list[int]]
@@ -52,9 +52,13 @@ class Planned:
 
 
 def plan_shards(tensors: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
-  """Deals tensors out to files of at most `max_bytes`, but for a tensor that alone has more.
+  """Deals tensors out to files.
 
   Wide dtypes come first, so that every tensor is aligned in its file; else the order stays.
+
+  Args:
+    tensors: to be written.
+    max_bytes: of a file, unless one tensor alone has more.
   """
   shards: list[list[Planned]] = [[]]
   size = 0
@@ -72,9 +76,12 @@ class ModelFolder:
   """A folder to be written.
 
   Attributes:
+    folder: where it is written.
+    config: content of config.json.
+    tensors: all of them.
     source: tells what the model is made of from anything else; kept in the files' metadata.
     metadata: more of that.
-    config: what config.json will say.
+    max_bytes: of a file.
   """
 
   folder: pathlib.Path
@@ -126,8 +133,8 @@ class ModelFolder:
       report: called with the number of bytes that are done since.
 
     Raises:
-      what `produce` raises, or OSError where the folder cannot be written; what is complete by then is not written
-        again by the next call.
+      OSError: the folder cannot be written. Complete files stay, and the next call goes on after them, as it does after
+        an error of `produce`.
     """
     try:
       self._write(produce, report)
@@ -156,7 +163,7 @@ class ModelFolder:
     (self.folder / JOURNAL).unlink()
 
   def _journal(self) -> dict[str, Any]:
-    """The journal; empty if there is none that can be read."""
+    """Returns the journal; empty if there is none that can be read."""
     try:
       return dataclasses.asdict(read_json(self.folder / JOURNAL, _Journal))
     except ValueError:

@@ -91,9 +91,13 @@ Table = Sequence[Row]
 
 
 def dense(torch: str | tuple[str, ...], flax: str, bias: bool = True, layout: str = "linear") -> tuple[Row, ...]:
-  """Rows of a Linear layer: weight and bias of the module(s) `torch`, kernel and bias below the path `flax`.
+  """Returns the rows of a Linear layer.
 
-  A `layout` "swap_linear" makes the bias "swap".
+  Args:
+    torch: name of the layer in PyTorch, or names of several that are joined along the outputs.
+    flax: path of the Dense layer, such as "head/proj_out".
+    bias: whether it has one.
+    layout: of the weight; "swap_linear" makes the bias "swap".
   """
   names = (torch,) if isinstance(torch, str) else torch
 
@@ -108,17 +112,24 @@ def dense(torch: str | tuple[str, ...], flax: str, bias: bool = True, layout: st
 
 
 def conv(torch: str, flax: str, bias: bool = True, layout: str = "conv") -> tuple[Row, ...]:
-  """Rows of a convolution, as `dense`; `layout` may be "conv3d"."""
+  """Returns the rows of a convolution.
+
+  Args:
+    torch: name of the layer in PyTorch.
+    flax: path of the Conv layer.
+    bias: whether it has one.
+    layout: of the weight; "conv3d" in three dimensions.
+  """
   return dense(torch, flax, bias, layout)
 
 
 def lora_rows(row: Row) -> tuple[Row, Row]:
-  """Rows of the adapter (lora_a, lora_b) beside the kernel of `row`, by the names of peft.
+  """Returns the rows of the adapter (lora_a, lora_b) beside the kernel of `row`, by the names of peft.
 
   Of a kernel that is joined from several tensors, each of these has the same A and its part of B.
 
   Raises:
-    ValueError: a row that is not a Linear layer's kernel.
+    ValueError: the row is not a Linear layer's kernel.
   """
   if row.layout not in ("linear", "swap_linear") or not row.flax.endswith("/kernel") or row.take:
     raise ValueError(f"{row.flax}: expected the kernel of a Linear layer, whose adapters PyTorch can hold")
@@ -136,12 +147,12 @@ def lora_rows(row: Row) -> tuple[Row, Row]:
 
 
 def is_lora(name: str) -> bool:
-  """Whether a PyTorch name or a Flax path is of an adapter."""
+  """Returns whether a PyTorch name or a Flax path is an adapter's."""
   return "lora" in name
 
 
 def turn(row: Row, tensor: np.ndarray) -> np.ndarray:
-  """One PyTorch tensor as (its part of) one layer of the leaf; a view where that is possible."""
+  """Turns a PyTorch tensor into (its part of) one layer of the leaf; a view where that is possible."""
   axes = _AXES[row.layout]
   x = tensor if axes is None else tensor.transpose(axes)
   if row.layout == "patch":
@@ -157,7 +168,7 @@ def turn(row: Row, tensor: np.ndarray) -> np.ndarray:
 
 
 def turn_back(row: Row, x: np.ndarray) -> np.ndarray:
-  """The way back of `turn`; a view where that is possible."""
+  """Turns (a part of) one layer of the leaf into a PyTorch tensor; a view where that is possible."""
   axes = _AXES[row.layout]
   if row.layout.startswith("swap"):
     x = np.roll(x, x.shape[-1] // 2, axis=-1)
@@ -169,7 +180,7 @@ def turn_back(row: Row, x: np.ndarray) -> np.ndarray:
 
 
 def turn_shape_back(row: Row, shape: Shape) -> Shape:
-  """Shape of the tensor of which `turn` makes `shape`, with the channels that `take` would drop."""
+  """Returns the shape of the tensor of which `turn` makes `shape`, with the channels that `take` would drop."""
   axes = _AXES[row.layout]
   if row.take:
     shape = (*shape[:-1], shape[-1] // row.take[0] * row.take[1])
@@ -181,7 +192,12 @@ def turn_shape_back(row: Row, shape: Shape) -> Shape:
 
 
 def read_layer(row: Row, read: Read, index: int | None = None) -> np.ndarray:
-  """Layer `index` of the leaf (the leaf itself where it has no layers) from tensors by name.
+  """Reads a layer of the leaf, or the leaf itself where it has no layers.
+
+  Args:
+    row: of the leaf.
+    read: returns the tensor of a name.
+    index: of the layer; None for a leaf without layers.
 
   Raises:
     ValueError: tied tensors differ.
@@ -202,7 +218,7 @@ def read_layer(row: Row, read: Read, index: int | None = None) -> np.ndarray:
 
 
 def tensors_of_layer(row: Row, layer: np.ndarray, index: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, tensor) of layer `index` of the leaf (of the leaf itself where it has no layers)."""
+  """Yields (name, tensor) of layer `index` of the leaf, or of the leaf itself where it has no layers."""
   names = row.at(index)
   parts = [layer] * len(names) if row.tied else np.split(layer, len(names), axis=-1)
   for name, part in zip(names, parts, strict=True):
@@ -210,9 +226,11 @@ def tensors_of_layer(row: Row, layer: np.ndarray, index: int | None = None) -> I
 
 
 def torch_shapes_of(row: Row, shape: Shape, exported: bool = False) -> dict[str, Shape]:
-  """Shapes of all tensors of a leaf of `shape`, by name.
+  """Returns the shapes of all tensors of a leaf, by name.
 
   Args:
+    row: of the leaf.
+    shape: of the leaf.
     exported: of what is written, rather than of what is read: they differ where `take` drops channels.
   """
   if exported and row.take:
@@ -224,7 +242,7 @@ def torch_shapes_of(row: Row, shape: Shape, exported: bool = False) -> dict[str,
 
 
 def to_flax(table: Table, tensors: Mapping[str, np.ndarray]) -> Params:
-  """Nested dict of all leaves of `table` from tensors in memory; stacked leaves as deep as there are names."""
+  """Returns the nested leaves of `table` from tensors in memory; stacked leaves are as deep as there are names."""
   flat = {}
   for row in table:
     if row.stacked:
@@ -258,10 +276,14 @@ def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def rows_for(table: Table, paths: Sequence[str] | Mapping[str, Any]) -> dict[str, Row]:
-  """The row of every leaf path, those of adapters derived from their kernels'.
+  """Returns the row of every leaf, those of adapters derived from their kernels'.
+
+  Args:
+    table: of names.
+    paths: of the leaves.
 
   Raises:
-    ValueError: naming all paths that have none.
+    ValueError: paths have none. All are named.
   """
   rows = {row.flax: row for row in table}
   for path in list(paths):
@@ -276,18 +298,18 @@ def rows_for(table: Table, paths: Sequence[str] | Mapping[str, Any]) -> dict[str
 
 
 def strip_prefix(names: Sequence[str] | Mapping[str, Any], prefix: str = "transformer.") -> dict[str, str]:
-  """{name without the prefix: name}, where all names start with it; else they stay as they are."""
+  """Returns {name without the prefix: name}, where all names start with it; else they stay as they are."""
   strip = bool(names) and all(name.startswith(prefix) for name in names)
   return {name.removeprefix(prefix) if strip else name: name for name in names}
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-  """Whether two arrays hold the same bits; NaNs are equal to themselves."""
+  """Returns whether two arrays hold the same bits; NaNs are equal to themselves."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
   return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
 
 
 def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Shapes of nested leaves by their "/"-joined paths."""
+  """Returns the shapes of nested leaves by their "/"-joined paths."""
   return {"/".join(keys): tuple(leaf.shape) for keys, leaf in flatten_dict(tree).items()}

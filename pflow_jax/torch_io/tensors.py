@@ -31,13 +31,14 @@ class _Index:
 
 
 def open_tensors(path: str | os.PathLike, key: str = "") -> Tensors:
-  """The tensors of a model folder (diffusers' names, in one file or in shards), a .safetensors or a .pth file.
+  """Opens the tensors of a model, without reading them.
 
   Args:
+    path: folder with diffusers' names, in one file or in shards; or a .safetensors or a .pth file.
     key: of a .pth file, see `pickled.open_pickled`.
 
   Raises:
-    ValueError: a file that is none, that is cut short, or that says what cannot be.
+    ValueError: the file is none, is cut short, or says what cannot be.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -66,7 +67,7 @@ def _open_folder(folder: pathlib.Path, key: str) -> Tensors:
 
 
 def _open_shards(folder: pathlib.Path) -> Tensors:
-  """The files that the index of a folder names, each of which must be in the folder itself.
+  """Opens the files that the index of a folder names, each of which must be in the folder itself.
 
   A file may be a link, as in the caches of model hubs.
   """
@@ -97,7 +98,7 @@ def _open_shards(folder: pathlib.Path) -> Tensors:
 
 
 def open_safetensors(file: pathlib.Path) -> Tensors:
-  """The tensors of one safetensors file."""
+  """Opens the tensors of one safetensors file."""
   try:
     from safetensors import SafetensorError, safe_open
   except ImportError as error:

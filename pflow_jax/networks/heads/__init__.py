@@ -51,14 +51,19 @@ def register_head(kind: str, head: type[Head]) -> None:
 
 
 def attributes_of(module: nn.Module, hidden: tuple[str, ...]) -> dict[str, Any]:
-  """The attributes of a module as a config keeps them, but those in `hidden`."""
+  """Returns the attributes of a module as a config keeps them.
+
+  Args:
+    module: of Flax.
+    hidden: names of the attributes that are left out.
+  """
   own = {field.name: getattr(module, field.name) for field in dataclasses.fields(module) if field.init}
   kept = {name: value for name, value in own.items() if name not in ("parent", "name", *hidden)}
   return kept | ({"dtype": jnp.dtype(kept["dtype"]).name} if kept.get("dtype") is not None else {})
 
 
 def head_options_of(head: Head) -> tuple[str, dict[str, Any]]:
-  """The name of a head in a config, and its options.
+  """Returns the name of a head in a config, and its options.
 
   Args:
     head: of a kind that is registered.

@@ -88,7 +88,7 @@ class ArcHead(Head):
     return join_rows(jnp.asarray(values, jnp.float32), self.layout)
 
   def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:
-    """K copies of the teacher's layer with offset biases, logits 0, gammas log-spaced."""
+    """Returns K copies of the teacher's layer with offset biases, logits 0, gammas log-spaced."""
     width, rows = layer["kernel"].shape
     sub_pixels = rows // self.channels
     params = {

@@ -36,7 +36,7 @@ ZEROS = nn.initializers.zeros
 
 
 class Head(nn.Module):
-  """What all heads share.
+  """Base of the output layers.
 
   Attributes:
     channels: C of the data. Whoever trains a network on data fills in this and the next two.
@@ -60,7 +60,20 @@ class Head(nn.Module):
     use_bias: bool = True,
     bias_init: Any = ZEROS,
   ) -> jax.Array:
-    """Dense layer `name` on every token, put back in space; shape is (M, C): (B, M, *space, C)."""
+    """Applies a Dense layer to every token and puts the maps back in space.
+
+    Args:
+      name: of the layer.
+      tokens: (B, T, D).
+      grid: shape of space in patches.
+      shape: (M, C), of maps and channels.
+      kernel_init: initializer.
+      use_bias: whether there is one.
+      bias_init: initializer.
+
+    Returns:
+      (B, M, *space, C).
+    """
     batch, count, width = tokens.shape
     groups, channels = shape
     dense = nn.Dense(
@@ -146,17 +159,23 @@ class Head(nn.Module):
     return {}
 
   def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:
-    """Parameters from a checked teacher layer; offset (M, C) goes on the biases of the copies."""
+    """Returns parameters that start as a teacher's output layer.
+
+    Args:
+      layer: the teacher's, {"kernel": (D, p^n C), "bias": (p^n C,)}, checked.
+      key: for what is drawn.
+      offset: (M, C), goes on the biases of the copies.
+    """
     raise NotImplementedError
 
   @property
   def maps(self) -> int:
-    """How many velocity-like maps (components, coefficients) the head makes."""
+    """Number of velocity-like maps (components, coefficients) that the head makes."""
     raise NotImplementedError
 
   @nn.nowrap
   def policy(self, x: jax.Array, t: jax.Array, outputs: Mapping[str, Any], *, segment: float, shift: float):
-    """The policy of one example.
+    """Returns the policy of one example.
 
     Args:
       x: state at `t`, (*space, C).
@@ -169,7 +188,11 @@ class Head(nn.Module):
 
   @nn.nowrap
   def field(self, apply: Callable[[jax.Array, jax.Array, Any], Any]) -> Callable[[jax.Array, jax.Array, Any], Any]:
-    """What a network with this head computes, (x, t, cond) -> outputs, from what its module returns."""
+    """Returns what a network with this head computes, (x, t, cond) -> outputs.
+
+    Args:
+      apply: (x, t, cond) -> what its module returns.
+    """
     return apply
 
 
@@ -178,12 +201,19 @@ def dense_zeros(width: int, rows: int) -> Params:
 
 
 def join_rows(a: jax.Array, layout: str) -> jax.Array:
-  """(..., sub-pixels, M, C) -> (..., rows) in the order of `layout`."""
+  """Joins (..., sub-pixels, M, C) to (..., rows) in the order of `layout`."""
   return rearrange(a, "... q m c -> ... (q m c)" if layout == "dit" else "... q m c -> ... (m c q)")
 
 
 def tile(head: Head, layer: Params, weights: np.ndarray, offset: jax.Array) -> Params:
-  """Copies an output layer weights (M,) times each into M maps; offset (M, C) on the biases."""
+  """Copies an output layer into the maps of a head.
+
+  Args:
+    head: of the copies.
+    layer: to be copied.
+    weights: (M,), factors of the copies.
+    offset: (M, C), goes on the biases.
+  """
   pattern = "... (q c) -> ... q 1 c" if head.layout == "dit" else "... (c q) -> ... q 1 c"
   scale = jnp.asarray(weights, jnp.float32)[:, None]
 

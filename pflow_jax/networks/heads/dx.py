@@ -61,7 +61,7 @@ class DXHead(Head):
 
   @nn.nowrap
   def torch_stated(self, segment: float, shift: float) -> dict[str, Any]:
-    """A polynomial without `compat` is refused.
+    """Returns the segment, the shift and the basis; refuses a polynomial without `compat`.
 
     To a release every coefficient holds x_s, which changes with the sample: no change of weights would put it there.
     """
@@ -89,7 +89,7 @@ class DXHead(Head):
     return {"coefficients": self._maps("proj_out", tokens, grid, shape, use_bias=self.use_bias)}
 
   def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:
-    """Grid: the teacher's layer N times. Polynomial: once, the other coefficients zero."""
+    """Returns, of a grid, the teacher's layer N times; of a polynomial once, the other coefficients zero."""
     if self.basis not in ("grid", "polynomial"):
       raise ValueError(f'basis: expected "grid" or "polynomial", got {self.basis!r}')
     first = np.arange(self.num_coefficients) == 0

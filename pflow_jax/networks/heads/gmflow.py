@@ -37,7 +37,7 @@ class GMFlowHead(Head):
     num_components: K.
     log_std: "learned" (an MLP on the detached embedding) or a constant.
     logstd_inner_dim: width of that MLP.
-    init_log_std: what it returns at the start.
+    init_log_std: its output at the start.
   """
 
   num_components: int = 8
@@ -110,7 +110,7 @@ class GMFlowHead(Head):
     return last(nn.silu(h))[:, 0]
 
   def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:
-    """K copies of the teacher's layer with offset biases, logits 0, log-std constant."""
+    """Returns K copies of the teacher's layer with offset biases, logits 0, log-std constant."""
     width, rows = layer["kernel"].shape
     params = {
       "proj_out_means": tile(self, layer, np.ones(self.num_components), offset),

@@ -1,4 +1,4 @@
-"""How a student's head starts from its teacher's."""
+"""Start of a student's head from its teacher's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def head_params_from_teacher(
   bias_noise: float = 0.05,
   noise: jax.Array | None = None,
 ) -> Params:
-  """Parameters of a student's head that starts as its teacher's velocity.
+  """Returns parameters of a student's head that starts as its teacher's velocity.
 
   Args:
     head: a head of this module, with the channels, patch_size and layout of the teacher's.
@@ -59,7 +59,7 @@ def head_params_from_teacher(
     ValueError: the teacher's layer does not fit the head.
 
   References:
-    the released initialisation of pi-Flow and ArcFlow.
+    The released initialisation of pi-Flow and ArcFlow.
   """
   layer = _teacher_layer(head, teacher_head_params)
   shape = (head.maps, head.channels)
@@ -80,7 +80,7 @@ def student_params_from_teacher(
   bias_noise: float = 0.05,
   noise: jax.Array | None = None,
 ) -> Params:
-  """Parameters of a student network: the teacher's backbone, and a head that starts from its own.
+  """Returns parameters of a student network: the teacher's backbone, and a head that starts from its own.
 
   Args:
     teacher_params: of the same backbone with a `VelocityHead`, under "head".

@@ -29,7 +29,7 @@ class VelocityHead(Head):
     return self._maps("proj_out", tokens, grid, shape, use_bias=self.use_bias)[:, 0]
 
   def params_from_teacher(self, layer: Params, key: jax.Array, offset: jax.Array) -> Params:
-    """The teacher's layer."""
+    """Returns the teacher's layer."""
     return {"proj_out": layer}
 
 
