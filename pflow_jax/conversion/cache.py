@@ -56,17 +56,22 @@ def cache(
 
   Args:
     prompts: texts, or a .txt, .jsonl or .csv file, see `data.read_prompts`, or "data:<name>" for those of a data set.
-    model, encoders, max_length, dtype: see `families.text.load_encoder`. Text is always stored in bfloat16.
+    model: name of the family that they are for.
+    out: the new folder.
+    encoders: folder of the model's pipeline.
     batch_size: prompts at a time.
+    max_length: tokens of a text, see `families.text.load_encoder`.
+    dtype: that the encoders compute in; text is always stored in bfloat16.
     shard_records: in a file; default what gives files of 4 GiB at most.
-    field, file_field: of the file of prompts: what names the prompt, and a file beside it that holds x0.
+    field: of the file of prompts: the prompt.
+    file_field: of the file of prompts: a file beside it that holds x0.
     read_x0: reads those files; default NumPy's .npy, (*space, C) each, such as latents.
 
   Returns:
     The index.
 
   Raises:
-    ValueError: input or a folder that does not fit, or a disk without the room.
+    ValueError: the input or the folder does not fit, or the disk has no room.
     RuntimeError: a shard that was written cannot be read back.
   """
   folder = pathlib.Path(checked_folder(out, "--out"))

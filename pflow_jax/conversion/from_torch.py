@@ -44,7 +44,14 @@ _MARK_BYTES = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class _Import:
-  """What is to be written: state of the checkpoint, by part and path, and the settings of the workdir."""
+  """A workdir to be written.
+
+  Attributes:
+    state: of the checkpoint, by part and path.
+    settings: of the run.
+    title: of what is converted, for messages.
+    notes: that are printed.
+  """
 
   state: dict[str, dict[str, TensorLeaf]]
   settings: Settings
@@ -61,6 +68,20 @@ def to_jax(
   mesh: Mapping[str, int] | None,
   options: Mapping[str, Any],
 ) -> bool:
+  """Writes a model of PyTorch as a workdir, see `conversion.program.convert`.
+
+  Args:
+    path: folder or file of the model.
+    out: the workdir.
+    base: workdir of the teacher of an adapter.
+    dtype: of floating leaves; None is the tensors'.
+    key: of the state dict in a file that holds several.
+    mesh: sizes of the mesh whose devices' parts lie together.
+    options: that tell this conversion from another of the same source.
+
+  Returns:
+    Whether anything was left to do.
+  """
   config = read_config(path)
   tensors = open_tensors(path, key)
   tensors = tensors.renamed(strip_prefix(tensors.places))
@@ -177,7 +198,7 @@ def _all_leaves(path: pathlib.Path, model: Model, tensors: Tensors, dtype: np.dt
 
 
 def _compute_dtype(leaves: Mapping[str, TensorLeaf]) -> str:
-  """What a network with these parameters computes in: what most of them are."""
+  """Returns the dtype that a network with these parameters computes in: that of most of them."""
   sizes: dict[str, int] = {}
   for leaf in leaves.values():
     sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + int(np.prod(leaf.shape))

@@ -19,6 +19,10 @@ class TensorLeaf:
   """A leaf made of tensors in files; a `checkpoint_stream.Leaf`.
 
   Attributes:
+    row: of the leaf.
+    tensors: in the files.
+    shape: of the leaf.
+    dtype: of the leaf.
     absent: layers that the files do not have, which are zeros.
   """
 
@@ -30,6 +34,7 @@ class TensorLeaf:
 
   @property
   def stacked(self) -> bool:
+    """Whether it has a leading axis of layers."""
     return self.row.stacked
 
   def layer(self, index: int | None) -> np.ndarray:
@@ -58,7 +63,13 @@ class TensorLeaf:
 
 
 def dtype_of(row: Row, names: Sequence[str], tensors: Tensors, wanted: np.dtype | None) -> np.dtype:
-  """The dtype of a leaf made of the tensors `names`.
+  """Returns the dtype of a leaf.
+
+  Args:
+    row: of the leaf.
+    names: of its tensors.
+    tensors: in the files.
+    wanted: of floating leaves; None is the tensors'.
 
   Raises:
     ValueError: they have several and none is wanted.
@@ -79,7 +90,7 @@ def _is_float(dtype: np.dtype) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-  """Where a tensor comes from: part `part` of `parts` along the last axis of a layer of a leaf."""
+  """Origin of a tensor: part `part` of `parts` along the last axis of a layer of a leaf."""
 
   path: str
   layer: int | None
@@ -91,7 +102,8 @@ class Exporter:
   """Tensors by name, made of the leaves of a checkpoint.
 
   Args:
-    leaves, rows: by path.
+    leaves: of the checkpoint, by path.
+    rows: of the leaves, by path.
     dtype: of the tensors; None is the leaves'.
     scale: of leaves, by path, where it is not 1.
     unused: layers, (path, index), that are left out.

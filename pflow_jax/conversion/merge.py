@@ -26,13 +26,15 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, teacher: str | o
   `folder` hold the adapters alone, with the layers that train in full.
 
   Args:
+    folder: workdir of the run.
+    out: the new workdir.
     teacher: workdir of its teacher, if that has moved.
 
   Returns:
     The step of the checkpoint.
 
   Raises:
-    ValueError: a run without adapters, or with a teacher in low precision, or an `out` that holds a run.
+    ValueError: the run has no adapters, its teacher is kept in low precision, or `out` holds a run.
   """
   folder, out = expanded(folder), checked_folder(out, "--out")
   settings = workdir.load_settings(folder)

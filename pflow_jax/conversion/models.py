@@ -55,6 +55,7 @@ class Model:
 
   @property
   def rows(self) -> tuple[Row, ...]:
+    """Names of all parameters."""
     return self.names.rows(self.attributes, self.output)
 
   @property
@@ -95,7 +96,10 @@ class Model:
 
 
 def read_config(source: pathlib.Path) -> dict[str, Any]:
-  """The config.json of a model folder, or beside a file.
+  """Reads the config.json of a model.
+
+  Args:
+    source: folder of the model, or a file with config.json beside it.
 
   Raises:
     ValueError: there is none, or its class is not known.
@@ -117,13 +121,15 @@ def read_config(source: pathlib.Path) -> dict[str, Any]:
 
 
 def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tensors: Tensors | None = None) -> Model:
-  """The model that a config.json and the metadata of its files describe.
+  """Returns the model that a config.json and the metadata of its files describe.
 
   Args:
+    config: a config.json.
+    metadata: of the files.
     tensors: in those files, which bound its sizes; those of an adapter are its teacher's.
 
   Raises:
-    ValueError: naming what in the config this package's network does not do, or its tensors cannot have.
+    ValueError: this package's network does not do what the config says, or its tensors cannot have such sizes.
   """
   name = config["_class_name"]
   kind, names = next((k, n) for k, n in _converted().items() if name in n.classes)
@@ -143,7 +149,7 @@ def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tenso
 def model_of_run(
   settings: Settings, shapes: Mapping[str, tuple[int, ...]], data: Mapping[str, Any] | None = None
 ) -> Model:
-  """The model that a run of ours trained.
+  """Returns the model that a run of ours trained.
 
   Args:
     settings: of the run.

@@ -51,7 +51,7 @@ def convert(
     Whether anything was left to do.
 
   Raises:
-    ValueError: what cannot be converted, before anything is written.
+    ValueError: it cannot be converted. Nothing is written then.
   """
   if dtype not in (None, "float32", "bfloat16"):
     raise ValueError(f"--dtype: expected 'float32' or 'bfloat16', got {dtype!r}")

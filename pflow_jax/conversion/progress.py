@@ -1,4 +1,4 @@
-"""What both ways of a conversion share: words, digests and a report of bytes."""
+"""Words, digests and a report of bytes for both ways of a conversion."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ _MB = 10**6
 
 
 def digest(value: Any) -> str:
+  """Returns a hash of a value in JSON."""
   return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def in_words(nbytes: int) -> str:
+  """Returns a size in MB or GB."""
   return f"{nbytes / 10**9:.2f} GB" if nbytes >= 10**8 else f"{nbytes / 10**6:.2f} MB"
 
 
 @contextlib.contextmanager
 def megabytes(total: int, what: str) -> Iterator[Callable[[int], None]]:
-  """A function to report the bytes that are done since; it speaks of whole megabytes."""
+  """Yields a function to report the bytes that are done since; the bar counts whole megabytes.
+
+  Args:
+    total: bytes in all.
+    what: word for it.
+  """
   done, shown, whole = 0, 0, max(total // _MB, 1)
   with progress(whole, 0, what, not is_first(), unit="MB") as report:
 

@@ -110,7 +110,7 @@ class _Run:
 
 
 def is_run(folder: str | os.PathLike) -> bool:
-  """Whether a folder is a run of ours, by its config."""
+  """Returns whether a folder is a run of ours, by its config."""
   path = epath.Path(folder) / workdir.CONFIG
   try:
     return path.exists() and "model" in foreign.read_json(path)
@@ -119,10 +119,10 @@ def is_run(folder: str | os.PathLike) -> bool:
 
 
 def read_run(folder: str) -> Settings:
-  """The settings of the run in `folder`.
+  """Reads the settings of the run in `folder`.
 
   Raises:
-    ValueError: there is none, or a key that the converter reads is of another type.
+    ValueError: there is none, or a key is of another type.
   """
   path = epath.Path(folder) / workdir.CONFIG
   if path.exists():
@@ -131,7 +131,16 @@ def read_run(folder: str) -> Settings:
 
 
 def check_leaves(model: Model, got: Mapping[str, tuple[int, ...]], where: str) -> None:
-  """Raises ValueError unless the leaves of a run, by path, are those of its config's network, or some and adapters."""
+  """Refuses a run whose leaves are not those of its config's network, or some of them and adapters.
+
+  Args:
+    model: of its config.
+    got: shapes of its leaves, by path.
+    where: the run, for errors.
+
+  Raises:
+    ValueError: leaves are missing, unexpected or of another shape.
+  """
   expected = model.shapes()
   if any(map(is_lora, got)):  # beside which only those are stored that train
     expected = {path: shape for path, shape in expected.items() if path in got}

@@ -35,11 +35,12 @@ Leaves = dict[str, TensorLeaf]
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-  """What an adapter's files are, on a network of ours.
+  """An adapter on a network of ours.
 
   Attributes:
     leaves: that train, by path.
-    table, train: as of the section `adapters` of a config.
+    table: as in the section `adapters` of a config.
+    train: likewise.
   """
 
   leaves: Leaves
@@ -48,10 +49,16 @@ class Adapters:
 
 
 def read_adapters(model: Model, tensors: Tensors, where: str, dtype: np.dtype | None) -> Adapters:
-  """The leaves of an adapter of `model`, the student.
+  """Reads the leaves of an adapter.
+
+  Args:
+    model: the student.
+    tensors: of the adapter.
+    where: the file, for errors.
+    dtype: of floating leaves; None is the tensors'.
 
   Raises:
-    ValueError: with all tensors that are missing, unexpected or mis-shaped.
+    ValueError: tensors are missing, unexpected or of another shape. All are named.
   """
   shapes, rows = model.shapes(), {row.flax: row for row in model.rows}
   owners = {name: path for path, row in rows.items() for name in torch_shapes_of(row, shapes[path])}
@@ -87,9 +94,12 @@ def _stem(name: str) -> str:
 
 
 def leaf_of(row: Row, shape: Shape, tensors: Tensors, dtype: np.dtype | None, partly: bool = False) -> TensorLeaf:
-  """The leaf of a row.
+  """Returns the leaf of a row.
 
   Args:
+    row: of the leaf.
+    shape: of the leaf.
+    tensors: in the files.
     dtype: of floating leaves; None is the tensors'.
     partly: layers that the files lack are zeros.
   """
@@ -100,10 +110,14 @@ def leaf_of(row: Row, shape: Shape, tensors: Tensors, dtype: np.dtype | None, pa
 
 
 def base_of(folder: str, model: Model) -> Model:
-  """`model`, a student, as one of the teacher in the workdir `folder`.
+  """Returns a student with what its files do not tell of its network, from its teacher.
+
+  Args:
+    folder: workdir of the teacher.
+    model: the student.
 
   Raises:
-    ValueError: that has another network.
+    ValueError: the teacher has another network.
   """
   settings = read_run(folder)
   if not head_class(settings.head).starts_policies:
@@ -131,7 +145,11 @@ def _plain(value: Any) -> Any:
 
 
 def data_of(model: Model) -> dict[str, Any]:
-  """The section `data` of a converted run: random data of the shapes that the network takes."""
+  """Returns the section `data` of a converted run: random data of the shapes that the network takes.
+
+  Args:
+    model: that was converted.
+  """
   attributes = model.attributes
   family = FAMILIES[model.kind]
   side = attributes.get("sample_size", family.side)
@@ -146,10 +164,18 @@ def data_of(model: Model) -> dict[str, Any]:
 def student_settings(
   model: Model, base: str | None, adapters: Adapters | None, metadata: Mapping[str, str], name: str, dtype: str
 ) -> Settings:
-  """The settings of a run that has this student.
+  """Returns the settings of a run that has this student.
 
   What the files do not tell is taken from the releases' recipes, and from the name of the folder, such as
   "gmflux_k8_piid_8step"; the data are random ones of the network's shapes. All can be changed when it is used.
+
+  Args:
+    model: the student.
+    base: workdir of its teacher.
+    adapters: that it is, or None.
+    metadata: of its files.
+    name: of its folder.
+    dtype: that it computes in.
   """
   recipe = FAMILIES[model.kind].students.get(head_class(model.head), {})
   told = sampling_of(metadata) or dict(recipe)

@@ -41,6 +41,20 @@ def to_torch(
   options: Mapping[str, Any],
   known: Settings,
 ) -> bool:
+  """Writes a run as a folder for PyTorch, see `conversion.program.convert`.
+
+  Args:
+    folder: workdir of the run.
+    out: the folder.
+    which: "ema" or "params".
+    dtype: of floating tensors; None is the leaves'.
+    max_bytes: of a file.
+    options: that tell this conversion from another of the same source.
+    known: settings of the run with what it carries of its data.
+
+  Returns:
+    Whether anything was left to do.
+  """
   settings = read_run(folder)
   which = which_of(settings, which)
   checkpoints = f"{folder}/{workdir.CHECKPOINTS}"
@@ -105,7 +119,7 @@ def _unused(leaves: Mapping[str, Stored]) -> set[tuple[str, int]]:
 
 
 def _data_of(settings: Settings) -> dict[str, Any]:
-  """What a DiT takes from its data: the side of its images, and its classes where the run or its teacher tells."""
+  """Returns the side of a DiT's images, and its classes where the run or its teacher tells."""
   if "classes" not in network_kind(settings.model.kind).conditions:
     return {}
   if settings.converted:
@@ -124,6 +138,6 @@ def _data_of(settings: Settings) -> dict[str, Any]:
 
 
 def _sums(checkpoints: str, step: int | None) -> str:
-  """What tells a checkpoint from another of the same step."""
+  """Returns a text that tells a checkpoint from another of the same step."""
   path = epath.Path(checkpoints) / str(step) / CHECKSUMS
   return foreign.read_text(path, foreign.MAX_JSON) if path.exists() else ""

@@ -48,15 +48,23 @@ class Codec:
 
   @property
   def factor(self) -> int:
-    """Pixels of a picture a pixel of its latents, along each axis."""
+    """Pixels of a picture for one pixel of its latents, along each axis."""
     return self.module.down_factor
 
   def decode(self, z: np.ndarray) -> np.ndarray:
-    """Pictures (B, H, W, 3), about [-1, 1], of latents (B, h, w, C)."""
+    """Decodes latents to pictures (B, H, W, 3), about [-1, 1], float32.
+
+    Args:
+      z: latents (B, h, w, C), as the network makes them.
+    """
     return np.concatenate([np.asarray(self._run("decode")(self.params, one[None])) for one in z])
 
   def encode(self, x: np.ndarray) -> np.ndarray:
-    """Latents (B, h, w, C), of about unit variance, of pictures (B, H, W, 3) in [-1, 1]; the mean, not a draw."""
+    """Encodes pictures to latents (B, h, w, C), of about unit variance; to their mean, not to a draw.
+
+    Args:
+      x: pictures (B, H, W, 3) in [-1, 1].
+    """
     return np.concatenate([np.asarray(self._run("encode")(self.params, one[None])) for one in x])
 
   def save(self, folder: str | os.PathLike) -> pathlib.Path:
@@ -89,23 +97,28 @@ class Codec:
     return jax.jit(lambda params, x: self.module.apply({"params": params}, x, method=method))
 
   def read(self, paths: Sequence[str | os.PathLike], size: tuple[int, int]) -> np.ndarray:
-    """Latents of picture files, cut to the shape of `size` (H, W) around their middle and scaled to it.
+    """Reads picture files as latents, (n, h, w, C).
+
+    Args:
+      paths: of the files.
+      size: (H, W) that a picture is scaled to, after it was cut to its shape around the middle.
 
     Raises:
-      ValueError: a file that is no picture, or a size that the machine cannot hold.
+      ValueError: a file is no picture, or the machine cannot hold the size.
     """
     check_memory(f"pictures of {shown(size)} pixels", 20 * size[0] * size[1], "ask for fewer")
     return np.concatenate([self.encode(to_unit(read_pixels(path, size, 3))[None]) for path in paths])
 
 
 def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Codec:
-  """The autoencoder in `folder`, or in its folder "vae".
+  """Reads the autoencoder of a pipeline.
 
   Args:
+    folder: of the pipeline, as published, or its folder "vae".
     dtype: to compute in. Parameters are float32.
 
   Raises:
-    ValueError: a folder without one, of a class that is not known, or whose tensors do not fit its config.
+    ValueError: there is none, its class is not known, or its tensors do not fit its config.
   """
   path = real_folder(folder)
   path = path / "vae" if is_there(path / "vae") else path

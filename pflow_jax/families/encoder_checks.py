@@ -20,9 +20,10 @@ def check_network(kind: Any, folder: pathlib.Path) -> None:
 
   Args:
     kind: the network's class.
+    folder: of the network.
 
   Raises:
-    ValueError.
+    ValueError: the config describes another network.
   """
   import torch
 

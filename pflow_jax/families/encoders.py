@@ -30,6 +30,12 @@ class Encoder:
 
   A subclass has at least `model`, `length`, the widths of what it gives, and `arrays`.
 
+  Args:
+    folder: of the encoders.
+    max_length: tokens of a text.
+    dtype: that it is computed in, "bfloat16" or "float32".
+    device: of PyTorch; by default the best that there is.
+
   Attributes:
     folder: of the encoders.
     fields: what `encode` gives.
@@ -40,7 +46,7 @@ class Encoder:
   """Name of its family."""
 
   default_dtype: ClassVar[str] = "float32"
-  """What it is computed in."""
+  """Type that it is computed in, "bfloat16" or "float32"."""
 
   length: ClassVar[int] = 0
   """Tokens of a text unless told otherwise; 0 of an encoder that gives one vector."""
@@ -128,7 +134,7 @@ class Encoder:
     return arrays
 
   def digest(self) -> str:
-    """Returns what tells an encoder from others; by default the name of its class."""
+    """Returns a text that tells an encoder from others; by default the name of its class."""
     return type(self).__qualname__
 
   def _fields(self) -> Fields:
@@ -222,6 +228,14 @@ class TorchEncoder(Encoder):
 
 
 def imported(name: str) -> Any:
+  """Imports a package of the encoders.
+
+  Args:
+    name: of the package.
+
+  Raises:
+    ImportError: it is not there; the message tells how to install it.
+  """
   try:
     return importlib.import_module(name)
   except ImportError as error:
@@ -234,7 +248,7 @@ def _from_folder(kind: Any, path: pathlib.Path, **options: Any) -> Any:
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-  """On the host; NumPy's bfloat16 for PyTorch's, which NumPy does not know."""
+  """Copies a tensor of PyTorch to the host; of bfloat16 as that of ml_dtypes."""
   tensor = tensor.cpu()
   if str(tensor.dtype) == "torch.bfloat16":
     return tensor.view(imported("torch").int16).numpy().view(TEXT_DTYPE)

@@ -1,4 +1,4 @@
-"""What a family is: all that the package has to know of a published model."""
+"""Record of a family: all that the package has to know of a published model."""
 
 from __future__ import annotations
 

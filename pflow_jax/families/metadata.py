@@ -25,7 +25,7 @@ SAMPLING = "sampling"  # metadata of ours: how a student was trained to be sampl
 
 @dataclasses.dataclass(frozen=True)
 class _Policy:
-  """What is read of a file's policy_config."""
+  """Part of a file's policy_config that is read."""
 
   type: str
   mode: Literal["grid", "polynomial"] | None = None
@@ -36,7 +36,7 @@ class _Policy:
 
 @dataclasses.dataclass(frozen=True)
 class _Sampling:
-  """What is read of the metadata SAMPLING."""
+  """Part of the metadata SAMPLING that is read."""
 
   nfe: Depth
   final_scale: Positive
@@ -75,7 +75,14 @@ def _policy_of(head: Head | type[Head]) -> str | None:
 
 
 def stated_policy(metadata: Mapping[str, str]) -> dict[str, Any]:
-  """The policy_config of a file's metadata; {} if it has none."""
+  """Returns the policy_config of a file's metadata, or {} where there is none.
+
+  Args:
+    metadata: of the file.
+
+  Raises:
+    ValueError: it is of another type, or of a policy that no head has.
+  """
   if POLICY_CONFIG not in metadata:
     return {}
   stated = parse_json(metadata[POLICY_CONFIG], _Policy, where=f"metadata {POLICY_CONFIG}")
@@ -101,9 +108,13 @@ def policy_metadata(head: Head, segment: float, shift: float) -> dict[str, str]:
 def sampling_metadata(
   nfe: int, final_scale: float, shift: float, temperature: float | str, method: str
 ) -> dict[str, str]:
-  """Metadata that only this package reads, of what the releases' files do not tell: see `sampling_of`.
+  """Returns metadata that only this package reads, of what the releases' files do not tell, see `sampling_of`.
 
   Args:
+    nfe: network evaluations of its training.
+    final_scale: length of the last segment, over that of the others.
+    shift: time shift.
+    temperature: of its samples.
     method: of the run's own samples. A reader takes the steps of the release that it names, or else of the newest.
   """
   stated = {"nfe": nfe, "final_scale": final_scale, "shift": shift, "temperature": temperature}
@@ -111,14 +122,18 @@ def sampling_metadata(
 
 
 def release_of(method: str) -> str:
-  """The release whose samples those by a method of `core.rollout.rollout` are, or approach."""
+  """Returns the release whose samples those by a method of `core.rollout.rollout` are, or approach."""
   return method if method in RELEASES else "piflow-0.1" if method == "euler" else NEWEST
 
 
 def sampling_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-  """What the metadata of a student tell of its sampling: nfe, final_scale and shift, or nothing.
+  """Returns what a student's metadata tell of its sampling: nfe, final_scale and shift, or nothing.
 
-  And "temperature", a number or "auto", and "release", of `core.rollout.RELEASES`, where this package wrote the file.
+  Where this package wrote the file, there are "temperature", a number or "auto", and "release", one of
+  `core.rollout.RELEASES`, too.
+
+  Args:
+    metadata: of its files.
   """
   if SAMPLING in metadata:
     told = dataclasses.asdict(parse_json(metadata[SAMPLING], _Sampling, where=f"metadata {SAMPLING}"))

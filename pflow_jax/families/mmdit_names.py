@@ -1,4 +1,4 @@
-"""What the tables of FLUX.1 and Qwen-Image share."""
+"""Names that FLUX.1 and Qwen-Image share."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PackedFields:
 
 
 class Names(NetworkNames):
-  """What both networks share."""
+  """Base of the names of both networks."""
 
   def class_of(self, head: Head) -> str:
     # π-Flow's loader knows no class of a head that the metadata tell of, DX.

@@ -22,7 +22,7 @@ def load_encoder(
   dtype: str | None = None,
   device: str | None = None,
 ) -> Encoder:
-  """The text encoders of a model.
+  """Returns the text encoders of a model.
 
   Args:
     model: name of a family that has text encoders, "flux", "qwen_image" or "minilm".
@@ -32,8 +32,8 @@ def load_encoder(
     device: of PyTorch; default "cuda" if there is one, else "cpu".
 
   Raises:
-    ValueError: another model, a folder without its encoders or a length out of range.
-    ImportError: without PyTorch and transformers.
+    ValueError: no family has encoders for the model, the folder has none, or the length is out of range.
+    ImportError: PyTorch or transformers is not there.
   """
   known = {name: family.encoder for name, family in FAMILIES.items() if family.encoder is not None}
   if model not in known:
@@ -53,7 +53,15 @@ def encode_prompts(
   dtype: str | None = None,
   batch_size: int = 16,
 ) -> dict[str, np.ndarray]:
-  """The condition that a network of `model` samples `prompts` with; arguments and errors as of `load_encoder`.
+  """Returns the condition that a network samples prompts with; errors are those of `load_encoder`.
+
+  Args:
+    model: name of its family.
+    folder: of the model's pipeline.
+    prompts: texts.
+    max_length: tokens of a text.
+    dtype: that it is computed in.
+    batch_size: prompts at a time.
 
   Returns:
     "text" (n, L, D) of `dtype`, of FLUX.1 L = max_length, else the longest rounded up to a multiple of 64; "mask" (n,

@@ -21,10 +21,13 @@ from pflow_jax.networks.mmdit import DoubleBlock, SingleBlock, Transformer, imag
 class Flux(Transformer):
   """FLUX.1's transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns. Defaults are FLUX.1-dev's.
 
+  It has the attributes of `Transformer` too.
+
   Attributes:
-    those of `Transformer`, and
-    depth, single_depth: double and single blocks.
-    text_width, pooled_width: of cond["text"] (B, L, .) and cond["pooled"] (B, .).
+    depth: double blocks.
+    single_depth: single blocks.
+    text_width: of cond["text"] (B, L, .).
+    pooled_width: of cond["pooled"] (B, .).
     guidance: strength that a guidance-distilled model is asked for; None for a model without that input (schnell).
   """
 
@@ -47,22 +50,30 @@ class Flux(Transformer):
     self.final_norm = FinalNorm(jnp.dtype(self.dtype))
 
   def embed_condition(self, t: jax.Array, pooled: jax.Array, guidance: jax.Array | None = None) -> jax.Array:
-    """The conditioning embedding (B, D) of t (B,), pooled text (B, P) and a strength (B,), default the attribute."""
+    """Returns the conditioning embedding (B, D).
+
+    Args:
+      t: flow time (B,).
+      pooled: of the text, (B, P).
+      guidance: strength (B,), default the attribute.
+    """
     embedding = self.time_embed(t) + self.pooled_embed(pooled)
     if self.guidance is not None:
       embedding += self.guidance_embed(jnp.full(t.shape, self.guidance, t.dtype) if guidance is None else guidance)
     return constrain(embedding, BATCH, None)
 
   def __call__(self, x: jax.Array, t: jax.Array, cond: dict[str, jax.Array], guidance: jax.Array | None = None) -> Any:
-    """x (B, H, W, C) latents, t (B,) flow time in [0, 1] (1 is noise).
+    """Returns the output of the head.
 
     Args:
+      x: latents (B, H, W, C).
+      t: flow time (B,) in [0, 1]; 1 is noise.
       cond: "text" (B, L, text_width) and "pooled" (B, pooled_width); every text token is attended to, padding too, as
         in the released model.
       guidance: strength an example (B,), in place of the attribute.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not fit.
     """
     grid = self._grid(x, cond, {"text": self.text_width, "pooled": self.pooled_width})
     length = cond["text"].shape[1]

@@ -21,8 +21,9 @@ from pflow_jax.networks.mmdit import DoubleBlock, Transformer, image_positions, 
 class QwenImage(Transformer):
   """Qwen-Image's transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns. Defaults are the release's.
 
+  It has the attributes of `Transformer` too.
+
   Attributes:
-    those of `Transformer`, and
     depth: blocks.
     text_width: of cond["text"] (B, L, .).
   """
@@ -40,13 +41,15 @@ class QwenImage(Transformer):
     self.final_norm = FinalNorm(jnp.dtype(self.dtype))
 
   def __call__(self, x: jax.Array, t: jax.Array, cond: dict[str, jax.Array]) -> Any:
-    """x (B, H, W, C) latents, t (B,) flow time in [0, 1] (1 is noise).
+    """Returns the output of the head.
 
     Args:
+      x: latents (B, H, W, C).
+      t: flow time (B,) in [0, 1]; 1 is noise.
       cond: "text" (B, L, text_width) and perhaps "mask" (B, L) bool, True where there is a token.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not fit.
     """
     grid = self._grid(x, cond, {"text": self.text_width})
     img = self.img_in(patchify(x, self.patch_size, "flux"))

@@ -101,11 +101,14 @@ class QwenVAE(vae.Autoencoder):
   Methods, with `apply({"params": p}, ..., method=...)`: "encode", "decode" and "moments".
 
   Attributes:
-    channels, latent_channels: of images and of latents.
-    width, width_mult: their products are the channels of each level, the finest first.
+    channels: of images.
+    latent_channels: of latents.
+    width: of the finest level.
+    width_mult: factors of `width`, one a level, the finest first.
     depth: blocks of an encoder's level; a decoder's has one more.
     temporal: whether the encoder halves the frame rate too, for each of its changes of resolution.
-    latent_mean, latent_std: z = (latent - mean) / std, for each channel.
+    latent_mean: in z = (latent - mean) / std, one a channel.
+    latent_std: likewise.
     dtype: compute dtype. Parameters, norms and outputs stay float32.
   """
 
@@ -161,6 +164,6 @@ class QwenVAE(vae.Autoencoder):
     """Images of latents z (B, h, w, latent_channels): (B, H, W, channels), clipped to [-1, 1]; float32.
 
     Raises:
-      ValueError: other shapes.
+      ValueError: z has another shape.
     """
     return jnp.clip(super().decode(z), -1.0, 1.0)
