@@ -70,7 +70,7 @@ class Model:
 
   @property
   def learns_variance(self) -> bool:
-    """Whether the PyTorch model has channels that are not wanted here."""
+    """True of a PyTorch model with channels that are not wanted here."""
     return "out_channels" in self.attributes
 
   def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """Metadata of students' files in PyTorch: their policy, and how they are sampled.
 
-References: the released code of π-Flow and ArcFlow, whose files have the policy as JSON in their metadata.
+References:
+  The released code of π-Flow and ArcFlow, whose files have the policy as JSON in their metadata.
 """
 
 from __future__ import annotations

@@ -50,12 +50,12 @@ def register_family(family: Family) -> None:
   """
   if FAMILIES.get(family.name, family) is not family:
     raise ValueError(f"there is a family {family.name!r} already; take another name")
+  encoder = family.encoder
+  if encoder is not None and encoder.model != family.name:
+    raise ValueError(f"{encoder.__name__}.model: expected {family.name!r}, its family, got {encoder.model!r}")
   if family.network is not None:
     register_network(family.name, family.network)
-  encoder = family.encoder
   if encoder is not None:
-    if encoder.model != family.name:
-      raise ValueError(f"{encoder.__name__}.model: expected {family.name!r}, its family, got {encoder.model!r}")
     MODELS.setdefault(family.name, Fields(encoder.text_width, encoder.masked, encoder.pooled_width))
     MAX_LENGTHS.setdefault(family.name, encoder.length)
   FAMILIES[family.name] = family

@@ -50,6 +50,7 @@ class Place:
 
   @property
   def nbytes(self) -> int:
+    """Size of the tensor."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -75,10 +76,12 @@ class Tensors:
 
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Shapes by name."""
     return {name: place.shape for name, place in self.places.items()}
 
   @property
   def nbytes(self) -> int:
+    """Size of all tensors."""
     return sum(place.nbytes for place in self.places.values())
 
   def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:

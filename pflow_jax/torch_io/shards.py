@@ -48,6 +48,7 @@ class Planned:
 
   @property
   def nbytes(self) -> int:
+    """Size of the tensor."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -100,7 +101,7 @@ class ModelFolder:
     return [(name(i), shard) for i, shard in enumerate(shards)]
 
   def is_complete(self) -> bool:
-    """Whether the folder holds the model already.
+    """Returns whether the folder holds the model already.
 
     Raises:
       ValueError: it holds another, or part of one.
@@ -170,7 +171,7 @@ class ModelFolder:
       return {}
 
   def _intact(self, name: str, done: Mapping[str, list[int]]) -> bool:
-    """Whether a file is complete and as it was when it was written, by whichever name."""
+    """Returns whether a file is complete and as it was when it was written, by whichever name."""
     found = [file for file in (self.folder / name, self.folder / f"{name}{_PARTIAL}") if file.exists()]
     return name in done and len(found) == 1 and checksum(regular_file(found[0])) == done[name]
 

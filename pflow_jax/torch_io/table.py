@@ -74,7 +74,7 @@ class Row:
 
   @property
   def stacked(self) -> bool:
-    """Whether the leaf has a leading axis of layers."""
+    """True of a leaf with a leading axis of layers."""
     return INDEX in self.names[0]
 
   @property

@@ -1,6 +1,7 @@
 """FLUX.1: a transformer over text and image tokens, double blocks first, then single ones.
 
-References: FLUX.1-dev and -schnell (Black Forest Labs), as released in diffusers' FluxTransformer2DModel.
+References:
+  FLUX.1-dev and -schnell (Black Forest Labs), as released in diffusers' FluxTransformer2DModel.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Qwen-Image: a transformer of double blocks over text and image tokens.
 
-References: Qwen-Image, arXiv:2508.02324, as released in diffusers' QwenImageTransformer2DModel.
+References:
+  Qwen-Image, arXiv:2508.02324, as released in diffusers' QwenImageTransformer2DModel.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Its convolutions are causal in time. At the first frame all before it is zero, s
 a kernel acts, and the layers that change the frame rate let the frame pass. The parameters are the video network's,
 for a conversion back to lose nothing; the computation is that of an image.
 
-References: Qwen-Image, arXiv:2508.02324; Wan, arXiv:2503.20314; the released AutoencoderKLQwenImage of diffusers.
+References:
+  Qwen-Image, arXiv:2508.02324; Wan, arXiv:2503.20314; the released AutoencoderKLQwenImage of diffusers.
 """
 
 from __future__ import annotations

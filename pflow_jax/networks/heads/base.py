@@ -6,7 +6,9 @@ patches, () for points. Heads compute in float32 (or wider) whatever the backbon
 
 Rows of an output layer with M maps of C channels and p x p sub-pixels: ((p1 p + p2) M + m) C + c in
 layout "dit", ((m C + c) p + p1) p + p2 in layout "flux". Layers have the PyTorch releases' names.
-References: pi-Flow, arXiv:2510.14974; ArcFlow; their released code.
+
+References:
+  pi-Flow, arXiv:2510.14974; ArcFlow; their released code.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ class Head(nn.Module):
     Raises:
       ValueError: they contradict each other, or describe another head.
     """
-    return {field.name: config[field.name] for field in dataclasses.fields(cls.torch_schema())}
+    return {field.name: config[field.name] for field in dataclasses.fields(cls.torch_schema()) if field.name in config}
 
   @nn.nowrap
   def torch_fields(self) -> dict[str, Any]:
@@ -197,6 +199,7 @@ class Head(nn.Module):
 
 
 def dense_zeros(width: int, rows: int) -> Params:
+  """Returns a Dense layer of zeros, from `width` channels to `rows`."""
   return {"kernel": jnp.zeros((width, rows), jnp.float32), "bias": jnp.zeros(rows, jnp.float32)}
 
 

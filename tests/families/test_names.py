@@ -1,0 +1,91 @@
+"""Names in PyTorch that follow from a module or a head alone."""
+
+import dataclasses
+import json
+from typing import Any, ClassVar
+
+import pytest
+from flax import linen as nn
+
+from pflow_jax.conversion import models
+from pflow_jax.families import registry
+from pflow_jax.families.dit.names import NAMES as dit
+from pflow_jax.families.names import NetworkNames
+from pflow_jax.networks.heads import HEADS, DenoiserHead, Head
+from pflow_jax.settings.tree import Choice
+
+MODEL = dict(channels=4, patch_size=2, width=32, depth=1, num_heads=2, num_classes=5, mlp_ratio=4.0, time_scale=1000.0)
+
+
+class SpeedHead(Head):
+  """A head with attributes of its own."""
+
+  count: int = 3
+  rates: tuple[float, ...] = (0.5, 2.0)
+
+  has_policy: ClassVar[bool] = True
+  torch_prefix: ClassVar[str] = "Speed"
+
+
+@pytest.fixture
+def speed(monkeypatch):
+  monkeypatch.setitem(HEADS, "speed", SpeedHead)
+  return SpeedHead(count=5, rates=(1.0,))
+
+
+def read(config, **metadata):
+  return models.model_of_torch(json.loads(json.dumps(config)), metadata)
+
+
+def test_attributes_of_a_head_are_fields_and_come_back(speed):
+  config = dit.config_from_model(MODEL | dict(sample_size=8), speed)
+  assert (config["_class_name"], config["count"], config["rates"]) == ("SpeedDiTTransformer2DModel", 5, (1.0,))
+  model = read(config, policy_config='{"type": "Speed"}')
+  assert model.head == Choice("speed", {"count": 5, "rates": (1.0,)})
+  assert model.output == speed
+  assert {row.flax for row in model.rows} >= {"head/proj_out/kernel", "head/proj_out/bias"}
+  with pytest.raises(ValueError, match="SpeedDiTTransformer2DModel: count: .* got 'x'"):
+    read(config | {"count": "x"})
+  with pytest.raises(ValueError, match="count: .* got -1"):
+    read(config | {"count": -1})
+
+
+def test_metadata_of_another_head_are_refused(speed):
+  config = dit.config_from_model(MODEL | dict(sample_size=8), speed)
+  with pytest.raises(ValueError, match="policy_config: DX does not go with the class SpeedDiTTransformer2DModel"):
+    read(config, policy_config='{"type": "DX"}')
+  with pytest.raises(ValueError, match=r"policy_config: type: expected one of \[.*'Speed'.*\], got 'Sped'"):
+    read(config, policy_config='{"type": "Sped"}')
+
+
+def test_a_head_without_a_class_is_refused():
+  with pytest.raises(ValueError, match="no PyTorch class has 'denoiser', only .*'gmflow'"):
+    dit.config_from_model(MODEL, DenoiserHead())
+
+
+class Net(nn.Module):
+  """A network whose attribute has the name of a head's."""
+
+  channels: int = 0
+  count: int = 2
+  head: Any = None
+  dtype: str = "float32"
+
+
+class NetNames(NetworkNames):
+  module = Net
+  class_names = ("NetTransformer2DModel",)
+
+
+def test_a_field_of_the_network_and_of_its_head_is_refused(speed):
+  names = NetNames()
+  assert names.model_from_config({"_class_name": "NetTransformer2DModel", "count": 7}) == {"channels": 0, "count": 7}
+  with pytest.raises(ValueError, match=r"expected .* in the network or in its head, got \['count'\] in both"):
+    names.schema("SpeedNetTransformer2DModel")
+
+
+def test_an_encoder_of_another_family_is_refused():
+  family = dataclasses.replace(registry.FAMILIES["flux"], name="other")
+  with pytest.raises(ValueError, match=r"FluxEncoder.model: expected 'other', its family, got 'flux'"):
+    registry.register_family(family)
+  assert "other" not in {*registry.FAMILIES, *registry.NETWORKS}
