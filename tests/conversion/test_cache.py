@@ -253,6 +253,21 @@ def test_texts_of_a_data_set(stub, tmp_path, monkeypatch):
     cache("data:digits", "minilm", tmp_path / "other")
 
 
+def test_texts_of_a_list(stub, tmp_path):
+  texts = ["a cat", "two dogs", " ", "a cat", "", "a red bird"]
+  index = cache(texts, "qwen_image", tmp_path / "list")
+  assert index.num_records == 3
+  (tmp_path / "file.txt").write_text("a cat\ntwo dogs\na red bird\n")
+  cache(str(tmp_path / "file.txt"), "qwen_image", tmp_path / "file")
+  for name in ("null.record", "00000.array_record", "index.json"):
+    assert (tmp_path / "list" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
+  with pytest.raises(ValueError, match="prompts: expected at least one text, got none"):
+    cache(["", " "], "qwen_image", tmp_path / "none")
+  with pytest.raises(ValueError, match="prompts: a list has no field 'text'; give a file"):
+    cache(texts, "qwen_image", tmp_path / "none", field="text")
+  assert not (tmp_path / "none").exists()
+
+
 def test_the_default_size_of_shards():
   count = program._shard_records(4096 * 512 * 2 + 768 * 4 + 100, 16)
   assert count % 16 == 0
