@@ -52,10 +52,10 @@ def cache(
   file_field: str | None = None,
   read_x0: ReadX0 | None = None,
 ) -> Index:
-  """Writes a folder that "prompts:<out>" reads, see `data.prompt_records`.
+  """Writes a folder that `prompts:<out>` reads, see `data.prompt_records`.
 
   Args:
-    prompts: texts, or a .txt, .jsonl or .csv file, see `data.read_prompts`, or "data:<name>" for those of a data set.
+    prompts: texts, or a .txt, .jsonl or .csv file, see `data.read_prompts`, or `data:<name>` for those of a data set.
     model: name of the family that they are for.
     out: the new folder.
     encoders: folder of the model's pipeline.
