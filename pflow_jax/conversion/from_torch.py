@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -226,10 +227,10 @@ def _mark(source: str) -> str:
 def _layout(mesh: Mapping[str, int] | None, kind: str) -> Layout | None:
   """The layout that `mesh` describes: of all devices in a job of several processes, else without devices."""
   if jax.process_count() > 1:
-    return make_layout(call(MeshSettings, "mesh", mesh or {}), sharding_rules(kind))
+    return make_layout(call(MeshSettings, "mesh", mesh or {}).sizes, sharding_rules(kind))
   if not mesh:
     return None
-  settings = call(MeshSettings, "mesh", {"data": 1} | dict(mesh))
-  if any(size < 1 for size in settings.sizes.values()):
+  sizes = call(MeshSettings, "mesh", {"data": 1} | dict(mesh)).sizes
+  if any(size < 1 for size in sizes.values()):
     raise ValueError(f"--mesh: expected sizes of at least 1, got {dict(mesh)}")
-  return make_layout(settings, sharding_rules(kind), int(np.prod(list(settings.sizes.values()))))
+  return make_layout(sizes, sharding_rules(kind), math.prod(sizes.values()))

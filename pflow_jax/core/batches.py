@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -17,6 +17,11 @@ F = TypeVar("F", bound=Callable)
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")  # the axes that split the batch
+
+
+def axes_of(entry: Any) -> tuple[str, ...]:
+  """Returns the mesh axes of one entry of a spec."""
+  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def per_example(function: F) -> F:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,21 +23,25 @@ from jax.custom_derivatives import linear_call
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pflow_jax.core.batches import AXES, BATCH, current_mesh
+from pflow_jax.core.batches import AXES, BATCH, axes_of, current_mesh
 from pflow_jax.mesh.partition import first_match, path_of
-from pflow_jax.settings.mesh import MeshSettings, axes_of
 
 PyTree = Any
 Rule = tuple[str, tuple[Any, ...]]
+MIN_SIZE = 2**14
 
 
-def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, ...]:
-  """Sizes of AXES over `count` devices.
+def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+  """Returns the sizes of AXES over `count` devices.
+
+  Args:
+    sizes: of axes by name; -1 is the rest, 1 the default.
+    count: number of devices.
 
   Raises:
     ValueError: their product is not `count`.
   """
-  sizes = settings.sizes
+  sizes = {axis: sizes.get(axis, 1) for axis in AXES}
   known = math.prod(size for size in sizes.values() if size != -1)
   shape = tuple(count // known if size == -1 else size for size in sizes.values())
   if -1 in sizes.values() and math.prod(shape) != count:
@@ -54,22 +58,27 @@ def mesh_shape(settings: MeshSettings, count: int) -> tuple[int, ...]:
   return shape
 
 
-def make_mesh(settings: MeshSettings = MeshSettings(), devices: Sequence[Any] | None = None) -> Mesh:
-  """Mesh of the axes AXES over `devices` (default: those of all processes).
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+  """Makes a mesh of the axes AXES.
 
   Neighbours in a slice's mesh are neighbours in its network. Devices other than TPUs are dealt out in the order of
   their processes: for them JAX's slice is the machine that they are in.
+
+  Args:
+    sizes: see `mesh_shape`; by default all devices split the batch.
+    devices: by default those of all processes.
 
   Raises:
     ValueError: the sizes do not fit the devices, or their slices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  shape = mesh_shape(settings, len(devices))
+  sizes = {"data": -1} if sizes is None else sizes
+  shape = mesh_shape(sizes, len(devices))
   is_tpu = devices[0].platform == "tpu"
   slices = {getattr(device, "slice_index", None) for device in devices} if is_tpu else {None}
-  if is_tpu and settings.slice == 1 and len(slices) > 1:
+  if is_tpu and sizes.get("slice", 1) == 1 and len(slices) > 1:
     # The config of one slice runs on several as it is.
-    shape = mesh_shape(dataclasses.replace(settings, slice=len(slices)), len(devices))
+    shape = mesh_shape({**sizes, "slice": len(slices)}, len(devices))
   if is_tpu and shape[0] != len(slices):
     raise ValueError(f"config.mesh.slice: expected the number of slices, {len(slices)}, got {shape[0]}")
   if len(slices) > 1:
@@ -100,7 +109,7 @@ class Layout:
 
   mesh: Mesh | AbstractMesh
   rules: tuple[Rule, ...] = ()
-  min_size: int = 2**14
+  min_size: int = MIN_SIZE
 
   @property
   def batch(self) -> NamedSharding:
@@ -233,21 +242,27 @@ def _global(x: Any, sharding: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def make_layout(settings: MeshSettings, rules: Sequence[Rule], devices: Sequence[Any] | int | None = None) -> Layout:
-  """Makes the layout that `config.mesh` and a network's table describe, over `devices` (default: all).
+def make_layout(
+  sizes: Mapping[str, int] | None,
+  rules: Sequence[Rule],
+  devices: Sequence[Any] | int | None = None,
+  *,
+  min_size: int = MIN_SIZE,
+) -> Layout:
+  """Makes the layout of a mesh and a table.
 
-  A number of devices gives one on an abstract mesh.
+  Args:
+    sizes: of the mesh, see `make_mesh`.
+    rules: see `Layout`.
+    devices: by default those of all processes; a number of devices gives a layout on an abstract mesh.
+    min_size: see `Layout`.
   """
   if isinstance(devices, int):
-    shape = mesh_shape(settings, devices)
+    shape = mesh_shape({"data": -1} if sizes is None else sizes, devices)
     mesh: Mesh | AbstractMesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   else:
-    mesh = make_mesh(settings, devices)
-  own = tuple(
-    (pattern, tuple(entry if entry is None or isinstance(entry, str) else tuple(entry) for entry in spec))
-    for pattern, spec in settings.rules
-  )
-  return Layout(mesh, (*own, *rules), settings.min_size)
+    mesh = make_mesh(sizes, devices)
+  return Layout(mesh, tuple(rules), min_size)
 
 
 def to_host(x: jax.Array) -> np.ndarray:

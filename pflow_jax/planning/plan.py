@@ -312,7 +312,7 @@ def _what_would_fit(settings: Settings, where: Slice, devices: Sequence[Any] | N
   changes: list[tuple[str, str, dict[str, Any]]] = []
   if settings.model.get("remat", "full") != "full":
     changes.append(("config.model.remat=full", "model", {"remat": "full"}))
-  sizes = mesh_shape(settings.mesh, where.num_devices)
+  sizes = mesh_shape(settings.mesh.sizes, where.num_devices)
   fsdp, most = sizes[2], sizes[1] * sizes[2]
   while fsdp < most:
     fsdp = min(fsdp * 4, most)

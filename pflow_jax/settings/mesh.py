@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pflow_jax.core.batches import AXES
+from pflow_jax.core.batches import AXES, axes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,12 @@ class MeshSettings:
     """Sizes of the axes by name."""
     return {axis: getattr(self, axis) for axis in AXES}
 
+  @property
+  def table(self) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """The rules, with axes that share a dimension as a tuple; a config file's JSON has them as a list."""
+    plain = lambda entry: entry if entry is None or isinstance(entry, str) else tuple(entry)
+    return tuple((pattern, tuple(plain(entry) for entry in spec)) for pattern, spec in self.rules)
+
 
 def check_pattern(pattern: str) -> None:
   """Raises ValueError unless `pattern` is a regular expression."""
@@ -57,11 +63,6 @@ def check_pattern(pattern: str) -> None:
     re.compile(pattern)
   except re.error as error:
     raise ValueError(f"pattern {pattern!r}: expected a regular expression, got: {error}") from error
-
-
-def axes_of(entry: Any) -> tuple[str, ...]:
-  """Mesh axes of one entry of a spec."""
-  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _is_spec(spec: Any) -> bool:

@@ -166,7 +166,8 @@ def layout_of(settings: Settings, devices: Sequence[Any] | int | None = None) ->
   Raises:
     ValueError: sizes do not fit, or these devices do not have the network's attention.
   """
-  layout = make_layout(settings.mesh, sharding_rules(settings.model.kind), devices)
+  mesh, table = settings.mesh, sharding_rules(settings.model.kind)
+  layout = make_layout(mesh.sizes, (*mesh.table, *table), devices, min_size=mesh.min_size)
   implementation = settings.model.get("attention")
   if layout.platform is not None and implementation is not None:
     check_platform(implementation, layout.platform)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params, newest_step
 from pflow_jax.checkpoints.stream import open_leaves, save_leaves
 from pflow_jax.files.checksums import CHECKSUMS, checksums
-from pflow_jax.mesh.sharding import MeshSettings, make_mesh
+from pflow_jax.mesh.sharding import make_mesh
 from pflow_jax.settings.optimizer import OptimizerSettings
 from pflow_jax.training.optim import make_optimizer
 from pflow_jax.training.state import create_state
@@ -328,7 +328,7 @@ def test_restores_onto_other_devices(tmp_path):
       state,
     )
 
-  eight, two = (make_mesh(MeshSettings(), jax.devices()[:n]) for n in (8, 2))
+  eight, two = (make_mesh(None, jax.devices()[:n]) for n in (8, 2))
   state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), make_state(3), place(ABSTRACT, eight))
   assert len(state.params["dense"]["kernel"].addressable_shards) == 8
   with Checkpointer(tmp_path) as checkpointer:

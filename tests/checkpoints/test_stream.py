@@ -11,7 +11,7 @@ import pytest
 from pflow_jax.checkpoints import stream as checkpoint_stream
 from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params, newest_step
 from pflow_jax.checkpoints.stream import chunk_shape, open_leaves, place_leaves, save_leaves, slab_shape
-from pflow_jax.mesh.sharding import MeshSettings, make_layout
+from pflow_jax.mesh.sharding import make_layout
 
 
 @dataclasses.dataclass
@@ -72,7 +72,7 @@ def small_chunks(monkeypatch):
 
 
 LAYOUT = ((".*/kernel|.*/other|out", ("fsdp", "tensor")),)
-MESH = MeshSettings(data=1, fsdp=4, tensor=2, min_size=2)
+MESH = dict(fsdp=4, tensor=2)
 
 
 def test_it_is_a_checkpoint_like_any_other(tmp_path):
@@ -106,7 +106,7 @@ def test_leaves_are_read_in_parts(tmp_path):
 @pytest.mark.parametrize("devices", [None, 8])
 def test_chunks_are_the_parts_of_a_mesh(tmp_path, devices):
   """With devices, and without any: an abstract mesh of 8."""
-  layout = make_layout(MESH, LAYOUT, devices)
+  layout = make_layout(MESH, LAYOUT, devices, min_size=2)
   tree = leaves()
   tree.pop("scale")
   save_leaves(tmp_path, {"params": tree}, layout=layout)
@@ -121,7 +121,7 @@ def test_chunks_are_the_parts_of_a_mesh(tmp_path, devices):
 
 
 def test_devices_are_given_their_parts_and_no_more_is_read():
-  layout = make_layout(MESH, LAYOUT)
+  layout = make_layout(MESH, LAYOUT, min_size=2)
   tree = leaves()
   tree.pop("scale")
   placed = place_leaves(tree, layout)

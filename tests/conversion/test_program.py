@@ -20,7 +20,7 @@ from pflow_jax.conversion import leaves, models
 from pflow_jax.conversion.program import convert
 from pflow_jax.families.registry import sharding_rules
 from pflow_jax.files.lock import Lock
-from pflow_jax.mesh.sharding import MeshSettings, make_layout
+from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.table import flat_shapes, same_bits
@@ -315,7 +315,7 @@ def test_the_checkpoint_may_be_laid_out_for_a_mesh(tmp_path, monkeypatch):
   stored = open_leaves(tmp_path / "run" / CHECKPOINTS, which="params")
   assert stored["double_blocks/img_q/kernel"].chunk == (2, 8, 16)  # of 512 bytes: both layers
   assert stored["double_blocks/img_mlp_in/kernel"].chunk == (1, 8, 64)
-  layout = make_layout(MeshSettings(**mesh), sharding_rules("flux"))
+  layout = make_layout({"data": -1} | mesh, sharding_rules("flux"))
   placed = load_params(tmp_path / "run" / CHECKPOINTS, which="params", layout=layout)
   assert placed["double_blocks"]["img_mlp_in"]["kernel"].sharding.shard_shape((2, 32, 128)) == (2, 8, 64)
   convert(tmp_path / "run", tmp_path / "back")
@@ -339,7 +339,7 @@ def test_devices_read_the_rows_of_tensors_that_they_hold(tmp_path, monkeypatch, 
     return read(self, name, rows)
 
   monkeypatch.setattr(Tensors, "read", noting)
-  layout = make_layout(MeshSettings(data=1, tensor=8, min_size=1), ((".*", ("tensor",)),))
+  layout = make_layout(dict(tensor=8), ((".*", ("tensor",)),), min_size=1)
   placed = place_leaves({"x": lazy}, layout)["x"]
   np.testing.assert_array_equal(np.asarray(placed), whole)
   assert placed.sharding.shard_shape(placed.shape)[-1] == placed.shape[-1] // 8

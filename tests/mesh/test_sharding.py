@@ -8,13 +8,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pflow_jax.core.batches import AXES, per_example
-from pflow_jax.mesh.sharding import Layout, MeshSettings, constrain, make_layout, make_mesh
+from pflow_jax.mesh.sharding import Layout, constrain, make_layout, make_mesh
+from pflow_jax.settings.mesh import MeshSettings
 
 TABLE = ((".*/kernel", ("fsdp", "tensor")), (".*/bias", ()))
 
 
 def layout(rules=TABLE, min_size=0, **sizes):
-  return make_layout(MeshSettings(**({"data": 1} | sizes), min_size=min_size), rules)
+  return make_layout(sizes, rules, min_size=min_size)
 
 
 def shapes(**arrays):
@@ -32,7 +33,7 @@ def shapes(**arrays):
   ],
 )
 def test_make_mesh(sizes, expected):
-  mesh = make_mesh(MeshSettings(**sizes))
+  mesh = make_mesh(MeshSettings(**sizes).sizes)
   assert tuple(mesh.shape.items()) == tuple(zip(AXES, expected, strict=True))
   assert set(mesh.axis_types) == {AxisType.Auto}
   assert list(mesh.devices.ravel()) == jax.devices()
@@ -45,8 +46,8 @@ def test_machines_are_no_slices_where_there_is_no_tpu():
     platform = "gpu"
 
   devices = [Device(i) for i in range(8)]
-  assert dict(make_mesh(MeshSettings(data=1, fsdp=8), devices).shape)["fsdp"] == 8
-  assert dict(make_mesh(MeshSettings(slice=2), devices).shape)["slice"] == 2
+  assert dict(make_mesh(dict(fsdp=8), devices).shape)["fsdp"] == 8
+  assert dict(make_mesh(dict(slice=2, data=-1), devices).shape)["slice"] == 2
 
 
 def test_make_mesh_over_some_devices():
@@ -65,22 +66,22 @@ class Chip:
 
 def test_slices_of_a_pod_are_the_slices_of_the_mesh():
   chips = [Chip(i) for i in (4, 0, 5, 1, 6, 2, 7, 3)]
-  mesh = make_mesh(MeshSettings(slice=2, data=1, fsdp=-1), chips)
+  mesh = make_mesh(dict(slice=2, fsdp=-1), chips)
   assert [{chip.slice_index for chip in part.ravel()} for part in mesh.devices] == [{0}, {1}]
-  assert dict(make_mesh(MeshSettings(fsdp=2), chips).shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
+  assert dict(make_mesh(dict(data=-1, fsdp=2), chips).shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
   with pytest.raises(ValueError, match="mesh.slice: expected the number of slices, 2, got 4"):
-    make_mesh(MeshSettings(slice=4), chips)
+    make_mesh(dict(slice=4, data=-1), chips)
 
 
 def test_a_rest_that_is_none_names_the_others():
   with pytest.raises(ValueError, match="sizes other than data that multiply to a divisor .* 8, .* multiply to 3"):
-    make_mesh(MeshSettings(fsdp=3))
+    make_mesh(dict(data=-1, fsdp=3))
 
 
 @pytest.mark.parametrize("sizes", [dict(data=3), dict(data=16)])
 def test_refuses_sizes_that_do_not_fit(sizes):
   with pytest.raises(ValueError, match="product is the number of devices, 8, got .*'data': "):
-    make_mesh(MeshSettings(**sizes))
+    make_mesh(sizes)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +112,9 @@ def test_one_row_serves_a_parameter_and_all_that_goes_with_it():
 
 
 def test_the_first_row_and_the_config_s_come_first():
-  own = MeshSettings(data=1, fsdp=8, rules=[["b/kernel", [None, "fsdp"]]], min_size=0)
-  got = make_layout(own, TABLE).shardings({"a": shapes(kernel=(8, 8)), "b": shapes(kernel=(8, 8))})
+  own = MeshSettings(rules=[["b/kernel", [None, "fsdp"]]])
+  tree = {"a": shapes(kernel=(8, 8)), "b": shapes(kernel=(8, 8))}
+  got = layout((*own.table, *TABLE), fsdp=8).shardings(tree)
   assert (got["a"]["kernel"].spec, got["b"]["kernel"].spec) == (P("fsdp", "tensor"), P(None, "fsdp"))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from pflow_jax.mesh.sharding import MeshSettings, make_layout
+from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.networks import attention as module
 from pflow_jax.networks.attention import IMPLEMENTATIONS, attention, check_platform, supports_jvp
 
@@ -99,7 +99,7 @@ def test_splash_is_the_formula_with_its_gradients(masked, ragged):
 @pytest.mark.usefixtures("float32", "interpreted")
 def test_splash_stays_where_its_examples_and_heads_are(ragged):
   """On a mesh, under the vmap of a guidance pair too."""
-  layout = make_layout(MeshSettings(data=2, fsdp=2, tensor=2), ())
+  layout = make_layout(dict(data=2, fsdp=2, tensor=2), ())
   *qkv, mask = ragged
 
   def pair(q, k, v, mask):

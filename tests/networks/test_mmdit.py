@@ -12,7 +12,7 @@ from pflow_jax.core.batches import current_mesh
 from pflow_jax.families.flux.network import Flux
 from pflow_jax.families.qwen_image.network import QwenImage
 from pflow_jax.families.registry import sharding_rules
-from pflow_jax.mesh.sharding import MeshSettings, make_layout
+from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.networks import layers, mmdit
 from pflow_jax.networks.heads import VelocityHead
 
@@ -136,7 +136,7 @@ def test_sharded_equals_whole(network):
     return jnp.mean(network.apply({"params": params}, x, t, cond) ** 2)
 
   expected = jax.jit(jax.value_and_grad(loss))(params, *args)
-  layout = make_layout(MeshSettings(data=2, fsdp=2, tensor=2, min_size=0), sharding_rules("flux"))
+  layout = make_layout(dict(data=2, fsdp=2, tensor=2), sharding_rules("flux"), min_size=0)
   with layout.context():
     placed, spread = layout.place(params), jax.tree.map(layout.spread, args)
     got = jax.jit(jax.value_and_grad(loss))(placed, *spread)
@@ -149,7 +149,7 @@ def test_sharded_equals_whole(network):
 @pytest.mark.usefixtures("float32")
 def test_modulation_is_contracted_in_parts():
   """The kernel of a layer on one vector an example is never whole on a device."""
-  layout = make_layout(MeshSettings(data=2, fsdp=4, min_size=0), ((".*/kernel", (None, layers.COLUMNS)), (".*", ())))
+  layout = make_layout(dict(data=2, fsdp=4), ((".*/kernel", (None, layers.COLUMNS)), (".*", ())), min_size=0)
   dense = nn.Dense(1024, dot_general=layers.in_parts)
   x = jnp.ones((8, 64))
   params = {"kernel": jnp.ones((64, 1024)), "bias": jnp.zeros(1024)}

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
 from pflow_jax.families.kl_names import NAMES as names
-from pflow_jax.mesh.sharding import MeshSettings, make_layout
+from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.networks import vae
 from pflow_jax.networks.vae import AutoencoderKL
 from pflow_jax.torch_io.table import to_flax, to_torch, torch_shapes_of
@@ -148,7 +148,7 @@ def check_whole_on_a_mesh(module, table):
   """No device lacks a part of a parameter, whatever the mesh."""
   image = jnp.zeros((1, module.down_factor, module.down_factor, module.channels), jnp.float32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-  layout = make_layout(MeshSettings(fsdp=4, tensor=2, min_size=0), table)
+  layout = make_layout(dict(fsdp=4, tensor=2), table, min_size=0)
   assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(layout.shardings(shapes)))
 
 

@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 
+from pflow_jax.networks.registry import sharding_rules
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.step import make_program, make_step
@@ -180,3 +181,11 @@ def test_kernels_are_refused_where_they_are_not():
   with pytest.raises(ValueError, match=r"config\.model\.attention: 'splash' is for TPUs, and this runs on cpu"):
     layout_of(Settings.of(config))
   assert layout_of(Settings.of(config), 4).platform is None, "to be planned"
+
+
+def test_a_config_s_own_rows_come_before_the_network_s():
+  config = quick("digits", "teacher")
+  config.mesh.update(fsdp=2, min_size=3, rules=((".*mlp_in/kernel", ("tensor", ["fsdp", "data"])),))
+  layout = layout_of(Settings.of(config), 8)
+  assert layout.rules == ((".*mlp_in/kernel", ("tensor", ("fsdp", "data"))), *sharding_rules("dit"))
+  assert (layout.min_size, layout.mesh.shape["fsdp"], layout.mesh.shape["data"]) == (3, 2, 4)

@@ -12,7 +12,7 @@ from etils import epath
 from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.checkpoints.stream import save_leaves
 from pflow_jax.conversion.merge import merge
-from pflow_jax.mesh.sharding import MeshSettings, make_layout
+from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import inputs as module
 from pflow_jax.training import workdir
@@ -72,7 +72,7 @@ def test_parameters_are_told_whatever_their_storage(tmp_path):
   tree = {f"{i}": rng.normal(size=(2, 8, 16)).astype(np.float32) for i in range(3)}
 
   def written(name, tree, sizes=None):
-    layout = sizes and make_layout(MeshSettings(**sizes, min_size=1), ((".*", (None, "fsdp")),), 4)
+    layout = sizes and make_layout({"data": -1} | sizes, ((".*", (None, "fsdp")),), 4, min_size=1)
     leaves = jax.tree.map(Leaf, tree)
     save_leaves(f"{tmp_path / name}/{workdir.CHECKPOINTS}", {"params": leaves}, layout=layout)
     return digest_of_parameters(str(tmp_path / name), 0, "params")
