@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer
-from pflow_jax.conversion import program
+from pflow_jax.conversion import from_torch, program
 from pflow_jax.conversion.models import Model
 from pflow_jax.families.autoencoder import load_autoencoder
 from pflow_jax.families.text import load_encoder
@@ -59,8 +59,8 @@ def without_writing() -> Iterator[None]:
 
   with (
     mock.patch.object(Model, "shapes", shapes_once),
-    mock.patch.object(program, "save_leaves", save_leaves),
-    mock.patch.object(program.workdir, "claim"),
+    mock.patch.object(from_torch, "save_leaves", save_leaves),
+    mock.patch.object(workdir, "claim"),
     mock.patch.object(shards.ModelFolder, "write", write),
     contextlib.redirect_stdout(io.StringIO()),
   ):
