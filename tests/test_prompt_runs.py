@@ -10,7 +10,7 @@ from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.conversion.merge import merge
 from pflow_jax.evaluation.evaluate import evaluate
-from pflow_jax.evaluation.sample import sample
+from pflow_jax.evaluation.sample import preview_size, sample, save_picture
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
@@ -40,7 +40,7 @@ def config(tmp_path):
 def test_a_run_with_buckets_is_trained_sampled_and_measured(config, tmp_path, capsys):
   assert build(config).dataset.lengths == (6, 512)
   folder = tmp_path / "run"
-  train(config, folder)
+  train(config, folder, picture=(save_picture, preview_size))
   rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
   assert all(np.isfinite(row["loss"]) for row in rows)
