@@ -3,16 +3,15 @@
 import gc
 import os
 
+from tests.xla import flags
+
 # Tracing makes objects by the million: to look for cycles among them as often as Python does by default takes an eighth
 # of the time of a test that compiles a training step.
 gc.set_threshold(50_000, 10, 10)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAG = (
-  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+if flags(8) not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags(8)}".strip()
 
 import pathlib  # noqa: E402
 

@@ -17,6 +17,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
 from pflow_jax.training.network import COMPUTED, make_network
+from tests.xla import flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -51,10 +52,9 @@ def command(*args):
   return [sys.executable, "-c", "from pflow_jax.commands.cli import main; main()", *map(str, args)]
 
 
-def environment():
-  # One device, programs that compile fast, and those of the other runs of these tests.
-  flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+def environment(devices=None):
+  """For a process with so many fake devices, which shares the compiled programs of these tests."""
+  return os.environ | {"XLA_FLAGS": flags(devices), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
 def let_processes_hear():

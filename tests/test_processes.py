@@ -50,7 +50,7 @@ class Processes:
       with (self.folder / f"log{i}").open("w") as log:
         own = self.own if self.program == "train" else ()
         args = command(self.program, *own, *self.flags, f"--workdir={self.workdir}", *join)
-        child = subprocess.Popen(args, stdout=log, stderr=log, cwd=ROOT, env=fake_devices(self.devices))
+        child = subprocess.Popen(args, stdout=log, stderr=log, cwd=ROOT, env=environment(self.devices))
       self.children.append(child)
     return self
 
@@ -66,11 +66,6 @@ class Processes:
 
   def log(self, i):
     return (self.folder / f"log{i}").read_text()
-
-
-def fake_devices(count):
-  own = environment()
-  return own | {"XLA_FLAGS": f"{own['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"}
 
 
 def steps_logged(workdir):

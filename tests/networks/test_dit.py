@@ -11,8 +11,6 @@ from pflow_jax.networks.dit import DIT_SIZES, DiT
 from pflow_jax.networks.heads import GMFlowHead, VelocityHead
 from pflow_jax.networks.layers import patchify, position_table, sinusoid, unpatchify
 
-QUICK = {"xla_backend_optimization_level": 0}  # Compiling is what these tests spend their time on.
-
 
 def network(**fields):
   defaults = dict(channels=2, patch_size=2, width=16, depth=3, num_heads=2, num_classes=5)
@@ -42,7 +40,7 @@ def perturbed_params(module, *inputs, dtype=jnp.float32):
 
 
 def apply(module, params, *inputs):
-  return jax.jit(module.apply, compiler_options=QUICK)({"params": params}, *inputs)
+  return jax.jit(module.apply)({"params": params}, *inputs)
 
 
 def norm(a):
@@ -114,7 +112,7 @@ def test_matches_the_paper_in_numpy():
 
 def test_starts_at_zero_with_identity_blocks():
   module, inputs = network(), batch()
-  params = jax.jit(module.init, compiler_options=QUICK)(jax.random.key(0), *inputs)["params"]
+  params = jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
   out = apply(module, params, *inputs)
   assert out.shape == inputs[0].shape
   assert not np.any(out)
@@ -177,7 +175,7 @@ def test_remat_engages_and_keeps_the_gradient():
   for remat in ("none", "dots", "full", "offload"):
     traced, params = loss_gradient(remat)
     assert ("remat" in str(traced.jaxpr)) == (remat != "none")
-    compiled[remat] = traced.lower().compile(QUICK)
+    compiled[remat] = traced.lower().compile()
     gradients[remat] = compiled[remat](params)
     assert ("<host>" in str(traced.jaxpr)) == (remat == "offload"), "kept in the host's memory"
   memory = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
