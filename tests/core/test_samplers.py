@@ -205,7 +205,7 @@ def test_evaluations_are_a_loop():
 
 def test_the_shift_may_be_an_argument_of_a_compiled_function(golden):
   file = golden("sample_GM_temp1.0")
-  student, noise = toy_student(toy_params(file), "GM", eps=1e-4), channels_last(file["in_noise"])
+  student, noise = toy_student(toy_params(file), "GM", eps=1e-4), channels_last(file["in_noise"]).astype(np.float64)
   draw = lambda shift: sampler.sample_student(student, noise, None, nfe=2, shift=shift)
   assert_close(jax.jit(draw)(3.2), draw(3.2), rtol=1e-6)
 
