@@ -226,11 +226,12 @@ def _mark(source: str) -> str:
 
 def _layout(mesh: Mapping[str, int] | None, kind: str) -> Layout | None:
   """The layout that `mesh` describes: of all devices in a job of several processes, else without devices."""
-  if jax.process_count() > 1:
-    return make_layout(call(MeshSettings, "mesh", mesh or {}).sizes, sharding_rules(kind))
-  if not mesh:
+  together = jax.process_count() > 1
+  if not together and not mesh:
     return None
-  sizes = call(MeshSettings, "mesh", {"data": 1} | dict(mesh)).sizes
-  if any(size < 1 for size in sizes.values()):
-    raise ValueError(f"--mesh: expected sizes of at least 1, got {dict(mesh)}")
-  return make_layout(sizes, sharding_rules(kind), math.prod(sizes.values()))
+  settings = call(MeshSettings, "mesh", ({} if together else {"data": 1}) | dict(mesh or {}))
+  sizes = settings.sizes
+  if not together and any(size < 1 for size in sizes.values()):
+    raise ValueError(f"--mesh: expected sizes of at least 1, got {dict(mesh or {})}")
+  devices = None if together else math.prod(sizes.values())
+  return make_layout(sizes, (*settings.table, *sharding_rules(kind)), devices, min_size=settings.min_size)

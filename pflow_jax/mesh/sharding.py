@@ -39,8 +39,10 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
     count: number of devices.
 
   Raises:
-    ValueError: their product is not `count`.
+    ValueError: an axis is unknown, or the product of the sizes is not `count`.
   """
+  if not set(sizes) <= set(AXES) or any(size < 1 and size != -1 for size in sizes.values()):
+    raise ValueError(f"expected sizes of at least 1, or -1 for the rest, of the axes {AXES}, got {dict(sizes)}")
   sizes = {axis: sizes.get(axis, 1) for axis in AXES}
   known = math.prod(size for size in sizes.values() if size != -1)
   shape = tuple(count // known if size == -1 else size for size in sizes.values())

@@ -309,13 +309,13 @@ def test_tensors_of_one_leaf_have_one_dtype(tmp_path):
 
 def test_the_checkpoint_may_be_laid_out_for_a_mesh(tmp_path, monkeypatch):
   write_torch(tmp_path / "torch", "flux", torch.bfloat16)
-  mesh = {"data": 1, "fsdp": 4, "tensor": 2, "min_size": 2**8}
+  mesh = {"fsdp": 4, "tensor": 2}
   monkeypatch.setattr(checkpoint_stream, "CHUNK_BYTES", 1024)
-  convert(tmp_path / "torch", tmp_path / "run", mesh=mesh)
+  convert(tmp_path / "torch", tmp_path / "run", mesh=mesh | {"min_size": 2**8})
   stored = open_leaves(tmp_path / "run" / CHECKPOINTS, which="params")
   assert stored["double_blocks/img_q/kernel"].chunk == (2, 8, 16)  # of 512 bytes: both layers
   assert stored["double_blocks/img_mlp_in/kernel"].chunk == (1, 8, 64)
-  layout = make_layout({"data": -1} | mesh, sharding_rules("flux"))
+  layout = make_layout(mesh, sharding_rules("flux"), min_size=2**8)
   placed = load_params(tmp_path / "run" / CHECKPOINTS, which="params", layout=layout)
   assert placed["double_blocks"]["img_mlp_in"]["kernel"].sharding.shard_shape((2, 32, 128)) == (2, 8, 64)
   convert(tmp_path / "run", tmp_path / "back")

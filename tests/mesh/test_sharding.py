@@ -84,6 +84,12 @@ def test_refuses_sizes_that_do_not_fit(sizes):
     make_mesh(sizes)
 
 
+@pytest.mark.parametrize("sizes", [dict(fdsp=8), dict(fsdp=0), dict(data=-2)])
+def test_axes_and_sizes_that_are_none_are_refused(sizes):
+  with pytest.raises(ValueError, match="expected sizes of at least 1, .* of the axes .*'fsdp'"):
+    make_mesh(sizes)
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
