@@ -10,14 +10,22 @@ FIRST ?= 1000
 # Installed before the rest, which would take the newest, with gigabytes for GPUs; where this one brings those too:
 # make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
+# Tests that are run between edits: the mathematics, the rooms, and one tiny run.
+QUICK := tests/core tests/settings tests/test_api.py tests/test_rooms.py tests/test_prose.py \
+	tests/commands/test_library.py::test_the_twelve_lines
 
-.PHONY: demo test fuzz lint types docs clean
+.PHONY: demo test quick fuzz lint types docs clean
 
 demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
 
 test: .venv/dev lint types
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Between edits. The compiled programs are kept: the first time takes longer.
+quick: .venv/dev lint types
+	JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/xla $(BIN)/python -m pytest -n 2 --durations=3 \
+		$(QUICK)
 
 # CASES damaged copies of every kind of file and run that is read, from case FIRST on.
 fuzz: .venv/dev

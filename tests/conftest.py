@@ -52,7 +52,7 @@ def signals():
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
   """The runs of all tests share their compiled programs, in this process and in those it starts."""
-  folder = str(tmp_path_factory.getbasetemp().parent / "xla")
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.getbasetemp().parent / "xla")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
   # By default the many that take less than a second are not kept.
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -17,14 +17,15 @@ from tests.programs import CONFIGS, ROOT, load_module, quick, write_pretrained, 
 
 TEACHERS = ("teacher", "flow_teacher")
 CASES = [(path.stem, variant) for path in CONFIGS for variant in load_module(path).VARIANTS]
-# Between them every policy, the kinds of objective, adapters, an adversary, classes, texts and points, with and without
-# data, guided and not. The recipes that differ from one of these by numbers alone are traced.
+# Between them every policy, the kinds of objective, adapters, classes, texts and points, with and without data, guided
+# and not. The recipes that differ from one of these by numbers alone are traced; an adversary's runs are those of
+# tests/training/test_adversary.py.
 RUN = [
   ("emoji", "teacher"),
   ("imagenet", "gmflow"),
   ("checkerboard", "dx"),
   ("digits", "arc_adapters"),
-  ("digits", "ayf_emd_adversarial"),
+  ("digits", "ayf_emd"),
   ("flux", "gm_data_free"),
 ]
 
