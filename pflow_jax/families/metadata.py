@@ -26,7 +26,7 @@ SAMPLING = "sampling"  # metadata of ours: how a student was trained to be sampl
 
 @dataclasses.dataclass(frozen=True)
 class _Policy:
-  """Part of a file's policy_config that is read."""
+  """Part of a file's policy_config that is checked here; the rest is for the head that wrote it."""
 
   type: str
   mode: Literal["grid", "polynomial"] | None = None
@@ -68,15 +68,11 @@ def head_of_config(kind: str, config: Mapping[str, Any], metadata: Mapping[str, 
 
 def _policies() -> dict[str, str]:
   """Returns the kinds of heads by the names of their policies in metadata."""
-  return {name: kind for kind, head in HEADS.items() if (name := _policy_of(head))}
-
-
-def _policy_of(head: Head | type[Head]) -> str | None:
-  return (head.torch_policy or head.torch_prefix) if head.has_policy else None
+  return {name: kind for kind, head in HEADS.items() if (name := head.policy_name())}
 
 
 def stated_policy(metadata: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the policy_config of a file's metadata, or {} where there is none.
+  """Returns the policy_config of a file's metadata, all that is not null, or {} where there is none.
 
   Args:
     metadata: of the file.
@@ -86,10 +82,12 @@ def stated_policy(metadata: Mapping[str, str]) -> dict[str, Any]:
   """
   if POLICY_CONFIG not in metadata:
     return {}
-  stated = parse_json(metadata[POLICY_CONFIG], _Policy, where=f"metadata {POLICY_CONFIG}")
-  if stated.type not in _policies():
-    raise ValueError(f"metadata {POLICY_CONFIG}: type: expected one of {list(_policies())}, got {shown(stated.type)}")
-  return {key: value for key, value in dataclasses.asdict(stated).items() if value is not None}
+  text, where = metadata[POLICY_CONFIG], f"metadata {POLICY_CONFIG}"
+  checked = parse_json(text, _Policy, where=where)
+  if checked.type not in _policies():
+    raise ValueError(f"{where}: type: expected one of {list(_policies())}, got {shown(checked.type)}")
+  stated = parse_json(text, where=where) | dataclasses.asdict(checked)
+  return {key: value for key, value in stated.items() if value is not None}
 
 
 def policy_metadata(head: Head, segment: float, shift: float) -> dict[str, str]:
@@ -103,7 +101,7 @@ def policy_metadata(head: Head, segment: float, shift: float) -> dict[str, str]:
   Raises:
     ValueError: no PyTorch release reads such a policy.
   """
-  return {POLICY_CONFIG: json.dumps({"type": _policy_of(head), **head.torch_stated(segment, shift)})}
+  return {POLICY_CONFIG: json.dumps({"type": head.policy_name(), **head.torch_stated(segment, shift)})}
 
 
 def sampling_metadata(

@@ -109,6 +109,11 @@ class Head(nn.Module):
   torch_extends: ClassVar[bool] = False
   """Whether its layer is the output layer of the network's PyTorch class, perhaps with more channels."""
 
+  @classmethod
+  def policy_name(cls) -> str | None:
+    """Returns the name of its policy in the metadata of PyTorch's files; None where it has none."""
+    return (cls.torch_policy or cls.torch_prefix) if cls.has_policy else None
+
   @property
   def torch_maps(self) -> int:
     """Velocities that out_channels in PyTorch's config.json counts."""
