@@ -68,8 +68,9 @@ class Names(NetworkNames):
   """Base of the names of both networks."""
 
   def class_of(self, head: Head) -> str:
-    # π-Flow's loader knows no class of a head that the metadata tell of, DX.
-    return self.class_names[0] if head.torch_extends and not head.torch_fields() else super().class_of(head)
+    # π-Flow's loader knows no class of a head that the metadata alone tell of, DX.
+    in_metadata = head.policy_name() and head.torch_extends and not head.torch_fields()
+    return self.class_names[0] if in_metadata else super().class_of(head)
 
 
 def schema(head: type[Head], network: type, backbone: type, student: type) -> type:

@@ -30,8 +30,8 @@ Number = Annotated[float, Ge(-1e6), Le(1e6)]
 Positive = Annotated[float, Gt(0), Le(1e6)]
 Epsilon = Annotated[float, Gt(0), Le(1)]
 
-_NO_SIZES = ("Any", "Side")
-_COUNTS = ("Depth", "Blocks")
+_NO_SIZES = (Any, Side)
+_COUNTS = (Depth, Blocks)
 _Whole = Annotated[int, Ge(0), Le(2**20)]
 
 
@@ -39,13 +39,21 @@ _Whole = Annotated[int, Ge(0), Le(2**20)]
 def schema_of(module: Any, hidden: tuple[str, ...]) -> type:
   """Returns a dataclass whose fields are a Flax module's attributes, with their defaults.
 
+  An int is a whole number, and one that is called depth is a `Depth`; an attribute that is annotated with bounds of its
+  own keeps those.
+
   Args:
     module: the module's class.
     hidden: names of the attributes that are left out.
   """
-  hints = typing.get_type_hints(module)
+  hints = _types_of(module)
+
+  def type_of(name: str) -> Any:
+    whole = Depth if name == "depth" or name.endswith("_depth") else _Whole
+    return whole if hints[name] is int else hints[name]
+
   fields = [
-    (field.name, _Whole if hints[field.name] is int else hints[field.name], dataclasses.field(default=field.default))
+    (field.name, type_of(field.name), dataclasses.field(default=field.default))
     for field in dataclasses.fields(module)
     if field.name not in ("parent", "name", *hidden)
   ]
@@ -99,7 +107,7 @@ def check_sizes(
   Raises:
     ValueError: a size is too large. Its field is named.
   """
-  count, nbytes = len(tensors.places), tensors.nbytes
+  count, nbytes, types = len(tensors.places), tensors.nbytes, _types_of(schema)
 
   def check(name: str, size: int, limit: int, held: str) -> None:
     if size > limit:
@@ -108,13 +116,18 @@ def check_sizes(
   for field in dataclasses.fields(schema):
     value = config[field.name]
     sizes = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) is int]
-    if sizes and field.type not in _NO_SIZES and (names is None or field.name in names):
-      if field.type in _COUNTS:
+    if sizes and types[field.name] not in _NO_SIZES and (names is None or field.name in names):
+      if types[field.name] in _COUNTS:
         check(field.name, max(sizes), count, f"{count} tensors")
       check(field.name, max(sizes), nbytes, f"{in_bytes(nbytes)} of tensors")
   if names is None and "attention_head_dim" in config:  # there are square matrices of the network's width
     width = config["num_attention_heads"] * config["attention_head_dim"]
     check("the square of num_attention_heads x attention_head_dim", width**2, nbytes, f"{in_bytes(nbytes)} of tensors")
+
+
+def _types_of(schema: Any) -> dict[str, Any]:
+  """Returns the types of a class's fields, with their bounds; the annotations may be strings."""
+  return typing.get_type_hints(schema, include_extras=True)
 
 
 def check_outputs(outputs: int, inputs: int, count: int, other: str = "") -> None:

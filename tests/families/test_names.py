@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import pytest
+from annotated_types import Ge, Le
 from flax import linen as nn
 
 from pflow_jax.conversion import models
 from pflow_jax.families import registry
 from pflow_jax.families.dit.names import NAMES as dit
+from pflow_jax.families.metadata import policy_metadata, stated_policy
 from pflow_jax.families.names import NetworkNames
-from pflow_jax.networks.heads import HEADS, DenoiserHead, Head
+from pflow_jax.networks.heads import HEADS, DenoiserHead, Head, VelocityHead
 from pflow_jax.settings.tree import Choice
+from pflow_jax.torch_io.fields import check_sizes, read_fields
+from pflow_jax.torch_io.places import Place, Tensors
 
 MODEL = dict(channels=4, patch_size=2, width=32, depth=1, num_heads=2, num_classes=5, mlp_ratio=4.0, time_scale=1000.0)
 
@@ -82,6 +87,78 @@ def test_a_field_of_the_network_and_of_its_head_is_refused(speed):
   assert names.model_from_config({"_class_name": "NetTransformer2DModel", "count": 7}) == {"channels": 0, "count": 7}
   with pytest.raises(ValueError, match=r"expected .* in the network or in its head, got \['count'\] in both"):
     names.schema("SpeedNetTransformer2DModel")
+
+
+class PowerHead(VelocityHead):
+  """A head whose only attribute the files' metadata tell."""
+
+  degree: int = 1
+
+  has_policy: ClassVar[bool] = True
+  torch_prefix: ClassVar[str] = "Power"
+
+  @classmethod
+  def torch_schema(cls):
+    return dataclasses.make_dataclass("Fields", [])
+
+  @nn.nowrap
+  def torch_stated(self, segment, shift):
+    return {"degree": self.degree, "shift": shift}
+
+  @classmethod
+  def options_from_torch(cls, config, stated):
+    return {"degree": stated.get("degree", cls.degree)}
+
+
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_what_a_head_states_in_the_metadata_comes_back(monkeypatch, family):
+  monkeypatch.setitem(HEADS, "power", PowerHead)
+  names, head = registry.FAMILIES[family].names, PowerHead(degree=3)
+  model = registry.FAMILIES[family].network.defaults | MODEL
+  metadata = policy_metadata(head, 0.5, 2.0)
+  assert stated_policy(metadata) == {"type": "Power", "degree": 3, "shift": 2.0}
+  assert read(names.config_from_model(model, head), **metadata).head == Choice("power", {"degree": 3})
+  with pytest.raises(ValueError, match="policy_config: shift: .* got 'x'"):
+    stated_policy({"policy_config": '{"type": "Power", "shift": "x"}'})
+
+
+@pytest.mark.parametrize("family", ["dit", "flux", "qwen_image"])
+@pytest.mark.parametrize("has_policy", [False, True])
+def test_a_head_without_a_class_is_refused_of_every_network(monkeypatch, family, has_policy):
+  """Though it extends the output layer of a teacher's."""
+  head = type("Mine", (VelocityHead,), {"torch_prefix": None, "has_policy": has_policy})
+  monkeypatch.setitem(HEADS, "mine", head)
+  with pytest.raises(ValueError, match="no PyTorch class has 'mine', only"):
+    registry.FAMILIES[family].names.class_of(head())
+
+
+class Deep(nn.Module):
+  """A network of several layers, with an attribute of any type."""
+
+  depth: int = 2
+  rounds: Annotated[int, Ge(0), Le(1000)] = 3
+  note: Any = 0
+  channels: int = 0
+
+
+class DeepNames(NetworkNames):
+  module = Deep
+  class_names = ("DeepTransformer2DModel",)
+
+
+def test_sizes_of_a_network_from_outside_are_bounded_by_its_files():
+  tensors = Tensors({name: Place(None, 0, (100,), np.dtype(np.float32)) for name in "abc"})
+  schema = DeepNames().schema("DeepTransformer2DModel")
+  check = lambda **fields: check_sizes(read_fields(fields, schema), schema, tensors)
+  check(depth=3, rounds=500, note=10**9)
+  with pytest.raises(ValueError, match="depth: 900 cannot be in files of 3 tensors"):
+    check(depth=900)
+  with pytest.raises(ValueError, match="depth: .* less than or equal to 1024, got 5000"):
+    check(depth=5000)
+  with pytest.raises(ValueError, match="rounds: .* less than or equal to 1000, got 1001"):
+    check(rounds=1001)
+  with pytest.raises(ValueError, match="channels: 9000 cannot be in files of 1.172 KiB"):
+    check(channels=9000)
 
 
 def test_an_encoder_of_another_family_is_refused():
