@@ -14,6 +14,7 @@ from pflow_jax.core.objectives import OBJECTIVES
 from pflow_jax.data import registry as sources
 from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS
 from pflow_jax.families.registry import FAMILIES
+from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.networks.heads import HEADS
 from pflow_jax.networks.registry import NETWORKS, sharding_rules
 from pflow_jax.torch_io.tensors import open_tensors
@@ -178,5 +179,8 @@ def test_a_name_is_taken_once(page):
 
 def test_what_was_added_changes_no_other_network_s_place(page):
   """Its last row takes every parameter, which is right for it alone."""
-  own = sharding_rules("dit")
-  assert own.index(("(qkv|mlp_in)/kernel", ("fsdp", "tensor"))) < own.index((".*", ()))
+  assert (".*", ()) in sharding_rules("sine")
+  layout = make_layout({"data": 1}, sharding_rules("dit"), 1, min_size=1)
+  assert layout.shardings({"blocks": {"mlp_in": {"kernel": np.zeros((2, 4))}}})
+  with pytest.raises(ValueError, match=r"new/kernel \(2, 4\): no row covers it"):
+    layout.shardings({"new": {"kernel": np.zeros((2, 4))}})

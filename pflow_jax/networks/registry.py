@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from pflow_jax.mesh.partition import first_match
 from pflow_jax.networks import discriminator, edm2, heads, layers, lora
 from pflow_jax.networks.dit import DiT
 from pflow_jax.networks.edm2 import EDM2UNet, normalize_weights
@@ -134,9 +135,17 @@ def options_of(module: nn.Module) -> tuple[str, dict[str, Any]]:
 def sharding_rules(kind: str) -> tuple[Rule, ...]:
   """Placement of the parameters on a mesh in a run of the network `kind`: the first row that matches decides.
 
-  Rows of other networks, such as a smaller teacher's, come last.
+  Rows of other networks, such as a smaller teacher's, come last, without those that take every parameter: one that no
+  row of its own network covers is to be refused.
+
+  Args:
+    kind: name of the run's network.
   """
   shared = (*discriminator.SHARDING, *heads.SHARDING, *lora.SHARDING)
-  kinds = sorted(NETWORKS, key=lambda name: name != kind)
-  rows = (row for name in kinds for row in NETWORKS[name].sharding)
-  return tuple(dict.fromkeys((*shared, *rows)))
+  own = NETWORKS[kind].sharding if kind in NETWORKS else ()
+  others = (row for name, other in NETWORKS.items() if name != kind for row in other.sharding if not _takes_all(row))
+  return tuple(dict.fromkeys((*shared, *own, *others)))
+
+
+def _takes_all(row: Rule) -> bool:
+  return first_match((f"(?:.*/)?(?:{row[0]})",), "?/?") is not None  # no parameter has such a name
