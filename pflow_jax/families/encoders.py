@@ -17,7 +17,7 @@ import numpy as np
 import pydantic
 
 from pflow_jax.data.dataset import TEXT_DTYPE
-from pflow_jax.data.prompts.records import MAX_LENGTHS, Fields
+from pflow_jax.data.prompts.records import Fields
 from pflow_jax.families.encoder_checks import check_network, using
 from pflow_jax.files.foreign import check_type, decoding, in_bytes, read_bytes, read_json, regular_file
 
@@ -72,9 +72,8 @@ class Encoder:
     self.folder, self.max_length, self.dtype = pathlib.Path(folder), max_length, dtype
     if dtype not in DTYPES:
       raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}.")
-    length = MAX_LENGTHS[self.model]
-    if bool(length) != (max_length > 0) or (self.limit and max_length > self.limit):
-      expected = f"1 to {self.limit or 'any number of'} tokens" if length else "no length of text"
+    if bool(self.length) != (max_length > 0) or (self.limit and max_length > self.limit):
+      expected = f"1 to {self.limit or 'any number of'} tokens" if self.length else "no length of text"
       raise ValueError(f"max_length: {self.model} takes {expected}, got {max_length}.")
     self.open(device)
     self.fields = self._fields()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pflow_jax.data.prompts.records import MAX_LENGTHS
 from pflow_jax.families.encoders import Encoder
 from pflow_jax.families.registry import FAMILIES
 
@@ -40,7 +39,7 @@ def load_encoder(
     raise ValueError(f"model: expected one of {sorted(known)}, got {model!r}.")
   encoder = known[model]
   folder = encoder.find() if folder is None else folder
-  max_length = MAX_LENGTHS[model] if max_length is None else max_length
+  max_length = encoder.length if max_length is None else max_length
   return encoder(folder, max_length, dtype or encoder.default_dtype, device)
 
 

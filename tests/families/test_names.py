@@ -1,6 +1,7 @@
 """Names in PyTorch that follow from a module or a head alone."""
 
 import dataclasses
+import importlib.util
 import json
 from typing import Annotated, Any, ClassVar
 
@@ -10,8 +11,10 @@ from annotated_types import Ge, Le
 from flax import linen as nn
 
 from pflow_jax.conversion import models
+from pflow_jax.data.prompts.records import Fields
 from pflow_jax.families import registry
 from pflow_jax.families.dit.names import NAMES as dit
+from pflow_jax.families.encoders import Encoder
 from pflow_jax.families.metadata import policy_metadata, stated_policy
 from pflow_jax.families.names import NetworkNames
 from pflow_jax.networks.heads import HEADS, DenoiserHead, Head, VelocityHead
@@ -159,6 +162,23 @@ def test_sizes_of_a_network_from_outside_are_bounded_by_its_files():
     check(rounds=1001)
   with pytest.raises(ValueError, match="channels: 9000 cannot be in files of 1.172 KiB"):
     check(channels=9000)
+
+
+def test_encoders_and_the_data_room_agree_on_sizes():
+  spec = importlib.util.find_spec("pflow_jax.data.prompts.records")
+  records = importlib.util.module_from_spec(spec)  # as it is before any family registers
+  spec.loader.exec_module(records)
+  encoders = {name: family.encoder for name, family in registry.FAMILIES.items() if family.encoder is not None}
+  assert {name: encoder.length for name, encoder in encoders.items()} == records.MAX_LENGTHS
+  sizes = {name: (each.text_width, each.masked, each.pooled_width) for name, each in encoders.items()}
+  assert sizes == {name: (each.text_width, each.masked, each.pooled_width) for name, each in records.MODELS.items()}
+
+
+def test_an_encoder_is_made_before_its_family_is_known():
+  encoder = type("Mine", (Encoder,), {"model": "mine", "length": 4, "text_width": 2})
+  assert encoder("folder", 3, "float32").fields == Fields(text_width=2)
+  with pytest.raises(ValueError, match="mine takes 1 to any number of tokens, got 0"):
+    encoder("folder", 0, "float32")
 
 
 def test_an_encoder_of_another_family_is_refused():

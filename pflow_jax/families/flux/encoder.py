@@ -21,7 +21,8 @@ class FluxEncoder(TorchEncoder):
   model = "flux"
   networks = (("text_encoder", "CLIPTextModel"), ("text_encoder_2", "T5EncoderModel"))
   tokenizers = (("tokenizer", "CLIPTokenizer"), ("tokenizer_2", "T5TokenizerFast"))
-  limit = 512
+  length, limit = 512, 512
+  text_width, pooled_width = 4096, 768
 
   def _fields(self) -> Fields:
     pooled = self._width("text_encoder", "hidden_size")

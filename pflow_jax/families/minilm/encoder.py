@@ -24,6 +24,7 @@ class MiniLMEncoder(TorchEncoder):
 
   model = "minilm"
   default_dtype = "float32"
+  pooled_width = 384
   networks = ((".", "BertModel"),)
   tokenizers = ((".", "BertTokenizer"),)
 

@@ -22,7 +22,8 @@ class QwenImageEncoder(TorchEncoder):
   model = "qwen_image"
   networks = (("text_encoder", "Qwen2_5_VLForConditionalGeneration"),)
   tokenizers = (("tokenizer", "Qwen2Tokenizer"),)
-  limit = 1024
+  length, limit = 512, 1024
+  text_width, masked = 3584, True
   template = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
