@@ -1,5 +1,6 @@
 """docs/extending.md: its blocks run, one after the other, and what they add behaves as if it were the package's own."""
 
+import ast
 import json
 import pathlib
 import re
@@ -163,6 +164,7 @@ def test_the_command_line_knows_it(page, capsys):
 
 
 def test_a_name_is_taken_once(page):
+  arc = {"torch_policy": "ArcFlow"}
   for register, table in (
     (lambda: pf.register_head("gmflow", page["StraightHead"]), HEADS),
     (lambda: pf.register_network("dit", pf.NetworkKind(page["Sine"])), NETWORKS),
@@ -170,11 +172,45 @@ def test_a_name_is_taken_once(page):
     (lambda: pf.register_source("digits", page["rings"]), sources._SOURCES),
     (lambda: pf.register_family(pf.Family("tiny")), FAMILIES),
     (lambda: pf.register_head("other", type("Other", (page["StraightHead"],), {})), HEADS),
+    (lambda: pf.register_head("other", type("Other", (page["StraightHead"],), {"torch_prefix": "O"} | arc)), HEADS),
+    (lambda: pf.register_network("dit", pf.NetworkKind(pf.DiT, conditions=("classes",))), NETWORKS),
+    (lambda: pf.register_objective("mine", pf.FlowMatching, page["EndpointMethod"]), OBJECTIVES),
+    (lambda: pf.register_objective("mine", pf.FlowMatching, page["EndpointMethod"]), METHODS),
   ):
     before = dict(table)
     with pytest.raises(ValueError, match="already"):
       register()
     assert table == before
+
+
+def test_a_definition_that_runs_again_takes_its_own_place(page):
+  """As a notebook's cell does."""
+  tables = (OBJECTIVES, HEADS, NETWORKS, METHODS, FAMILIES, MODELS, MAX_LENGTHS, sources._SOURCES)
+  before = [dict(table) for table in tables]
+  text = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S))
+  text = text.replace('model, length, text_width = "tiny", 16, 8', 'model, length, text_width = "tiny", 12, 6')
+  cells = [
+    node
+    for node in ast.parse(text).body
+    if isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef))
+    or "register_" in ast.unparse(node)
+    or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("RULES", "kind"))
+  ]
+  names = {"__name__": "extending"}
+  try:
+    exec(compile(ast.Module(cells, []), "cells", "exec", dont_inherit=True), names)
+    assert OBJECTIVES["endpoint"] is names["Endpoint"] is not page["Endpoint"]
+    assert METHODS[names["Endpoint"]] is names["EndpointMethod"]
+    assert HEADS["straight"] is names["StraightHead"]
+    assert NETWORKS["sine"].module is names["Sine"]
+    assert sources._SOURCES["rings"] is names["rings"]
+    assert FAMILIES["tiny"].encoder is names["Letters"]
+    assert NETWORKS["tiny"].module is names["Tiny"]
+    assert (MODELS["tiny"].text_width, MAX_LENGTHS["tiny"]) == (6, 12)
+  finally:
+    for table, values in zip(tables, before, strict=True):
+      table.clear()
+      table.update(values)
 
 
 def test_what_was_added_changes_no_other_network_s_place(page):

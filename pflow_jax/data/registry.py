@@ -18,6 +18,7 @@ from pflow_jax.data.prompts.dataset import prompts, synthetic_prompts
 from pflow_jax.data.tfds_source import tfds_images
 from pflow_jax.files.foreign import check_arguments
 from pflow_jax.files.nearest import did_you_mean
+from pflow_jax.files.registering import enter
 
 _SOURCES: dict[str, Callable[..., Dataset]] = {
   "digits": digits,
@@ -70,9 +71,7 @@ def register_source(name: str, source: Callable[..., Dataset]) -> None:
   Raises:
     ValueError: another data set has that name.
   """
-  table = _OPEN_SOURCES if ":" in name else _SOURCES
-  if table.setdefault(name, source) is not source:
-    raise ValueError(f"there is a data set {name!r} already; take another name")
+  enter(_OPEN_SOURCES if ":" in name else _SOURCES, name, source, f"there is a data set {name!r} already")
 
 
 def sources() -> dict[str, Callable[..., Dataset]]:

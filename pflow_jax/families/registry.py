@@ -16,6 +16,7 @@ from pflow_jax.families.qwen_image import names as qwen_image_names
 from pflow_jax.families.qwen_image import vae_names as qwen_vae_names
 from pflow_jax.families.qwen_image.encoder import QwenImageEncoder
 from pflow_jax.families.qwen_image.network import QwenImage
+from pflow_jax.files.registering import replaces
 from pflow_jax.networks import layers, mmdit
 from pflow_jax.networks.heads import ArcHead, DXHead, GMFlowHead, Head
 from pflow_jax.networks.registry import NETWORKS as NETWORKS
@@ -48,7 +49,8 @@ def register_family(family: Family) -> None:
   Raises:
     ValueError: another family, or another network, has that name; its encoder has another one.
   """
-  if FAMILIES.get(family.name, family) is not family:
+  other = FAMILIES.get(family.name, family)
+  if not replaces(family, _key(family), other, _key(other)):
     raise ValueError(f"there is a family {family.name!r} already; take another name")
   encoder = family.encoder
   if encoder is not None and encoder.model != family.name:
@@ -56,9 +58,13 @@ def register_family(family: Family) -> None:
   if family.network is not None:
     register_network(family.name, family.network)
   if encoder is not None:
-    MODELS.setdefault(family.name, Fields(encoder.text_width, encoder.masked, encoder.pooled_width))
-    MAX_LENGTHS.setdefault(family.name, encoder.length)
+    MODELS[family.name] = Fields(encoder.text_width, encoder.masked, encoder.pooled_width)
+    MAX_LENGTHS[family.name] = encoder.length
   FAMILIES[family.name] = family
+
+
+def _key(family: Family) -> type | None:
+  return family.network.module if family.network is not None else family.encoder
 
 
 register_family(Family("dit", NETWORKS["dit"], dit_names.NAMES, students=_OF_CLASSES))

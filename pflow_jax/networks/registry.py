@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from pflow_jax.files.registering import replaces
 from pflow_jax.mesh.partition import first_match
 from pflow_jax.networks import discriminator, edm2, heads, layers, lora
 from pflow_jax.networks.dit import DiT
@@ -97,10 +98,12 @@ def register_network(name: str, kind: NetworkKind) -> None:
     kind: the network.
 
   Raises:
-    ValueError: another network has that name.
+    ValueError: another network has that name, or this package's own network has it with another description.
   """
-  if NETWORKS.setdefault(name, kind).module is not kind.module:
-    raise ValueError(f"there is a network {name!r} already, {NETWORKS[name].module.__name__}; take another name")
+  own = NETWORKS.get(name, kind)
+  if not replaces(kind, kind.module, own, own.module):
+    raise ValueError(f"there is a network {name!r} already, {own.module.__name__}; take another name")
+  NETWORKS[name] = kind
 
 
 def network_kind(name: Any) -> NetworkKind:

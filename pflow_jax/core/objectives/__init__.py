@@ -28,7 +28,11 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
 
 def settings_of(kind: str) -> Any:
   """Returns the dataclass whose fields are the settings of a kind."""
-  make = OBJECTIVES[kind]
+  return settings_made_by(OBJECTIVES[kind])
+
+
+def settings_made_by(make: Callable[..., Any]) -> Any:
+  """Returns the dataclass of the settings that `make` returns: itself, or the annotation of what it returns."""
   return make if inspect.isclass(make) else typing.get_type_hints(make)["return"]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pflow_jax.files.registering import enter
 from pflow_jax.networks.heads.arc import GAMMA_RANGE as GAMMA_RANGE
 from pflow_jax.networks.heads.arc import ArcHead as ArcHead
 from pflow_jax.networks.heads.base import FROM_NETWORK as FROM_NETWORK
@@ -40,14 +41,17 @@ def register_head(kind: str, head: type[Head]) -> None:
   Raises:
     ValueError: another head has that name, there or in PyTorch.
   """
-  same = [name for name, other in HEADS.items() if other.torch_prefix == head.torch_prefix and other is not head]
-  if head.torch_prefix is not None and same:
-    raise ValueError(
-      f"{head.__name__}: there is a head with torch_prefix {head.torch_prefix!r} already, {same[0]!r}; take another, "
-      "or None for a head without a class in PyTorch"
-    )
-  if HEADS.setdefault(kind, head) is not head:
-    raise ValueError(f"there is a head {kind!r} already, {HEADS[kind].__name__}; take another name")
+  names = {"torch_prefix": head.torch_prefix, "torch_policy": head.policy_name()}
+  for name, other in HEADS.items():
+    if name != kind and other is not head:
+      others = {"torch_prefix": other.torch_prefix, "torch_policy": other.policy_name()}
+      for what, value in names.items():
+        if value is not None and value == others[what]:
+          raise ValueError(
+            f"{head.__name__}: there is a head with {what} {value!r} already, {name!r}; take another, or None for a "
+            "head without a class in PyTorch"
+          )
+  enter(HEADS, kind, head, f"there is a head {kind!r} already, {HEADS.get(kind, head).__name__}")
 
 
 def attributes_of(module: nn.Module, hidden: tuple[str, ...]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pflow_jax.core.objectives import OBJECTIVES, settings_of
+from pflow_jax.core.objectives import OBJECTIVES, settings_made_by
 from pflow_jax.core.objectives.flow_map import FlowMap
 from pflow_jax.core.objectives.flow_matching import FlowMatching
 from pflow_jax.core.objectives.imitation import Imitation
+from pflow_jax.files.registering import enter, redefines
 from pflow_jax.training.methods.base import Method as Method
 from pflow_jax.training.methods.flow_map import FlowMapMethod
 from pflow_jax.training.methods.flow_matching import FlowMatchingMethod
@@ -31,8 +32,13 @@ def register_objective(kind: str, make: Callable[..., Any], method: type[Method]
     method: the class that binds them to a network.
 
   Raises:
-    ValueError: another objective has that name.
+    ValueError: another objective has that name, or another method has its settings.
   """
-  if OBJECTIVES.setdefault(kind, make) is not make:
-    raise ValueError(f"there is an objective {kind!r} already; take another name")
-  METHODS[settings_of(kind)] = method
+  settings = settings_made_by(make)
+  own = METHODS.get(settings, method)
+  if not redefines(method, own):
+    raise ValueError(
+      f"there is a method of {settings.__name__} already, {own.__name__}; take settings of your own, such as a subclass"
+    )
+  enter(OBJECTIVES, kind, make, f"there is an objective {kind!r} already")
+  METHODS[settings] = method
