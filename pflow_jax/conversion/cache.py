@@ -205,7 +205,8 @@ def _claim(folder: pathlib.Path, index: Index) -> bool:
 
 def _flat(index: Index) -> dict[str, Any]:
   values = dataclasses.asdict(index)
-  return {**values, **values.pop("fields"), **values.pop("made")}
+  fields, made = values.pop("fields"), values.pop("made")
+  return {**values, **fields, **made}
 
 
 def _described(folder: pathlib.Path, index: Index, record_bytes: np.ndarray) -> str:

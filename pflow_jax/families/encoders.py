@@ -10,19 +10,20 @@ import hashlib
 import importlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import pydantic
 
 from pflow_jax.data.dataset import TEXT_DTYPE
-from pflow_jax.data.prompts.records import Fields
+from pflow_jax.data.prompts.records import INDEX, Fields
 from pflow_jax.families.encoder_checks import check_network, using
 from pflow_jax.files.foreign import check_type, decoding, in_bytes, read_bytes, read_json, regular_file
 
 DTYPES = ("bfloat16", "float32")
 MAX_SETTINGS = 2**28  # bytes of a file beside the weights
+_LAST = 2**12  # bytes at the end of a file, where other weights of the same sizes differ
 
 
 class Encoder:
@@ -133,8 +134,21 @@ class Encoder:
     return arrays
 
   def digest(self) -> str:
-    """Returns a text that tells an encoder from others; by default the name of its class."""
-    return type(self).__qualname__
+    """Returns a text that tells an encoder from others.
+
+    By default it is of the name of its class, and of the names, sizes and last bytes of the files in its folder. Those
+    of the network, the autoencoder and prompts do not count. Where no folder is given, it is the name alone.
+    """
+    name = type(self).__qualname__
+    if self.folder == pathlib.Path(Encoder.find()):
+      return name
+    state = hashlib.blake2b(name.encode(), digest_size=16)
+    for file in _files_of_encoder(self.folder):
+      state.update(f"{file.relative_to(self.folder)} {file.stat().st_size}\n".encode(errors="surrogatepass"))
+      with file.open("rb") as stream:
+        stream.seek(max(file.stat().st_size - _LAST, 0))
+        state.update(stream.read(_LAST))
+    return state.hexdigest()
 
   def _fields(self) -> Fields:
     return Fields(self.text_width, self.masked, self.pooled_width)
@@ -224,6 +238,21 @@ class TorchEncoder(Encoder):
           regular_file(file)  # PyTorch's libraries would wait for what a pipe gives them
           if file.suffix not in (".safetensors", ".bin") and (size := file.stat().st_size) > MAX_SETTINGS:
             raise ValueError(f"{file}: expected at most {in_bytes(MAX_SETTINGS)}, got {in_bytes(size)}")
+
+
+def _files_of_encoder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Regular files in a pipeline's folder that may be its encoder's, in the order of their names."""
+  for place, folders, names in os.walk(folder):
+    top = place == str(folder)
+    folders[:] = sorted(
+      name
+      for name in folders
+      if not name.startswith(".")
+      and not (top and name in ("transformer", "vae"))
+      and not any(pathlib.Path(place, name).glob(f"{INDEX}*"))
+    )
+    files = (pathlib.Path(place, name) for name in sorted(names) if not name.startswith("."))
+    yield from (file for file in files if file.is_file())
 
 
 def imported(name: str) -> Any:

@@ -12,8 +12,11 @@ import pytest
 from pflow_jax import data
 from pflow_jax.conversion import cache as program
 from pflow_jax.conversion.cache import cache
-from pflow_jax.data.prompts.records import PromptSource, prompt_hashes, read_index
+from pflow_jax.data.prompts.records import MODELS, Fields, PromptSource, prompt_hashes, read_index
+from pflow_jax.families.encoders import Encoder
+from pflow_jax.families.family import Family
 from pflow_jax.families.qwen_image.encoder import QwenImageEncoder
+from pflow_jax.families.registry import FAMILIES
 from pflow_jax.files.lock import LOCK
 from tests import encoders
 from tests.encoders import StubEncoder
@@ -61,6 +64,32 @@ def test_a_folder_that_another_process_writes_is_left_alone(stub, prompts, tmp_p
   monkeypatch.setattr(program, "_write_shards", write)
   cache(prompts, "minilm", tmp_path / "out")
   assert not (tmp_path / "out" / LOCK).exists()
+
+
+class Vector(Encoder):
+  """An encoder from outside, whose weights are one file of its folder."""
+
+  model, pooled_width = "vector", 4
+
+  def arrays(self, prompts):
+    return {"pooled": np.tile(np.load(self.folder / "encoder" / "weights.npy"), (len(prompts), 1))}
+
+
+def test_other_weights_of_an_encoder_from_outside_are_noticed(tmp_path, monkeypatch):
+  monkeypatch.setitem(FAMILIES, "vector", Family("vector", encoder=Vector))
+  monkeypatch.setitem(MODELS, "vector", Fields(pooled_width=4))
+  for number, name in enumerate(("a", "b", "c")):
+    (tmp_path / name / "encoder").mkdir(parents=True)
+    np.save(tmp_path / name / "encoder" / "weights.npy", np.full(4, float(number % 2)))
+  write = lambda name: cache(["one", "two"], "vector", tmp_path / "a" / "prompts", encoders=str(tmp_path / name))
+  index = write("a")
+  with pytest.raises(ValueError, match="holds other prompts.*\n *encoders_digest: it has"):
+    write("b")
+  (tmp_path / "a" / "vae").mkdir()
+  (tmp_path / "a" / "vae" / "config.json").write_text("{}")
+  assert write("a") == index  # neither its prompts nor its autoencoder are the encoder's
+  assert write("c").made["encoders_digest"] == index.made["encoders_digest"]
+  assert Vector(".", 0, "float32").digest() == "Vector"
 
 
 @pytest.mark.parametrize("model", ["flux", "qwen_image", "minilm"])
