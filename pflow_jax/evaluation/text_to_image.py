@@ -22,7 +22,7 @@ from pflow_jax.evaluation.sample import as_saved, check_local
 from pflow_jax.families import text
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
 from pflow_jax.families.family import Family
-from pflow_jax.families.registry import FAMILIES, network_kind
+from pflow_jax.families.registry import FAMILIES, family_of_embeddings, network_kind
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
@@ -198,7 +198,7 @@ def family_of(settings: Settings) -> Family:
   if own is not None and own.encoder is not None:
     return own
   if settings.data.get("embeddings"):  # a vector a text takes the place of a class
-    return next(family for family in FAMILIES.values() if family.network is None)
+    return family_of_embeddings(settings.data["embeddings"])
   raise ValueError(
     f"--prompt: this run ({settings.model.kind} on {settings.data.get('name')}) knows classes, not texts; use --labels"
   )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS, Fields
+from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS, Fields, read_index
 from pflow_jax.families import kl_names
 from pflow_jax.families.dit import names as dit_names
 from pflow_jax.families.family import Family
@@ -61,6 +61,24 @@ def register_family(family: Family) -> None:
     MODELS[family.name] = Fields(encoder.text_width, encoder.masked, encoder.pooled_width)
     MAX_LENGTHS[family.name] = encoder.length
   FAMILIES[family.name] = family
+
+
+def family_of_embeddings(folder: str) -> Family:
+  """Returns the family, an encoder alone, that the embeddings in place of classes were written for.
+
+  Args:
+    folder: of the embeddings. Where it is gone, the only such family is taken.
+
+  Raises:
+    ValueError: they are of another family, or it is not known of which.
+  """
+  alone = [name for name, family in FAMILIES.items() if family.network is None and family.encoder is not None]
+  index = read_index(folder)
+  model = index.model if index is not None else alone[0] if len(alone) == 1 else None
+  if model in alone:
+    return FAMILIES[model]
+  got = "none" if model is None else f"those of {model!r}"
+  raise ValueError(f"{folder}: expected the run's embeddings, by an encoder of one of {alone}, got {got}")
 
 
 def _key(family: Family) -> type | None:

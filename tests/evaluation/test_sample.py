@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from pflow_jax import data
+from pflow_jax.data.prompts.records import MODELS, Fields
 from pflow_jax.evaluation import figures
 from pflow_jax.evaluation.evaluate import evaluate
 from pflow_jax.evaluation.sample import sample, save_picture
+from pflow_jax.evaluation.text_to_image import family_of
+from pflow_jax.families.encoders import Encoder
+from pflow_jax.families.family import Family
+from pflow_jax.families.registry import FAMILIES
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.training import sample as program
 from pflow_jax.training.experiment import build
@@ -35,6 +40,21 @@ def test_arrays_and_picture_are_written(student_run, tmp_path):
     run = program.make_sampler(experiment.method, SampleSettings(), 1)
     again = run(experiment.load(student_run), arrays["noise"], arrays["label"], jax.random.split(jax.random.key(0), 5))
     np.testing.assert_allclose(again, arrays["x0_nfe1"], atol=1e-5)
+
+
+def test_a_run_on_embeddings_is_asked_with_their_encoder(tmp_path, monkeypatch):
+  encoder = type("Words", (Encoder,), {"model": "words", "pooled_width": 3})
+  monkeypatch.setitem(FAMILIES, "words", Family("words", encoder=encoder))
+  monkeypatch.setitem(MODELS, "words", Fields(pooled_width=3))
+  run = lambda folder: types.SimpleNamespace(model=types.SimpleNamespace(kind="dit"), data={"embeddings": str(folder)})
+  for model in ("minilm", "words"):
+    assert family_of(run(write(tmp_path / model, model, shape=None))).name == model
+  with pytest.raises(ValueError, match=r"flux: expected .* of one of \['minilm', 'words'\], got those of 'flux'"):
+    family_of(run(write(tmp_path / "flux", "flux", shape=None)))
+  with pytest.raises(ValueError, match=r"gone: expected the run's embeddings, .* \['minilm', 'words'\], got none"):
+    family_of(run(tmp_path / "gone"))
+  monkeypatch.delitem(FAMILIES, "words")
+  assert family_of(run(tmp_path / "gone")).name == "minilm"
 
 
 def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tmp_path):
