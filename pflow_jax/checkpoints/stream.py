@@ -1,7 +1,7 @@
 """Checkpoints larger than the memory: written and read a layer at a time, by Orbax and the store below it.
 
-The checkpoints are like those of `checkpoint.Checkpointer`, and the same functions restore them. Like that module, this
-one knows Orbax.
+The checkpoints are like those of `checkpoints.checkpoint.Checkpointer`, and the same functions restore them. Like that
+module, this one knows Orbax.
 """
 
 from __future__ import annotations
@@ -346,7 +346,7 @@ class Stored:
 def open_leaves(directory: str | epath.PathLike, *, which: str = "ema", step: int | None = None) -> dict[str, Stored]:
   """Opens the leaves of a checkpoint, by their "/"-joined paths, and reads none of them.
 
-  Arguments and errors are those of `checkpoint.load_params`.
+  Arguments and errors are those of `checkpoints.checkpoint.load_params`.
   """
   path, item = saved_part(directory, which, step)
   folder = path / STATE

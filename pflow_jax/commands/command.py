@@ -57,7 +57,7 @@ class ConfigSource(NamedTuple):
 def run_command(
   function: Callable, argv: list[str], source: Callable[[], ConfigSource] | None = None, joins: bool = False
 ) -> None:
-  """Parses `argv` with the flags of a function, see `flags.define_flags`, and calls it.
+  """Parses `argv` with the flags of a function, see `commands.flags.define_flags`, and calls it.
 
   `one_sentence` handles its errors.
 

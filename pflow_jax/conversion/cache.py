@@ -52,7 +52,7 @@ def cache(
   file_field: str | None = None,
   read_x0: ReadX0 | None = None,
 ) -> Index:
-  """Writes a folder that `prompts:<out>` reads, see `data.prompt_records`.
+  """Writes a folder that `prompts:<out>` reads, see `data.prompts.records`.
 
   Args:
     prompts: texts, or a .txt, .jsonl or .csv file, see `data.read_prompts`, or `data:<name>` for those of a data set.

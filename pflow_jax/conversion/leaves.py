@@ -16,7 +16,7 @@ from pflow_jax.torch_io.table import Row, read_layer, torch_shapes_of, turn, tur
 
 @dataclasses.dataclass(frozen=True)
 class TensorLeaf:
-  """A leaf made of tensors in files; a `checkpoint_stream.Leaf`.
+  """A leaf made of tensors in files; a `checkpoints.stream.Leaf`.
 
   Attributes:
     row: of the leaf.

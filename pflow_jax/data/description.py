@@ -67,7 +67,7 @@ class Description:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingShapes:
-  """The fields of `dataset.Embedding` that plain JSON can hold."""
+  """The fields of `data.dataset.Embedding` that plain JSON can hold."""
 
   lengths: tuple[int, ...]
   text_width: int

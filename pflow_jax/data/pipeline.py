@@ -26,8 +26,8 @@ def batches(
 ) -> grain.DatasetIterator:
   """Endless shuffled batches {"x0": (b, *space, C) float32, "cond": (b,) int32 labels}.
 
-  Of a set of prompts, "cond" is a dict of arrays (b, ...), see `dataset.Embedding`, and there is no "x0" if the set
-  holds prompts alone. All texts of a global batch have one length, see `buckets.BucketRecords`.
+  Of a set of prompts, "cond" is a dict of arrays (b, ...), see `data.dataset.Embedding`, and there is no "x0" if the
+  set holds prompts alone. All texts of a global batch have one length, see `data.prompts.buckets.BucketRecords`.
 
   Batch i depends on `seed` and i alone, so a run resumes exactly at any step, with any number of
   processes: nothing but the step has to be kept. Every record comes once an epoch, each epoch has

@@ -95,7 +95,7 @@ def policy_metadata(head: Head, segment: float, shift: float) -> dict[str, str]:
 
   Args:
     head: of the student.
-    segment: longest segment of its training, see `policies.DXPolicy`.
+    segment: longest segment of its training, see `core.policies.DXPolicy`.
     shift: time shift of its training.
 
   Raises:

@@ -48,7 +48,7 @@ class TorchNames:
     """Returns the dataclass of the fields of config.json.
 
     Args:
-      name: one of `classes`.
+      name: one of the classes in PyTorch.
     """
     del name
     return self._own

@@ -108,7 +108,7 @@ class DiT(nn.Module):
     attention: implementation name, see `pflow_jax.networks.attention`.
     norm_eps: added to the variance by the norms before the MLPs, as in diffusers; the other norms have 1e-6.
     time_scale: factor on t before its sinusoid.
-    frequency_shift: of the sinusoid, see `layers.sinusoid`.
+    frequency_shift: of the sinusoid, see `networks.layers.sinusoid`.
     flip_time: whether the sinusoid gets 1 - t: 0 is noise and 1 data, as in SiT.
     scan_unroll: blocks unrolled in one iteration of the scan over depth.
   """

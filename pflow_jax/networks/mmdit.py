@@ -181,9 +181,9 @@ class Transformer(nn.Module):
     rope_axes: channels of a head that turn with a token's frame, row and column.
     mlp_ratio: width of the MLPs over that of the tokens.
     dtype: compute dtype and that of the residual stream. Norms, embeddings and outputs stay float32.
-    remat: see `layers.scanned`.
+    remat: see `networks.layers.scanned`.
     attention: see `networks.attention`.
-    scan_unroll: see `layers.scanned`.
+    scan_unroll: see `networks.layers.scanned`.
   """
 
   head: Any = None

@@ -1,7 +1,8 @@
-"""Traffic of a compiled program between devices and to memory, read from XLA's own text (`compiled.as_text()`).
+"""Traffic of a compiled program between devices and to memory, read from XLA's own text.
 
-XLA's cost analysis counts the body of a loop once and says nothing of communication; here loops count their length.
-The CPU's and the TPU's compiler write the text in different forms: see `_groups`, `_collective`, `_is_running`.
+That is `jax.stages.Compiled.as_text()`. XLA's cost analysis counts the body of a loop once and says nothing of
+communication; here loops count their length. The CPU's and the TPU's compiler write the text in different forms: see
+`_groups`, `_collective`, `_is_running`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def collectives(text: str, devices_per_slice: int | None = None) -> Collectives:
   compiler fuses with the slice of its result is the reduce-scatter that it stands for.
 
   Args:
-    text: of `compiled.as_text()`.
+    text: of `jax.stages.Compiled.as_text()`.
     devices_per_slice: splits the traffic of a program over several slices, if the devices of the mesh are listed slice
       by slice. The TPU compiler needs no such hint: its program is one slice's, and marks the traffic that leaves it.
 

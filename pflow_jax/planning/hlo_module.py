@@ -1,6 +1,7 @@
-"""The text of a compiled program (`compiled.as_text()`) as computations and instructions, with the lengths of loops.
+"""The text of a compiled program as computations and instructions, with the lengths of loops.
 
-It reads the text of the CPU's and the TPU's compiler. `hlo` counts the program's traffic.
+It reads the text, `jax.stages.Compiled.as_text()`, of the CPU's and the TPU's compiler. `planning.hlo`
+counts the program's traffic.
 """
 
 from __future__ import annotations

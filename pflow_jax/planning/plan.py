@@ -47,7 +47,7 @@ class Slice:
   """The chips to plan for.
 
   Attributes:
-    topology: of one slice, "v5e:16x16" or a Cloud name, see `chips.parse_topology`.
+    topology: of one slice, "v5e:16x16" or a Cloud name, see `planning.chips.parse_topology`.
     slices: number of slices.
   """
 

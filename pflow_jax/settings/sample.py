@@ -19,7 +19,7 @@ class SampleSettings:
       and 8 for a flow map, 128 Euler steps for a teacher.
     h: noise level between segments, 0 is deterministic.
     temperature: of the policies of every segment but the last.
-    auto_temperature: take the release's temperature for each nfe instead, see `policies.auto_temperature`.
+    auto_temperature: take the release's temperature for each nfe instead, see `core.policies.auto_temperature`.
     substeps: of the rollouts, in a unit of schedule time, see `core.rollout.rollout`.
     method: of the rollouts, see `core.rollout.rollout`.
     gamma: noise that a flow map renews between its steps, see `core.samplers.sample_flow_map`.

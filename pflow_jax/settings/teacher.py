@@ -13,13 +13,13 @@ class TeacherSettings:
     workdir: folder of its run.
     step: of its checkpoint; None is the newest, and a student keeps the one it started with.
     which: "ema" or "params".
-    guidance: scale of its guidance, see `guidance.guided`.
-    interval: flow times in which guidance acts, see `guidance.guided`.
-    orthogonal: share of the guidance along x0 that is removed, see `guidance.guidance_bias`.
+    guidance: scale of its guidance, see `core.guidance.guided`.
+    interval: flow times in which guidance acts, see `core.guidance.guided`.
+    orthogonal: share of the guidance along x0 that is removed, see `core.guidance.guidance_bias`.
     weak_workdir: run of a weaker model, an early checkpoint or a smaller network, which guides it in place of the empty
       condition (autoguidance).
     weak_step: checkpoint of that run; without weak_workdir, an early checkpoint of the teacher's own run.
-    bias_noise: noise on the biases of a student's head at its start, see `heads.head_params_from_teacher`.
+    bias_noise: noise on the biases of a student's head at its start, see `networks.heads.head_params_from_teacher`.
     dtype: of its parameters, and of a student's that do not train; None keeps the saved one.
   """
 

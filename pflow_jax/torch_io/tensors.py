@@ -35,7 +35,7 @@ def open_tensors(path: str | os.PathLike, key: str = "") -> Tensors:
 
   Args:
     path: folder with diffusers' names, in one file or in shards; or a .safetensors or a .pth file.
-    key: of a .pth file, see `pickled.open_pickled`.
+    key: of a .pth file, see `torch_io.pickled.open_pickled`.
 
   Raises:
     ValueError: the file is none, is cut short, or says what cannot be.

@@ -67,7 +67,7 @@ class Experiment:
 
   @property
   def saved(self) -> dict[str, Saved]:
-    """Places of the models that the run is made from, by their names in `inputs.Inputs`."""
+    """Places of the models that the run is made from, by their names in `training.inputs.Inputs`."""
     return {ROLES[name]: one for name, one in self.teacher.saved.items()} if self.teacher else {}
 
   def load_frozen(self, layout: Layout | None = None) -> Params:

@@ -227,7 +227,7 @@ def digest_of_parameters(folder: str, step: int | None, which: str) -> str:
   It does not depend on the storage's format. At most a chunk is read of at most LEAVES leaves.
 
   Raises:
-    ValueError: as `checkpoint.load_params`.
+    ValueError: as `checkpoints.checkpoint.load_params`.
   """
   leaves = open_leaves(f"{folder}/{CHECKPOINTS}", which=which, step=step)
   names = sorted(leaves)

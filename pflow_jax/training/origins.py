@@ -50,7 +50,7 @@ class Saved:
 
   @functools.cached_property
   def digest(self) -> str:
-    """Digest of the content, independent of its place and format, see `inputs.digest_of_parameters`."""
+    """Digest of the content, independent of its place and format, see `training.inputs.digest_of_parameters`."""
     return digest_of_parameters(self.workdir, self.step, self.which)
 
   def described(self, known: ModelInput | None = None) -> ModelInput:
@@ -73,12 +73,12 @@ class Saved:
 def inputs_of(
   settings: Settings, dataset: data.Dataset, saved: Mapping[str, Saved], folder: str | os.PathLike
 ) -> Inputs:
-  """Describes the inputs of the run of `settings`, pinned (see `workdir.pinned`), in the workdir `folder`.
+  """Describes the inputs of the run of `settings`, pinned (see `training.workdir.pinned`), in the workdir `folder`.
 
   Args:
     settings: of the run.
     dataset: its data.
-    saved: its teachers, by their roles, see `teachers.ROLES`.
+    saved: its teachers, by their roles, see `training.teachers.ROLES`.
     folder: its workdir.
   """
   start = settings.start

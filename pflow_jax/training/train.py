@@ -31,7 +31,7 @@ from pflow_jax.training.writer import parameter_table, read_metrics
 WORKER_BYTES = 100 * 2**20  # bytes that a process which reads data takes at least: Python, NumPy and grain
 
 Picture = tuple[Callable[..., None], Callable[[data.Dataset], int]]
-"""A function that draws samples, see `sample.preview`, and one that gives their number for a data set."""
+"""A function that draws samples, see `training.sample.preview`, and one that gives their number for a data set."""
 
 
 @dataclasses.dataclass(frozen=True)

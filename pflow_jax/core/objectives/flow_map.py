@@ -288,7 +288,7 @@ def flow_map_loss(
     network: average velocity, see `Network`; must have a forward derivative.
     teacher: velocity, see `Teacher`; None with target="data".
     x0: data, (B, *space, C).
-    cond: condition of the examples, see `flow_matching.replace_condition`.
+    cond: condition of the examples, see `core.objectives.flow_matching.replace_condition`.
     key: a PRNG key.
     step: optimizer step, for the warm-up.
     settings: the objective's.

@@ -170,7 +170,7 @@ class PromptSource:
 
   @functools.cached_property
   def text_lengths(self) -> np.ndarray:
-    """Tokens of every record's text, (n,) integers, see `buckets.TextSource`."""
+    """Tokens of every record's text, (n,) integers, see `data.prompts.buckets.TextSource`."""
     return self._table("length")
 
   def find(self, prompts: Sequence[str]) -> np.ndarray:
