@@ -296,7 +296,11 @@ def _as_dtype(own: Any, wanted: Any) -> Any:
 
 
 def newest_step(directory: str | epath.PathLike) -> int | None:
-  """Step of the newest intact checkpoint, equal in all processes; None without any; ValueError if all are damaged."""
+  """Returns the step of the newest intact checkpoint, equal in all processes, or None without any.
+
+  Raises:
+    ValueError: all are damaged.
+  """
   return _agreed(absolute(directory), None)[0]
 
 
@@ -370,9 +374,7 @@ def _metadata(path: epath.Path) -> dict[str, Any]:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  sharding = getattr(leaf, "sharding", None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -394,6 +396,5 @@ def _check_leaves(target: PyTree, saved: PyTree, path: epath.Path) -> None:
   if differing:
     raise ValueError(
       f"the checkpoint {path} does not fit the state of this run, {len(differing)} leaves differ:"
-      f"{''.join(differing)}\nuse the model and optimizer settings it was saved with, or another "
-      "folder"
+      f"{''.join(differing)}\nuse the model and optimizer settings it was saved with, or another folder"
     )

@@ -122,7 +122,11 @@ def cache(
 
 
 def read_arrays(paths: Sequence[pathlib.Path]) -> np.ndarray:
-  """The arrays of .npy files, (n, ...); ValueError for files that are none, or differ in shape."""
+  """Returns the arrays of .npy files, (n, ...).
+
+  Raises:
+    ValueError: files are none, or differ in shape.
+  """
   arrays = [read_npy(path) for path in paths]
   if len({array.shape for array in arrays}) > 1:
     raise ValueError(f"expected arrays of one shape, got {shown([array.shape for array in arrays])}")

@@ -208,7 +208,11 @@ def _compute_dtype(leaves: Mapping[str, TensorLeaf]) -> str:
 
 
 def _is_finished(out: epath.Path, source: str) -> bool:
-  """Returns whether `out` holds this model already; raises ValueError if it holds another run, or part of another."""
+  """Returns whether `out` holds this model already.
+
+  Raises:
+    ValueError: it holds another run, or part of another.
+  """
   mark, content = out / SOURCE, _mark(source).encode()
   found = foreign.read_bytes(mark, _MARK_BYTES) if mark.exists() else None
   if (out / workdir.CONFIG).exists() or workdir.has_checkpoint(out):

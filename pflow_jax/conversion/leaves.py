@@ -34,7 +34,7 @@ class TensorLeaf:
 
   @property
   def stacked(self) -> bool:
-    """True of a leaf with a leading axis of layers."""
+    """Returns whether it has a leading axis of layers."""
     return self.row.stacked
 
   def layer(self, index: int | None) -> np.ndarray:

@@ -70,7 +70,7 @@ class Model:
 
   @property
   def learns_variance(self) -> bool:
-    """True of a PyTorch model with channels that are not wanted here."""
+    """Returns whether it is a PyTorch model with channels that are not wanted here."""
     return "out_channels" in self.attributes
 
   def shapes(self) -> dict[str, tuple[int, ...]]:

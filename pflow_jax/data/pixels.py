@@ -51,7 +51,11 @@ def to_pixels(image: Image.Image, size: int | tuple[int, int], channels: int) ->
 
 
 def read_pixels(path: str | os.PathLike, size: int | tuple[int, int], channels: int) -> np.ndarray:
-  """The pixels of an image file, turned upright, see `to_pixels`; ValueError with its name for one that is broken."""
+  """Returns the pixels of an image file, turned upright, see `to_pixels`.
+
+  Raises:
+    ValueError: the file, which the message names, is broken.
+  """
   with open_image(path) as image:
     try:
       upright = ImageOps.exif_transpose(image)

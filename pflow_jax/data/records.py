@@ -156,7 +156,11 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def sample_rows(count: int, n: int, seed: int) -> np.ndarray:
-  """`n` of `count` rows without replacement, int64; ValueError if there are fewer."""
+  """Draws `n` of `count` rows without replacement, int64.
+
+  Raises:
+    ValueError: there are fewer.
+  """
   if n > count:
     raise ValueError(
       f"asked for {n} examples without replacement of a set of {count} records; ask for {count} or fewer."

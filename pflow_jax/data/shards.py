@@ -46,7 +46,11 @@ class Shards:
 
 
 def num_records(path: str | os.PathLike) -> int:
-  """Counts the records of a file; ValueError for one of another format, or one that cannot be opened."""
+  """Counts the records of a file.
+
+  Raises:
+    ValueError: it is of another format, or cannot be opened.
+  """
   from array_record.python.array_record_module import ArrayRecordReader
 
   file = regular_file(path)

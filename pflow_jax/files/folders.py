@@ -109,7 +109,11 @@ def checked_file(path: str | os.PathLike, flag: str = "--out", *, ending: str = 
 
 
 def _checked_text(path: str | os.PathLike, flag: str) -> str:
-  """Returns the path as `expanded`; ValueError for characters that a library would take for a pattern or an address."""
+  """Returns the path as `expanded`.
+
+  Raises:
+    ValueError: it has characters that a library would take for a pattern or an address.
+  """
   text = expanded(path, flag)
   given = os.fspath(path)
   bad = next((name for sign, name in {"\0": "NUL", "\\": "backslash"}.items() if sign in text), None)

@@ -62,13 +62,21 @@ def regular_file(path: str | os.PathLike) -> pathlib.Path:
 
 
 def real_folder(path: str | os.PathLike) -> pathlib.Path:
-  """Returns `path`, a folder or a link to one; ValueError if it is missing, cannot be looked at, or is a file."""
+  """Returns `path`, a folder or a link to one.
+
+  Raises:
+    ValueError: it is missing, cannot be looked at, or is a file.
+  """
   _expect(path, stat.S_IFDIR)
   return pathlib.Path(path)
 
 
 def is_there(path: str | os.PathLike) -> bool:
-  """Returns whether there is anything at `path`; ValueError where that cannot be looked at."""
+  """Returns whether there is anything at `path`.
+
+  Raises:
+    ValueError: that cannot be looked at.
+  """
   return _kind(path) is not None
 
 
@@ -94,7 +102,11 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike, limit: int) -> str:
-  """Reads a file of UTF-8 text; errors as of `read_bytes`, and for other bytes."""
+  """Reads a file of UTF-8 text; errors are those of `read_bytes`.
+
+  Raises:
+    ValueError: there are other bytes.
+  """
   try:
     return read_bytes(path, limit).decode("utf-8-sig")
   except UnicodeDecodeError as error:
@@ -128,7 +140,11 @@ def parse_json(data: bytes | str, schema: Any = dict[str, Any], *, where: str) -
 
 
 def check_type(value: Any, schema: Any, *, where: str) -> Any:
-  """Returns a value as type `schema`; ValueError that lists every misfit."""
+  """Returns a value as type `schema`.
+
+  Raises:
+    ValueError: it does not fit; the message lists every misfit.
+  """
   try:
     return _adapter(schema).validate_python(value, strict=True)
   except pydantic.ValidationError as error:

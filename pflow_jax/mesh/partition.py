@@ -88,7 +88,11 @@ def without(params: Mapping[str, Any], other: Mapping[str, Any]) -> Params:
 
 
 def combine(*trees: Mapping[str, Any]) -> Params:
-  """Union of nested dicts, the leaves the same objects; ValueError if two hold the same leaf."""
+  """Returns the union of nested dicts, the leaves the same objects.
+
+  Raises:
+    ValueError: two hold the same leaf.
+  """
   union: Params = {}
   for tree in trees:
     _add(union, tree, "")

@@ -90,7 +90,11 @@ def _patch_axes(axes: int, layout: str) -> tuple[str, str, str]:
 
 
 def grid_of(space: tuple[int, ...], patch_size: int) -> tuple[int, ...]:
-  """Returns the space shape counted in patches; ValueError if a size is not a multiple of it."""
+  """Returns the space shape counted in patches.
+
+  Raises:
+    ValueError: a size is not a multiple of the patch.
+  """
   if any(size % patch_size or size < 1 for size in space):
     raise ValueError(
       f"input size {space}: expected every axis to be a multiple of patch_size {patch_size}; "

@@ -79,7 +79,11 @@ def init_adapters(params: Mapping[str, Any], table: Table, key: jax.Array) -> Pa
 
 
 def _adapter_of(table: Table, path: str, rank: int) -> Adapter:
-  """Finds the row of a layer that has adapter leaves of `rank`; ValueError if the table has none for it."""
+  """Finds the row of a layer that has adapter leaves of `rank`.
+
+  Raises:
+    ValueError: the table has none for it.
+  """
   row = first_match((adapter.pattern for adapter in table), path)
   if row is None or table[row].rank != rank:
     got = "no row for it" if row is None else f"rank {table[row].rank} in row {table[row].pattern!r}"

@@ -216,7 +216,11 @@ class Transformer(nn.Module):
     return scanned(block, depth, self.remat, self.scan_unroll)(*size)
 
   def _grid(self, x: jax.Array, cond: Any, widths: dict[str, int]) -> tuple[int, int]:
-    """Rows and columns of patches of x (B, H, W, C); ValueError if x or `cond`, see `check_text`, does not fit."""
+    """Returns the rows and columns of patches of x (B, H, W, C).
+
+    Raises:
+      ValueError: x or `cond`, see `check_text`, does not fit.
+    """
     if x.ndim != 4 or x.shape[-1] != self.channels:
       raise ValueError(f"x: expected shape (B, H, W, {self.channels}), got {x.shape}")
     check_text(cond, widths, x.shape[0])

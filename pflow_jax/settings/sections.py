@@ -51,7 +51,11 @@ def call(
 
 
 def as_section(values: Any, where: str) -> dict[str, Any]:
-  """Returns the keys of a section, sections within it as dicts; ValueError for a value that is no section."""
+  """Returns the keys of a section, sections within it as dicts.
+
+  Raises:
+    ValueError: the value is no section.
+  """
   if isinstance(values, ConfigDict):
     return values.to_dict()
   if not isinstance(values, Mapping):

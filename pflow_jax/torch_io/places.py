@@ -55,7 +55,11 @@ class Place:
 
 
 def checked_names(file: pathlib.Path, places: dict[str, Place]) -> dict[str, Place]:
-  """Returns `places`; ValueError for a name that is no module's, as it goes into messages and paths."""
+  """Returns `places`, whose names go into messages and paths.
+
+  Raises:
+    ValueError: a name is no module's.
+  """
   for name in places:
     if not _NAME.fullmatch(name):
       raise ValueError(f"{file}: expected names of tensors such as proj_out.weight, got {shown(name)}; bring it anew")

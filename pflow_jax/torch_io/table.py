@@ -74,7 +74,7 @@ class Row:
 
   @property
   def stacked(self) -> bool:
-    """True of a leaf with a leading axis of layers."""
+    """Returns whether it is of a leaf with a leading axis of layers."""
     return INDEX in self.names[0]
 
   @property

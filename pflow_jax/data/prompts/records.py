@@ -68,7 +68,11 @@ class Fields:
     return b"".join(part.tobytes() for part in parts) + prompt.encode()
 
   def unpack(self, data: bytes) -> tuple[str, Record]:
-    """The prompt and the arrays of a record; ValueError for other bytes."""
+    """Returns the prompt and the arrays of a record.
+
+    Raises:
+      ValueError: the bytes are none of a record.
+    """
     length = int(np.frombuffer(data, LENGTH, 1)[0]) if len(data) >= LENGTH.itemsize else -1
     if length < 0 or len(data) < self.sizes(length):
       raise ValueError(f"{len(data)} bytes cannot hold a record of {self} with {length} tokens; write it again")
@@ -138,7 +142,11 @@ class Index:
 
   @classmethod
   def from_json(cls, text: str, where: str = INDEX) -> Index:
-    """Reads the content that `as_json` wrote; ValueError for any other."""
+    """Reads the content that `as_json` wrote.
+
+    Raises:
+      ValueError: it is any other.
+    """
     return parse_json(text, cls, where=where)
 
   @property
@@ -160,7 +168,11 @@ class PromptSource:
     return self.read(int(row))[1]
 
   def read(self, row: int) -> tuple[str, Record]:
-    """Prompt and arrays of a record; ValueError for one that is damaged."""
+    """Returns the prompt and the arrays of a record.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     data, fields = self._records[row], self._known().fields
     with decoding(f"prompts:{self.folder}: record {row}"):
       prompt, record = fields.unpack(data)

@@ -49,7 +49,7 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OldFields(Fields):
-  """Of diffusers' DiT before it had a class of its own, as the first files say."""
+  """Fields of diffusers' DiT before it had a class of its own, as the first files say."""
 
   attention_type: Literal["default"] = "default"
   cross_attention_dim: None = None

@@ -27,7 +27,7 @@ class _Fields(mmdit.Fields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields(_Fields):
-  """Of diffusers' class."""
+  """Fields of diffusers' class."""
 
   patch_size: Size = 1
 

@@ -28,7 +28,7 @@ class _Fields(mmdit.Fields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields(_Fields):
-  """Of diffusers' class."""
+  """Fields of diffusers' class."""
 
   patch_size: Size = 2
   out_channels: Size | None = 16
@@ -36,7 +36,7 @@ class Fields(_Fields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentFields(_Fields):
-  """Of a student in that class, for which π-Flow's counts the channels of whole patches."""
+  """Fields of a student in that class, for which π-Flow's counts the channels of whole patches."""
 
   patch_size: Size = 1
 
