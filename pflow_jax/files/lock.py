@@ -119,6 +119,10 @@ class Lock:
     except Unwritable:
       raise
     except OSError as error:
+      if self._active:
+        self._look()
+      if self._lost is not None:  # the folder went while it was written to, which libraries say in other words
+        raise self._lost from error
       text = str(error)
       raise Unwritable(text if self._folder in text else f"{self._folder} cannot be written: {text}") from error
 

@@ -295,6 +295,16 @@ def test_what_storage_refuses_names_the_folder(tmp_path):
       raise ZeroDivisionError
 
 
+def test_a_folder_that_goes_while_it_is_written_to_is_said_to_be_gone(tmp_path):
+  """Whatever the library says that finds it so."""
+  folder = tmp_path / "run"
+  with Lock(folder, "pflow train") as lock:
+    with pytest.raises(Unwritable, match=f"{folder} was removed, emptied or unmounted"), lock.writing():
+      folder.rename(tmp_path / "elsewhere")
+      raise OSError("no metadata of an array")
+    (tmp_path / "elsewhere").rename(folder)
+
+
 def test_in_an_object_store(bucket):
   path = epath.Path(bucket) / LOCK
   with Lock(bucket, "pflow train") as lock:

@@ -10,7 +10,7 @@ from scipy.signal import convolve2d, correlate2d
 
 from pflow_jax.mesh.sharding import Layout, make_mesh
 from pflow_jax.networks.discriminator import Discriminator, PointDiscriminator, blur, make_discriminator, minibatch_std
-from tests.networks.test_dit import QUICK, apply, perturbed_params
+from tests.networks.test_dit import apply, perturbed_params
 
 FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
 
@@ -124,7 +124,7 @@ def test_activations_start_near_unit_variance(size):
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * (len(a.shape) > 1), jnp.float32), shapes)
   run = lambda p: module.apply({"params": p}, *inputs, capture_intermediates=True, mutable="intermediates")
-  _, captured = jax.jit(run, compiler_options=QUICK)(params)
+  _, captured = jax.jit(run)(params)
   layers = captured["intermediates"]
   power = {name: np.mean(layers[name]["__call__"][0] ** 2) for name in layers if name not in ("__call__", "logit")}
   assert len(power) == 3 + np.log2(size / 4)
@@ -133,7 +133,7 @@ def test_activations_start_near_unit_variance(size):
 
 def test_kernels_start_as_unit_normals():
   module = make_discriminator((8, 8, 1), 3, width=32)
-  params = jax.jit(module.init, compiler_options=QUICK)(jax.random.key(0), *batch((8, 8, 1)))["params"]
+  params = jax.jit(module.init)(jax.random.key(0), *batch((8, 8, 1)))["params"]
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     assert abs(np.std(leaf) - (leaf.ndim > 1)) < 3 / np.sqrt(leaf.size), path
 
@@ -179,7 +179,7 @@ def test_class_moves_the_logit(shape):
   params = perturbed_params(module, x, label)
   out, other = (apply(module, params, x, cond) for cond in (label, jnp.array([1, 2, 3, 0])))
   np.testing.assert_array_equal(out != other, [True, True, False, False])
-  gradient = jax.jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, x, label))), compiler_options=QUICK)(params)
+  gradient = jax.jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, x, label))))(params)
   rows = jnp.any(gradient["logit"]["class_embed"]["embedding"] != 0, axis=1)
   np.testing.assert_array_equal(rows, [True, False, False, True])
 

@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pflow_jax.networks.edm2 import EDM2_SIZES, Block, EDM2UNet, MPConv, mp_cat, mp_silu, mp_sum, normalize_weights
-from tests.networks.test_dit import QUICK, perturbed_params
+from tests.networks.test_dit import perturbed_params
 
 TINY = dict(model_channels=4, channel_mult=(1, 2), num_blocks=0, attn_levels=(1,), channels_per_head=4)
 BRANCHES = "length_embed", "guidance_embed"
@@ -21,7 +21,7 @@ def network(**fields):
 
 @functools.cache
 def compiled(module):
-  return jax.jit(module.apply, compiler_options=QUICK)
+  return jax.jit(module.apply)
 
 
 def apply(module, params, *inputs):
@@ -185,7 +185,7 @@ def test_activations_have_unit_magnitude():
     called = lambda child, method: method == "__call__" and isinstance(child, Block | MPConv)
     return module.apply({"params": params}, *inputs, capture_intermediates=called, mutable=["intermediates"])[1]
 
-  seen = flatten_dict(jax.jit(activations, compiler_options=QUICK)(params)["intermediates"])
+  seen = flatten_dict(jax.jit(activations)(params)["intermediates"])
   with_gain = [path for path in seen if {"emb_linear", "out_conv"} & set(path)]
   magnitudes = {path: rms(value[0]) for path, value in seen.items() if path not in with_gain}
   assert len(with_gain) == 11
@@ -205,7 +205,7 @@ def test_block_clips_its_output():
 def test_starts_at_zero_velocity_with_unit_kernels():
   module, inputs = network(), flow_map_inputs()
   key = jax.random.key(0, impl="rbg")  # compiles quicker than the default
-  params = jax.jit(module.init, compiler_options=QUICK)(key, *inputs)["params"]
+  params = jax.jit(module.init)(key, *inputs)["params"]
   out = apply(module, params, *inputs)
   assert out.shape == inputs[0].shape
   assert not np.any(out)
@@ -296,7 +296,7 @@ def derivatives(remat):
     return jnp.sum(tangents * jnp.sin(5 * x)[None]), tangents
 
   traced = jax.jit(jax.grad(loss, has_aux=True)).trace(params)
-  gradient, tangents = traced.lower().compile(QUICK)(params)
+  gradient, tangents = traced.lower().compile()(params)
   return str(traced.jaxpr), tangents, gradient
 
 
@@ -367,7 +367,7 @@ def test_fourier_features_are_finite_at_both_ends_and_constant():
   t = jnp.array([0.0, 0.5, 1.0], jnp.float32)
   params = perturbed_params(module, x, t, cond)
   loss = lambda params, t: jnp.sum(module.apply({"params": params}, x, t, cond) ** 2)
-  gradient, in_time = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)(params, t)
+  gradient, in_time = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, t)
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((gradient, in_time)))
   assert not any(np.any(leaf) for leaf in gradient["fourier"].values())
   assert np.any(gradient["time_embed"]["mp_kernel"])

@@ -16,7 +16,7 @@ from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.networks import vae
 from pflow_jax.networks.vae import AutoencoderKL
 from pflow_jax.torch_io.table import to_flax, to_torch, torch_shapes_of
-from tests.networks.test_dit import QUICK, equations
+from tests.networks.test_dit import equations
 
 LEVELS = 3
 TINY = dict(
@@ -87,7 +87,7 @@ def normal(shape, seed):
 
 
 def call(module, params, method, *inputs):
-  return jax.jit(functools.partial(module.apply, method=method), compiler_options=QUICK)({"params": params}, *inputs)
+  return jax.jit(functools.partial(module.apply, method=method))({"params": params}, *inputs)
 
 
 def check_gradients(module, params, method, x, weight, torch_loss, network, table):
@@ -96,7 +96,7 @@ def check_gradients(module, params, method, x, weight, torch_loss, network, tabl
   def loss(params, x):
     return jnp.sum(weight * module.apply({"params": params}, x, method=method))
 
-  by_params, by_x = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)(params, x)
+  by_params, by_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
   torch_x = to_torch_image(x).requires_grad_()
   network.zero_grad()
   torch_loss(torch_x).backward()
@@ -299,7 +299,7 @@ def test_attention_in_parts_is_that_of_all_queries(monkeypatch):
 
   def value_and_grads():
     loss = lambda *args: jnp.sum(jnp.sin(vae.attend(*args)))
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK)(q, k, v)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
   whole, whole_grads = value_and_grads()
   monkeypatch.setattr(vae, "SCORES", 40)
