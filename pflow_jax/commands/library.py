@@ -12,6 +12,7 @@ from typing import Any
 from flax import linen as nn
 
 from pflow_jax import data as datasets
+from pflow_jax.checkpoints.checkpoint import newest_step
 from pflow_jax.commands.run import Folder, Run
 from pflow_jax.conversion.program import convert
 from pflow_jax.conversion.runs import is_run
@@ -165,7 +166,9 @@ def load(folder: Folder, *, base: Folder | None = None, which: str = "ema", teac
   settings = use_teacher(settings, teacher)
   experiment, layout = build(settings, run=folder), layout_of(settings)
   params = experiment.load(folder, which_of(settings, which), layout)
-  return Run(experiment, layout, params, history=read_metrics(folder), workdir=folder, which=which)
+  # All processes ask for the step together, once: a run's `steps` and `repr` may be asked for by one of them alone.
+  steps = newest_step(f"{folder}/{workdirs.CHECKPOINTS}") or 0
+  return Run(experiment, layout, params, history=read_metrics(folder), workdir=folder, which=which, steps=steps)
 
 
 @contextlib.contextmanager
@@ -220,4 +223,5 @@ def _run(settings: Settings, data: datasets.Dataset, teacher: Teacher | None, wo
     state=state,
     history=trained.history,
     workdir=workdir,
+    steps=int(state.step),
   )

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from pflow_jax import data as datasets
-from pflow_jax.checkpoints.checkpoint import Checkpointer, newest_step
+from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.evaluation.evaluate import KeptInFolder, save_pictures
 from pflow_jax.evaluation.measure import Report, measure
 from pflow_jax.evaluation.samplers import Sampler, student_samplers, velocity_samplers
@@ -45,6 +45,7 @@ class Run:
     params: all parameters of its network, the averages of those that trained.
     history: metrics of its training by name, and "step": arrays with one entry an interval.
     workdir: its folder; None for a run that is in memory alone.
+    steps: optimizer steps that it was trained for; 0 for a model of PyTorch, whose number is unknown.
   """
 
   def __init__(
@@ -58,11 +59,12 @@ class Run:
     history: dict[str, np.ndarray] | None = None,
     workdir: Folder | None = None,
     which: str = "ema",
+    steps: int = 0,
   ):
     self._experiment, self._layout, self._state = experiment, layout, state
     self._frozen, self._which = frozen, which
     self._samplers: dict[str, Any] = {}
-    self.params, self.history = params, history or {}
+    self.params, self.history, self.steps = params, history or {}, steps
     self.workdir = None if workdir is None else absolute_path(workdir)
 
   @property
@@ -74,15 +76,6 @@ class Run:
   def settings(self) -> Settings:
     """All settings of the run."""
     return self._experiment.settings
-
-  @property
-  def steps(self) -> int:
-    """Optimizer steps that it was trained for; 0 for a model of PyTorch, whose number is unknown."""
-    if self._state is not None:
-      return int(self._state.step)
-    if self.workdir is None:
-      return 0
-    return newest_step(f"{self.workdir}/{workdirs.CHECKPOINTS}") or 0
 
   def sample(
     self,

@@ -85,10 +85,11 @@ def sample_prompts(
   nfe = nfe or evaluations(experiment.method, settings)[0]
   params = experiment.load(folder, which_of(run_settings, which), layout)
   noise, x0 = draw(experiment, params, layout, settings, asked, nfe, seed)
+  step = newest_step(f"{folder}/{CHECKPOINTS}")  # all processes ask together
   if is_first():
     pictures = asked.decoded(x0)
     told = {"model": run_settings.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
-    told |= {"step": newest_step(f"{folder}/{CHECKPOINTS}"), "temperature": settings.temperature_of_segments}
+    told |= {"step": step, "temperature": settings.temperature_of_segments}
     out.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = dict(x0=x0, noise=noise, prompts=np.array(prompts), nfe=nfe, **as_saved(asked.cond))
     np.savez(out / "samples.npz", **arrays)

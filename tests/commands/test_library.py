@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import pflow_jax as pf
+from pflow_jax.checkpoints import checkpoint
 from pflow_jax.commands.cli import main
 from pflow_jax.training.keeping import Keeper
 
@@ -37,7 +39,7 @@ def student(teacher):
     return pf.distill(teacher, pf.Imitation(nfe=1), pf.GMFlowHead(num_components=3), steps=3, batch_size=16)
 
 
-def test_the_twelve_lines(teacher, student, tmp_path):
+def test_the_twelve_lines(teacher, student, tmp_path, monkeypatch):
   x = student.sample(16, labels=[3, 7], seed=1)
   assert (x.shape, x.dtype) == ((16, 8, 8, 1), np.float32)
   assert not np.array_equal(x[0], x[2]), "each from its own noise"
@@ -54,6 +56,9 @@ def test_the_twelve_lines(teacher, student, tmp_path):
   assert student.workdir == saved == str(tmp_path / "s")
   again = pf.load(saved)
   assert again.steps == 3
+  with monkeypatch.context() as patched:
+    patched.setattr(checkpoint, "agreed", mock.Mock(side_effect=AssertionError("one process alone asks for a repr")))
+    assert repr(again) == f"Run(imitation, dit with head gmflow, on digits, 3 steps, in {saved})"
   np.testing.assert_array_equal(again.history["loss"], student.history["loss"])
   np.testing.assert_allclose(again.sample(16, labels=[3, 7], seed=1), x, atol=1e-5)
   # The command line draws the same.

@@ -3,6 +3,7 @@ in PyTorch."""
 
 import importlib.util
 import json
+from unittest import mock
 
 import diffusers
 import jax
@@ -15,9 +16,11 @@ from pflow_jax import data
 from pflow_jax.commands.cli import main
 from pflow_jax.conversion.cache import cache
 from pflow_jax.conversion.program import convert
+from pflow_jax.evaluation import text_to_image
 from pflow_jax.evaluation.text_to_image import sample_prompts
 from pflow_jax.families.autoencoder import load_autoencoder
 from pflow_jax.families.text import encode_prompts
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import load_config
@@ -297,3 +300,16 @@ def test_images_beside_prompts_are_cached_as_latents(journey, tmp_path):
   records = [dataset.records.source.read(i) for i in range(3)]
   found = next(record for prompt, record in records if prompt == "cat 1")
   np.testing.assert_allclose(found["x0"], expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_every_process_asks_for_the_step(monkeypatch, tmp_path):
+  """The step is agreed by all processes: one that asked for it alone would wait for ever."""
+  asked, settings = [], Settings.of(quick("flux", "gm_data_free", tmp_path))
+  for name in ("build", "layout_of", "ask", "evaluations"):
+    monkeypatch.setattr(text_to_image, name, mock.MagicMock())
+  monkeypatch.setattr(text_to_image, "draw", lambda *args: (None, None))
+  monkeypatch.setattr(text_to_image, "newest_step", asked.append)
+  monkeypatch.setattr(text_to_image, "is_first", lambda: False)
+  sample_prompts(settings, tmp_path / "run", ["a cat"])
+  assert asked == [f"{tmp_path}/run/checkpoints"]
+  assert list(tmp_path.iterdir()) == []
