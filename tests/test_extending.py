@@ -4,16 +4,20 @@ import ast
 import json
 import pathlib
 import re
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
 import pflow_jax as pf
+from pflow_jax.commands import run as commands_run
 from pflow_jax.commands.cli import main
 from pflow_jax.core.objectives import OBJECTIVES
 from pflow_jax.data import registry as sources
 from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS
+from pflow_jax.evaluation import text_to_image
+from pflow_jax.families import text
 from pflow_jax.families.registry import FAMILIES
 from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.networks.heads import HEADS
@@ -120,6 +124,16 @@ def test_the_family_paints(page):
   assert _pictures(page, page["tiny"], height=4, width=12).shape == (2, 4, 12, 3)
   codec = pf.load_autoencoder(page["folder"] / "tiny")
   jax.tree.map(np.testing.assert_array_equal, codec.params, dict(page["params"]))
+
+
+def test_further_pictures_use_what_was_read(page, monkeypatch):
+  first = _pictures(page, page["tiny"])
+  again = mock.Mock(side_effect=AssertionError("this was read or compiled before"))
+  for place, name in ((text_to_image, "load_autoencoder"), (text, "load_encoder"), (commands_run, "make_sampler")):
+    monkeypatch.setattr(place, name, again)
+  np.testing.assert_array_equal(_pictures(page, page["tiny"]), first)
+  with pytest.raises(AssertionError, match="was read"):
+    page["tiny"].pictures(["a green bird"], pipeline=page["folder"] / "another")
 
 
 def _pictures(page, run, **options):

@@ -28,6 +28,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir as workdirs
 from pflow_jax.training.experiment import Experiment
 from pflow_jax.training.inputs import absolute_path
+from pflow_jax.training.methods import Method
 from pflow_jax.training.origins import inputs_of
 from pflow_jax.training.sample import draw_noise, evaluations, in_batches, make_sampler, sample_keys
 from pflow_jax.training.state import TrainState
@@ -64,6 +65,7 @@ class Run:
     self._experiment, self._layout, self._state = experiment, layout, state
     self._frozen, self._which = frozen, which
     self._samplers: dict[str, Any] = {}
+    self._encoders: dict[str, Any] = {}
     self.params, self.history, self.steps = params, history or {}, steps
     self.workdir = None if workdir is None else absolute_path(workdir)
 
@@ -106,7 +108,8 @@ class Run:
     settings = self._sampling(nfe, **sampling)
     noise, cond = draw_noise(self.data, num, seed, labels)
     keys = sample_keys(num, seed)
-    run = self._sampler(settings, evaluations(self._experiment.method, settings)[0])
+    method = self._experiment.method
+    run = self._sampler(method, settings, evaluations(method, settings)[0])
     one = functools.partial(run, self.params)
     return in_batches(one, self._layout, settings.batch_size, noise, cond, keys)
 
@@ -140,9 +143,11 @@ class Run:
       ValueError: the run is not conditioned on texts; a folder, a size or a setting does not fit.
     """
     settings = self._sampling(nfe, **sampling)
-    asked = ask(dataclasses.replace(self.settings, sample=settings), prompts, pipeline, height, width)
+    asked = ask(dataclasses.replace(self.settings, sample=settings), prompts, pipeline, height, width, self._encoders)
     count = evaluations(self._experiment.method, settings)[0]
-    return asked.decoded(draw(self._experiment, self.params, self._layout, settings, asked, count, seed)[1])
+    # A sampler is of its condition's kind and, guided, of the empty prompt.
+    make = functools.partial(self._sampler, mark=f"texts {'' if settings.guidance is None else asked.digest}")
+    return asked.decoded(draw(self._experiment, self.params, self._layout, settings, asked, count, seed, make)[1])
 
   def trajectories(
     self, num: int = 64, *, labels: Sequence[int | str] | None = None, nfe: int | None = None, seed: int = 0
@@ -245,10 +250,10 @@ class Run:
   def _sampling(self, nfe: int | None, **changes: Any) -> SampleSettings:
     return dataclasses.replace(self.settings.sample, **(changes if nfe is None else {**changes, "nfe": (nfe,)}))
 
-  def _sampler(self, settings: SampleSettings, nfe: int) -> Any:
-    key = f"{settings}, {nfe}"
+  def _sampler(self, method: Method, settings: SampleSettings, nfe: int, mark: str = "") -> Any:
+    key = f"{settings}, {nfe}, {mark}"
     if key not in self._samplers:
-      self._samplers[key] = make_sampler(self._experiment.method, settings, nfe)
+      self._samplers[key] = make_sampler(method, settings, nfe)
     return self._samplers[key]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -121,6 +122,14 @@ class Asked:
     """
     return x0 if self.codec is None else self.codec.decode(x0)
 
+  @functools.cached_property
+  def digest(self) -> str:
+    """A text that tells the empty prompt from others."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(self.null.items()):
+      state.update(f"{name} {value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    return state.hexdigest()
+
 
 def ask(
   run_settings: Settings,
@@ -128,6 +137,7 @@ def ask(
   pipeline: str | os.PathLike | None = None,
   height: int | None = None,
   width: int | None = None,
+  kept: dict[str, Any] | None = None,
 ) -> Asked:
   """Returns prompts as the run of `run_settings` is asked for them.
 
@@ -137,6 +147,8 @@ def ask(
     pipeline: folder of the published model.
     height: in pixels.
     width: in pixels.
+    kept: the encoder and the autoencoder of an earlier call, which are used again where they are the same; empty at
+      first. The call puts its own there.
 
   Raises:
     ValueError: the run, the folder or a size does not fit.
@@ -151,15 +163,29 @@ def ask(
   dtype = "float32" if run_settings.model.get("dtype", "float32") == "float32" else "bfloat16"
   # A teacher is guided away from the empty prompt, which then comes last. Without guidance `null` is not used.
   texts = [*prompts, *([""] if prompts and settings.guidance is not None else [])]
-  cond = text.encode_prompts(family.name, pipeline, texts, run_settings.data.get("max_length"), dtype=dtype)
+  if not texts:
+    raise ValueError("there are no prompts to encode.")
+  kept, place = {} if kept is None else kept, pipeline if pipeline is None else os.path.abspath(pipeline)
+  which = family.name, place, run_settings.data.get("max_length"), dtype
+  load = lambda: text.load_encoder(family.name, pipeline, max_length=which[2], dtype=dtype)
+  cond = text.encode_with(_once(kept, "encoder", which, load), texts)
   null = {name: value[-1] for name, value in cond.items()}
   cond = {name: value[: len(prompts)] for name, value in cond.items()}
-  codec = load_autoencoder(pipeline) if family.autoencoder and pipeline is not None else None
+  codec = None
+  if family.autoencoder and pipeline is not None:
+    codec = _once(kept, "codec", place, lambda: load_autoencoder(pipeline))
   return Asked(cond, null, codec, _shapes(run_settings, cond, codec, height, width) if codec else None)
 
 
 def draw(
-  experiment: Experiment, params: Any, layout: Layout, settings: SampleSettings, asked: Asked, nfe: int, seed: int
+  experiment: Experiment,
+  params: Any,
+  layout: Layout,
+  settings: SampleSettings,
+  asked: Asked,
+  nfe: int,
+  seed: int,
+  make: Callable[..., Callable[..., jax.Array]] = make_sampler,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Draws a sample of every prompt.
 
@@ -171,6 +197,7 @@ def draw(
     asked: the prompts.
     nfe: network evaluations.
     seed: sample i starts from noise that depends on it and i alone.
+    make: makes the sampler, see `training.sample.make_sampler`.
 
   Returns:
     Noise and samples, (n, *space, C) each.
@@ -183,10 +210,18 @@ def draw(
   key = jax.random.key(seed)
   one = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
   noise = np.asarray(one(jnp.arange(count)))
-  run = functools.partial(make_sampler(method, settings, nfe), params)
+  run = functools.partial(make(method, settings, nfe), params)
   x0 = in_batches(run, layout, settings.batch_size, noise, asked.cond, sample_keys(count, seed))
   warn_of_gaps(f"{nfe} NFE", x0, params)
   return noise, x0
+
+
+def _once(kept: dict[str, Any], name: str, what: Any, make: Callable[[], Any]) -> Any:
+  """Returns what is kept under a name if it is `what`, else makes it and keeps it in place of the last one."""
+  if name not in kept or kept[name][0] != what:
+    kept.pop(name, None)  # the last one's memory is free before the next one is read
+    kept[name] = what, make()
+  return kept[name][1]
 
 
 def family_of(settings: Settings) -> Family:

@@ -57,7 +57,7 @@ class Codec:
     Args:
       z: latents (B, h, w, C), as the network makes them.
     """
-    return np.concatenate([np.asarray(self._run("decode")(self.params, one[None])) for one in z])
+    return np.concatenate([np.asarray(self._decode(self.params, one[None])) for one in z])
 
   def encode(self, x: np.ndarray) -> np.ndarray:
     """Encodes pictures to latents (B, h, w, C), of about unit variance; to their mean, not to a draw.
@@ -65,7 +65,7 @@ class Codec:
     Args:
       x: pictures (B, H, W, 3) in [-1, 1].
     """
-    return np.concatenate([np.asarray(self._run("encode")(self.params, one[None])) for one in x])
+    return np.concatenate([np.asarray(self._encode(self.params, one[None])) for one in x])
 
   def save(self, folder: str | os.PathLike) -> pathlib.Path:
     """Writes it as diffusers does, to the folder "vae" of a pipeline; `load_autoencoder` reads it.
@@ -92,9 +92,13 @@ class Codec:
       target.write(tensors.__getitem__)
     return path
 
-  @functools.cache  # noqa: B019 (of the one autoencoder of a program)
-  def _run(self, method: str) -> Any:
-    return jax.jit(lambda params, x: self.module.apply({"params": params}, x, method=method))
+  @functools.cached_property
+  def _decode(self) -> Any:
+    return _jitted(self.module, "decode")
+
+  @functools.cached_property
+  def _encode(self) -> Any:
+    return _jitted(self.module, "encode")
 
   def read(self, paths: Sequence[str | os.PathLike], size: tuple[int, int]) -> np.ndarray:
     """Reads picture files as latents, (n, h, w, C).
@@ -144,6 +148,10 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   check_tensors(expected, tensors.shapes, str(path))
   params = to_flax(rows, {name: tensors.read(name).astype(np.float32) for name in expected})
   return Codec(module, jax.device_put(params))
+
+
+def _jitted(module: Any, method: str) -> Any:
+  return jax.jit(lambda params, x: module.apply({"params": params}, x, method=method))
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:

@@ -68,7 +68,17 @@ def encode_prompts(
   """
   if not prompts:
     raise ValueError("there are no prompts to encode.")
-  encoder = load_encoder(model, folder, max_length=max_length, dtype=dtype)
+  return encode_with(load_encoder(model, folder, max_length=max_length, dtype=dtype), prompts, batch_size)
+
+
+def encode_with(encoder: Encoder, prompts: Sequence[str], batch_size: int = 16) -> dict[str, np.ndarray]:
+  """Returns what `encode_prompts` does, of an encoder that is there.
+
+  Args:
+    encoder: result of `load_encoder`.
+    prompts: texts, at least one.
+    batch_size: prompts at a time.
+  """
   parts = [encoder.encode(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
   if encoder.fields.masked:
     length = -(-max(part["text"].shape[1] for part in parts) // ROUND) * ROUND

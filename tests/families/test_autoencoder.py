@@ -1,5 +1,8 @@
 """Autoencoders as folders: what is saved is read again, by this package and by diffusers."""
 
+import gc
+import weakref
+
 import diffusers
 import jax
 import numpy as np
@@ -45,6 +48,16 @@ def test_what_is_saved_is_read_again(tmp_path, name):
     else:
       theirs = module.scale * network.encode(image).latent_dist.mode().movedim(1, -1).numpy()
   np.testing.assert_allclose(codec.encode(x), theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_its_memory_is_free_with_its_last_name():
+  module = MODULES["AutoencoderKL"]
+  codec = Codec(module, jax.jit(module.init)(jax.random.key(1), np.zeros((1, 4, 4, 3), np.float32))["params"])
+  assert codec.decode(codec.encode(np.zeros((2, 4, 4, 3), np.float32))).shape == (2, 4, 4, 3)
+  alive = weakref.ref(codec)
+  del codec
+  gc.collect()
+  assert alive() is None
 
 
 def test_an_autoencoder_that_no_family_has_is_refused(tmp_path):
