@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from pflow_jax import data as datasets
@@ -150,15 +151,19 @@ def load(folder: Folder, *, base: Folder | None = None, which: str = "ema", teac
     teacher: workdir of its teacher, if that has moved.
 
   Raises:
-    ValueError: there is no run and no model, or it cannot be read.
+    ValueError: there is no run and no model, or it cannot be read; or it is a model of PyTorch, and there are several
+      processes.
   """
   if not is_run(folder):
     if teacher is not None:
       raise ValueError("teacher: is for a run; the teacher of an adapter of PyTorch is `base`")
+    if jax.process_count() > 1:
+      raise ValueError(f"load: convert it first, pf.convert({str(folder)!r}, a workdir that all processes see)")
     with _converted(folder, base) as made:
       run = load(made)
       run.workdir = None  # the folder is temporary; all that is needed is in memory
-      run._frozen = run._experiment.load_frozen(run._layout) if run.settings.adapters.table else None
+      if run.settings.adapters.table or (base is not None and not is_run(base)):
+        run._frozen = run._experiment.load_frozen(run._layout)
       return run
   if base is not None:
     raise ValueError(f"base: {folder} is a run, which knows its teacher; `teacher` says where that has moved")

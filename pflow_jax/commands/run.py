@@ -18,10 +18,11 @@ from pflow_jax.evaluation.evaluate import KeptInFolder, save_pictures
 from pflow_jax.evaluation.measure import Report, measure
 from pflow_jax.evaluation.samplers import Sampler, student_samplers, velocity_samplers
 from pflow_jax.evaluation.text_to_image import ask, draw
+from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
 from pflow_jax.mesh.distributed import is_first
-from pflow_jax.mesh.sharding import Layout
+from pflow_jax.mesh.sharding import Layout, to_host
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.teacher import TeacherSettings
 from pflow_jax.settings.tree import Settings
@@ -157,7 +158,7 @@ class Run:
     method = self._experiment.method
     noise, cond = draw_noise(self.data, num, seed, labels)
     walk = jax.jit(method.trajectory(settings, evaluations(method, settings)[0]))
-    return np.asarray(walk(self.params, noise, cond))
+    return to_host(walk(self.params, noise, cond))
 
   def evaluate(self, *, out: Folder | None = None, quiet: bool = False, **settings: Any) -> Report:
     """Measures it against its teacher and its data.
@@ -190,10 +191,10 @@ class Run:
       kept = KeptInFolder(self._experiment, self.workdir)
     batch_size = self.settings.sample.batch_size
     report = measure(samplers, self.data, own, self._layout, batch_size=batch_size, kept=kept, quiet=quiet)
-    if out is not None:
+    if out is not None and is_first():
       folder = pathlib.Path(checked_folder(out, "out"))
       folder.mkdir(parents=True, exist_ok=True)
-      (folder / "evaluation.md").write_text(report.table, encoding="utf-8")
+      write_atomically(folder / "evaluation.md", report.table)
       save_pictures(report, self.data, folder)
     return report
 

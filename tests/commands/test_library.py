@@ -13,7 +13,9 @@ from PIL import Image
 
 import pflow_jax as pf
 from pflow_jax.checkpoints import checkpoint
+from pflow_jax.commands import run as commands_run
 from pflow_jax.commands.cli import main
+from pflow_jax.mesh.sharding import to_host
 from pflow_jax.training.keeping import Keeper
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -89,7 +91,7 @@ def test_a_student_starts_as_its_teacher_in_memory(teacher, digits):
     pf.distill(teacher, pf.Imitation(), pf.ArcHead(), steps=1, network=pf.DiT(**(SMALL | dict(width=8))))
 
 
-def test_a_flow_map_and_arcflow_by_adapters(teacher, tmp_path):
+def test_a_flow_map_and_arcflow_by_adapters(teacher, monkeypatch):
   flow_map = pf.distill(teacher, pf.ayf_emd(warmup_steps=2), steps=2, batch_size=8)
   assert flow_map.settings.kind == "ayf_emd"
   assert flow_map.sample(2, nfe=4).shape == (2, 8, 8, 1)
@@ -98,20 +100,26 @@ def test_a_flow_map_and_arcflow_by_adapters(teacher, tmp_path):
   adapters = pf.AdapterSettings((("blocks/(mlp_in|mlp_out)", 2),))
   arc = pf.distill(teacher, pf.Imitation(nfe=2), pf.ArcHead(num_components=2), steps=2, batch_size=8, adapters=adapters)
   assert set(arc._state.params["blocks"]) == {"mlp_in", "mlp_out"}
+  monkeypatch.setattr(commands_run, "to_host", mock.Mock(side_effect=to_host))  # arrays may span processes
   assert arc.trajectories(3).shape == (33, 3, 8, 8, 1)
+  assert commands_run.to_host.call_count == 1
 
 
-def test_a_teacher_may_be_a_function(digits):
+def test_a_teacher_may_be_a_function(digits, tmp_path, monkeypatch):
   """With parameters and without; the student of a function that shrinks x learns to shrink it."""
   network = pf.DiT(**SMALL)
-  for teacher in (pf.Teacher(lambda x, t, cond: 0.5 * x), pf.Teacher(lambda w, x, t, cond: w * x, np.float32(0.5))):
+  teachers = (pf.Teacher(lambda x, t, cond: 0.5 * x), pf.Teacher(lambda w, x, t, cond: w * x, np.float32(0.5)))
+  for first, teacher in zip((False, True), teachers, strict=True):
     student = pf.distill(
       teacher, pf.Imitation(), pf.ArcHead(num_components=2), data=digits, network=network, steps=2, batch_size=8
     )
-    report = student.evaluate(**QUICK)
+    monkeypatch.setattr(commands_run, "is_first", lambda first=first: first)
+    report = student.evaluate(out=tmp_path / "report", **QUICK)
+    assert (tmp_path / "report").exists() == first, "one process writes"
     reference = report.samples["teacher, 128 steps"]
     noise = np.asarray(jax.random.normal(jax.random.key(1234), reference.shape))
     np.testing.assert_allclose(reference, noise * (1 - 0.5 / 128) ** 128, atol=1e-4)
+  assert {path.name for path in (tmp_path / "report").iterdir()} == {"evaluation.md", "samples.png"}
   with pytest.raises(ValueError, match="the student's data and network must be given"):
     pf.distill(teacher, pf.Imitation(), pf.ArcHead(), steps=1)
   with pytest.raises(ValueError, match="expected a function"):
@@ -157,11 +165,18 @@ def test_an_interrupted_training_returns_what_it_has(digits, tmp_path, monkeypat
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_student_of_pytorch_is_loaded(student, teacher, tmp_path):
+def test_a_student_of_pytorch_is_loaded(student, teacher, tmp_path, monkeypatch):
   base, saved = teacher.workdir or teacher.save(tmp_path / "t"), student.workdir or student.save(tmp_path / "s")
   main(["convert", "--source", saved, "--out", str(tmp_path / "torch")])
   loaded = pf.load(tmp_path / "torch")
   np.testing.assert_allclose(loaded.sample(4, seed=2), student.sample(4, seed=2), atol=1e-5)
+  # A folder of diffusers is a teacher too, and outlives the workdir that is made of it.
+  pf.convert(base, tmp_path / "base")
+  against = pf.load(tmp_path / "torch", base=tmp_path / "base").evaluate(**QUICK)
+  assert [row["nfe"] for row in against.rows] == [4, 128, 1]
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match=r"load: convert it first, pf.convert\('.*torch', a workdir that all"):
+    pf.load(tmp_path / "torch")
   with pytest.raises(ValueError, match="is a run, which knows its teacher"):
     pf.load(saved, base=base)
 
