@@ -1,6 +1,9 @@
 """docs/extending.md: its blocks run, one after the other, and what they add behaves as if it were the package's own."""
 
 import ast
+
+
+import dataclasses
 import json
 import pathlib
 import re
@@ -13,6 +16,7 @@ import pytest
 import pflow_jax as pf
 from pflow_jax.commands import run as commands_run
 from pflow_jax.commands.cli import main
+from pflow_jax.conversion import to_torch
 from pflow_jax.core.objectives import OBJECTIVES
 from pflow_jax.data import registry as sources
 from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS
@@ -120,10 +124,24 @@ def test_the_family_paints(page):
   assert pictures.shape == (2, 8, 8, 3)
   assert np.isfinite(pictures).all()
   np.testing.assert_array_equal(pictures[:1], page["pictures"])
+  one = page["tiny"].pictures("a green bird", pipeline=page["folder"] / "tiny")  # a text is one prompt, not its letters
+  np.testing.assert_array_equal(one, page["pictures"])
   assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
   assert _pictures(page, page["tiny"], height=4, width=12).shape == (2, 4, 12, 3)
   codec = pf.load_autoencoder(page["folder"] / "tiny")
   jax.tree.map(np.testing.assert_array_equal, codec.params, dict(page["params"]))
+
+
+def test_an_objective_without_a_policy_s_fields(page, monkeypatch, tmp_path):
+  """It is measured in an even schedule, and cannot be told to PyTorch."""
+  report = page["jumper"].evaluate(num_samples=128, teacher_steps=(4, 128), num_resamples=2, quiet=True)
+  assert [row["nfe"] for row in report.rows] == [4, 128, 1]
+  own = to_torch.read_run(page["folder"] / "runs" / "tiny")
+  other = dataclasses.replace(own, kind="endpoint", objective=page["Endpoint"]())
+  monkeypatch.setattr(to_torch, "read_run", lambda folder: other)
+  with pytest.raises(ValueError, match="'endpoint' has no nfe, max_segment, final_scale, shift; give it such fields"):
+    pf.convert(page["folder"] / "runs" / "tiny", tmp_path / "torch")
+  assert not (tmp_path / "torch").exists()
 
 
 def test_further_pictures_use_what_was_read(page, monkeypatch):

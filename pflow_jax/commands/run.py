@@ -116,7 +116,7 @@ class Run:
 
   def pictures(
     self,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     pipeline: Folder | None = None,
     height: int | None = None,
@@ -128,7 +128,7 @@ class Run:
     """Draws a picture of every prompt; the same that `pflow sample --prompt` draws.
 
     Args:
-      prompts: texts.
+      prompts: texts, or one text.
       pipeline: folder of the published model, whose text encoders and autoencoder are used; not needed for a run on
         MiniLM's embeddings and pixels.
       height: in pixels; by default as trained.

@@ -31,6 +31,8 @@ from pflow_jax.torch_io.table import flat_shapes, rows_for
 from pflow_jax.training import workdir
 from pflow_jax.training.teachers import which_of
 
+TOLD = ("nfe", "max_segment", "final_scale", "shift")  # what a policy's files tell of its objective
+
 
 def to_torch(
   folder: str,
@@ -54,6 +56,9 @@ def to_torch(
 
   Returns:
     Whether anything was left to do.
+
+  Raises:
+    ValueError: PyTorch has no such model, or the objective does not tell what the files of a policy do.
   """
   settings = read_run(folder)
   which = which_of(settings, which)
@@ -68,6 +73,11 @@ def to_torch(
   metadata: dict[str, str] = {}
   objective, sampling = settings.objective, settings.sample
   if model.output.has_policy:
+    if lacking := [name for name in TOLD if not hasattr(objective, name)]:
+      raise ValueError(
+        f"{folder}: PyTorch's files of a policy tell {', '.join(TOLD)} of its objective, and {settings.kind!r} has no "
+        f"{', '.join(lacking)}; give it such fields"
+      )
     metadata = policy_metadata(model.output, objective.max_segment, objective.shift)
     grid = objective.nfe, objective.final_scale, objective.shift
     metadata |= sampling_metadata(*grid, sampling.temperature_of_segments, sampling.method)

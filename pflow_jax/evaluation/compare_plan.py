@@ -193,7 +193,8 @@ def _check_reference(runs: Sequence[Run]) -> None:
     t = run.settings.teacher
     weak = f", weak teacher {'teacher.weak_workdir' in run.needs}" if t and t.guidance != 1 else ""
     keys = ("guidance", "interval", "orthogonal", "which")
-    return ", ".join(f"{key} {getattr(t, key, None)}" for key in keys) + f"{weak}, shift {run.settings.objective.shift}"
+    shift = getattr(run.settings.objective, "shift", 1.0)
+    return ", ".join(f"{key} {getattr(t, key, None)}" for key in keys) + f"{weak}, shift {shift}"
 
   references = {run.name: reference(run) for run in runs}
   if len(set(references.values())) > 1:

@@ -208,7 +208,7 @@ def _reference(experiment: Experiment) -> str:
   assert experiment.teacher is not None
   t = experiment.teacher.settings
   digests = {name: saved.digest for name, saved in experiment.teacher.saved.items()}
-  shift = experiment.method.objective.shift
+  shift = experiment.method.shift
   how = f"guidance {t.guidance} in {tuple(t.interval)}, orthogonal {t.orthogonal}, shift {shift}"
   # A weak teacher guides nothing at strength 1.
   if t.autoguided and t.guidance != 1:

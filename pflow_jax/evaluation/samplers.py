@@ -53,7 +53,7 @@ def velocity_samplers(
   method: Method, velocity: Callable[[Any], Velocity], params: Any, all_steps: Sequence[int]
 ) -> list[Sampler]:
   """Samplers of a velocity field of these parameters by numbers of Euler steps, even in the method's schedule."""
-  shift = method.objective.shift
+  shift = method.shift
 
   def make(steps):
     @functools.partial(jax.jit, static_argnames="trajectory")

@@ -41,7 +41,7 @@ SHOWN = 64  # pictures in the overview
 def sample_prompts(
   config: Settings | Mapping[str, Any],
   folder: str | os.PathLike,
-  prompts: Sequence[str],
+  prompts: str | Sequence[str],
   *,
   pipeline: str | os.PathLike | None = None,
   height: int | None = None,
@@ -57,7 +57,7 @@ def sample_prompts(
   Args:
     config: of the run, perhaps with other settings for sampling.
     folder: its workdir.
-    prompts: the texts, a picture each.
+    prompts: the texts, a picture each, or one text.
     pipeline: folder of the published model, for its text encoders and its autoencoder; not needed for a run on MiniLM's
       embeddings and pixels.
     height: in pixels; by default that which the run was trained for.
@@ -75,7 +75,7 @@ def sample_prompts(
   Raises:
     ValueError: the run, a folder or a size does not fit.
   """
-  folder = expanded(folder)
+  folder, prompts = expanded(folder), as_list(prompts)
   check_local(out, folder)
   out = pathlib.Path(checked_folder(f"{folder}/samples/prompts_seed{seed}" if out is None else out, "--out"))
   run_settings = use_teacher(Settings.of(config, converted=True), teacher)
@@ -133,7 +133,7 @@ class Asked:
 
 def ask(
   run_settings: Settings,
-  prompts: Sequence[str],
+  prompts: str | Sequence[str],
   pipeline: str | os.PathLike | None = None,
   height: int | None = None,
   width: int | None = None,
@@ -143,7 +143,7 @@ def ask(
 
   Args:
     run_settings: of the run.
-    prompts: texts.
+    prompts: texts, or one text.
     pipeline: folder of the published model.
     height: in pixels.
     width: in pixels.
@@ -153,7 +153,7 @@ def ask(
   Raises:
     ValueError: the run, the folder or a size does not fit.
   """
-  settings = run_settings.sample
+  settings, prompts = run_settings.sample, as_list(prompts)
   family = family_of(run_settings)
   if pipeline is None and family.autoencoder:
     raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
@@ -214,6 +214,11 @@ def draw(
   x0 = in_batches(run, layout, settings.batch_size, noise, asked.cond, sample_keys(count, seed))
   warn_of_gaps(f"{nfe} NFE", x0, params)
   return noise, x0
+
+
+def as_list(prompts: str | Sequence[str]) -> list[str]:
+  """Returns prompts as a list; one text is one prompt, not its letters."""
+  return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def _once(kept: dict[str, Any], name: str, what: Any, make: Callable[[], Any]) -> Any:

@@ -120,6 +120,11 @@ class Method(abc.ABC, Generic[Objective]):
     raise NotImplementedError
 
   @property
+  def shift(self) -> float:
+    """Time shift of the schedule in which it and its teacher are sampled; the objective's, or 1 where it has none."""
+    return getattr(self.objective, "shift", 1.0)
+
+  @property
   def is_fixed(self) -> bool:
     """Returns whether it is made for its own number of evaluations alone."""
     return False
