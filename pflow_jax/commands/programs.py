@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from typing import Any, Literal
 
@@ -268,15 +267,10 @@ def cache(
     width: of images
   """
   from pflow_jax.conversion.cache import cache as run
-  from pflow_jax.families.autoencoder import load_autoencoder
 
   options: dict[str, Any] = dict(encoders=encoders, batch_size=batch_size, max_length=max_length)
   options |= dict(shard_records=shard_records, dtype=dtype, field=field)
-  if images:
-    if latents or not encoders:
-      raise ValueError("--images: expected --encoders, the pipeline with the autoencoder, and no --latents")
-    options |= {"read_x0": functools.partial(load_autoencoder(encoders).read, size=(height, width))}
   try:
-    run(prompts, model, out, file_field=images or latents, **options)
+    run(prompts, model, out, latents=latents, images=images, height=height, width=width, **options)
   except KeyboardInterrupt as stopped:
     raise KeyboardInterrupt("stopped; the same command goes on where it was") from stopped

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -21,6 +22,7 @@ from pflow_jax import data
 from pflow_jax.data.prompts.files import Prompts
 from pflow_jax.data.prompts.records import INDEX, NULL, SHARDS, TABLE, Index, prompt_hashes, read_index, without_x0
 from pflow_jax.data.shards import num_records
+from pflow_jax.families.autoencoder import load_autoencoder
 from pflow_jax.families.text import Encoder, load_encoder
 from pflow_jax.files.array_files import read_npy
 from pflow_jax.files.atomic import write_atomically
@@ -39,18 +41,20 @@ _COUNTED = 10_000  # prompts whose tokens are counted at a time
 
 
 def cache(
-  prompts: str | Sequence[str],
+  prompts: str | os.PathLike | Sequence[str],
   model: str,
   out: str | os.PathLike,
   *,
-  encoders: str | None = None,
+  encoders: str | os.PathLike | None = None,
   batch_size: int = 16,
   max_length: int | None = None,
   shard_records: int | None = None,
   dtype: str | None = None,
   field: str | None = None,
-  file_field: str | None = None,
-  read_x0: ReadX0 | None = None,
+  latents: str | None = None,
+  images: str | None = None,
+  height: int = 1024,
+  width: int = 1024,
 ) -> Index:
   """Writes a folder that `prompts:<out>` reads, see `data.prompts.records`.
 
@@ -64,8 +68,10 @@ def cache(
     dtype: that the encoders compute in; text is always stored in bfloat16.
     shard_records: in a file; default what gives files of 4 GiB at most.
     field: of the file of prompts: the prompt.
-    file_field: of the file of prompts: a file beside it that holds x0.
-    read_x0: reads those files; default NumPy's .npy, (*space, C) each, such as latents.
+    latents: of the file of prompts: a file beside it, NumPy's .npy, with x0 (*space, C), such as an image's latents.
+    images: of the file of prompts: a picture beside it, whose latents the pipeline's autoencoder makes.
+    height: of pictures, which are cut and scaled to it.
+    width: of pictures.
 
   Returns:
     The index.
@@ -79,12 +85,13 @@ def cache(
     raise ValueError(f"{out}: shards are written to a file system; give a folder, and copy or mount it.")
   if batch_size < 1 or (shard_records is not None and shard_records < 1):
     raise ValueError(f"expected batch_size and shard_records >= 1, got {batch_size} and {shard_records}.")
-  found = _read(prompts, field, file_field)
+  read_x0 = _reader(encoders, latents, images, (height, width))
+  prompts = os.fspath(prompts) if isinstance(prompts, os.PathLike) else prompts
+  found = _read(prompts, field, images or latents)
   named = prompts if isinstance(prompts, str) else "prompts"
   left = f"{found.blank:,} blank and {found.repeated:,} repeated"
   print(f"{named}: {len(found.texts):,} prompts ({left} left out)")
   encoder = load_encoder(model, encoders, max_length=max_length, dtype=dtype)
-  read_x0 = read_x0 or read_arrays
   shape = _x0(found, read_x0, slice(0, 1)).shape[1:] if found.paths else ()
   fields = dataclasses.replace(encoder.fields, shape=shape)
   texts = [*found.texts, ""]
@@ -131,6 +138,16 @@ def read_arrays(paths: Sequence[pathlib.Path]) -> np.ndarray:
   if len({array.shape for array in arrays}) > 1:
     raise ValueError(f"expected arrays of one shape, got {shown([array.shape for array in arrays])}")
   return np.stack(arrays)
+
+
+def _reader(
+  encoders: str | os.PathLike | None, latents: str | None, images: str | None, size: tuple[int, int]
+) -> ReadX0:
+  if not images:
+    return read_arrays
+  if latents or not encoders:
+    raise ValueError("--images: expected --encoders, the pipeline with the autoencoder, and no --latents")
+  return functools.partial(load_autoencoder(encoders).read, size=size)
 
 
 def _read(prompts: str | Sequence[str], field: str | None, file_field: str | None) -> Prompts:

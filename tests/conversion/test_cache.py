@@ -1,15 +1,18 @@
 """`pflow cache`: what is written, that a kill changes nothing, and what is refused."""
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from pflow_jax import data
+from pflow_jax.commands import programs
 from pflow_jax.conversion import cache as program
 from pflow_jax.conversion.cache import cache
 from pflow_jax.data.prompts.records import MODELS, Fields, PromptSource, prompt_hashes, read_index
@@ -131,6 +134,7 @@ def test_records_are_what_the_encoder_gives(stub, prompts, tmp_path, model, caps
 
 KILLED = """
 import os, sys
+from pflow_jax.commands import programs
 from pflow_jax.conversion import cache as program
 from tests.encoders import StubEncoder
 encoder = StubEncoder(fail_at=int(sys.argv[1]), fail=lambda: os._exit(9))
@@ -210,7 +214,7 @@ def test_latents_beside_the_prompts(stub, tmp_path):
   lines = [json.dumps({"caption": text, "latents": f"latents/{n}.npy"}) for text, n in rows]
   path = tmp_path / "prompts.jsonl"
   path.write_text("\n".join(lines))
-  index = cache(str(path), "qwen_image", tmp_path / "out", batch_size=2, file_field="latents")
+  index = cache(str(path), "qwen_image", tmp_path / "out", batch_size=2, latents="latents")
   assert (index.num_records, index.fields.shape) == (3, (4, 6, 2))
   source = PromptSource(str(tmp_path / "out"), index)
   for row in range(3):
@@ -226,7 +230,7 @@ def test_latents_beside_the_prompts(stub, tmp_path):
   def refused(change, message):
     change()
     with pytest.raises(ValueError, match=message):
-      cache(str(path), "qwen_image", tmp_path / "other", batch_size=2, file_field="latents")
+      cache(str(path), "qwen_image", tmp_path / "other", batch_size=2, latents="latents")
     shutil.rmtree(tmp_path / "other", ignore_errors=True)
 
   save = lambda values: np.save(tmp_path / "latents" / "2.npy", values)
@@ -259,15 +263,27 @@ def test_a_shard_that_is_no_file_is_not_opened(stub, prompts, tmp_path):
   assert (out / "00001.array_record").is_file()
 
 
-def test_other_readers_of_x0(stub, tmp_path):
+def test_images_go_through_the_pipeline_s_autoencoder(stub, tmp_path, monkeypatch):
   (tmp_path / "prompts.csv").write_text("prompt,image\na cat,1.png\na dog,2.png\n")
   for n in (1, 2):
     (tmp_path / f"{n}.png").touch()
-  encode = lambda paths: np.stack([np.full((2, 2, 3), float(path.stem)) for path in paths])
-  options = {"file_field": "image", "read_x0": encode}
-  index = cache(str(tmp_path / "prompts.csv"), "minilm", tmp_path / "out", **options)
+  asked = []
+
+  def read(paths, size):
+    asked.append(size)
+    return np.stack([np.full((2, 2, 3), float(path.stem)) for path in paths])
+
+  monkeypatch.setattr(program, "load_autoencoder", lambda folder: types.SimpleNamespace(folder=folder, read=read))
+  options = dict(images="image", encoders=tmp_path / "pipeline", height=16, width=8)
+  index = cache(tmp_path / "prompts.csv", "minilm", tmp_path / "out", **options)  # paths are texts or path objects
+  assert set(asked) == {(16, 8)}
   source = PromptSource(str(tmp_path / "out"), index)
   assert [source.read(row)[1]["x0"].mean() for row in range(2)] == [1, 2]
+
+
+def test_the_command_has_the_function_s_arguments():
+  flags, own = (inspect.signature(one).parameters for one in (programs.cache, cache))
+  assert {name: one.default for name, one in flags.items()} == {name: one.default for name, one in own.items()}
 
 
 def test_texts_of_a_data_set(stub, tmp_path, monkeypatch):
@@ -355,7 +371,8 @@ def test_the_keyboard_stops_it_and_the_command_says_how_to_go_on(prompts, tmp_pa
     ({"out": "gs://bucket/out"}, "written to a file system"),
     ({"batch_size": 0}, "batch_size and shard_records >= 1, got 0 and None"),
     ({"shard_records": 0}, "batch_size and shard_records >= 1, got 16 and 0"),
-    ({"file_field": "latents"}, "has no field 'latents'"),
+    ({"latents": "latents"}, "has no field 'latents'"),
+    ({"images": "image"}, "expected --encoders, the pipeline with the autoencoder"),
   ],
 )
 def test_mistakes_are_told_before_any_work(stub, prompts, tmp_path, arguments, message):
