@@ -285,6 +285,14 @@ def test_attention_without_a_forward_rule_is_refused_by_name(tmp_path):
   assert build(config).network.module.attention == "cudnn", "imitation has no need of it"
 
 
+def test_a_network_that_embeds_a_multiple_of_t_is_warned_of(caplog):
+  for scale, told in ((1.0, False), (125.0, True)):
+    config = board()
+    config.model.time_scale = scale
+    build(config, abstract=True)
+    assert ("time_scale: a flow map is trained on its derivative in t, and the factor 125" in caplog.text) == told
+
+
 def test_configs_that_do_not_fit_are_refused(teacher):
   config = guided_config(teacher)
   config.head = dict(kind="gmflow", num_components=2)

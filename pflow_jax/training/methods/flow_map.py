@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +22,8 @@ from pflow_jax.training.network import Network
 
 Array = jax.Array
 
+logger = logging.getLogger(__name__)
+
 
 class FlowMapMethod(Method[FlowMap]):
   """An average velocity F(x, t, s), sampled by jumps down a grid of times."""
@@ -29,6 +34,7 @@ class FlowMapMethod(Method[FlowMap]):
   def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, teachers: Teachers):
     objective = settings.objective
     _check_jvp(network)
+    _warn_of_scale(float(getattr(network.module, "time_scale", 1.0)))
     if objective.target == "data" and not teachers.named:
       if settings.adapters.table:
         raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
@@ -141,6 +147,16 @@ class FlowMapMethod(Method[FlowMap]):
   def _grid(self, nfe: int) -> list[float]:
     """Flow times that it jumps between with `nfe` evaluations."""
     return [float(shift_time(r, self.objective.shift)) for r in segment_grid(nfe)]
+
+
+@functools.cache  # a run is built several times by a program
+def _warn_of_scale(scale: float) -> None:
+  if scale > 1:
+    logger.warning(
+      "config.model.time_scale: a flow map is trained on its derivative in t, and the factor %g scales that; "
+      "train its teacher with time_scale=1.0",
+      scale,
+    )
 
 
 def _check_jvp(network: Network) -> None:
