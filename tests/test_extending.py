@@ -1,8 +1,6 @@
 """docs/extending.md: its blocks run, one after the other, and what they add behaves as if it were the package's own."""
 
 import ast
-
-
 import dataclasses
 import json
 import pathlib

@@ -299,9 +299,12 @@ def test_a_folder_that_goes_while_it_is_written_to_is_said_to_be_gone(tmp_path):
   """Whatever the library says that finds it so."""
   folder = tmp_path / "run"
   with Lock(folder, "pflow train") as lock:
-    with pytest.raises(Unwritable, match=f"{folder} was removed, emptied or unmounted"), lock.writing():
-      folder.rename(tmp_path / "elsewhere")
-      raise OSError("no metadata of an array")
+    saving = lock.writing()
+    saving.__enter__()
+    folder.rename(tmp_path / "elsewhere")
+    error = OSError("no metadata of an array")
+    with pytest.raises(Unwritable, match=f"{folder} was removed, emptied or unmounted"):
+      saving.__exit__(OSError, error, None)
     (tmp_path / "elsewhere").rename(folder)
 
 
