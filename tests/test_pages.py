@@ -67,6 +67,8 @@ PARSED = {
     "other machines, or processes; tests/test_launch.py runs the scripts"
   ),
 }
+# Blocks of Python whose calls are compared with the functions' arguments, and not run, and why.
+PARSED_BLOCKS = {r'pf\.convert\("FLUX': "weights of 12 billion parameters, as for the commands"}
 # Runs that are made of random parameters and their config, and not trained, and why.
 UNTRAINED = {
   r"pflow train .*configs/emoji": "tests/test_configs.py trains them; what is drawn from them is looked at here"
@@ -121,6 +123,10 @@ class Shelf:
   def _run_block(self, fence, names):
     if fence.text not in self._blocks:
       block = fence.text
+      if any(re.search(pattern, block) for pattern in PARSED_BLOCKS):
+        names["pf"] = pf
+        check_calls(fence)
+        return
       for pattern, small in SMALLER.items():
         block = re.sub(pattern, small, block)
       exec(compile(block, fence.where, "exec", dont_inherit=True), names)
@@ -141,6 +147,18 @@ class Shelf:
       assert words[0] in COMMANDS, f"{where}: no rule says how `{line}` is tested"
       more = [flag for pattern, flags in FLAGS.items() if re.match(pattern, line) for flag in flags]
       COMMANDS[words[0]](self, [*words[1:], *more])
+
+
+def check_calls(fence):
+  """Compares the calls of a block with the arguments of this package's functions, and of a run's methods."""
+  calls = [node for node in ast.walk(ast.parse(fence.text)) if isinstance(node, ast.Call)]
+  assert calls, fence.where
+  for call in calls:
+    assert isinstance(call.func, ast.Attribute), f"{fence.where}: no rule says how this is tested"
+    own = ast.unparse(call.func.value) == "pf"
+    function = getattr(pf if own else pf.Run, call.func.attr)
+    given = [None] * (len(call.args) + (not own))
+    inspect.signature(function).bind(*given, **{str(word.arg): None for word in call.keywords})
 
 
 # ---- Commands
@@ -377,7 +395,7 @@ def test_every_rule_is_for_something():
   found = [fence for page in PAGES for fence in fences(page)]
   blocks = "".join(fence.text for fence in found if fence.language == "python")
   commands = [" ".join(words) for fence in found if fence.language == "sh" for words in fence.commands]
-  for pattern in SMALLER:
+  for pattern in (*SMALLER, *PARSED_BLOCKS):
     assert re.search(pattern, blocks), pattern
   for pattern in (*PARSED, *UNTRAINED, *FLAGS, *NOT_OURS):
     assert any(re.match(pattern, command) for command in commands), pattern
