@@ -165,7 +165,7 @@ def preview(experiment: Experiment, layout: Layout, draw: Callable[..., None], c
   samplers = {f"{n} NFE": make_sampler(method, settings, n) for n in evaluations(method, settings)}
 
   def picture(params, path):
-    keys = jax.random.split(jax.random.key(0), count)
+    keys = sample_keys(count, seed=0)
     rows = {
       name: in_batches(functools.partial(run, params), layout, count, noise, cond, keys)
       for name, run in samplers.items()

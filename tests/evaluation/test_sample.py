@@ -20,6 +20,7 @@ from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.training import sample as program
 from pflow_jax.training.experiment import build
 from pflow_jax.training.workdir import load_config
+from tests.programs import quick
 from tests.prompt_folders import write
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -68,6 +69,20 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(student_run, tm
       assert set(arrays["label"]) == {7}
   np.testing.assert_allclose(results[0], results[1], atol=1e-5)
   assert np.abs(results[0] - results[2]).max() > 0.1
+
+
+def test_a_preview_draws_from_the_keys_of_seed_0_and_not_from_those_of_its_noise(monkeypatch):
+  experiment, drawn = build(quick("digits", "teacher"), abstract=True), {}
+
+  def in_batches(run, layout, size, noise, cond, keys):
+    drawn.update(noise=noise, keys=jax.random.key_data(keys))
+    return noise
+
+  monkeypatch.setattr(program, "in_batches", in_batches)
+  assert program.preview(experiment, None, lambda *picture: None, 3)({}, "picture.png") == "picture.png"
+  noise, _ = program.draw_noise(experiment.dataset, 3, seed=0)
+  np.testing.assert_array_equal(drawn["noise"], noise)
+  np.testing.assert_array_equal(drawn["keys"], jax.random.key_data(program.sample_keys(3, seed=0)))
 
 
 def test_more_samples_than_the_machine_holds_are_refused(student_run, tmp_path):
