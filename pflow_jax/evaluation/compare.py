@@ -5,7 +5,7 @@ A comparison is a ConfigDict, such as configs/compare/digits.py makes:
 * teacher: dict(config="path/of/config.py:variant", overrides=dict(train=dict(steps=...))), the latter optional.
 * weak: the same for a weaker teacher, if a method needs one (autoguidance).
 * flops: operations that every student is trained with, its teacher's evaluations included; see `step_flops`.
-* methods: a tuple of the arguments of `compare_plan.Method`.
+* methods: a tuple of the arguments of `evaluation.compare_plan.Method`.
 
 Runs live in <workdir>/seed<S>/<run>, and finished runs are not repeated.
 """

@@ -13,7 +13,11 @@ Limits = tuple[tuple[float, float], tuple[float, float]]
 
 
 def points_of(x: ArrayLike, name: str) -> Array:
-  """Returns points (n, 2) as float64; ValueError with their `name` for other shapes."""
+  """Returns points (n, 2) as float64.
+
+  Raises:
+    ValueError: they have another shape; it names them by `name`.
+  """
   x = np.asarray(x, np.float64)
   if x.ndim != 2 or x.shape[1] != 2 or not len(x):
     raise ValueError(f"{name}: expected points (n, 2), n >= 1, got {x.shape}")

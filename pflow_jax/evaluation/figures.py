@@ -309,7 +309,7 @@ Lines = Mapping[str, tuple[Array, Array]]
 
 
 def _lines(series: Mapping[str, tuple[ArrayLike, ArrayLike]], xscale: str, yscale: str) -> Lines:
-  """Returns the series as arrays; ValueError if an axis cannot show them."""
+  """Returns the series as arrays, which the axes can show."""
   lines = {k: (np.asarray(x, float), np.asarray(y, float)) for k, (x, y) in _some(series, "series").items()}
   for label, (x, y) in lines.items():
     if x.ndim != 1 or x.shape != y.shape or not len(x):

@@ -40,7 +40,10 @@ COLUMNS = {
 
 
 class Kept:
-  """Results that evaluations of one teacher can share; this class keeps none, see `evaluate.KeptInFolder`."""
+  """Results that evaluations of one teacher can share.
+
+  This class keeps none; `evaluation.evaluate.KeptInFolder` does.
+  """
 
   def samples(self, sampler: Sampler, draw: Callable[[], Drawn], shape: tuple[int, ...]) -> Drawn:
     """Returns samples of a teacher, which `draw` draws."""

@@ -22,7 +22,7 @@ _BLOCK = 512  # rows of a distance matrix held at once
 
 
 def _flat(x: ArrayLike, name: str) -> Array:
-  """Returns samples (N, *axes) as float64 (N, D), (N,) as (N, 1); ValueError if empty or not finite."""
+  """Returns samples (N, *axes), which must be finite, as float64 (N, D), and (N,) as (N, 1)."""
   x = np.asarray(x, np.float64)
   if x.ndim == 0 or x.size == 0:
     raise ValueError(f"{name}: expected a non-empty array (N, ...), got shape {x.shape}")
