@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if TYPE_CHECKING:
@@ -52,9 +52,32 @@ def define_flags(function: Callable, values: flags.FlagValues) -> None:
 
 
 def call_with_flags(function: Callable, values: flags.FlagValues) -> None:
-  """Calls `function` with the values of its flags and of the config."""
+  """Calls `function` with the values of its flags and of the config.
+
+  Raises:
+    ValueError: as the function raises it. Where it begins with names of arguments, these are written as flags.
+  """
   names = inspect.signature(function).parameters
-  function(**{name: values[name].value for name in names})
+  try:
+    function(**{name: values[name].value for name in names})
+  except ValueError as error:
+    told = as_flags(str(error), names)
+    if type(error) is not ValueError or told == str(error):
+      raise
+    raise ValueError(told) from error
+
+
+def as_flags(message: str, names: Collection[str]) -> str:
+  """Writes the names of arguments that a message begins with, "height, width: ...", as flags.
+
+  Args:
+    message: of an error.
+    names: the arguments that are flags.
+  """
+  found = re.match(r"\w+(?:, \w+)*(?=: )", message)
+  if found is None or not set(found[0].split(", ")) <= set(names) - {"config"}:
+    return message
+  return ", ".join(f"--{name}" for name in found[0].split(", ")) + message[found.end() :]
 
 
 def words_of(owner: Callable) -> dict[str, str]:

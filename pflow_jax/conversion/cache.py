@@ -80,7 +80,7 @@ def cache(
     ValueError: the input or the folder does not fit, or the disk has no room.
     RuntimeError: a shard that was written cannot be read back.
   """
-  folder = pathlib.Path(checked_folder(out, "--out"))
+  folder = pathlib.Path(checked_folder(out, "out"))
   if "://" in str(out):
     raise ValueError(f"{out}: shards are written to a file system; give a folder, and copy or mount it.")
   if batch_size < 1 or (shard_records is not None and shard_records < 1):
@@ -146,7 +146,7 @@ def _reader(
   if not images:
     return read_arrays
   if latents or not encoders:
-    raise ValueError("--images: expected --encoders, the pipeline with the autoencoder, and no --latents")
+    raise ValueError("images: expected encoders, the pipeline with the autoencoder, and no latents")
   return functools.partial(load_autoencoder(encoders).read, size=size)
 
 
@@ -265,7 +265,7 @@ def _check_room(folder: pathlib.Path, index: Index, record_bytes: np.ndarray) ->
   if needed > free:
     raise ValueError(
       f"{folder} needs {_size(needed)}, and its disk has {_size(free)} left; give a folder on another, fewer prompts "
-      "or a smaller --max_length."
+      "or a smaller max_length."
     )
 
 

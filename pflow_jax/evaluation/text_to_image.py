@@ -156,9 +156,9 @@ def ask(
   settings, prompts = run_settings.sample, as_list(prompts)
   family = family_of(run_settings)
   if pipeline is None and family.autoencoder:
-    raise ValueError("--pipeline: expected the folder of the published model, for its text encoders and autoencoder")
+    raise ValueError("pipeline: expected the folder of the published model, for its text encoders and autoencoder")
   if not family.autoencoder and (height or width):
-    raise ValueError("--height, --width: this run samples pictures of the size that it was trained on")
+    raise ValueError("height, width: this run samples pictures of the size that it was trained on")
   # The encoders compute in the network's dtype or a wider one.
   dtype = "float32" if run_settings.model.get("dtype", "float32") == "float32" else "bfloat16"
   # A teacher is guided away from the empty prompt, which then comes last. Without guidance `null` is not used.
@@ -250,15 +250,15 @@ def _shapes(
 ) -> data.Dataset:
   """Makes a set without records, of the shapes of the samples and of their conditions."""
   trained = tuple(settings.data["shape"])
-  sizes = {"--height": (height, trained[0]), "--width": (width, trained[1])}
+  sizes = {"height": (height, trained[0]), "width": (width, trained[1])}
   own = network_kind(settings.model.kind).defaults.get("patch_size", 1)
   patch = settings.model.get("patch_size", own) * codec.factor
-  for flag, (given, _) in sizes.items():
+  for name, (given, _) in sizes.items():
     if given is not None and (given < patch or given % patch):
-      raise ValueError(f"{flag}: expected a multiple of {patch} pixels, got {given}")
+      raise ValueError(f"{name}: expected a multiple of {patch} pixels, got {given}")
   if codec.module.latent_channels != trained[-1]:
     raise ValueError(
-      f"--pipeline: its autoencoder has {codec.module.latent_channels} channels, the run's latents {trained[-1]}; give "
+      f"pipeline: its autoencoder has {codec.module.latent_channels} channels, the run's latents {trained[-1]}; give "
       "the folder of the model that the run was made from"
     )
   space = tuple(default if given is None else given // codec.factor for given, default in sizes.values())

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from pflow_jax.commands import cli, command
+from pflow_jax.commands.flags import as_flags
 from pflow_jax.files import foreign
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
@@ -293,3 +294,19 @@ def test_compare_passes_its_flags_on_and_says_what_failed(tmp_path, monkeypatch,
   runs.clear()
   main(args)
   assert calls[0][1] == {"seeds": [0], "only": []}
+
+
+@pytest.mark.parametrize(
+  ("message", "told"),
+  [
+    ("height, width: too large", "--height, --width: too large"),
+    ("out: expected a folder: none is there", "--out: expected a folder: none is there"),
+    ("config: it has no key", "config: it has no key"),
+    ("depth: no flag", "depth: no flag"),
+    ("height, depth: not both are flags", "height, depth: not both are flags"),
+    ("--out: said so already", "--out: said so already"),
+    ("a sentence", "a sentence"),
+  ],
+)
+def test_a_message_about_an_argument_names_the_flag(message, told):
+  assert as_flags(message, ("config", "height", "width", "out")) == told

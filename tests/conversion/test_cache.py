@@ -245,7 +245,7 @@ def test_latents_beside_the_prompts(stub, tmp_path):
 
 def test_a_folder_that_is_a_file_or_not_its_own_is_left_alone(stub, prompts, tmp_path):
   (tmp_path / "file").write_text("mine")
-  with pytest.raises(ValueError, match="--out: expected a folder, .*file.* is none"):
+  with pytest.raises(ValueError, match="^out: expected a folder, .*file.* is none"):
     cache(prompts, "minilm", tmp_path / "file")
   (tmp_path / "out").mkdir()
   os.mkfifo(tmp_path / "out" / "index.json")
@@ -372,7 +372,7 @@ def test_the_keyboard_stops_it_and_the_command_says_how_to_go_on(prompts, tmp_pa
     ({"batch_size": 0}, "batch_size and shard_records >= 1, got 0 and None"),
     ({"shard_records": 0}, "batch_size and shard_records >= 1, got 16 and 0"),
     ({"latents": "latents"}, "has no field 'latents'"),
-    ({"images": "image"}, "expected --encoders, the pipeline with the autoencoder"),
+    ({"images": "image"}, "^images: expected encoders, the pipeline with the autoencoder, and no latents"),
   ],
 )
 def test_mistakes_are_told_before_any_work(stub, prompts, tmp_path, arguments, message):

@@ -211,8 +211,8 @@ def test_a_converted_teacher_is_sampled_with_guidance(journey, tmp_path):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (dict(pipeline=None), "--pipeline"),
-    (dict(width=7), "--width: expected a multiple of 4 pixels, got 7"),
+    (dict(pipeline=None), "^pipeline: expected"),
+    (dict(width=7), "^width: expected a multiple of 4 pixels, got 7"),
     (dict(pipeline="nowhere"), "nowhere"),
   ],
 )
