@@ -256,12 +256,12 @@ def test_branches_exist_only_if_used():
 
 
 def test_branches_are_neutral_until_they_learn():
-  module, (x, t, cond, s, guidance) = network(), flow_map_inputs()
-  params = perturbed_params(module, x, t, cond, s, guidance)
+  module, (x, t, cond, s, guidance) = network(dtype="float64"), flow_map_inputs(jnp.float64)
+  params = perturbed_params(module, x, t, cond, s, guidance, dtype=jnp.float64)
   teacher = apply(module, {name: p for name, p in params.items() if name not in BRANCHES}, x, t, cond)
   gains = [f"{name}/gain" for name in BRANCHES]
   start = with_leaf(with_leaf(params, gains[0], 0.0), gains[1], 0.0)
-  np.testing.assert_array_equal(apply(module, start, x, t, cond, s, guidance), teacher)
+  np.testing.assert_allclose(apply(module, start, x, t, cond, s, guidance), teacher, atol=1e-12)
   for gain, moved in zip(gains, [(0.5 * s, guidance), (s, 1.5 * guidance)], strict=True):
     learnt = with_leaf(start, gain, 0.5)
     out = apply(module, learnt, x, t, cond, s, guidance)
