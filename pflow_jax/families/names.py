@@ -100,7 +100,7 @@ class NetworkNames(TorchNames):
   """Name of the layer that makes a velocity."""
 
   backbone: ClassVar[str] = ""
-  """What follows the prefix in the names of students' classes; by default the first of `class_names`."""
+  """End, after the prefix, of the names of students' classes; by default the first of `class_names`."""
 
   irregular: ClassVar[Mapping[str, str]] = {}
   """Classes of students that are named otherwise, by `torch_prefix`."""

@@ -29,6 +29,7 @@ from pflow_jax.mesh.partition import first_match, path_of
 PyTree = Any
 Rule = tuple[str, tuple[Any, ...]]
 MIN_SIZE = 2**14
+DATA_PARALLEL: Mapping[str, int] = {"data": -1}  # all devices split the batch
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
   return shape
 
 
-def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] = DATA_PARALLEL, devices: Sequence[Any] | None = None) -> Mesh:
   """Makes a mesh of the axes AXES.
 
   Neighbours in a slice's mesh are neighbours in its network. Devices other than TPUs are dealt out in the order of
@@ -74,7 +75,6 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     ValueError: the sizes do not fit the devices, or their slices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = {"data": -1} if sizes is None else sizes
   shape = mesh_shape(sizes, len(devices))
   is_tpu = devices[0].platform == "tpu"
   slices = {getattr(device, "slice_index", None) for device in devices} if is_tpu else {None}
@@ -245,7 +245,7 @@ def _global(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def make_layout(
-  sizes: Mapping[str, int] | None,
+  sizes: Mapping[str, int],
   rules: Sequence[Rule],
   devices: Sequence[Any] | int | None = None,
   *,
@@ -260,7 +260,7 @@ def make_layout(
     min_size: see `Layout`.
   """
   if isinstance(devices, int):
-    shape = mesh_shape({"data": -1} if sizes is None else sizes, devices)
+    shape = mesh_shape(sizes, devices)
     mesh: Mesh | AbstractMesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   else:
     mesh = make_mesh(sizes, devices)

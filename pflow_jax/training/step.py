@@ -14,7 +14,7 @@ from jax import Array
 
 from pflow_jax.families.registry import sharding_rules
 from pflow_jax.files import foreign
-from pflow_jax.mesh.sharding import Layout, make_layout
+from pflow_jax.mesh.sharding import DATA_PARALLEL, Layout, make_layout
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import optim
 from pflow_jax.training.adversary import Adversary, make_adversary
@@ -242,7 +242,7 @@ def abstract_batch(
 
 def step_flops(settings: Settings) -> int:
   """Operations of one optimizer step of the run that `settings` describe, teacher included; see `count_flops`."""
-  single = make_layout(None, sharding_rules(settings.model.kind), jax.local_devices()[:1])
+  single = make_layout(DATA_PARALLEL, sharding_rules(settings.model.kind), jax.local_devices()[:1])
   program = make_program(build(settings), single)
   program.check_memory()
   return count_flops(program.trace().jaxpr)

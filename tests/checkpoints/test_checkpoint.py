@@ -328,7 +328,7 @@ def test_restores_onto_other_devices(tmp_path):
       state,
     )
 
-  eight, two = (make_mesh(None, jax.devices()[:n]) for n in (8, 2))
+  eight, two = (make_mesh(devices=jax.devices()[:n]) for n in (8, 2))
   state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), make_state(3), place(ABSTRACT, eight))
   assert len(state.params["dense"]["kernel"].addressable_shards) == 8
   with Checkpointer(tmp_path) as checkpointer:
