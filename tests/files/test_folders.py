@@ -130,7 +130,7 @@ def test_every_program_asks(folder):
   }
   for name, program in programs.items():
     for path in ("", "/", "~", "gs://", f"{PACKAGE}/"):
-      with pytest.raises(ValueError, match="^--(workdir|out): ") as error:
+      with pytest.raises(ValueError, match="^(workdir|out): ") as error:
         program(path)
       assert name
       assert len(str(error.value)) < 300
