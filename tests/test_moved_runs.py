@@ -136,9 +136,9 @@ def test_an_evaluation_wants_the_teacher_and_the_data(here, tmp_path):
 
 def test_a_run_without_a_teacher_has_none_to_be_told_of(here, tmp_path):
   folder = here.parent / "teacher"
-  with pytest.raises(ValueError, match="--teacher: expected a student, 'flow_matching' has no teacher"):
+  with pytest.raises(ValueError, match="teacher: expected a student, 'flow_matching' has no teacher"):
     draw(folder, tmp_path / "x", teacher=here / "student")
-  with pytest.raises(ValueError, match="--teacher: expected the workdir of the teacher, got ''"):
+  with pytest.raises(ValueError, match="teacher: expected the workdir of the teacher, got ''"):
     draw(here / "student", tmp_path / "x", teacher="")
 
 

@@ -90,7 +90,7 @@ def to_jax(
   name = (path if path.is_dir() else path.parent).resolve().name
   if not head_class(model.head).has_policy:
     if base is not None:
-      raise ValueError("--base is for adapters, the source is a model of its own; leave it out")
+      raise ValueError("base: expected adapters, the source is a model of its own; leave it out")
     plan = _import_teacher(path, model, tensors, config, dtype, name)
   else:
     plan = _import_student(path, model, tensors, base, dtype, name)
@@ -236,6 +236,6 @@ def _layout(mesh: Mapping[str, int] | None, kind: str) -> Layout | None:
   settings = call(MeshSettings, "mesh", ({} if together else {"data": 1}) | dict(mesh or {}))
   sizes = settings.sizes
   if not together and any(size < 1 for size in sizes.values()):
-    raise ValueError(f"--mesh: expected sizes of at least 1, got {dict(mesh or {})}")
+    raise ValueError(f"mesh: expected sizes of at least 1, got {dict(mesh or {})}")
   devices = None if together else math.prod(sizes.values())
   return make_layout(sizes, (*settings.table, *sharding_rules(kind)), devices, min_size=settings.min_size)

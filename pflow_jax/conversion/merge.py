@@ -36,7 +36,7 @@ def merge(folder: str | os.PathLike, out: str | os.PathLike, *, teacher: str | o
   Raises:
     ValueError: the run has no adapters, its teacher is kept in low precision, or `out` holds a run.
   """
-  folder, out = expanded(folder), checked_folder(out, "--out")
+  folder, out = expanded(folder), checked_folder(out, "out")
   settings = workdir.load_settings(folder)
   if not settings.adapters.table:
     raise ValueError(f"{folder}: expected a run with adapters (config.adapters.table), this one trains in full already")

@@ -54,26 +54,28 @@ def convert(
     ValueError: it cannot be converted. Nothing is written then.
   """
   if dtype not in (None, "float32", "bfloat16"):
-    raise ValueError(f"--dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
+    raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
   if which not in ("ema", "params"):
-    raise ValueError(f"--which: expected 'ema' or 'params', got {which!r}")
+    raise ValueError(f"which: expected 'ema' or 'params', got {which!r}")
   if not max_shard_gb > 0:
-    raise ValueError(f"--max_shard_gb: expected more than 0, got {max_shard_gb}")
-  source, out = expanded(source, "--source"), checked_folder(out, "--out")
-  base = None if base is None else expanded(base, "--base")
+    raise ValueError(f"max_shard_gb: expected more than 0, got {max_shard_gb}")
+  source, out = expanded(source, "source"), checked_folder(out, "out")
+  base = None if base is None else expanded(base, "base")
   _return_freed_memory()
   options = {"which": which, "dtype": dtype, "key": key}
   wanted = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
   if is_run(source):
     if base is not None or mesh:
-      raise ValueError("--base and --mesh are for models of PyTorch, the source is a run; leave them out")
+      raise ValueError("base, mesh: expected a model of PyTorch, the source is a run; leave them out")
     max_bytes, known = int(max_shard_gb * 10**9), at_hand(source, teacher)
     return to_torch(str(source), pathlib.Path(out), which, wanted, max_bytes, options, known)
   if teacher is not None:
-    raise ValueError("--teacher is for a run, the source is a model of PyTorch; the teacher of its adapters is --base")
+    raise ValueError(
+      "teacher: expected a run, the source is a model of PyTorch; the teacher of its adapters is the base"
+    )
   path = pathlib.Path(source)
   if not path.exists():
-    raise ValueError(f"--source: there is no file or folder {source}")
+    raise ValueError(f"source: there is no file or folder {source}")
   if (path / "model_index.json").is_file() and (path / "transformer").is_dir():
     path = path / "transformer"  # of a pipeline
   return to_jax(path, out, None if base is None else str(base), wanted, key, mesh, options)

@@ -121,10 +121,10 @@ def base_of(folder: str, model: Model) -> Model:
   """
   settings = read_run(folder)
   if not head_class(settings.head).starts_policies:
-    raise ValueError(f"--base {folder} holds a {settings.head.kind!r}, expected a teacher, whose head is 'velocity'")
+    raise ValueError(f"base: {folder} holds a {settings.head.kind!r}, expected a teacher, whose head is 'velocity'")
   shapes = flat_shapes(params_shapes(f"{folder}/{workdir.CHECKPOINTS}", which=which_of(settings)))  # type: ignore[arg-type]
   teacher = model_of_run(settings, shapes)
-  check_leaves(teacher, shapes, f"--base {folder}")
+  check_leaves(teacher, shapes, f"base: {folder}")
   # How it is computed may differ, and the scale and the direction of time are not in PyTorch's files.
   free = (*COMPUTED, "dtype", "out_channels", "sample_size", "time_scale", "flip_time")
   theirs, ours = ({k: _plain(v) for k, v in one.attributes.items() if k not in free} for one in (teacher, model))
@@ -135,7 +135,7 @@ def base_of(folder: str, model: Model) -> Model:
     if theirs.get(key) != ours.get(key)
   ]
   if teacher.kind != model.kind or differing:
-    raise ValueError(f"--base {folder} is a {teacher.kind}, the student a {model.kind}; {'; '.join(differing)}")
+    raise ValueError(f"base: {folder} is a {teacher.kind}, the student a {model.kind}; {'; '.join(differing)}")
   size = {"sample_size": model.attributes["sample_size"]} if "sample_size" in model.attributes else {}
   return dataclasses.replace(model, attributes={**teacher.attributes, **size})
 

@@ -89,7 +89,7 @@ def compare(
   """
   folder = checked_folder(folder)
   methods = read_methods(config)
-  refuse_unknown(dict.fromkeys(only), list(methods), "--only")
+  refuse_unknown(dict.fromkeys(only), list(methods), "only")
   plans = {seed: plan(config, seed) for seed in dict.fromkeys(seeds)}
   roots = {seed: pathlib.Path(folder) / f"seed{seed}" for seed in plans}
   results = {

@@ -61,7 +61,7 @@ def evaluate(
   """
   folder = expanded(folder)
   check_local(out, folder)
-  out = pathlib.Path(checked_folder(f"{folder}/evaluation" if out is None else out, "--out"))
+  out = pathlib.Path(checked_folder(f"{folder}/evaluation" if out is None else out, "out"))
   runs = {str(folder): Settings.of(config)} | {str(other): workdir.load_settings(other) for other in others}
   runs = {name: use_teacher(one, teacher) for name, one in runs.items()}
   # An evaluation reads the data; the descriptions in the runs' inputs are not enough.

@@ -139,7 +139,7 @@ def check_local(out: str | os.PathLike | None, folder: str | os.PathLike) -> Non
   """Raises ValueError if the results would be written to an object store."""
   place = folder if out is None else out
   if "://" in str(place):
-    raise ValueError(f"--out: expected a folder of this machine for the results, got {place}")
+    raise ValueError(f"out: expected a folder of this machine for the results, got {place}")
 
 
 def as_saved(cond: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

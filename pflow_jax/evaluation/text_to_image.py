@@ -77,7 +77,7 @@ def sample_prompts(
   """
   folder, prompts = expanded(folder), as_list(prompts)
   check_local(out, folder)
-  out = pathlib.Path(checked_folder(f"{folder}/samples/prompts_seed{seed}" if out is None else out, "--out"))
+  out = pathlib.Path(checked_folder(f"{folder}/samples/prompts_seed{seed}" if out is None else out, "out"))
   run_settings = use_teacher(Settings.of(config, converted=True), teacher)
   settings = run_settings.sample
   layout = layout_of(run_settings)  # raises before the encoders are read if these devices cannot run the network
@@ -241,7 +241,7 @@ def family_of(settings: Settings) -> Family:
   if settings.data.get("embeddings"):  # a vector a text takes the place of a class
     return family_of_embeddings(settings.data["embeddings"])
   raise ValueError(
-    f"--prompt: this run ({settings.model.kind} on {settings.data.get('name')}) knows classes, not texts; use --labels"
+    f"prompt: this run ({settings.model.kind} on {settings.data.get('name')}) knows classes, not texts; use labels"
   )
 
 

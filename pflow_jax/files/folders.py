@@ -23,17 +23,17 @@ _CROWDED = (
 )
 
 
-def expanded(path: str | os.PathLike, flag: str = "--workdir") -> str:
+def expanded(path: str | os.PathLike, name: str = "workdir") -> str:
   """Returns the path of a folder that is read, with the home folder for "~" and without slashes at its end.
 
   Raises:
     ValueError: it is empty or no path.
   """
   if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-    raise ValueError(f"{flag}: expected a path, got {path!r}")
+    raise ValueError(f"{name}: expected a path, got {path!r}")
   text = os.fspath(path)
   if not text.strip():
-    raise ValueError(f"{flag}: expected a path such as runs/mine, got {text!r}")
+    raise ValueError(f"{name}: expected a path such as runs/mine, got {text!r}")
   return os.path.expanduser(text).rstrip("/") or "/"
 
 
@@ -55,12 +55,12 @@ def is_remote(path: str | epath.PathLike) -> bool:
   return "://" in str(path)
 
 
-def checked_folder(path: str | os.PathLike, flag: str = "--workdir") -> str:
+def checked_folder(path: str | os.PathLike, name: str = "workdir") -> str:
   """Checks a folder that results are to be written to; it need not exist, and nothing is made.
 
   Args:
     path: of this machine, or gs://BUCKET/FOLDER.
-    flag: its name in a refusal.
+    name: of the argument, in a refusal.
 
   Returns:
     the path as of `expanded`.
@@ -69,7 +69,7 @@ def checked_folder(path: str | os.PathLike, flag: str = "--workdir") -> str:
     ValueError: the path is empty, no folder, not writable, or one that a checkpoint cannot be read back from; or the
       folder is not the user's to fill: the root, a home, the system's, this package's.
   """
-  text = _checked_text(path, flag)
+  text = _checked_text(path, name)
   if is_remote(text):
     return text
   real = os.path.realpath(text)
@@ -77,59 +77,59 @@ def checked_folder(path: str | os.PathLike, flag: str = "--workdir") -> str:
   temporary = (os.environ.get(name) or "/tmp" for name in ("TMPDIR", "TEMP", "TMP"))
   crowded = {home, os.path.dirname(_PACKAGE), *map(os.path.realpath, (*_CROWDED, *temporary))}
   if real in crowded or home.startswith(f"{real.rstrip('/')}/") or _is_of_system(real):
-    raise ValueError(f"{flag}: {text!r} holds other things than a run; give a folder of its own, such as runs/mine")
-  _check_parent(os.path.abspath(text), text, flag)
+    raise ValueError(f"{name}: {text!r} holds other things than a run; give a folder of its own, such as runs/mine")
+  _check_parent(os.path.abspath(text), text, name)
   return text
 
 
-def checked_file(path: str | os.PathLike, flag: str = "--out", *, ending: str = "") -> str:
+def checked_file(path: str | os.PathLike, name: str = "out", *, ending: str = "") -> str:
   """Checks a file that is to be written, as `checked_folder` does for folders.
 
   Args:
     path: of the file.
-    flag: its name in a refusal.
+    name: of the argument, in a refusal.
     ending: of the file's name, which is added to `path`.
 
   Returns:
     the path, without the ending.
   """
-  text = _checked_text(path, flag)
+  text = _checked_text(path, name)
   if os.fspath(path).rstrip(" ").rsplit("/", 1)[-1] in ("", ".", "..", "~"):
-    raise ValueError(f"{flag}: expected the path of a file, got {os.fspath(path)!r}; add its name")
+    raise ValueError(f"{name}: expected the path of a file, got {os.fspath(path)!r}; add its name")
   if is_remote(text):
     return text
   file = os.path.abspath(text + ending)
   real = os.path.realpath(os.path.dirname(file))
   if real == "/" or _is_of_system(real):
-    raise ValueError(f"{flag}: {text!r} lies among the files of the system; give a path of yours")
+    raise ValueError(f"{name}: {text!r} lies among the files of the system; give a path of yours")
   if os.path.lexists(file) and not os.path.isfile(file):
-    raise ValueError(f"{flag}: expected the path of a file, {text + ending!r} is none; give another")
-  _check_parent(os.path.dirname(file), text, flag)
+    raise ValueError(f"{name}: expected the path of a file, {text + ending!r} is none; give another")
+  _check_parent(os.path.dirname(file), text, name)
   return text
 
 
-def _checked_text(path: str | os.PathLike, flag: str) -> str:
+def _checked_text(path: str | os.PathLike, name: str) -> str:
   """Returns the path as `expanded`.
 
   Raises:
     ValueError: it has characters that a library would take for a pattern or an address.
   """
-  text = expanded(path, flag)
+  text = expanded(path, name)
   given = os.fspath(path)
-  bad = next((name for sign, name in {"\0": "NUL", "\\": "backslash"}.items() if sign in text), None)
+  bad = next((word for sign, word in {"\0": "NUL", "\\": "backslash"}.items() if sign in text), None)
   if bad or not _is_unicode(text):
-    raise ValueError(f"{flag}: {given!r} has a {bad or 'byte that is not UTF-8'}, and could not be read; rename it")
+    raise ValueError(f"{name}: {given!r} has a {bad or 'byte that is not UTF-8'}, and could not be read; rename it")
   scheme, separator, rest = text.partition("://")
   if separator and scheme in STORES and rest.strip("/.") and ".." not in rest.split("/"):
     return text
   if separator or any(part.endswith(":") for part in text.split("/")):
-    known = ", ".join(f"{name}://BUCKET/FOLDER" for name in STORES)
-    raise ValueError(f"{flag}: {given!r} reads like an address; expected {known} or a path of this machine")
+    known = ", ".join(f"{store}://BUCKET/FOLDER" for store in STORES)
+    raise ValueError(f"{name}: {given!r} reads like an address; expected {known} or a path of this machine")
   if text.startswith("~"):
-    raise ValueError(f"{flag}: {given!r} is nobody's home here; for a folder of that name give ./{given}")
+    raise ValueError(f"{name}: {given!r} is nobody's home here; for a folder of that name give ./{given}")
   if len(os.path.abspath(text).encode()) > MAX_BYTES or any(len(p.encode()) > MAX_NAME for p in text.split("/")):
     raise ValueError(
-      f"{flag}: expected a path of at most {MAX_BYTES} bytes in names of at most {MAX_NAME}, got {given[:40]!r}..."
+      f"{name}: expected a path of at most {MAX_BYTES} bytes in names of at most {MAX_NAME}, got {given[:40]!r}..."
     )
   return text
 
@@ -143,7 +143,7 @@ def _is_of_system(real: str) -> bool:
   return any(map(within, _SYSTEM)) and not f"{real}/".startswith("/dev/shm/")
 
 
-def _check_parent(folder: str, text: str, flag: str) -> None:
+def _check_parent(folder: str, text: str, name: str) -> None:
   """Refuses a path whose nearest existing parent is no folder, or cannot be written."""
   nearest = folder
   while not os.path.lexists(nearest):
@@ -151,8 +151,8 @@ def _check_parent(folder: str, text: str, flag: str) -> None:
   try:
     kind = os.stat(nearest).st_mode
   except OSError as error:
-    raise ValueError(f"{flag}: {text!r} leads nowhere ({nearest}: {error.strerror}); give another path") from error
+    raise ValueError(f"{name}: {text!r} leads nowhere ({nearest}: {error.strerror}); give another path") from error
   if not stat.S_ISDIR(kind):
-    raise ValueError(f"{flag}: expected a folder, {nearest!r} is none; give another path")
+    raise ValueError(f"{name}: expected a folder, {nearest!r} is none; give another path")
   if not os.access(nearest, os.W_OK | os.X_OK):
-    raise ValueError(f"{flag}: {nearest!r} cannot be written; give another path, or the right to write there")
+    raise ValueError(f"{name}: {nearest!r} cannot be written; give another path, or the right to write there")

@@ -108,7 +108,7 @@ def use_teacher(settings: Settings, folder: str | os.PathLike | None) -> Setting
   if folder is None:
     return settings
   if settings.teacher is None:
-    raise ValueError(f"--teacher: expected a student, {settings.kind!r} has no teacher; leave it out")
+    raise ValueError(f"teacher: expected a student, {settings.kind!r} has no teacher; leave it out")
   if not os.fspath(folder).strip():
-    raise ValueError(f"--teacher: expected the workdir of the teacher, got {os.fspath(folder)!r}")
+    raise ValueError(f"teacher: expected the workdir of the teacher, got {os.fspath(folder)!r}")
   return settings.changed("teacher", workdir=absolute_path(folder))

@@ -414,7 +414,7 @@ def test_comparisons_that_do_not_fit_are_refused_before_any_work(name, programs,
 
 
 def test_unknown_methods_are_refused_with_the_nearest(programs, tmp_path):
-  with pytest.raises(ValueError, match="--only.*'gmflw'; did you mean 'gmflow'"):
+  with pytest.raises(ValueError, match="only.*'gmflw'; did you mean 'gmflow'"):
     compare(comparison(), tmp_path / "x", only=["gmflw"])
   assert not (tmp_path / "x").exists()
 

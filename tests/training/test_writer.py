@@ -252,5 +252,5 @@ def test_pictures_and_configs_in_an_object_store(bucket):
   config = quick("digits", "teacher")
   workdir.claim(bucket, Settings.of(config, converted=True))
   assert workdir.load_config(bucket).model.width == config.model.width
-  with pytest.raises(ValueError, match="--out: expected a folder of this machine"):
+  with pytest.raises(ValueError, match="out: expected a folder of this machine"):
     sample.check_local(None, bucket)
