@@ -101,19 +101,18 @@ class Step:
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     if self.accumulation == 1:
-      out = gradient(state.params, batch, key)
-    else:
-      # Every micro-batch takes every accumulation-th example, so that examples stay on their devices.
-      micro = jax.tree.map(lambda x: x.reshape(-1, self.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+      (loss, aux), grads = gradient(state.params, batch, key)
+      return loss, aux, grads
+    # Every micro-batch takes every accumulation-th example, so that examples stay on their devices.
+    micro = jax.tree.map(lambda x: x.reshape(-1, self.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
-      def micro_step(total, inputs):
-        one = gradient(state.params, *inputs)
-        return jax.tree.map(lambda a, b: a + b / self.accumulation, total, one), None
+    def micro_step(total, inputs):
+      told, grads = gradient(state.params, *inputs)
+      return jax.tree.map(lambda a, b: a + b / self.accumulation, total, grads), told
 
-      shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro), key)
-      start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      out, _ = jax.lax.scan(micro_step, start, (micro, jax.random.split(key, self.accumulation)))
-    (loss, aux), grads = out
+    start = jax.tree.map(jnp.zeros_like, state.params)
+    grads, told = jax.lax.scan(micro_step, start, (micro, jax.random.split(key, self.accumulation)))
+    loss, aux = jax.tree.map(lambda each: jnp.mean(each, axis=0), told)
     return loss, aux, grads
 
 
