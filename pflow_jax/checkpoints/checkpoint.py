@@ -14,7 +14,7 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal
 
@@ -36,7 +36,18 @@ logger = logging.getLogger(__name__)
 
 STATE = "state"
 UNFINISHED = ocp.path.step.TMP_DIR_SUFFIX  # ends the name of a step's folder while it is written
+# Bytes below which an array that all devices hold is written by one of them. Orbax cuts it on the devices, one call for
+# each part of each array, while the training waits.
+_MIN_SLICE = 1 << 20
 _CENTURY = 100 * 365 * 86400  # seconds: Orbax takes them by a clock that may be set while it saves
+
+
+def handlers_of(*leaves: tuple[type, ocp.type_handlers.TypeHandler]) -> ocp.CheckpointHandlerRegistry:
+  """Returns the handlers of a checkpoint's parts, for a state of leaves of these types with these handlers."""
+  registry = ocp.type_handlers.create_type_handler_registry(*leaves)
+  handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  handlers.add(STATE, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+  return handlers
 
 
 class Checkpointer:
@@ -52,9 +63,6 @@ class Checkpointer:
     keep_period: also keep every step that is a multiple of this.
   """
 
-  _save_args: Callable[[PyTree], Any] = staticmethod(ocp.args.StandardSave)
-  _handlers: ocp.CheckpointHandlerRegistry | None = None  # None is Orbax's own
-
   def __init__(
     self,
     directory: str | epath.PathLike,
@@ -67,6 +75,10 @@ class Checkpointer:
     self._directory = absolute(directory)
     self._max_to_keep = max_to_keep
     self._keep_period = keep_period
+    self._handlers = handlers_of(
+      (np.ndarray, ocp.type_handlers.NumpyHandler()),
+      (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)),
+    )
     self._manager: ocp.CheckpointManager | None = None
     self._writing: int | None = None
     self._shapes: PyTree = None  # of the state that is being saved
@@ -101,7 +113,7 @@ class Checkpointer:
         "the newer ones to go back, train in another folder, or pass force=True"
       )
     self._writing, self._shapes = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    items = {STATE: self._save_args(state)}
+    items = {STATE: ocp.args.PyTreeSave(state)}
     with _storage(self._directory):
       return manager.save(step, args=ocp.args.Composite(**items), force=force)
 

@@ -24,7 +24,16 @@ import tensorstore as ts
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from pflow_jax.checkpoints.checkpoint import STATE, UNFINISHED, Checkpointer, _storage, absolute, is_remote, saved_part
+from pflow_jax.checkpoints.checkpoint import (
+  STATE,
+  UNFINISHED,
+  Checkpointer,
+  _storage,
+  absolute,
+  handlers_of,
+  is_remote,
+  saved_part,
+)
 from pflow_jax.files import foreign
 from pflow_jax.mesh.sharding import Layout
 
@@ -210,12 +219,7 @@ class _StreamCheckpointer(Checkpointer):
 
   def __init__(self, directory: str | epath.PathLike, handler: _Handler):
     super().__init__(directory, max_to_keep=None)
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, handler))
-    self._handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    self._handlers.add(STATE, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
-
-  def _save_args(self, state: PyTree) -> Any:
-    return ocp.args.PyTreeSave(state)
+    self._handlers = handlers_of((_Streamed, handler))
 
 
 def save_leaves(
