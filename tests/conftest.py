@@ -1,5 +1,6 @@
 """Test setting: eight CPU devices, float64 where a test asks for it, no silent broadcasting."""
 
+import fnmatch
 import gc
 import os
 
@@ -25,9 +26,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+# What waits more than it computes, then what runs whole programs; small files fill the end of both workers.
+ORDER = ("test_processes.py", "test_*.py", "training/*", "commands/*", "evaluation/*", "conversion/*", "*")
+
+
 def pytest_collection_modifyitems(items):
-  """First what waits more than it computes, so that it does not run alone at the end."""
-  items.sort(key=lambda item: not item.path.name.startswith("test_processes"))
+  name = lambda item: str(item.path.relative_to(pathlib.Path(__file__).parent))
+  items.sort(key=lambda item: next(i for i, pattern in enumerate(ORDER) if fnmatch.fnmatch(name(item), pattern)))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def config(tmp_path):
   """A student of a random Qwen-Image on a folder of prompts with latents, texts of up to 16 tokens."""
   config = quick("qwen_image", "gm", steps=4, batch_size=16, accumulation=2, sample_every=2)
   folder = write(tmp_path / "prompts", prompts=PROMPTS, shape=SHAPE)
-  config.data = dict(name=f"prompts:{folder}", model="qwen_image", buckets=(6, 512))
+  config.data = dict(name=f"prompts:{folder}", model="qwen_image", buckets=(6, 32))
   config.model.text_width = data.load(**config.data).embedding.text_width
   config.teacher.update(workdir=str(write_pretrained(config, tmp_path / "teacher")), dtype="float32")
   config.evaluate.update(num_samples=8, teacher_steps=(4, 128))
@@ -38,7 +38,7 @@ def config(tmp_path):
 
 
 def test_a_run_with_buckets_is_trained_sampled_and_measured(config, tmp_path, capsys):
-  assert build(config).dataset.lengths == (6, 512)
+  assert build(config).dataset.lengths == (6, 32)
   folder = tmp_path / "run"
   train(config, folder, picture=(save_picture, preview_size))
   rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -95,7 +95,7 @@ def test_adapters_on_a_teacher_in_low_precision_are_not_merged(config, tmp_path)
 
 def test_two_processes_train_what_one_does(config, tmp_path):
   """Each reads its own rows of every batch."""
-  config.data.buckets = (512,)
+  config.data.buckets = (32,)
   config.train.update(steps=2, sample_every=0, accumulation=1)
   config.mesh.update(fsdp=2, min_size=64)
   workdir.claim(tmp_path / "shared", Settings.of(config, converted=True))

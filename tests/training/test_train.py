@@ -230,9 +230,10 @@ def test_resumed_run_is_the_undisturbed_run_to_the_bit(tmp_path, teacher_run, ob
   assert same(whole, parts)
 
 
-@pytest.mark.parametrize("name", ["sigkill", "sigterm"])
-def test_killed_run_ends_in_the_same_bits(tmp_path, teacher_run, name):
-  """A real process, killed in the middle of training, started again with the same command."""
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, teacher_run):
+  """Flags of a run, and the folder in which it went to its end."""
+  folder = tmp_path_factory.mktemp("undisturbed")
   flags = [
     "--config=configs/digits.py:gmflow,quicktest",
     f"--config.teacher.workdir={teacher_run}",
@@ -241,7 +242,14 @@ def test_killed_run_ends_in_the_same_bits(tmp_path, teacher_run, name):
     "--config.train.tensorboard=False",
     "--config.optimizer.schedule=constant",
   ]
-  pflow("train", *flags, f"--workdir={tmp_path}/whole")
+  pflow("train", *flags, f"--workdir={folder}")
+  return flags, folder
+
+
+@pytest.mark.parametrize("name", ["sigkill", "sigterm"])
+def test_killed_run_ends_in_the_same_bits(tmp_path, undisturbed, name):
+  """A real process, killed in the middle of training, started again with the same command."""
+  flags, folder = undisturbed
   victim = subprocess.Popen(
     command("train", *flags, f"--workdir={tmp_path}/killed"), env=environment(), stdout=subprocess.PIPE, text=True
   )
@@ -259,7 +267,7 @@ def test_killed_run_ends_in_the_same_bits(tmp_path, teacher_run, name):
     assert saved >= max(steps)
   pflow("train", *flags, f"--workdir={tmp_path}/killed")
   for which in ("params", "ema"):
-    whole, killed = (load_params(tmp_path / run / "checkpoints", which=which) for run in ("whole", "killed"))
+    whole, killed = (load_params(run / "checkpoints", which=which) for run in (folder, tmp_path / "killed"))
     assert same(whole, killed)
   steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
   assert steps == sorted(set(steps))
