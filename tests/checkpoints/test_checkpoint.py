@@ -129,6 +129,23 @@ def test_a_save_is_not_cut_by_a_clock_that_is_set(tmp_path, monkeypatch, jump):
   np.testing.assert_array_equal(load_params(tmp_path, which="params")["w"], [0, 1, 2])
 
 
+@pytest.mark.parametrize(("rows", "cut"), [(13 * 8, False), (2**15, True)])
+def test_arrays_that_all_devices_hold_are_cut_where_they_are_large_alone(tmp_path, rows, cut):
+  """What is cut is cut by a program of its shape, which is compiled here, and each device hands over a part."""
+  array = np.arange(rows * 13, dtype=np.float32).reshape(rows, 13)
+  held = jax.device_put({"x": array}, NamedSharding(make_mesh({"data": 8}), PartitionSpec()))
+  compiled = []
+  listen = lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    with Checkpointer(tmp_path) as checkpointer:
+      checkpointer.save(1, held)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert bool(compiled) == cut
+  assert_same(Checkpointer(tmp_path).restore(jax.eval_shape(lambda: held))[0], {"x": array})
+
+
 def test_an_error_on_its_way_is_not_hidden_by_that_of_the_save(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(Checkpointer, "_write_checksums", lambda self: 1 / 0)
   checkpointer = Checkpointer(tmp_path)
