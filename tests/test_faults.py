@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from pflow_jax.checkpoints.checkpoint import newest_step
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.files.lock import LOCK
 from pflow_jax.files.output import LOG
 from tests.programs import ROOT, command, environment, pflow

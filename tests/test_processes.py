@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from pflow_jax.checkpoints.checkpoint import load_params, newest_step
+from pflow_jax.checkpoints.checkpoint import load_params
+from pflow_jax.checkpoints.steps import newest_step
 from tests.programs import ROOT, command, environment, listening
 
 FLAGS = (

@@ -1,4 +1,4 @@
-"""Checkpoints of the training state. The only file that knows Orbax.
+"""Checkpoints of the training state.
 
 Layout: <directory>/<step>/{state, checksums.json}; the position in the data follows from the step. Orbax writes a step
 into a temporary folder in the background and renames it when it is complete, so a killed process leaves the old or the
@@ -9,12 +9,9 @@ and restoring verifies them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import pathlib
-import re
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal
 
@@ -25,16 +22,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from pflow_jax.files.checksums import CHECKSUMS, checksums, damage
+from pflow_jax.checkpoints.steps import STATE, in_short, leaves_of, newest_agreed, newest_intact, steps_of, storage
+from pflow_jax.files.checksums import CHECKSUMS, checksums
 from pflow_jax.files.folders import absolute, is_remote
-from pflow_jax.mesh.distributed import agreed, is_first
+from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
 
 PyTree = Any
 
 logger = logging.getLogger(__name__)
 
-STATE = "state"
 UNFINISHED = ocp.path.step.TMP_DIR_SUFFIX  # ends the name of a step's folder while it is written
 # An array that several devices hold is written in parts, one from each, where a part has at least so many bytes. Orbax
 # cuts on the devices, one call a part, while the training waits. Of 256 devices, those of a kernel of 1 MiB still cut.
@@ -101,7 +98,7 @@ class Checkpointer:
     Raises:
       ValueError: for such an older step without `force`; the previous save has failed.
     """
-    with _storage(self._directory):
+    with storage(self._directory):
       manager = self._open()
       manager.wait_until_finished()  # `_writing` is its step; a failure shows now
     if step in manager.all_steps():
@@ -114,7 +111,7 @@ class Checkpointer:
       )
     self._writing, self._shapes = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     items = {STATE: ocp.args.PyTreeSave(state)}
-    with _storage(self._directory):
+    with storage(self._directory):
       return manager.save(step, args=ocp.args.Composite(**items), force=force)
 
   def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, int] | None:
@@ -130,21 +127,21 @@ class Checkpointer:
       ValueError: leaves differ in name, shape or dtype, all named; there is no such step, or none that is intact.
     """
     self.wait()
-    found, damaged = _agreed(self._directory, step)
+    found, damaged = newest_agreed(self._directory, step)
     self._damaged.update(damaged)
     if found is None:
       return None
     path = self._directory / str(found)
     target = jax.tree.map(_abstract, abstract_state)
-    _check_leaves(target, _metadata(path), path)
-    with _storage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+    _check_leaves(target, leaves_of(path), path)
+    with storage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
       state = reader.restore(path / STATE, args=ocp.args.StandardRestore(target))
     return state, found
 
   def all_steps(self) -> list[int]:
     """Steps with a complete checkpoint, ascending, less those found damaged."""
     self.wait()
-    return [step for step in _steps(self._directory) if step not in self._damaged]
+    return [step for step in steps_of(self._directory) if step not in self._damaged]
 
   def latest_step(self) -> int | None:
     """The last of `all_steps`, None if there is none."""
@@ -157,13 +154,13 @@ class Checkpointer:
   def wait(self) -> None:
     """Blocks until the save in progress is complete, and raises its error if it has failed."""
     if self._manager is not None:
-      with _storage(self._directory):
+      with storage(self._directory):
         self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and ends the background threads."""
     if self._manager is not None:
-      with _storage(self._directory):
+      with storage(self._directory):
         self._manager.close()
       self._manager = None
 
@@ -208,7 +205,7 @@ class Checkpointer:
     """Checks the files; Orbax calls it in the background, when all is written and before the rename."""
     path = self._written()
     try:
-      _check_leaves(self._shapes, _metadata(path), path)
+      _check_leaves(self._shapes, leaves_of(path), path)
     except ValueError as error:
       raise OSError(f"what was saved cannot be read back: {error}") from error
     if not is_remote(path):
@@ -267,7 +264,7 @@ def load_params(
   else:
     place = lambda leaf, sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=leaf.dtype)
     args = jax.tree.map(place, as_saved, layout.shardings(as_saved))
-  with _storage(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  with storage(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     restored = reader.restore(
       path / STATE,
       args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
@@ -290,14 +287,14 @@ def params_shapes(
 def saved_part(directory: str | epath.PathLike, which: str, step: int | None) -> tuple[epath.Path, dict[str, Any]]:
   """Folder of a checkpoint, and {which: description of its leaves}; errors as of `load_params`."""
   directory = absolute(directory)
-  found, _ = _newest_intact(directory, step)
+  found, _ = newest_intact(directory, step)
   if found is None:
     raise ValueError(
       f"no checkpoint in {directory}: expected folders named by their step; train first, or give "
       "the checkpoints folder of a run"
     )
   path = directory / str(found)
-  saved = _metadata(path)
+  saved = leaves_of(path)
   if which not in saved:
     raise ValueError(f"{path}: which must be one of {sorted(saved)}, got {which!r}")
   return path, {which: saved[which]}
@@ -305,84 +302,6 @@ def saved_part(directory: str | epath.PathLike, which: str, step: int | None) ->
 
 def _as_dtype(own: Any, wanted: Any) -> Any:
   return own if wanted is None or not jnp.issubdtype(own, jnp.floating) else jnp.dtype(wanted)
-
-
-def newest_step(directory: str | epath.PathLike) -> int | None:
-  """Returns the step of the newest intact checkpoint, equal in all processes, or None without any.
-
-  Raises:
-    ValueError: all are damaged.
-  """
-  return _agreed(absolute(directory), None)[0]
-
-
-@contextlib.contextmanager
-def _storage(path: epath.Path) -> Iterator[None]:
-  """Context that raises OSError for a refusal of the storage, for which Orbax and tensorstore raise a ValueError."""
-  try:
-    yield
-  except (OSError, RuntimeError, MemoryError):
-    raise
-  except Exception as error:  # a file that was changed by hand can raise any error
-    raise OSError(f"{path} cannot be written or read: {in_short(error)}") from error
-
-
-def in_short(error: BaseException) -> str:
-  """Message of an error of tensorstore, without the specification of the array and the lines of its source."""
-  text = re.split(r" \[(?:tensorstore_spec|source locations)=|\n", str(error), maxsplit=1)[0]
-  return text or type(error).__name__
-
-
-def _steps(directory: epath.Path) -> list[int]:
-  return sorted(ocp.path.step.checkpoint_steps(directory)) if directory.exists() else []
-
-
-def _newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:
-  """(newest intact step or None if there is none saved, reasons by damaged newer step)."""
-  steps = _steps(directory)
-  if step is not None and step not in steps:
-    raise ValueError(f"no checkpoint of step {step} in {directory}, there are {steps}")
-  damaged: dict[int, str] = {}
-  for candidate in reversed(steps) if step is None else [step]:
-    reason = None if is_remote(path := directory / str(candidate)) else damage(pathlib.Path(path))
-    if reason is None:
-      return candidate, damaged
-    damaged[candidate] = reason
-    logger.warning("skipping the damaged checkpoint %s: %s", directory / str(candidate), reason)
-  if damaged:
-    reasons = "; ".join(f"{s}: {reason}" for s, reason in damaged.items())
-    raise ValueError(
-      f"no intact checkpoint among those looked at in {directory} ({reasons}); bring one back, or remove the folder to "
-      "start over"
-    )
-  return None, damaged
-
-
-def _agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:
-  """`_newest_intact` of the first process, in all of them: folders on a network look alike only after a while."""
-
-  def compute() -> list[Any]:
-    found, damaged = _newest_intact(directory, step)
-    return [found, list(damaged.items())]
-
-  found, damaged = agreed(compute)
-  return found, dict(map(tuple, damaged))
-
-
-def _metadata(path: epath.Path) -> dict[str, Any]:
-  """Shape and dtype of every saved leaf, as nested dicts and lists; opens every leaf, and reads none.
-
-  Raises:
-    ValueError: a leaf cannot be opened.
-    OSError: the storage may be at fault.
-  """
-  try:
-    return ocp.PyTreeCheckpointHandler().metadata(path / STATE).tree
-  except OSError:
-    raise
-  except Exception as error:
-    kind = OSError if is_remote(path) else ValueError
-    raise kind(f"the checkpoint {path} cannot be opened: {in_short(error)}") from error
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

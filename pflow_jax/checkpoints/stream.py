@@ -24,17 +24,10 @@ import tensorstore as ts
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from pflow_jax.checkpoints.checkpoint import (
-  STATE,
-  UNFINISHED,
-  Checkpointer,
-  _storage,
-  absolute,
-  handlers_of,
-  is_remote,
-  saved_part,
-)
+from pflow_jax.checkpoints.checkpoint import UNFINISHED, Checkpointer, handlers_of, saved_part
+from pflow_jax.checkpoints.steps import STATE, storage
 from pflow_jax.files import foreign
+from pflow_jax.files.folders import absolute, is_remote
 from pflow_jax.mesh.sharding import Layout
 
 PyTree = Any
@@ -99,7 +92,7 @@ class _Streamed:
       for index in parts:
         if index in missing:
           part = _part(layers, leaf, index)  # an error of a leaf is no error of the storage
-          with _storage(directory):
+          with storage(directory):
             await store[index].write(part, can_reference_source_data_indefinitely=True)
         self.report(math.prod(s.stop - s.start for s in index) * self.dtype.itemsize)
       del layers
@@ -193,7 +186,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
   async def _write_leaf(self, leaf: _Streamed, info: ocp.type_handlers.ParamInfo) -> None:
     layout = {"shape": leaf.shape, "chunks": leaf.chunk, "compressor": {"id": "zstd", "level": 1}}
     spec = _spec(info.parent_dir / "ocdbt.process_0", info.name) | {"metadata": layout, "dtype": leaf.dtype.name}
-    with _storage(self._folder):
+    with storage(self._folder):
       store = await ts.open(spec, create=True, open=True, context=self._context)
       written = {key.decode() for key in await store.kvstore.list()}  # type: ignore[union-attr]
     await leaf.write(store, written, self._folder)
@@ -343,7 +336,7 @@ class Stored:
 
   def read(self, index: Index) -> np.ndarray:
     """Reads a part of the array."""
-    with _storage(self.folder):
+    with storage(self.folder):
       return self.store[index].read().result() if index else self.store.read().result()
 
 
@@ -357,7 +350,7 @@ def open_leaves(directory: str | epath.PathLike, *, which: str = "ema", step: in
   driver = "zarr3" if foreign.read_json(str(folder / "_METADATA")).get("use_zarr3") else "zarr"
   leaves, context = {}, _context()
   for keys, leaf in flatten_dict(item).items():
-    with _storage(folder):
+    with storage(folder):
       store = ts.open(_spec(folder, ".".join(keys), driver), open=True, context=context).result()
     leaves["/".join(keys[1:])] = Stored(store, tuple(leaf.shape), np.dtype(leaf.dtype), folder)
   return leaves

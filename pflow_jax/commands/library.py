@@ -13,7 +13,7 @@ import jax
 from flax import linen as nn
 
 from pflow_jax import data as datasets
-from pflow_jax.checkpoints.checkpoint import newest_step
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.commands.run import Folder, Run
 from pflow_jax.conversion.program import convert
 from pflow_jax.conversion.runs import is_run

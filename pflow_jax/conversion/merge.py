@@ -8,7 +8,8 @@ import os
 import jax
 import jax.numpy as jnp
 
-from pflow_jax.checkpoints.checkpoint import Checkpointer, newest_step
+from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.files.lock import Lock
 from pflow_jax.training import workdir

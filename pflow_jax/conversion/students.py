@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pflow_jax.checkpoints.checkpoint import newest_step, params_shapes
+from pflow_jax.checkpoints.checkpoint import params_shapes
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.conversion.leaves import TensorLeaf, dtype_of
 from pflow_jax.conversion.models import Model, model_of_run
 from pflow_jax.conversion.runs import check_leaves, read_run

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from pflow_jax import data
-from pflow_jax.checkpoints.checkpoint import newest_step, params_shapes
+from pflow_jax.checkpoints.checkpoint import params_shapes
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.checkpoints.stream import Stored, open_leaves
 from pflow_jax.conversion.leaves import Exporter
 from pflow_jax.conversion.models import classes_of, model_of_run

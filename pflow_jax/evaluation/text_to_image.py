@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pflow_jax import data
-from pflow_jax.checkpoints.checkpoint import newest_step
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.evaluation import figures
 from pflow_jax.evaluation.sample import as_saved, check_local
 from pflow_jax.families import text

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pflow_jax.checkpoints.checkpoint import Checkpointer, newest_step
+from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.files.lock import Lock, Unwritable
 from pflow_jax.files.output import logged
 from pflow_jax.mesh.distributed import is_first

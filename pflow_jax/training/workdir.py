@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pflow_jax import data
-from pflow_jax.checkpoints.checkpoint import newest_step
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically

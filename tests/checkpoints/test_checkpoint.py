@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params, newest_step
+from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.checkpoints.stream import open_leaves, save_leaves
 from pflow_jax.files.checksums import CHECKSUMS, checksums
 from pflow_jax.mesh.sharding import make_mesh
@@ -230,7 +231,7 @@ def test_damage_is_skipped_named_and_out_of_the_way(tmp_path, caplog, damage):
     restored, step = checkpointer.restore(ABSTRACT)
     assert step == 100
     assert_same(restored, make_state(100))
-    (message,) = [r.getMessage() for r in caplog.records if r.name == "pflow_jax.checkpoints.checkpoint"]
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "pflow_jax.checkpoints.steps"]
     assert str(tmp_path / "200") in message
     assert DAMAGES[damage][1] in message
     assert checkpointer.all_steps() == [100]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pflow_jax.checkpoints import stream as checkpoint_stream
-from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params, newest_step
+from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.checkpoints.stream import chunk_shape, open_leaves, place_leaves, save_leaves, slab_shape
 from pflow_jax.mesh.sharding import make_layout
 

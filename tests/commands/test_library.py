@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import pflow_jax as pf
-from pflow_jax.checkpoints import checkpoint
+from pflow_jax.checkpoints import steps as saved_steps
 from pflow_jax.commands import run as commands_run
 from pflow_jax.commands.cli import main
 from pflow_jax.mesh.sharding import to_host
@@ -59,7 +59,7 @@ def test_the_twelve_lines(teacher, student, tmp_path, monkeypatch):
   again = pf.load(saved)
   assert again.steps == 3
   with monkeypatch.context() as patched:
-    patched.setattr(checkpoint, "agreed", mock.Mock(side_effect=AssertionError("one process alone asks for a repr")))
+    patched.setattr(saved_steps, "agreed", mock.Mock(side_effect=AssertionError("one process alone asks for a repr")))
     assert repr(again) == f"Run(imitation, dit with head gmflow, on digits, 3 steps, in {saved})"
   np.testing.assert_array_equal(again.history["loss"], student.history["loss"])
   np.testing.assert_allclose(again.sample(16, labels=[3, 7], seed=1), x, atol=1e-5)

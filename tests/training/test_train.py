@@ -13,7 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params, newest_step
+from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.files.lock import LOCK, Unwritable
 from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
