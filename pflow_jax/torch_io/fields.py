@@ -63,7 +63,13 @@ def schema_of(module: Any, hidden: tuple[str, ...]) -> type:
 @functools.cache
 def joined(*schemas: type) -> type:
   """Returns a dataclass with the fields of several; the first that has a field decides its type and its default."""
-  return dataclasses.make_dataclass("Fields", [], bases=schemas, frozen=True, kw_only=True)
+  fields: dict[str, tuple[str, Any, Any]] = {}
+  for schema in schemas:
+    types = _types_of(schema)
+    for field in dataclasses.fields(schema):
+      own = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+      fields.setdefault(field.name, (field.name, types[field.name], own))
+  return dataclasses.make_dataclass("Fields", fields.values(), frozen=True, kw_only=True)
 
 
 def read_fields(config: Mapping[str, Any], schema: type, name: str | None = None) -> dict[str, Any]:

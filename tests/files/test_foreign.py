@@ -92,7 +92,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path, monkeypatch):
     "": "folder",
     "x" * 999: "long",
   }
-  for name, message in (cases | {"/dev/zero": "device", "a\0b": "null byte", "x" * 999: "long"}).items():
+  for name, message in (cases | {"/dev/zero": "device", "a\0b": "embedded null", "x" * 999: "long"}).items():
     with pytest.raises(ValueError, match=message):
       foreign.read_bytes(tmp_path / name, 10)
   (tmp_path / "file").write_bytes(b"12345")

@@ -122,7 +122,7 @@ def test_what_is_no_file_is_not_opened(tmp_path):
       with pytest.raises(ValueError, match=message):
         data.read_prompts(f"{tmp_path}/{name}{suffix}")
   for name in ("p.txt", "no\0.txt", "~nobody-of-this-name/p.txt"):
-    with pytest.raises(ValueError, match="there is no such file|null byte"):
+    with pytest.raises(ValueError, match="there is no such file|embedded null"):
       data.read_prompts(str(tmp_path / name) if name[0] != "~" else name)
 
 
