@@ -49,8 +49,7 @@ def test_imports_point_down(name):
       assert ROOMS.index(room_of(other)) <= own, f"{name} imports {other}, which lies above it"
 
 
-def test_no_file_is_longer_than_a_reader_keeps_in_mind():
-  """Of 400 lines, one cut in two along its meaning has always read better."""
+def test_no_file_is_longer_than_400_lines():
   assert not {name: count for name, path in MODULES.items() if (count := len(path.read_text().splitlines())) > 400}
 
 
