@@ -17,11 +17,14 @@ import numpy as np
 from pflow_jax.data.pixels import read_pixels, to_unit
 from pflow_jax.families.names import TorchNames
 from pflow_jax.families.registry import FAMILIES
+from pflow_jax.families.tiny import files as tiny_files
+from pflow_jax.families.tiny import names as tiny_names
 from pflow_jax.files.folders import checked_folder
-from pflow_jax.files.foreign import check_memory, is_there, read_json, real_folder, shown
+from pflow_jax.files.foreign import check_memory, is_there, read_json, shown
 from pflow_jax.networks.heads import attributes_of
 from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.fields import check_sizes, read_fields
+from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.shards import ModelFolder, Planned
 from pflow_jax.torch_io.table import flat_shapes, to_flax, to_torch, torch_shapes_of
 from pflow_jax.torch_io.tensors import open_tensors
@@ -115,39 +118,50 @@ class Codec:
 
 
 def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Codec:
-  """Reads the autoencoder of a pipeline.
+  """Reads the autoencoder of a pipeline, or a tiny one.
 
   Args:
-    folder: of the pipeline, as published, or its folder "vae".
+    folder: of the pipeline, as published, or its folder "vae"; of a tiny autoencoder, as diffusers or its authors
+      publish it: "taesd/taef2" names taesd/taef2_encoder.pth and taesd/taef2_decoder.pth.
     dtype: to compute in. Parameters are float32.
 
   Raises:
     ValueError: there is none, its class is not known, or its tensors do not fit its config.
   """
-  path = real_folder(folder)
+  path = pathlib.Path(os.path.expanduser(folder))
   path = path / "vae" if is_there(path / "vae") else path
-  file = path / "config.json"
-  if not is_there(file):
-    raise ValueError(f"{folder}: expected an autoencoder of diffusers, config.json here or in the folder vae")
-  config = read_json(file)
-  name = config.get("_class_name")
-  known = classes()
-  if not isinstance(name, str) or name not in known:
-    raise ValueError(f"{file}: expected an autoencoder of {sorted(known)}, got {shown(name)}")
-  names = known[name]
-  schema, attributes = names.schema(name), names.model_from_config(config)
+  if is_there(path / "config.json"):
+    names, attributes, tensors = _open_published(path)
+  elif parts := tiny_files.find(path):
+    names, (attributes, tensors) = tiny_names.NAMES, tiny_files.open_parts(parts)
+  else:
+    raise ValueError(
+      f"{folder}: expected an autoencoder of diffusers, config.json here or in the folder vae, or a tiny one, "
+      "*_encoder.pth and *_decoder.pth"
+    )
   module: Any = names.module(**attributes, dtype=jnp.dtype(dtype))
-  rows = names.rows(attributes)
-  tensors = open_tensors(path)
-  tensors = tensors.renamed({names.current_name(name): name for name in tensors.shapes})
-  check_sizes(read_fields(config, schema), schema, tensors)
-  factor = module.down_factor
-  shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, factor, factor, 3), jnp.float32))
-  by_path = flat_shapes(shapes["params"])
+  rows, factor = names.rows(attributes), module.down_factor
+  image = jax.ShapeDtypeStruct((1, factor, factor, module.channels), jnp.float32)
+  by_path = flat_shapes(jax.eval_shape(module.init, jax.random.key(0), image)["params"])
   expected = {name: shape for row in rows for name, shape in torch_shapes_of(row, by_path[row.flax]).items()}
   check_tensors(expected, tensors.shapes, str(path))
   params = to_flax(rows, {name: tensors.read(name).astype(np.float32) for name in expected})
   return Codec(module, jax.device_put(params))
+
+
+def _open_published(path: pathlib.Path) -> tuple[TorchNames, dict[str, Any], Tensors]:
+  """Opens an autoencoder of diffusers: its names, the attributes of its module, and its tensors by today's names."""
+  file = path / "config.json"
+  config, known = read_json(file), classes()
+  name = config.get("_class_name")
+  if not isinstance(name, str) or name not in known:
+    raise ValueError(f"{file}: expected an autoencoder of {sorted(known)}, got {shown(name)}")
+  names = known[name]
+  schema, attributes = names.schema(name), names.model_from_config(config)
+  tensors = open_tensors(path)
+  tensors = tensors.renamed({names.current_name(name): name for name in tensors.shapes})
+  check_sizes(read_fields(config, schema), schema, tensors)
+  return names, attributes, tensors
 
 
 def _jitted(module: Any, method: str) -> Any:

@@ -236,16 +236,20 @@ class Autoencoder(nn.Module):
     Raises:
       ValueError: the shape is another.
     """
+    self.check_images(x)
+    h = self.encoder(x)
+    h = (h if self.quant_conv is None else self.quant_conv(h)).astype(accumulation_dtype(h.dtype))
+    mean, logvar = jnp.split(h, 2, axis=-1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+  def check_images(self, x: jax.Array) -> None:
+    """Raises ValueError unless x is (B, H, W, channels) with H and W multiples of `down_factor`."""
     channels, factor = self.channels, self.down_factor  # type: ignore[attr-defined]
     if x.ndim != 4 or x.shape[-1] != channels or any(size % factor or size < 1 for size in x.shape[1:3]):
       raise ValueError(
         f"x: expected shape (B, H, W, {channels}) with H and W multiples of {factor}, got {x.shape}; crop or resize "
         "the images"
       )
-    h = self.encoder(x)
-    h = (h if self.quant_conv is None else self.quant_conv(h)).astype(accumulation_dtype(h.dtype))
-    mean, logvar = jnp.split(h, 2, axis=-1)
-    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
   def encode(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Latents of images x, (B, h, w, latent_channels), shifted and scaled; float32. Errors are those of `moments`.

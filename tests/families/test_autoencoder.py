@@ -11,6 +11,7 @@ import torch
 
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
 from pflow_jax.families.qwen_image.vae import QwenVAE
+from pflow_jax.families.tiny.network import TinyAutoencoder
 from pflow_jax.networks.mlp import MLP
 from pflow_jax.networks.vae import AutoencoderKL
 
@@ -26,6 +27,14 @@ MODULES = {
     latent_channels=2,
     latent_mean=(0.5, 1.0),
     latent_std=(1.0, 2.0),
+  ),
+  "AutoencoderTiny": TinyAutoencoder(
+    latent_channels=3,
+    encoder_widths=(4, 4),
+    encoder_depths=(1, 2),
+    decoder_widths=(6, 6),
+    decoder_depths=(2, 1),
+    scale=0.5,
   ),
 }
 
@@ -45,6 +54,10 @@ def test_what_is_saved_is_read_again(tmp_path, name):
     if name == "AutoencoderKLQwenImage":
       theirs = network.encode(image[:, :, None]).latent_dist.mode()[:, :, 0].movedim(1, -1).numpy()
       theirs = (theirs - np.array(module.latent_mean)) / np.array(module.latent_std)
+    elif name == "AutoencoderTiny":
+      theirs = module.scale * network.encode(image).latents.movedim(1, -1).numpy()
+      z = torch.from_numpy(theirs).movedim(-1, 1) / module.scale
+      np.testing.assert_allclose(codec.decode(theirs), network.decode(z).sample.movedim(1, -1).numpy(), atol=1e-5)
     else:
       theirs = module.scale * network.encode(image).latent_dist.mode().movedim(1, -1).numpy()
   np.testing.assert_allclose(codec.encode(x), theirs, atol=1e-4 * np.abs(theirs).max())
