@@ -22,6 +22,7 @@ if TYPE_CHECKING:
   from pflow_jax.commands.library import load as load
   from pflow_jax.commands.library import train as train
   from pflow_jax.conversion.cache import cache as cache
+  from pflow_jax.conversion.latents import encode as encode
   from pflow_jax.conversion.program import convert as convert
   from pflow_jax.core.guidance import autoguided as autoguided
   from pflow_jax.core.guidance import guided as guided
@@ -143,6 +144,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
   "training.teachers": ("Teacher",),
   "evaluation.measure": ("Report",),
   "conversion.cache": ("cache",),
+  "conversion.latents": ("encode",),
   "conversion.program": ("convert",),
   "commands.library": ("Run", "distill", "load", "train"),
 }

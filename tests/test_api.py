@@ -58,6 +58,7 @@ PUBLIC = {
   "denoiser_velocity",
   "distill",
   "dropout",
+  "encode",
   "dynamic_shift",
   "edm_denoiser",
   "flow_map_loss",

@@ -15,7 +15,7 @@ from pflow_jax.training.train import train
 from pflow_jax.training.workdir import CHECKPOINTS, load_config
 from tests.programs import CONFIGS, ROOT, load_module, quick, write_pretrained, write_random
 
-TEACHERS = ("teacher", "flow_teacher")
+TEACHERS = ("teacher", "flow_teacher", "classes_teacher")
 CASES = [(path.stem, variant) for path in CONFIGS for variant in load_module(path).VARIANTS]
 # Between them every policy, the kinds of objective, adapters, classes, texts and points, with and without data, guided
 # and not. The recipes that differ from one of these by numbers alone are traced; an adversary's runs are those of
@@ -47,8 +47,8 @@ def teachers(tmp_path_factory):
     own = [name for other, name in CASES if other == config and name in TEACHERS]
     if variant in TEACHERS:
       return None
-    scale = quick(config, variant).model.get("time_scale")
-    fitting = [name for name in own if quick(config, name).model.get("time_scale") == scale]
+    kind = lambda name: [quick(config, name).model.get("time_scale"), quick(config, name).data.name]
+    fitting = [name for name in own if kind(name) == kind(variant)]
     return write(config, fitting[0] if own else "gm")
 
   return get
@@ -88,13 +88,17 @@ def test_quicktest_fits_its_teacher_and_traces(config, variant, teachers):
 
 @pytest.fixture
 def no_download(monkeypatch):
-  """Emoji without their pictures, with embeddings of the size of MiniLM's."""
+  """Latents of emoji without their pictures, with embeddings of the size of MiniLM's."""
 
-  @functools.wraps(registry.emoji)  # the keys are its own
-  def emoji(*, split, size, embeddings):
-    return registry.synthetic_prompts(model="minilm", shape=(size, size, 3), pooled=384, split=split)
+  @functools.wraps(registry.latents)  # the keys are its own
+  def latents(path, *, embeddings=None, **given):
+    if path != "runs/emoji_latents":
+      return registry.latents(path, **given)
+    if embeddings is None:
+      return registry.synthetic(shape=(8, 8, 32), num_classes=1910)
+    return registry.synthetic_prompts(model="minilm", shape=(8, 8, 32), pooled=384)
 
-  monkeypatch.setitem(registry._SOURCES, "emoji", emoji)
+  monkeypatch.setitem(registry._OPEN_SOURCES, "latents:<path>", latents)
 
 
 @pytest.mark.usefixtures("no_download")

@@ -23,8 +23,8 @@ from pflow_jax.commands.command import define_join_flags, run_command
 from pflow_jax.commands.flags import define_flags
 from pflow_jax.conversion import cache as caching
 from pflow_jax.data import registry
-from pflow_jax.data.prompts.dataset import with_embeddings
 from pflow_jax.families import text as texts
+from pflow_jax.families.tiny.network import TinyAutoencoder
 from pflow_jax.planning import plan as planner
 from pflow_jax.settings.config_file import read_config_file
 from pflow_jax.settings.tree import OWNERS, Settings
@@ -76,7 +76,7 @@ UNTRAINED = {
 # Flags that a command gets beside those on the page.
 FLAGS = {"pflow evaluate .*runs/emd": ["--config.sample.nfe=(1, 2)"]}
 # Commands of others, which install, download or sign in.
-NOT_OURS = (r"hf (auth login|download)", r"\. \.venv/bin/activate")
+NOT_OURS = (r"git clone ", r"hf (auth login|download)", r"\. \.venv/bin/activate")
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -315,6 +315,12 @@ def prepared(name, folder):
       Image.new("RGB", (40, 40)).save(path)
     write_prompts(folder / "prompts", shape=(64, 64, 4))
     return {"config": Changed()}
+  if name == "text_to_image.md":
+    levels = dict(encoder_widths=(4, 4), encoder_depths=(1, 1), decoder_widths=(4, 4), decoder_depths=(1, 1))
+    tiny = TinyAutoencoder(latent_channels=5, **levels)
+    pf.Codec(tiny, tiny.init(jax.random.key(0), np.zeros((1, 2, 2, 3), np.float32))["params"]).save(
+      folder / "taesd/taef2"
+    )
   return {}
 
 
@@ -322,9 +328,10 @@ def prepared(name, folder):
 def shelf(tmp_path_factory):
   """Emoji are three pictures, and what embeds prompts is a stand-in without PyTorch."""
 
-  def emoji(*, split="train", size=32, embeddings=None):
-    dataset = pf.data.from_arrays(np.zeros((3, 8, 8, 3)), texts=("cat", "dog", "red heart"), name="emoji")
-    return with_embeddings(dataset, embeddings) if embeddings else dataset
+  def emoji(*, split, size, skin_tones, names, classes):
+    return pf.data.from_arrays(
+      np.zeros((3, 8, 8, 3), np.float32), np.arange(3), texts=("cat", "dog", "red heart"), name="emoji"
+    )
 
   def load_encoder(model, folder, *, max_length=None, dtype=None):
     return StubEncoder(model, max_length or 12)
@@ -381,7 +388,9 @@ def test_emoji_are_drawn(shelf):
   shelf.run("text_to_image.md")
   drawn = shelf.folders["text_to_image.md"] / "runs/emoji_gmflow/samples"
   with np.load(next(drawn.rglob("samples.npz"))) as arrays:
-    assert arrays["x0"].shape == (4, 8, 8, 3)
+    assert arrays["x0"].shape == (4, 4, 4, 5)
+  (picture, *_) = drawn.rglob("0000.png")
+  assert Image.open(picture).size == (8, 8)
 
 
 def test_what_another_test_executes_is_python():

@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, cache.
+"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, latents, cache.
 
 Exit codes; all but 0 come with one sentence on stderr:
 
@@ -109,5 +109,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "plan": _plan,
   "data": _data,
   "convert": _command(programs.convert),
+  "latents": _command(programs.latents, joins=False),
   "cache": _command(programs.cache, joins=False),
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
   from absl import flags
@@ -30,6 +31,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow plan     --config configs/imagenet.py:gmflow --topology v5e-256      does it fit on these TPUs, and the cost
   pflow data     emoji                                                       fetch a data set that is not in a package
   pflow convert  --source FLUX.1-dev/transformer --out runs/flux             weights from PyTorch, or a run to PyTorch
+  pflow latents  --images folder:photos --autoencoder taesd/taef1 --out latents              encode pictures once
   pflow cache    --prompts prompts.txt --model flux --encoders FLUX.1-dev --out prompts    embed prompts once
 
 Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags, and with
@@ -78,6 +80,7 @@ def run_command(
     define_flags(function, values)
     if joins:
       define_join_flags(values)
+    argv = [_underscored(argument, values) for argument in argv]
     config, is_file = None, source_of is not None and source_of.flag == "config"
     if source_of is not None:
       given, others = _taken(argv, source_of.flag)
@@ -222,6 +225,13 @@ def _one_line(error: Exception) -> str:
   return f"the config has no key {text}" if isinstance(error, (AttributeError, KeyError)) else text
 
 
+def _underscored(argument: str, known: flags.FlagValues) -> str:
+  """Returns a flag that is written with hyphens, --preview-autoencoder, with the underscores of its name."""
+  name, equals, value = argument.partition("=")
+  plain = name.removeprefix("--").replace("-", "_")
+  return f"--{plain}{equals}{value}" if name.startswith("--") and plain in known else argument
+
+
 def _taken(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
   """Returns the value of a flag, the last one if it is given several times, and the other arguments."""
   value, others, rest = None, [], iter(argv)
@@ -253,6 +263,20 @@ def mesh_sizes(sizes: list[str]) -> dict[str, int]:
     if axis not in AXES or not re.fullmatch("-?[0-9]{1,9}", number):
       raise ValueError(f"--mesh: expected sizes of {AXES} such as data=4,fsdp=64, got {size!r}")
   return {size.partition("=")[0]: int(size.partition("=")[2]) for size in sizes}
+
+
+def options(texts: list[str]) -> dict[str, Any]:
+  """Parses --option=size=64 to {"size": 64}; a value that is no Python literal is a text."""
+  found: dict[str, Any] = {}
+  for text in texts:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+      raise ValueError(f"option: expected key=value, got {text!r}")
+    try:
+      found[name] = {"true": True, "false": False}[value] if value in ("true", "false") else ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      found[name] = value
+  return found
 
 
 def whole_numbers(flag: str, texts: list[str]) -> list[int]:

@@ -8,20 +8,23 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Literal
 
-from pflow_jax.commands.command import fail, mesh_sizes, stop, whole_numbers
+from pflow_jax.commands.command import fail, mesh_sizes, options, stop, whole_numbers
 from pflow_jax.commands.flags import Count, Repeated, Seed
 
 Which = Literal["ema", "params"]
 Dtype = Literal["float32", "bfloat16"]
 
 
-def train(config: Any, workdir: str, force: bool = False, teacher: str | None = None) -> None:
+def train(
+  config: Any, workdir: str, force: bool = False, teacher: str | None = None, preview_autoencoder: str | None = None
+) -> None:
   """Trains, or resumes the run in the workdir.
 
   Args:
     workdir: folder of the run
     force: take the workdir over from another process that trains in it
     teacher: workdir of the run's teacher, if it has moved
+    preview_autoencoder: folder of an autoencoder, a tiny one, say, that shows samples of latents as pictures
   """
   from pflow_jax.evaluation.sample import preview_size, save_picture
   from pflow_jax.files.lock import TakenOver
@@ -30,6 +33,8 @@ def train(config: Any, workdir: str, force: bool = False, teacher: str | None = 
   from pflow_jax.training.rescue import Rescued
   from pflow_jax.training.train import train as run
 
+  if preview_autoencoder is not None:
+    config.sample.autoencoder = preview_autoencoder
   settings = use_teacher(Settings.of(config), teacher)
   try:
     state = run(settings, workdir, force=force, picture=(save_picture, preview_size))
@@ -232,6 +237,31 @@ def convert(
     run(source, out, key=key, mesh=mesh_sizes(mesh), **options)
   except KeyboardInterrupt as stopped:
     raise KeyboardInterrupt("stopped; the same command goes on where it was") from stopped
+
+
+def latents(
+  images: str,
+  autoencoder: str,
+  out: str,
+  split: str = "train",
+  option: Repeated = [],  # noqa: B006
+) -> None:
+  """Encodes pictures once.
+
+  Args:
+    images: a data set of pictures by its name, folder:photos or emoji, say
+    autoencoder: folder of a published autoencoder, or of a tiny one, taesd/taef2
+    out: new folder for the latents, which the data set latents:<out> reads
+    split: of the data set
+    option: key=value of the data set, size=64, say; may be repeated
+  """
+  from pflow_jax import data
+  from pflow_jax.conversion.latents import encode
+
+  encoded = encode(data.load(images, split=split, **options(option)), autoencoder, out=out)
+  print(
+    f"wrote {encoded.num_records:,} latents of {encoded.shape} in {out}; train with --config.data.name=latents:{out}"
+  )
 
 
 def cache(

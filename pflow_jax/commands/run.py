@@ -16,6 +16,7 @@ from pflow_jax import data as datasets
 from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.evaluation.evaluate import KeptInFolder, save_pictures
 from pflow_jax.evaluation.measure import Report, measure
+from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.samplers import Sampler, student_samplers, velocity_samplers
 from pflow_jax.evaluation.text_to_image import ask, draw
 from pflow_jax.files.atomic import write_atomically
@@ -114,6 +115,14 @@ class Run:
     one = functools.partial(run, self.params)
     return in_batches(one, self._layout, settings.batch_size, noise, cond, keys)
 
+  def decode(self, x: np.ndarray) -> np.ndarray:
+    """Returns samples as pictures (n, H, W, 1 or 3), about [-1, 1]: latents decoded, if their autoencoder is known.
+
+    Args:
+      x: samples (n, *space, C).
+    """
+    return as_pictures(self.data, np.asarray(x))
+
   def pictures(
     self,
     prompts: str | Sequence[str],
@@ -148,7 +157,8 @@ class Run:
     count = evaluations(self._experiment.method, settings)[0]
     # A sampler is of its condition's kind and, guided, of the empty prompt.
     make = functools.partial(self._sampler, mark=f"texts {'' if settings.guidance is None else asked.digest}")
-    return asked.decoded(draw(self._experiment, self.params, self._layout, settings, asked, count, seed, make)[1])
+    x0 = draw(self._experiment, self.params, self._layout, settings, asked, count, seed, make)[1]
+    return self.decode(x0) if asked.codec is None else asked.decoded(x0)
 
   def trajectories(
     self, num: int = 64, *, labels: Sequence[int | str] | None = None, nfe: int | None = None, seed: int = 0

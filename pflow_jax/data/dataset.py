@@ -70,6 +70,7 @@ class Dataset:
     texts: one description a record, in record order, or empty.
     embedding: arrays of the prompts that are the condition in place of a label, or None.
     has_x0: False for prompts alone, on which training is data-free.
+    autoencoder: folder of the autoencoder that x0 are latents of, with which pictures are shown; "" for none.
     options: arguments of `load` that give it again; for arrays in memory, the name IN_MEMORY.
 
   Raises:
@@ -84,6 +85,7 @@ class Dataset:
   texts: tuple[str, ...] = ()
   embedding: Embedding | None = None
   has_x0: bool = True
+  autoencoder: str = ""
   options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": IN_MEMORY}, compare=False)
 
   def __post_init__(self):

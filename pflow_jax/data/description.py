@@ -25,6 +25,7 @@ class Description:
     num_classes: as of `Dataset`.
     class_names: as of `Dataset`.
     has_x0: as of `Dataset`.
+    autoencoder: as of `Dataset`; another one may show the pictures.
     embedding: arguments of an `Embedding` without the empty prompt's arrays, or None.
   """
 
@@ -34,6 +35,7 @@ class Description:
   class_names: tuple[str, ...] = ()
   has_x0: bool = True
   embedding: EmbeddingShapes | None = None
+  autoencoder: str = dataclasses.field(default="", compare=False)
 
   @classmethod
   def of(cls, dataset: Dataset, options: Mapping[str, Any]) -> Description:
@@ -41,7 +43,8 @@ class Description:
     own = dataset.embedding
     shapes = EmbeddingShapes(own.lengths, own.text_width, own.masked, own.pooled_width) if own else None
     names = tuple(dataset.class_names)
-    return cls(dict(options), tuple(dataset.shape), dataset.num_classes, names, dataset.has_x0, shapes)
+    shape, classes = tuple(dataset.shape), dataset.num_classes
+    return cls(dict(options), shape, classes, names, dataset.has_x0, shapes, dataset.autoencoder)
 
   def dataset(self) -> Dataset:
     """The data set; its records are read when they are asked for.
@@ -61,6 +64,7 @@ class Description:
       records=_Unread(self),
       embedding=Embedding(**dataclasses.asdict(self.embedding)) if self.embedding else None,
       has_x0=self.has_x0,
+      autoencoder=self.autoencoder,
       options=self.options,
     )
 
@@ -88,7 +92,7 @@ class _Unread:
     differing = [
       f"{field.name} {getattr(self.description, field.name)}, got {getattr(found, field.name)}"
       for field in dataclasses.fields(found)
-      if getattr(self.description, field.name) != getattr(found, field.name)
+      if field.compare and getattr(self.description, field.name) != getattr(found, field.name)
     ]
     if differing:
       raise ValueError(f"{dataset.name}: expected the data of the run, of {'; '.join(differing)}.")

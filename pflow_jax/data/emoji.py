@@ -1,4 +1,4 @@
-"""Colour emoji as a data set: 3,786 images with a category and a name each."""
+"""Colour emoji as a data set: 3,786 images, 1,910 without skin tones, with a category and names each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import gzip
 import io
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
 import zlib
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -49,6 +51,7 @@ class _Cell:
 class _Entry(_Cell):
   name: str
   category: str
+  short_names: tuple[str, ...] = ()
   skin_variations: dict[str, _Cell] = dataclasses.field(default_factory=dict)
 
 
@@ -57,10 +60,13 @@ def emoji(
   split: str = "train",
   held_out: int = 0,
   size: int = 32,
+  skin_tones: bool = True,
+  names: Literal["one", "all"] = "one",
+  classes: Literal["category", "picture"] = "category",
   cache_dir: str | None = None,
   embeddings: str | None = None,
 ) -> Dataset:
-  """Noto colour emoji over white: (size, size, 3), class = category, text = name.
+  """Noto colour emoji over white: (size, size, 3), text = name.
 
   Skin tones are records of their own: "father christmas: dark skin tone".
 
@@ -68,6 +74,10 @@ def emoji(
     split: "train" or "test".
     held_out: records kept out of "train" for "test".
     size: 32 or 64 pixels.
+    skin_tones: whether pictures that differ in the tone of the skin alone are there.
+    names: "one" is Unicode's name of a picture; "all" are the short names beside it too, "heavy black heart" and
+      "heart", each with a record of its own.
+    classes: "category" is one of ten, "picture" a class for each picture.
     cache_dir: the folder that `fetch_emoji` was given.
     embeddings: folder of the names' embeddings, which are then the condition in place of the class:
       `pflow cache --prompts=data:emoji --model=minilm --out=<folder>`.
@@ -86,20 +96,21 @@ def emoji(
       f"emoji: no images in {package}; fetch them once with `pflow data emoji` (needs npm, 74 MB),"
       " or name the folder they were fetched to in cache_dir=."
     )
-  entries = _entries(read_json(package / _TABLE, list[_Entry]))
+  entries = _entries(read_json(package / _TABLE, list[_Entry]), skin_tones, names == "all")
   with open_image(_sheet_path(package, size)) as image:
     sheet = np.asarray(over_white(image).convert("RGB"))
   # Cells have a transparent border of one pixel.
   down, across = (length // (size + 2) for length in sheet.shape[:2])
-  if not entries or any(x >= across or y >= down for x, y, _, _ in entries):
+  if not entries or any(one.x >= across or one.y >= down for one in entries):
     raise ValueError(f"emoji: {_TABLE} in {package} is not of the images beside it; remove them and fetch them again.")
-  corners = [(1 + y * (size + 2), 1 + x * (size + 2)) for x, y, _, _ in entries]
+  corners = [(1 + one.y * (size + 2), 1 + one.x * (size + 2)) for one in entries]
   x0 = np.stack([sheet[top : top + size, left : left + size] for top, left in corners])
-  class_names = tuple(sorted({category for _, _, category, _ in entries}))
-  label = np.array([class_names.index(category) for _, _, category, _ in entries], np.int32)
+  classes_of = [one.category if classes == "category" else one.picture for one in entries]
+  numbers = {name: number for number, name in enumerate(sorted(set(classes_of)))}
+  label = np.array([numbers[name] for name in classes_of], np.int32)
   rows = split_rows("emoji", len(entries), split, held_out)
-  texts = tuple(entries[row][3] for row in rows)
-  dataset = from_arrays(x0[rows], label[rows], name="emoji", class_names=class_names, texts=texts)
+  texts = tuple(entries[row].text for row in rows)
+  dataset = from_arrays(x0[rows], label[rows], name="emoji", class_names=tuple(numbers), texts=texts)
   return with_embeddings(dataset, embeddings) if embeddings else dataset
 
 
@@ -167,16 +178,28 @@ def _unpack(archive: pathlib.Path, target: pathlib.Path) -> None:
     raise RuntimeError(f"{what} cannot be unpacked: {error}") from error
 
 
-def _entries(table: list[_Entry]) -> list[tuple[int, int, str, str]]:
-  """(sheet column, sheet row, category, text) of every image, skin tones included."""
+class _Record(NamedTuple):
+  """A picture with one of its texts; the picture's name is its first text."""
+
+  x: int
+  y: int
+  category: str
+  picture: str
+  text: str
+
+
+def _entries(table: list[_Entry], skin_tones: bool, all_names: bool) -> list[_Record]:
+  """Returns a record for every picture, or for each of its names."""
   entries = []
-  for emoji_entry in table:
-    name = emoji_entry.name.lower()
-    for tones, cell in [("", emoji_entry), *emoji_entry.skin_variations.items()]:
+  for one in table:
+    names = [one.name.lower()]
+    if all_names:
+      names += [re.sub("[-_]", " ", name) for name in one.short_names]
+    for tones, cell in [("", one), *(one.skin_variations.items() if skin_tones else ())]:
+      words = ", ".join(_SKIN_TONES.get(tone, tone) for tone in tones.split("-") if tone)
+      texts = [f"{name}: {words}" if words else name for name in dict.fromkeys(names)]
       if cell.has_img_google:
-        words = ", ".join(_SKIN_TONES.get(tone, tone) for tone in tones.split("-") if tone)
-        text = f"{name}: {words}" if words else name
-        entries.append((cell.sheet_x, cell.sheet_y, emoji_entry.category, text))
+        entries += [_Record(cell.sheet_x, cell.sheet_y, one.category, texts[0], text) for text in texts]
   return entries
 
 

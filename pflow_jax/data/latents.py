@@ -1,8 +1,8 @@
 """Arrays too many for memory, such as the latents of an autoencoder, in array_record shards.
 
-A folder holds info.json ({"shape": [*space, C], "num_classes": n, "num_records": m}) and shards named *.array_record,
-read in the order of their names. A record is its label, int32, and its x0, float16, both little-endian, in row-major
-order.
+A folder holds info.json, see `Info`, and shards named *.array_record, read in the order of their names. A record is its
+label, int32, and its x0, float16, both little-endian, in row-major order. Beside them texts.json may have a text a
+record, in their order.
 """
 
 from __future__ import annotations
@@ -12,28 +12,39 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, SupportsIndex
 
 import numpy as np
 import pydantic
 
 from pflow_jax.data.dataset import Dataset, check_classes
-from pflow_jax.data.records import Record, SourceRecords
+from pflow_jax.data.prompts.dataset import with_embeddings
+from pflow_jax.data.records import ArrayRecords, Record, SourceRecords
 from pflow_jax.data.shards import Shards
-from pflow_jax.files.foreign import is_there, read_json, shown
+from pflow_jax.files.foreign import check_memory, is_there, read_json, shown
 
-INFO = "info.json"
+INFO, TEXTS = "info.json", "texts.json"
 LABEL, VALUES = np.dtype("<i4"), np.dtype("<f2")
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-  """A folder's info.json; older folders lack the number of records."""
+  """A folder's info.json; older folders have shape and number of classes alone.
+
+  Attributes:
+    shape: (*space, C) of a record.
+    num_classes: 0 for none.
+    num_records: in all shards.
+    class_names: one name a class, or none.
+    autoencoder: folder of the autoencoder that made the latents, absolute.
+  """
 
   shape: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)]
   num_classes: pydantic.NonNegativeInt
   num_records: pydantic.PositiveInt | None = None
+  class_names: tuple[str, ...] = ()
+  autoencoder: str = ""
 
 
 class LatentSource:
@@ -81,7 +92,12 @@ class LatentSource:
 
 
 def latents(
-  path: str, *, split: str = "train", shape: tuple[int, ...] | None = None, num_classes: int | None = None
+  path: str,
+  *,
+  split: str = "train",
+  shape: tuple[int, ...] | None = None,
+  num_classes: int | None = None,
+  embeddings: str | None = None,
 ) -> Dataset:
   """Arrays of a folder of array_record shards, see `write_latents`.
 
@@ -91,6 +107,8 @@ def latents(
     shape: (*space, C) of its records, by default the folder's. With `num_classes` given too, a run can be planned on a
       machine that does not have the data.
     num_classes: of its records, by default the folder's.
+    embeddings: folder of the embeddings of its texts, which are then the condition in place of the class. The records
+      are kept in memory: `pflow cache --prompts=data:latents:<path> --model=minilm --out=<folder>`.
 
   Raises:
     ValueError: for a folder with another shape or number of classes, or one that is needed and not there.
@@ -109,12 +127,39 @@ def latents(
   if any(wanted not in (None, has) for wanted, has in zip(given, its, strict=True)):
     raise ValueError(f"latents:{folder}: its {INFO} has shape and num_classes {its}, got {given}.")
   check_classes(f"latents:{folder}", info.num_classes)
-  names = tuple(f"class {index}" for index in range(info.num_classes))
-  return Dataset(f"latents:{path}", *its, names, SourceRecords(LatentSource(folder, *its), read_threads=16))
+  names = info.class_names or tuple(f"class {index}" for index in range(info.num_classes))
+  if len(names) != info.num_classes:
+    raise ValueError(f"latents:{folder}: its {INFO} has {len(names)} class_names for {info.num_classes} classes.")
+  texts = _read_texts(folder, info)
+  records = SourceRecords(LatentSource(folder, *its), read_threads=16)
+  dataset = Dataset(f"latents:{path}", *its, names, records, texts=texts, autoencoder=info.autoencoder)
+  if not embeddings:
+    return dataset
+  size = (info.num_records or 0) * 4 * math.prod(info.shape)
+  check_memory(f"latents:{folder}: {info.num_records} records in memory", size, "leave out embeddings=")
+  whole = records.take(np.arange(len(texts)))
+  return with_embeddings(dataclasses.replace(dataset, records=ArrayRecords(whole["x0"], whole["cond"])), embeddings)
+
+
+def _read_texts(folder: str, info: Info) -> tuple[str, ...]:
+  path = pathlib.Path(folder) / TEXTS
+  if not is_there(path):
+    return ()
+  texts = tuple(read_json(path, list[str]))
+  if len(texts) != info.num_records:
+    raise ValueError(f"latents:{folder}: expected {info.num_records} texts in {TEXTS}, got {len(texts)}.")
+  return texts
 
 
 def write_latents(
-  path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], *, num_classes: int, shard_size: int = 50_000
+  path: str,
+  batches: Iterable[tuple[np.ndarray, np.ndarray]],
+  *,
+  num_classes: int,
+  shard_size: int = 50_000,
+  class_names: Sequence[str] = (),
+  texts: Sequence[str] = (),
+  autoencoder: str = "",
 ) -> int:
   """Writes a folder that `latents:<path>` reads, and returns the number of records.
 
@@ -123,14 +168,20 @@ def write_latents(
     batches: pairs of x0 (n, *space, C) and label (n,), integers in [0, num_classes).
     num_classes: 0 for none, with labels of 0.
     shard_size: records a file.
+    class_names: one name a class, or none.
+    texts: one text a record, or none.
+    autoencoder: folder of the autoencoder that made the latents.
 
   Raises:
-    ValueError: for a folder with shards, labels out of range, values that float16 cannot hold, or shapes that differ.
+    ValueError: for a folder with shards, another number of names or texts, labels out of range, values that float16
+      cannot hold, or shapes that differ.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 
   folder = pathlib.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
+  if class_names and len(class_names) != num_classes:
+    raise ValueError(f"{path}: expected {num_classes} class_names, one a class, got {len(class_names)}.")
   if any(folder.glob("*.array_record")):
     raise ValueError(f"{path} holds shards already; give another folder, or remove them.")
   count, shape, writer = 0, None, None
@@ -159,9 +210,15 @@ def write_latents(
       writer.close()
   if not count:
     raise ValueError(f"{path}: no records to write.")
+  if texts and len(texts) != count:
+    raise ValueError(f"{path}: expected {count} texts, one a record, got {len(texts)}.")
+  if texts:
+    (folder / TEXTS).write_text(json.dumps(list(texts), ensure_ascii=False) + "\n", encoding="utf-8")
   # It comes last: a folder without it is not finished.
-  info = {"shape": shape, "num_classes": num_classes, "num_records": count}
-  (folder / INFO).write_text(json.dumps(info) + "\n")
+  info: dict[str, Any] = {"shape": shape, "num_classes": num_classes, "num_records": count}
+  info |= {"class_names": list(class_names)} if class_names else {}
+  info |= {"autoencoder": autoencoder} if autoencoder else {}
+  (folder / INFO).write_text(json.dumps(info, ensure_ascii=False) + "\n", encoding="utf-8")
   return count
 
 

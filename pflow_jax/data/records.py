@@ -125,6 +125,10 @@ class SourceRecords:
   def num_records(self) -> int:
     return len(self.source)
 
+  def take(self, rows: np.ndarray) -> Batch:
+    """Returns the batch of these rows."""
+    return _stacked([self.source[int(row)] for row in rows])
+
   def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
     stream = grain.MapDataset.source(self.source).seed(seed).shuffle().repeat()
 
@@ -134,7 +138,7 @@ class SourceRecords:
     return grain.MapDataset.range(ENDLESS).map(batch)
 
   def sample(self, n: int, seed: int) -> Batch:
-    return _stacked([self.source[int(row)] for row in sample_rows(len(self.source), n, seed)])
+    return self.take(sample_rows(len(self.source), n, seed))
 
 
 def _stacked(records: list[Record]) -> Batch:

@@ -15,6 +15,7 @@ from etils import epath
 
 from pflow_jax import data
 from pflow_jax.evaluation import figures
+from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.files.folders import checked_file, expanded
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.settings.sections import call
@@ -122,9 +123,7 @@ def save_picture(
   if dataset.shape == (2,):
     figures.scatter_panels(path, rows, title=title)
     return
-  if next(iter(rows.values())).shape[-1] not in (1, 3):
-    # These are latents: without their decoder the first channels show their outlines.
-    rows = {name: x[..., :3] if x.shape[-1] > 3 else x[..., :1] for name, x in rows.items()}
+  rows = {name: as_pictures(dataset, x) for name, x in rows.items()}
   names = dataset.class_names
   titles = [names[i] for i in labels] if names else None
   figures.image_grid(path, rows, column_labels=titles, title=title, columns=COLUMNS)

@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from pflow_jax import data
 from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.evaluation import figures
+from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.sample import as_saved, check_local
 from pflow_jax.families import text
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
@@ -88,7 +89,7 @@ def sample_prompts(
   noise, x0 = draw(experiment, params, layout, settings, asked, nfe, seed)
   step = newest_step(f"{folder}/{CHECKPOINTS}")  # all processes ask together
   if is_first():
-    pictures = asked.decoded(x0)
+    pictures = as_pictures(experiment.dataset, x0) if asked.codec is None else asked.decoded(x0)
     told = {"model": run_settings.model.kind, "nfe": nfe, "seed": seed, "which": which, "run": str(folder)}
     told |= {"step": step, "temperature": settings.temperature_of_segments}
     out.mkdir(parents=True, exist_ok=True)

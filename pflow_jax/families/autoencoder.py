@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.pixels import read_pixels, to_unit
 from pflow_jax.families.names import TorchNames
 from pflow_jax.families.registry import FAMILIES
@@ -44,10 +45,12 @@ class Codec:
     module: Flax module with the methods `encode` and `decode`, and the attributes `down_factor`, `latent_channels` and
       `dtype`.
     params: its parameters.
+    folder: that it was read from, absolute; "" for none.
   """
 
   module: Any
   params: Any
+  folder: str = ""
 
   @property
   def factor(self) -> int:
@@ -146,7 +149,32 @@ def load_autoencoder(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Cod
   expected = {name: shape for row in rows for name, shape in torch_shapes_of(row, by_path[row.flax]).items()}
   check_tensors(expected, tensors.shapes, str(path))
   params = to_flax(rows, {name: tensors.read(name).astype(np.float32) for name in expected})
-  return Codec(module, jax.device_put(params))
+  return Codec(module, jax.device_put(params), os.path.abspath(os.path.expanduser(folder)))
+
+
+def codec_of(dataset: Dataset) -> Codec | None:
+  """Returns the autoencoder whose latents a data set has; None of pixels, and where none is known.
+
+  Args:
+    dataset: with `autoencoder`.
+
+  Raises:
+    ValueError: it cannot be read, or makes other latents.
+  """
+  if not dataset.autoencoder:
+    return None
+  codec = _kept(dataset.autoencoder)
+  if dataset.shape[-1] != codec.module.latent_channels:
+    raise ValueError(
+      f"{dataset.autoencoder} makes latents of {codec.module.latent_channels} channels, {dataset.name} has "
+      f"{dataset.shape[-1]}; give the one of its model in config.sample.autoencoder"
+    )
+  return codec
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(folder: str) -> Codec:
+  return load_autoencoder(folder)
 
 
 def _open_published(path: pathlib.Path) -> tuple[TorchNames, dict[str, Any], Tensors]:

@@ -27,6 +27,8 @@ class SampleSettings:
       (teacher.guidance), which evaluation always compares with. A teacher that is sampled itself takes it as the
       strength of classifier-free guidance; None is none.
     batch_size: samples at a time.
+    autoencoder: folder of the autoencoder that shows samples of latents as pictures, a tiny one, say; "" is the one
+      that made the latents, if it is known.
   """
 
   nfe: tuple[int, ...] = ()
@@ -38,6 +40,7 @@ class SampleSettings:
   gamma: float = 0.0
   guidance: float | None = None
   batch_size: int = 256
+  autoencoder: str = ""
 
   @property
   def temperature_of_segments(self) -> float | str:

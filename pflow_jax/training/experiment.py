@@ -204,6 +204,8 @@ def build(
     )
   inputs = read_inputs(run) if run is not None else None
   dataset = dataset or (inputs and inputs.dataset(settings.data)) or call(data.load, "data", settings.data)
+  if settings.sample.autoencoder:
+    dataset = dataclasses.replace(dataset, autoencoder=settings.sample.autoencoder)
   check_memory("config.data: one example", 4 * math.prod(dataset.shape), "make it smaller")
   network = make_network(settings.model, settings.head, dataset, settings.adapters)
 

@@ -310,3 +310,14 @@ def test_compare_passes_its_flags_on_and_says_what_failed(tmp_path, monkeypatch,
 )
 def test_a_message_about_an_argument_names_the_flag(message, told):
   assert as_flags(message, ("config", "height", "width", "out")) == told
+
+
+def test_a_flag_may_be_written_with_hyphens(capsys):
+  with pytest.raises(SystemExit):
+    cli.main(
+      ["train", "--config", "configs/digits.py:teacher", "--preview-autoencoder", "taesd/taef2", "--no-such-flag=1"]
+    )
+  assert "there is no flag --no-such-flag" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    cli.main(["convert", "--source", "a", "--out=b", "--max-shard-gb=many"])
+  assert "max_shard_gb" in capsys.readouterr().err

@@ -16,6 +16,7 @@ TABLE = [
   {
     "name": "WAVING HAND",
     "category": "People & Body",
+    "short_names": ["wave", "waving_hand"],
     "sheet_x": 0,
     "sheet_y": 0,
     "has_img_google": True,
@@ -73,6 +74,19 @@ def test_images_categories_and_names(cache, size):
   colours = [(255, 0, 0), (0, 255, 0), (127, 127, 255)]
   for image, colour in zip(dataset.records.x0, colours, strict=True):
     np.testing.assert_array_equal(image, np.broadcast_to(np.uint8(colour), image.shape))
+
+
+def test_tones_names_and_classes_are_chosen(cache):
+  plain = data.load("emoji", skin_tones=False, cache_dir=cache)
+  assert plain.texts == ("waving hand", "blue book")
+  named = data.load("emoji", names="all", classes="picture", cache_dir=cache)
+  tones = ": light skin tone, dark skin tone"
+  assert named.texts == ("waving hand", "wave", f"waving hand{tones}", f"wave{tones}", "blue book")
+  assert named.class_names == ("blue book", "waving hand", f"waving hand{tones}")
+  np.testing.assert_array_equal(named.records.label, [1, 1, 2, 2, 0])
+  np.testing.assert_array_equal(named.records.x0[2], named.records.x0[3])
+  with pytest.raises(ValueError, match="names"):
+    data.load("emoji", names="some", cache_dir=cache)
 
 
 def test_texts_follow_the_records_of_a_split(cache):

@@ -36,6 +36,22 @@ def test_round_trip_over_shards(folder):
   assert batch["x0"].shape == (2, 4, 4, 2)
 
 
+def test_texts_of_latents_can_be_the_condition(tmp_path, monkeypatch):
+  from pflow_jax.conversion import cache as program
+  from tests.encoders import StubEncoder
+
+  monkeypatch.setattr(program, "load_encoder", lambda *args, **options: StubEncoder("minilm"))
+  path, texts = str(tmp_path / "latents"), [f"text {i}" for i in range(11)]
+  write_latents(path, [(X0, LABEL)], num_classes=5, class_names="abcde", texts=texts)
+  program.cache(f"data:latents:{path}", "minilm", tmp_path / "names")
+  dataset = data.load(f"latents:{path}", embeddings=str(tmp_path / "names"))
+  assert (dataset.texts, dataset.num_classes, dataset.class_names) == (tuple(texts), 0, ())
+  batch = dataset.records.take(np.array([7, 2]))
+  np.testing.assert_array_equal(batch["x0"], X0[[7, 2]].astype(np.float32))
+  want = np.stack([StubEncoder("minilm").one(texts[i])[1] for i in (7, 2)])
+  np.testing.assert_array_equal(batch["cond"]["pooled"], want)
+
+
 def test_shapes_are_known_without_the_data(tmp_path):
   dataset = data.load(f"latents:{tmp_path}/none", shape=(32, 32, 4), num_classes=1000)
   assert (dataset.shape, dataset.num_classes) == ((32, 32, 4), 1000)

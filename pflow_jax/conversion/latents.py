@@ -1,0 +1,70 @@
+"""`pflow latents`: a set of pictures as the latents of an autoencoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from pflow_jax import data
+from pflow_jax.data.dataset import IN_MEMORY
+from pflow_jax.data.latents import write_latents
+from pflow_jax.data.records import ArrayRecords, SourceRecords
+from pflow_jax.families.autoencoder import Codec, load_autoencoder
+from pflow_jax.files.folders import checked_folder
+from pflow_jax.files.foreign import check_memory
+from pflow_jax.training.writer import progress
+
+_ROWS = 64  # pictures that are read at a time
+
+
+def encode(
+  dataset: data.Dataset,
+  autoencoder: Codec | str | os.PathLike,
+  *,
+  out: str | os.PathLike | None = None,
+) -> data.Dataset:
+  """Encodes the pictures of a data set, in their order, with their classes and texts.
+
+  Args:
+    dataset: pictures (H, W, 3) in [-1, 1].
+    autoencoder: result of `load_autoencoder`, or the folder that it reads.
+    out: new folder, which `latents:<out>` reads; by default the latents are kept in memory.
+
+  Returns:
+    The data set of their latents.
+
+  Raises:
+    ValueError: they are no pictures, their sides do not fit the autoencoder, or the folder holds latents.
+  """
+  records, name = dataset.records, dataset.name
+  if not isinstance(records, ArrayRecords | SourceRecords) or len(dataset.shape) != 3 or dataset.shape[-1] != 3:
+    raise ValueError(f"{name}: expected a set of pictures (H, W, 3), got {dataset.shape}")
+  codec = autoencoder if isinstance(autoencoder, Codec) else load_autoencoder(autoencoder)
+  height, width, _ = dataset.shape
+  if height % codec.factor or width % codec.factor:
+    raise ValueError(f"{name}: expected sides that are multiples of {codec.factor}, got {height} x {width}; scale them")
+  count = records.num_records
+
+  def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    with progress(count, 0, "latents", unit="pictures") as report:
+      for start in range(0, count, _ROWS):
+        batch = records.take(np.arange(start, min(start + _ROWS, count)))
+        labels = records.label[start : start + _ROWS] if isinstance(records, ArrayRecords) else batch["cond"]
+        yield codec.encode(batch["x0"]), labels
+        report.update(min(start + _ROWS, count))
+
+  folder = codec.folder
+  if out is not None:
+    path = checked_folder(out, "out")
+    names = {"class_names": dataset.class_names, "texts": dataset.texts, "autoencoder": folder}
+    write_latents(path, batches(), num_classes=dataset.num_classes, **names)  # type: ignore[arg-type]
+    return data.load(f"latents:{path}")
+  shape = (height // codec.factor, width // codec.factor, codec.module.latent_channels)
+  check_memory(f"latents of {name}", 8 * count * int(np.prod(shape)), "give out=, a folder")
+  x0, label = (np.concatenate(parts) for parts in zip(*batches(), strict=True))
+  embeddings = records.embeddings if isinstance(records, ArrayRecords) else {}
+  kept, options = ArrayRecords(x0, label, embeddings), {"name": IN_MEMORY}
+  return dataclasses.replace(dataset, shape=shape, records=kept, autoencoder=folder, options=options)
