@@ -314,14 +314,18 @@ def prepared(name, folder):
       path.parent.mkdir(parents=True, exist_ok=True)
       Image.new("RGB", (40, 40)).save(path)
     write_prompts(folder / "prompts", shape=(64, 64, 4))
+    write_autoencoder(folder / "taesd/taef1")
     return {"config": Changed()}
   if name == "text_to_image.md":
-    levels = dict(encoder_widths=(4, 4), encoder_depths=(1, 1), decoder_widths=(4, 4), decoder_depths=(1, 1))
-    tiny = TinyAutoencoder(latent_channels=5, **levels)
-    pf.Codec(tiny, tiny.init(jax.random.key(0), np.zeros((1, 2, 2, 3), np.float32))["params"]).save(
-      folder / "taesd/taef2"
-    )
+    write_autoencoder(folder / "taesd/taef2")
   return {}
+
+
+def write_autoencoder(folder):
+  """Leaves a tiny autoencoder of random weights."""
+  levels = dict(encoder_widths=(4, 4), encoder_depths=(1, 1), decoder_widths=(4, 4), decoder_depths=(1, 1))
+  tiny = TinyAutoencoder(latent_channels=5, **levels)
+  pf.Codec(tiny, tiny.init(jax.random.key(0), np.zeros((1, 2, 2, 3), np.float32))["params"]).save(folder)
 
 
 @pytest.fixture(scope="module")
