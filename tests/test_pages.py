@@ -24,7 +24,7 @@ from pflow_jax.commands.flags import define_flags
 from pflow_jax.conversion import cache as caching
 from pflow_jax.data import registry
 from pflow_jax.families import text as texts
-from pflow_jax.families.tiny.network import TinyAutoencoder
+from pflow_jax.families.taesd.network import TinyAutoencoder
 from pflow_jax.planning import plan as planner
 from pflow_jax.settings.config_file import read_config_file
 from pflow_jax.settings.tree import OWNERS, Settings

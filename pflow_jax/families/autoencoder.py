@@ -18,8 +18,8 @@ from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.pixels import read_pixels, to_unit
 from pflow_jax.families.names import TorchNames
 from pflow_jax.families.registry import FAMILIES
-from pflow_jax.families.tiny import files as tiny_files
-from pflow_jax.families.tiny import names as tiny_names
+from pflow_jax.families.taesd import files as tiny_files
+from pflow_jax.families.taesd import names as tiny_names
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.foreign import check_memory, is_there, read_json, shown
 from pflow_jax.networks.heads import attributes_of

@@ -16,7 +16,7 @@ from pflow_jax.families.qwen_image import names as qwen_image_names
 from pflow_jax.families.qwen_image import vae_names as qwen_vae_names
 from pflow_jax.families.qwen_image.encoder import QwenImageEncoder
 from pflow_jax.families.qwen_image.network import QwenImage
-from pflow_jax.families.tiny import names as tiny_names
+from pflow_jax.families.taesd import names as tiny_names
 from pflow_jax.files.registering import replaces
 from pflow_jax.networks import layers, mmdit
 from pflow_jax.networks.heads import ArcHead, DXHead, GMFlowHead, Head
@@ -110,4 +110,4 @@ register_family(
   )
 )
 register_family(Family("minilm", encoder=MiniLMEncoder))
-register_family(Family("tiny", autoencoder=tiny_names.NAMES))
+register_family(Family("taesd", autoencoder=tiny_names.NAMES))

@@ -14,7 +14,7 @@ from pflow_jax.commands.cli import main
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.families.autoencoder import Codec, codec_of, load_autoencoder
-from pflow_jax.families.tiny.network import TinyAutoencoder
+from pflow_jax.families.taesd.network import TinyAutoencoder
 from pflow_jax.training.experiment import build
 from pflow_jax.training.train import train
 from tests.programs import quick

@@ -11,7 +11,7 @@ import torch
 
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
 from pflow_jax.families.qwen_image.vae import QwenVAE
-from pflow_jax.families.tiny.network import TinyAutoencoder
+from pflow_jax.families.taesd.network import TinyAutoencoder
 from pflow_jax.networks.mlp import MLP
 from pflow_jax.networks.vae import AutoencoderKL
 

@@ -1,7 +1,7 @@
 """Tiny autoencoders to and from PyTorch: diffusers' AutoencoderTiny, and the authors' own files.
 
 Both number the layers of an encoder and a decoder. The authors' decoder begins with a layer that has no weights, so
-that its numbers are larger by one, and its parts are in files of their own, see `families.tiny.files`.
+that its numbers are larger by one, and its parts are in files of their own, see `families.taesd.files`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Len
 
 from pflow_jax.families.names import TorchNames
-from pflow_jax.families.tiny.network import TinyAutoencoder
+from pflow_jax.families.taesd.network import TinyAutoencoder
 from pflow_jax.torch_io.fields import Blocks, Number, Positive, Size, Sizes, read_fields
 from pflow_jax.torch_io.table import Row, conv
 
@@ -55,7 +55,7 @@ class Fields:
 
 
 class TinyNames(TorchNames):
-  """Names of `families.tiny.network.TinyAutoencoder`."""
+  """Names of `families.taesd.network.TinyAutoencoder`."""
 
   module = TinyAutoencoder
   class_names = ("AutoencoderTiny",)
