@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from pflow_jax.torch_io.table import flat_shapes, rows_for
 from pflow_jax.training import workdir
 from pflow_jax.training.teachers import which_of
 
+SHARD_BYTES = 5 * 10**9
 TOLD = ("nfe", "max_segment", "final_scale", "shift")  # what a policy's files tell of its objective
 
 
@@ -40,7 +42,7 @@ def to_torch(
   out: pathlib.Path,
   which: str,
   dtype: np.dtype | None,
-  max_bytes: int,
+  max_bytes: int | None,
   options: Mapping[str, Any],
   known: Settings,
 ) -> bool:
@@ -51,7 +53,7 @@ def to_torch(
     out: the folder.
     which: "ema" or "params".
     dtype: of floating tensors; None is the leaves'.
-    max_bytes: of a file.
+    max_bytes: of a file; None is one file for a student with a policy, and SHARD_BYTES for any other network.
     options: that tell this conversion from another of the same source.
     known: settings of the run with what it carries of its data.
 
@@ -85,6 +87,8 @@ def to_torch(
   exporter = Exporter(leaves, rows, dtype, _scales(leaves, settings.adapters.rows), _unused(leaves))
   identity = {"folder": os.path.abspath(folder), "step": step, "sums": _sums(checkpoints, step)}
   config = foreign.read_json(epath.Path(folder) / workdir.CONFIG)
+  if max_bytes is None:  # the readers of policies open one file, and no index
+    max_bytes = sys.maxsize if metadata else SHARD_BYTES
   source = digest({"config": config, **identity, **options, "max_bytes": max_bytes})
   target = ModelFolder(out, torch_config, exporter.planned, source, metadata, max_bytes)
   if target.is_complete():
