@@ -42,6 +42,7 @@ setup(
     "pillow>=10.1",
     "psutil>=5.9",
     "pydantic>=2.7",
+    "pyyaml>=6.0",
     "rich>=13.0",
     "scikit-learn>=1.5",
     "scipy>=1.13",
