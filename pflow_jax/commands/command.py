@@ -31,6 +31,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow plan     --config configs/imagenet.py:gmflow --topology v5e-256      does it fit on these TPUs, and the cost
   pflow data     emoji                                                       fetch a data set that is not in a package
   pflow convert  --source FLUX.1-dev/transformer --out runs/flux             weights from PyTorch, or a run to PyTorch
+  pflow push     --folder student --repo USER/NAME                           an export to the Hugging Face Hub
   pflow latents  --images folder:photos --autoencoder taesd/taef1 --out latents              encode pictures once
   pflow cache    --prompts prompts.txt --model flux --encoders FLUX.1-dev --out prompts    embed prompts once
 

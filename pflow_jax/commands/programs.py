@@ -264,6 +264,19 @@ def latents(
   )
 
 
+def push(folder: str, repo: str, private: bool = False) -> None:
+  """Uploads an export to the Hugging Face Hub.
+
+  Args:
+    folder: what `pflow convert` made of a run
+    repo: USER/NAME on the Hub
+    private: make a repository that others do not see
+  """
+  from pflow_jax.conversion.push import push as run
+
+  print(f"uploaded {folder} to {run(folder, repo, private=private)}")
+
+
 def cache(
   prompts: str,
   model: str,
