@@ -151,11 +151,15 @@ _NAMES: dict[str, tuple[str, ...]] = {
   "commands.library": ("Run", "distill", "load", "train"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
+__version__: str  # of what is installed, see `__getattr__`
 _MODULES = {"data": "data", "plot": "evaluation.plot", "table": "torch_io.table"}
 
 
 def __getattr__(name: str) -> Any:
-  if name in _MODULES:
+  value: Any
+  if name == "__version__":
+    value = importlib.import_module("pflow_jax.files.versions").version_of("pflow-jax")
+  elif name in _MODULES:
     value = importlib.import_module(f"pflow_jax.{_MODULES[name]}")
   elif name in _PLACES:
     value = getattr(importlib.import_module(f"pflow_jax.{_PLACES[name]}"), name)

@@ -36,7 +36,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow cache    --prompts prompts.txt --model flux --encoders FLUX.1-dev --out prompts    embed prompts once
 
 Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags, and with
---config FILE, or --workdir of a run, every key with its value.
+--config FILE, or --workdir of a run, every key with its value. `pflow --version` prints the version.
 
 A config file is a program, which runs with your rights: read one that is not yours before you name it.
 """

@@ -12,7 +12,6 @@ import pathlib
 import platform
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import yaml
@@ -22,6 +21,7 @@ from pflow_jax.evaluation.metrics import markdown_table
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically
+from pflow_jax.files.versions import version_of
 from pflow_jax.settings.tree import Settings
 
 UNKNOWN = "unknown: fill in"
@@ -121,8 +121,8 @@ def card(
     _evaluation(folder),
     _training(settings, which, step),
     _use(settings, policy),
-    f"## Versions\n\npflow_jax {metadata.version('pflow-jax')}, jax {metadata.version('jax')}, "
-    f"flax {metadata.version('flax')}, Python {platform.python_version()}.\n",
+    f"## Versions\n\npflow_jax {version_of('pflow-jax')}, jax {version_of('jax')}, "
+    f"flax {version_of('flax')}, Python {platform.python_version()}.\n",
   ]
   text = "\n".join(filter(None, parts)) + "\n"
   return f"{text}<!-- written by pflow_jax, sha256 {_digest(text)}; an edited card is left alone -->\n"
