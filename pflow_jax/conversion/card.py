@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from pflow_jax.conversion.origin import README, Origin, data_name, origin_of
+from pflow_jax.conversion.origin import README, Origin, data_name, origin_of, plain
 from pflow_jax.evaluation.metrics import markdown_table
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
@@ -113,7 +113,7 @@ def card(
 ) -> str:
   """Returns the text of a card; the arguments are those of `write_card`."""
   origin = origin_of(folder, settings)
-  name = pathlib.Path(os.path.abspath(folder)).name
+  name = plain(pathlib.Path(os.path.abspath(folder)).name)
   parts = [
     "---\n" + yaml.safe_dump(_front(settings, origin, policy), sort_keys=False, allow_unicode=True) + "---\n",
     f"# {name}\n\n{_opening(settings, policy)}\n",

@@ -87,7 +87,7 @@ def origin_of(folder: str | os.PathLike, settings: Settings) -> Origin | None:
     if settings.converted:
       source = settings.source or {}
       told = {key: str(source[key]) for key in FIELDS if _PLAIN.fullmatch(str(source.get(key, "")))}
-      return Origin(told.get("repo") or _plain(source.get("folder")), told, converted=True)
+      return Origin(told.get("repo") or plain(source.get("folder")), told, converted=True)
     teacher = settings.teacher and settings.teacher.workdir
     if not teacher:
       return Origin(data_name(settings))
@@ -95,7 +95,7 @@ def origin_of(folder: str | os.PathLike, settings: Settings) -> Origin | None:
       inputs = read_inputs(folder)
       folder = teacher if inputs is None else locate("teacher", teacher, folder, inputs)
       settings = load_settings(folder)
-    except ValueError:
+    except (ValueError, OSError, ImportError):  # gone, or in a bucket that does not answer
       return None
   return None
 
@@ -107,9 +107,14 @@ def data_name(settings: Settings) -> str:
     settings: of the run.
   """
   kind, colon, place = str(settings.data.get("name") or "unknown").partition(":")
-  return _plain(f"{kind}{colon}{pathlib.PurePath(place).name}")
+  return plain(f"{pathlib.PurePath(kind).name}{colon}{pathlib.PurePath(place).name}")
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+  """Returns a value as text that Markdown takes for nothing else.
+
+  Args:
+    value: of somebody else.
+  """
   text = str(value or "unknown")
   return text if _PLAIN.fullmatch(text) else foreign.shown(text).replace("|", "/").replace("`", "'")

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from pflow_jax.conversion.card import UNKNOWN, is_own
-from pflow_jax.conversion.origin import front_matter, told_by_folder
+from pflow_jax.conversion.origin import data_name, front_matter, told_by_folder
 from pflow_jax.conversion.program import convert
+from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
 from tests.conversion.folders import write_run, write_torch
 
@@ -135,6 +136,15 @@ def test_a_teacher_that_is_gone_is_unknown(flux, tmp_path):
   card = (tmp_path / "out" / "README.md").read_text()
   assert f"| teacher | {UNKNOWN} |" in card
   assert f"| licence of the teacher | {UNKNOWN} |" in card
+
+
+@pytest.mark.parametrize(
+  ("name", "told"),
+  [("digits", "digits"), ("folder:/home/me/flowers", "folder:flowers"), ("/home/me/x.npz", "x.npz"), (None, "unknown")],
+)
+def test_of_data_in_a_folder_the_last_part_is_told(name, told):
+  settings = Settings({"name": name}, Choice("dit"), Choice("velocity"), "flow_matching", None)
+  assert data_name(settings) == told
 
 
 def test_a_student_of_a_teacher_from_here_names_its_data(student_run, tmp_path):
