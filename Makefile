@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 QUICK := tests/core tests/settings tests/test_api.py tests/test_rooms.py tests/test_prose.py \
 	tests/commands/test_library.py::test_the_twelve_lines
 
-.PHONY: demo test quick fuzz lint types docs clean
+.PHONY: demo test quick fuzz installs dist lint types docs clean
 
 demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
@@ -30,6 +30,18 @@ quick: .venv/dev lint types
 # CASES damaged copies of every kind of file and run that is read, from case FIRST on.
 fuzz: .venv/dev
 	PFLOW_FUZZ_CASES=$(CASES) PFLOW_FUZZ_FIRST=$(FIRST) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/fuzz
+
+# The release as it is downloaded, in an environment of its own: needs an index of packages.
+installs: .venv/dev
+	$(BIN)/python -m pytest tests/outside/test_wheel.py
+
+# Wheel and sdist, as they are uploaded, into dist/.
+dist:
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/pip install --quiet --disable-pip-version-check build 'twine>=6.1'
+	rm -rf dist
+	build/venv/bin/python -m build
+	build/venv/bin/python -m twine check --strict dist/*
 
 lint: .venv/dev
 	$(BIN)/ruff check .

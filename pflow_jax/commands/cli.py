@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, latents, cache.
+"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, push, latents, cache.
 
 Exit codes; all but 0 come with one sentence on stderr:
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import io
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pflow_jax.commands import programs
 from pflow_jax.commands.command import USAGE, ConfigSource, fail, one_sentence, run_command
 from pflow_jax.files.output import logged_tracebacks, tolerant_output
+from pflow_jax.files.versions import version_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,6 +39,9 @@ def _run(argv: list[str]) -> None:
     raise ValueError("the command line: expected text in UTF-8; where it is, set PYTHONUTF8=1, and rename it elsewhere")
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(USAGE)
+    return
+  if argv[0] in ("--version", "version"):
+    print(f"pflow {version_of('pflow-jax')} (jax {version_of('jax')}, Python {platform.python_version()})")
     return
   command, rest = argv[0], argv[1:]
   if command not in COMMANDS:
@@ -109,6 +114,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "plan": _plan,
   "data": _data,
   "convert": _command(programs.convert),
+  "push": _command(programs.push, joins=False),
   "latents": _command(programs.latents, joins=False),
   "cache": _command(programs.cache, joins=False),
 }

@@ -31,11 +31,12 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow plan     --config configs/imagenet.py:gmflow --topology v5e-256      does it fit on these TPUs, and the cost
   pflow data     emoji                                                       fetch a data set that is not in a package
   pflow convert  --source FLUX.1-dev/transformer --out runs/flux             weights from PyTorch, or a run to PyTorch
+  pflow push     --folder student --repo USER/NAME                           an export to the Hugging Face Hub
   pflow latents  --images folder:photos --autoencoder taesd/taef1 --out latents              encode pictures once
   pflow cache    --prompts prompts.txt --model flux --encoders FLUX.1-dev --out prompts    embed prompts once
 
 Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags, and with
---config FILE, or --workdir of a run, every key with its value.
+--config FILE, or --workdir of a run, every key with its value. `pflow --version` prints the version.
 
 A config file is a program, which runs with your rights: read one that is not yours before you name it.
 """

@@ -212,7 +212,7 @@ def convert(
   base: str | None = None,
   which: Which = "ema",
   dtype: Dtype | None = None,
-  max_shard_gb: float = 5.0,
+  max_shard_gb: float | None = None,
   key: str = "",
   mesh: list[str] = [],  # noqa: B006
   teacher: str | None = None,
@@ -225,7 +225,7 @@ def convert(
     base: workdir of the teacher of an adapter from PyTorch
     which: averaged or last parameters of a run
     dtype: default: as it is stored
-    max_shard_gb: size of a file for PyTorch, in 10^9 bytes
+    max_shard_gb: size of a file for PyTorch, in 10^9 bytes; default: one file for a policy, else 5
     key: of the state dict in a .pth file that has several
     mesh: fsdp=16: parts that lie together in the checkpoint
     teacher: workdir of the run's teacher, if it has moved
@@ -262,6 +262,19 @@ def latents(
   print(
     f"wrote {encoded.num_records:,} latents of {encoded.shape} in {out}; train with --config.data.name=latents:{out}"
   )
+
+
+def push(folder: str, repo: str, private: bool = False) -> None:
+  """Uploads an export to the Hugging Face Hub.
+
+  Args:
+    folder: what `pflow convert` made of a run
+    repo: USER/NAME on the Hub
+    private: make a repository that others do not see
+  """
+  from pflow_jax.conversion.push import push as run
+
+  print(f"uploaded {folder} to {run(folder, repo, private=private)}")
 
 
 def cache(

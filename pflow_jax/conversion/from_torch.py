@@ -19,6 +19,7 @@ from pflow_jax.checkpoints.stream import save_leaves
 from pflow_jax.conversion import students
 from pflow_jax.conversion.leaves import TensorLeaf
 from pflow_jax.conversion.models import Model, model_of_torch, read_config
+from pflow_jax.conversion.origin import told_by_folder
 from pflow_jax.conversion.progress import digest, in_words, megabytes
 from pflow_jax.conversion.runs import read_run
 from pflow_jax.core.objectives import PRETRAINED, FlowMatching
@@ -145,7 +146,7 @@ def _import_teacher(
     )
   leaves = _all_leaves(path, model, tensors, dtype)
   walk = dict(FAMILIES[model.kind].teacher)
-  source = {"class": config["_class_name"], "folder": name}
+  source = {"class": config["_class_name"], "folder": name, **told_by_folder(path)}
   if "sample_size" in model.attributes:
     source["sample_size"] = model.attributes["sample_size"]
   own = Settings(

@@ -28,7 +28,7 @@ def convert(
   teacher: str | os.PathLike | None = None,
   which: str = "ema",
   dtype: str | None = None,
-  max_shard_gb: float = 5.0,
+  max_shard_gb: float | None = None,
   key: str = "",
   mesh: Mapping[str, int] | None = None,
 ) -> bool:
@@ -42,7 +42,8 @@ def convert(
     teacher: workdir of a run's teacher, if that has moved.
     which: of a run's parameters, "ema" or "params".
     dtype: of floating tensors, "float32" or "bfloat16"; None is as they are stored.
-    max_shard_gb: size of a file for PyTorch, in 10^9 bytes.
+    max_shard_gb: size of a file for PyTorch, in 10^9 bytes; by default a student with a policy is one file, as the
+      loaders of π-Flow and ArcFlow want it, and any other network has files of 5.
     key: of the state dict in a .pth file, where it holds several.
     mesh: sizes of the axes of a mesh whose devices' parts are to lie together in the checkpoint, see
       `settings.mesh.MeshSettings`. In a job of several processes it is that of all their devices.
@@ -57,7 +58,7 @@ def convert(
     raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
   if which not in ("ema", "params"):
     raise ValueError(f"which: expected 'ema' or 'params', got {which!r}")
-  if not max_shard_gb > 0:
+  if max_shard_gb is not None and not max_shard_gb > 0:
     raise ValueError(f"max_shard_gb: expected more than 0, got {max_shard_gb}")
   source, out = expanded(source, "source"), checked_folder(out, "out")
   base = None if base is None else expanded(base, "base")
@@ -67,7 +68,7 @@ def convert(
   if is_run(source):
     if base is not None or mesh:
       raise ValueError("base, mesh: expected a model of PyTorch, the source is a run; leave them out")
-    max_bytes, known = int(max_shard_gb * 10**9), at_hand(source, teacher)
+    max_bytes, known = None if max_shard_gb is None else int(max_shard_gb * 10**9), at_hand(source, teacher)
     return to_torch(str(source), pathlib.Path(out), which, wanted, max_bytes, options, known)
   if teacher is not None:
     raise ValueError(

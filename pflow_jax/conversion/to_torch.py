@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import params_shapes
 from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.checkpoints.stream import Stored, open_leaves
+from pflow_jax.conversion.card import README, write_card
 from pflow_jax.conversion.leaves import Exporter
 from pflow_jax.conversion.models import classes_of, model_of_run
 from pflow_jax.conversion.progress import digest, in_words, megabytes
@@ -32,6 +35,7 @@ from pflow_jax.torch_io.table import flat_shapes, rows_for
 from pflow_jax.training import workdir
 from pflow_jax.training.teachers import which_of
 
+SHARD_BYTES = 5 * 10**9
 TOLD = ("nfe", "max_segment", "final_scale", "shift")  # what a policy's files tell of its objective
 
 
@@ -40,7 +44,7 @@ def to_torch(
   out: pathlib.Path,
   which: str,
   dtype: np.dtype | None,
-  max_bytes: int,
+  max_bytes: int | None,
   options: Mapping[str, Any],
   known: Settings,
 ) -> bool:
@@ -51,7 +55,7 @@ def to_torch(
     out: the folder.
     which: "ema" or "params".
     dtype: of floating tensors; None is the leaves'.
-    max_bytes: of a file.
+    max_bytes: of a file; None is one file for a student with a policy, and SHARD_BYTES for any other network.
     options: that tell this conversion from another of the same source.
     known: settings of the run with what it carries of its data.
 
@@ -85,10 +89,14 @@ def to_torch(
   exporter = Exporter(leaves, rows, dtype, _scales(leaves, settings.adapters.rows), _unused(leaves))
   identity = {"folder": os.path.abspath(folder), "step": step, "sums": _sums(checkpoints, step)}
   config = foreign.read_json(epath.Path(folder) / workdir.CONFIG)
+  if max_bytes is None:  # the readers of policies open one file, and no index
+    max_bytes = sys.maxsize if metadata else SHARD_BYTES
   source = digest({"config": config, **identity, **options, "max_bytes": max_bytes})
   target = ModelFolder(out, torch_config, exporter.planned, source, metadata, max_bytes)
+  describe = functools.partial(_describe, out, folder, known, torch_config, model.output.policy_name(), which, step)
   if target.is_complete():
     print(f"{out} holds this model already")
+    describe()
     return False
   total = sum(tensor.nbytes for tensor in exporter.planned)
   dtypes = {tensor.name: tensor.dtype for tensor in exporter.planned}
@@ -101,7 +109,13 @@ def to_torch(
     print(f"the samples that PyTorch draws of it: pflow sample --config.sample.method={release_of(sampling.method)}")
   with Lock(out, "pflow convert"), megabytes(total, "convert") as report:
     target.write(lambda name: exporter.tensor(name, dtypes[name]), report)
+  describe()
   return True
+
+
+def _describe(out: pathlib.Path, *about: Any) -> None:
+  if not write_card(out, *about):
+    print(f"{out / README} was edited, or is not of pflow_jax: it is left as it is; remove it for a new card")
 
 
 def _scales(leaves: Mapping[str, Any], table: tuple[Adapter, ...]) -> dict[str, float]:

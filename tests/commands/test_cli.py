@@ -2,13 +2,17 @@
 
 import errno
 import io
+import platform
 import pwd
+import subprocess
 import sys
 
 import jax
 import pytest
 
+import pflow_jax as pf
 from pflow_jax.commands import cli, command
+from pflow_jax.commands.command import USAGE
 from pflow_jax.commands.flags import as_flags
 from pflow_jax.files import foreign
 from pflow_jax.settings.tree import Settings
@@ -164,6 +168,22 @@ def test_help_names_the_commands(capsys):
 
   main(["sample", "--help"])
   assert "--labels" in capsys.readouterr().out
+
+
+def test_the_version_is_told_without_jax():
+  code = "import sys; from pflow_jax.commands.cli import main; main(['--version']); assert 'jax' not in sys.modules"
+  run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert run.stdout == f"pflow {pf.__version__} (jax {jax.__version__}, Python {platform.python_version()})\n", (
+    run.stderr
+  )
+
+
+def test_the_package_is_the_command():
+  run = subprocess.run([sys.executable, "-m", "pflow_jax"], capture_output=True, text=True)
+  assert (run.returncode, run.stdout) == (0, f"{USAGE}\n")
+  run = subprocess.run([sys.executable, "-m", "pflow_jax", "trian"], capture_output=True, text=True)
+  assert run.returncode == 2
+  assert run.stderr.startswith("pflow: there is no command 'trian'")
 
 
 def test_help_of_a_config_lists_its_keys_with_their_owners_words(capsys, tmp_path):

@@ -7,88 +7,23 @@ import jax
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
+from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.conversion.program import convert
 from pflow_jax.families.metadata import sampling_of
-from pflow_jax.settings.defaults import default_config
-from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io.table import same_bits
 from pflow_jax.torch_io.tensors import WEIGHTS
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
-from tests.conversion.folders import assert_same_tensors, write_torch
+from tests.conversion.folders import POLICIES, SAMPLING, assert_same_tensors, metadata_of, write_run
 from tests.programs import ROOT, load_module
 
 pytestmark = pytest.mark.usefixtures("float32")
 
-POLICIES = {
-  "gmflow": dict(kind="gmflow", num_components=3, logstd_inner_dim=8),
-  "constant": dict(kind="gmflow", num_components=2, log_std=-3.0),
-  "dx": dict(kind="dx", num_coefficients=3, basis="grid"),
-  "polynomial": dict(kind="dx", num_coefficients=3, basis="polynomial", compat=True),
-  "arc": dict(kind="arc", num_components=3),
-}
-ADAPTERS = {
-  "flux": (("single_blocks/(mlp_in|out)", 3), ("double_blocks/(img|txt)_mlp_(in|out)", 4), ("time_embed/.*", 4)),
-  "qwen_image": (("double_blocks/(img|txt)_mlp_(in|out)", 4), ("time_embed/.*", 4)),
-  "dit": (("blocks/(qkv|mlp_in)", 4), ("time_embed/.*", 4)),
-}
-SAMPLING = dict(nfe=3, final_scale=0.5, shift=2.5)
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-  """Folders torch/<kind>, of diffusers, and run/<kind>, converted."""
-  folder = tmp_path_factory.mktemp("teachers")
-  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-    for kind in ADAPTERS:
-      write_torch(folder / "torch" / kind, kind)
-      convert(folder / "torch" / kind, folder / "run" / kind)
-  return folder
-
-
-def config_of(kind, policy, teacher, table, method="auto"):
-  config = default_config("imitation")
-  if kind == "dit":
-    config.data = dict(name="synthetic", shape=(8, 8, 4), num_classes=5)
-  else:
-    config.data = dict(name="synthetic_prompts", model=kind, shape=(8, 8, 4), text=(6, 12))
-  if kind == "flux":
-    config.data.pooled = 10
-  config.model = workdir.load_config(teacher).model.to_dict()
-  config.head = POLICIES[policy]
-  config.teacher.workdir = str(teacher)
-  config.adapters.table = table
-  config.objective.update(**SAMPLING)
-  config.sample.update(temperature=0.7, method=method)
-  config.train.update(steps=1, batch_size=1)
-  config.optimizer.learning_rate = 1e-3
-  return config
-
-
-def write_run(folder, kind, policy, teachers, table=None, **changes):
-  """A run of random parameters, as if it had trained; returns its params and ema."""
-  config = config_of(kind, policy, teachers / "run" / kind, ADAPTERS[kind] if table is None else table, **changes)
-  experiment = build(config)
-  shapes = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
-  rng = np.random.default_rng(0)
-  params, ema = (jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), shapes) for _ in range(2))
-  workdir.claim(folder, Settings.of(config, converted=True))
-  with Checkpointer(folder / workdir.CHECKPOINTS) as checkpointer:
-    checkpointer.save(7, {"params": params, "ema": ema})
-  return params, ema
-
 
 def assert_same(got, want):
   assert all(jax.tree.leaves(jax.tree.map(same_bits, got, want)))
-
-
-def metadata_of(folder):
-  with safe_open(folder / WEIGHTS, "pt") as file:
-    return file.metadata()
 
 
 CASES = [("flux", policy) for policy in POLICIES] + [("qwen_image", "gmflow"), ("qwen_image", "dx"), ("dit", "arc")]
