@@ -17,13 +17,13 @@ from jax import Array
 
 from pflow_jax import data
 from pflow_jax.files.lock import Unwritable
+from pflow_jax.files.progress import Progress, progress
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.settings.train import TrainSettings
 from pflow_jax.training.flops import count_flops
 from pflow_jax.training.keeping import Keeper
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.step import Program
-from pflow_jax.training.writer import Progress, progress
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
 from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.files.lock import LOCK, Unwritable
+from pflow_jax.files.progress import progress
 from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
 from pflow_jax.settings.train import TrainSettings
 from pflow_jax.settings.tree import Settings
@@ -28,7 +29,7 @@ from pflow_jax.training.rescue import Rescued, rescue
 from pflow_jax.training.state import create_state
 from pflow_jax.training.step import Step
 from pflow_jax.training.train import train
-from pflow_jax.training.writer import MetricsWriter, progress
+from pflow_jax.training.writer import MetricsWriter
 from tests.programs import command, environment, pflow, quick
 
 OPTIMIZER = dict(learning_rate=0.1)
