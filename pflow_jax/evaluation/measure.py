@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from pflow_jax import data
 from pflow_jax.evaluation import metrics
 from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
 from pflow_jax.evaluation.samplers import Sampler, teacher_name
+from pflow_jax.files.progress import Progress, progress
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS, EvaluateSettings
@@ -114,8 +114,20 @@ def measure(
   Raises:
     ValueError: there are no data to compare with, or fewer samples than a Fréchet distance needs.
   """
-  say = (lambda *_: None) if quiet or not is_first() else functools.partial(print, flush=True)
-  kept = kept or Kept()
+  # Network evaluations are counted: samplers differ a hundredfold in the time of a sample.
+  with progress(1, 0, "evaluate", quiet or not is_first(), unit="evaluations") as report:
+    return _measure(make_samplers, dataset, settings, layout, batch_size, kept or Kept(), report)
+
+
+def _measure(
+  make_samplers: Callable[[], Sequence[Sampler]],
+  dataset: data.Dataset,
+  settings: EvaluateSettings,
+  layout: Layout,
+  batch_size: int,
+  kept: Kept,
+  report: Progress,
+) -> Report:
   if not dataset.has_x0:
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
   check_room(dataset, settings.num_samples, 1 + len(settings.teacher_steps), "config.evaluate.num_samples")
@@ -128,7 +140,7 @@ def measure(
   if len(dataset.shape) == 3 and dataset.num_classes > 1:
 
     def train() -> Classifier:
-      say("training the classifier that features and class accuracy are measured with")
+      report.say("training the classifier that features and class accuracy are measured with")
       return train_classifier(real, real_labels, dataset.num_classes, steps=settings.classifier_steps)
 
     classifier = kept.classifier(train, dataset, settings.classifier_steps)
@@ -141,17 +153,22 @@ def measure(
   else:
     _check_count(settings.num_samples, real_features.shape[1])
   samplers = make_samplers()
+  report.total = settings.num_samples * sum(s.nfe for s in samplers)
+  report.update(0)
+  done = 0
   keys = sample_keys(settings.num_samples, settings.seed)
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
   for s in samplers:
 
     def draw(s: Sampler = s) -> Drawn:
-      say(f"sampling: {s.name}")
+      report.say(f"sampling: {s.name}")
       return _draw(s, layout, batch_size, noise, cond, keys)
 
     samples[s.name], speed = draw() if s.is_student else kept.samples(s, draw, noise.shape)
+    report.update(done := done + s.nfe * settings.num_samples)
     rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
+  report.say("measuring")
   reference, yardstick = samples[teacher_name(REFERENCE_STEPS)], samples[teacher_name(YARDSTICK_STEPS)]
   yardstick_errors = metrics.alignment_errors(yardstick, reference)
   spread = metrics.diversity(reference, labels)
@@ -169,6 +186,7 @@ def measure(
     row["precision"], row["recall"] = metrics.precision_recall(real_features, spaces["fd"], settings.nearest_k)
     if classifier:
       row["accuracy"] = metrics.accuracy(classifier.predict(x), labels)
+  report.say("")
   about = {
     "data": dataset.name,
     "num_samples": settings.num_samples,

@@ -114,9 +114,15 @@ def test_meter_sees_a_streak_inside_an_interval(tmp_path):
     meter = Meter(settings, writer.write, report)
     for step in range(1, 51):
       bad = 10 < step <= 35
+      loss = jnp.float32(np.nan if bad else 1)
       meter.add(
         step,
-        {"loss": np.nan if bad else 1.0, "skipped_in_a_row": (step - 10) * bad, "skipped": 0, "learning_rate": 1.0},
+        {
+          "loss": jnp.float32(np.nan if bad else 1),
+          "skipped_in_a_row": (step - 10) * bad,
+          "skipped": 0,
+          "learning_rate": 1.0,
+        },
         flops=step,
       )
     with pytest.raises(FloatingPointError, match="25 updates in a row"):
@@ -143,6 +149,9 @@ class Device:
 class Pending:
   def __init__(self, device, ready, value):
     self._device, self._ready, self._value = device, ready, value
+
+  def is_ready(self):
+    return self._device.now >= self._ready
 
   def block_until_ready(self):
     if self._device.now < self._ready:
