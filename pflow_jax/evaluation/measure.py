@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 
 from pflow_jax import data
-from pflow_jax.evaluation import metrics
+from pflow_jax.data.pictures import as_html
+from pflow_jax.evaluation import metrics, plot
 from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
 from pflow_jax.evaluation.samplers import Sampler, teacher_name
 from pflow_jax.files.progress import Progress, progress
@@ -22,6 +24,8 @@ from pflow_jax.training.sample import check_room, draw_noise, in_batches, labels
 
 Drawn = tuple[np.ndarray, float]
 """Samples, and their number a second."""
+
+SHOWN_IMAGES, SHOWN_POINTS = 10, 4096  # samples of a row in a notebook's picture
 
 COLUMNS = {
   "name": "sampler",
@@ -86,8 +90,16 @@ class Report:
   def __repr__(self) -> str:
     return self.table
 
-  def _repr_markdown_(self) -> str:
-    return self.table
+  def _repr_html_(self) -> str:
+    """Returns the table with samples of the teacher and the students, from the same noise."""
+    lines = [line[2:-2].split(" | ") for line in html.escape(self.table).splitlines()]
+    head, body = lines[0], lines[2:]  # the second one is a rule
+    table = "".join(
+      f"<tr>{''.join(f'<{kind}>{cell.strip()}</{kind}>' for cell in line)}</tr>"
+      for kind, line in [("th", head), *(("td", line) for line in body)]
+    )
+    rows = {name: x[:SHOWN_POINTS] if x.ndim == 2 else x[:SHOWN_IMAGES] for name, x in self.samples.items()}
+    return f"<table>{table}</table>{as_html('', plot.samples(rows)._repr_png_())}"
 
 
 def measure(

@@ -37,7 +37,7 @@ def classes() -> dict[str, TorchNames]:
   return {name: names for names in known for name in names.class_names}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Codec:
   """An autoencoder with its parameters; one picture at a time, so that its memory does not grow with their number.
 
@@ -51,6 +51,11 @@ class Codec:
   module: Any
   params: Any
   folder: str = ""
+
+  def __repr__(self) -> str:
+    size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    name, channels = type(self.module).__name__, getattr(self.module, "latent_channels", "?")
+    return f"Codec({name}, {self.factor} x {self.factor} pixels to {channels} numbers, {size:,} parameters)"
 
   @property
   def factor(self) -> int:

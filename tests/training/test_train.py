@@ -117,12 +117,7 @@ def test_meter_sees_a_streak_inside_an_interval(tmp_path):
       loss = jnp.float32(np.nan if bad else 1)
       meter.add(
         step,
-        {
-          "loss": jnp.float32(np.nan if bad else 1),
-          "skipped_in_a_row": (step - 10) * bad,
-          "skipped": 0,
-          "learning_rate": 1.0,
-        },
+        {"loss": loss, "skipped_in_a_row": (step - 10) * bad, "skipped": 0, "learning_rate": 1.0},
         flops=step,
       )
     with pytest.raises(FloatingPointError, match="25 updates in a row"):
