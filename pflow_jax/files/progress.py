@@ -51,7 +51,8 @@ class Progress:
     self._first = self._first or (self._now, done)
     if loss is not None:
       self._note = f"loss {loss:.4g}"
-    self._open()
+    if done < self.total:  # work that ends as it is first heard of needs no bar
+      self._open()
     if self._screen is not None:
       self._screen.changed(self)
 
