@@ -263,7 +263,7 @@ class Run:
   def _repr_html_(self) -> str:
     """Returns the line of `repr`, with the curve of its loss where it is known: no network is evaluated."""
     known = "loss" in self.history and np.isfinite(self.history["loss"]).any()
-    return as_html(repr(self), plot.losses(self)._repr_png_() if known else None)
+    return as_html(repr(self), plot.losses(self)._repr_png_() if known else None, width=400)
 
   def _sampling(self, nfe: int | None, **changes: Any) -> SampleSettings:
     return dataclasses.replace(self.settings.sample, **(changes if nfe is None else {**changes, "nfe": (nfe,)}))

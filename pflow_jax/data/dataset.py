@@ -143,7 +143,7 @@ class Dataset:
     return f"Dataset({', '.join(parts)})"
 
   def _repr_html_(self) -> str:
-    images = len(self.shape) == 3
+    images = len(self.shape) == 3 and self.shape[-1] in (1, 3)  # latents are no pictures without their decoder
     if not self._is_at_hand or not self.has_x0 or not (images or self.shape == (2,)):
       return as_html(repr(self))
     most = self.num_records

@@ -15,15 +15,14 @@ _BINS, _RANGE = 160, 2.5  # of a picture of points: pixels a side, and the large
 
 
 def sheet(x0: np.ndarray) -> Image.Image:
-  """Draws examples on one picture: images side by side, latents by their first channels, points by their density.
+  """Draws examples on one picture: images side by side, points by their density.
 
   Args:
-    x0: (n, H, W, C) in [-1, 1], clipped, or (n, 2).
+    x0: (n, H, W, 1 or 3) in [-1, 1], clipped, or (n, 2).
   """
   if x0.ndim == 2:
     count = np.histogram2d(-x0[:, 1], x0[:, 0], _BINS, [[-_RANGE, _RANGE]] * 2)[0]
     return Image.fromarray(np.uint8(255 - 255 * np.minimum(count / max(np.quantile(count, 0.98), 1), 1)))
-  x0 = x0 if x0.shape[-1] in (1, 3) else x0[..., :3] if x0.shape[-1] > 3 else x0[..., :1]
   pixels = np.rint((np.clip(np.nan_to_num(x0), -1, 1) + 1) * 127.5).astype(np.uint8)
   pixels = pixels[:, :: -(-x0.shape[1] // SIDE), :: -(-x0.shape[2] // SIDE)]
   n, height, width, channels = pixels.shape
@@ -43,7 +42,8 @@ def png_of(image: Image.Image) -> bytes:
   return file.getvalue()
 
 
-def as_html(text: str, png: bytes | None = None) -> str:
-  """Returns a line of text, and below it a picture, as HTML for a notebook."""
-  data = "" if png is None else f'<br><img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-  return f"<div><code>{html.escape(text)}</code>{data}</div>"
+def as_html(text: str, png: bytes | None = None, width: int | None = None) -> str:
+  """Returns a line of text, and below it a picture, perhaps made so many pixels wide, as HTML for a notebook."""
+  size = f' width="{width}"' if width else ""
+  image = "" if png is None else f'<br><img{size} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+  return f"<div><code>{html.escape(text)}</code>{image}</div>"

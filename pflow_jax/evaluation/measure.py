@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pflow_jax import data
 from pflow_jax.data.pictures import as_html
 from pflow_jax.evaluation import metrics, plot
 from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
+from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.samplers import Sampler, teacher_name
 from pflow_jax.files.progress import Progress, progress
 from pflow_jax.mesh.distributed import is_first
@@ -72,6 +74,7 @@ class Report:
     real: data, (num_real, *space, C).
     paths: states of 64 samples by sampler, if the data are points.
     students: names of the samplers that are students.
+    dataset: the data set.
   """
 
   rows: list[dict[str, Any]]
@@ -81,6 +84,7 @@ class Report:
   real: np.ndarray
   paths: dict[str, np.ndarray]
   students: set[str]
+  dataset: data.Dataset
 
   @property
   def table(self) -> str:
@@ -91,15 +95,24 @@ class Report:
     return self.table
 
   def _repr_html_(self) -> str:
-    """Returns the table with samples of the teacher and the students, from the same noise."""
+    return self._page
+
+  @functools.cached_property
+  def _page(self) -> str:
+    """The table with samples of the teacher and the students, from the same noise; latents are decoded once."""
     lines = [line[2:-2].split(" | ") for line in html.escape(self.table).splitlines()]
     head, body = lines[0], lines[2:]  # the second one is a rule
     table = "".join(
       f"<tr>{''.join(f'<{kind}>{cell.strip()}</{kind}>' for cell in line)}</tr>"
       for kind, line in [("th", head), *(("td", line) for line in body)]
     )
-    rows = {name: x[:SHOWN_POINTS] if x.ndim == 2 else x[:SHOWN_IMAGES] for name, x in self.samples.items()}
-    return f"<table>{table}</table>{as_html('', plot.samples(rows)._repr_png_())}"
+    if self.dataset.shape == (2,):
+      rows = {name: x[:SHOWN_POINTS] for name, x in self.samples.items()}
+    elif len(self.dataset.shape) == 3:
+      rows = {name: as_pictures(self.dataset, x[:SHOWN_IMAGES]) for name, x in self.samples.items()}
+    else:
+      return f"<table>{table}</table>"
+    return f"<table>{table}</table>{as_html('', plot.samples(rows)._repr_png_(), width=800)}"
 
 
 def measure(
@@ -210,7 +223,7 @@ def _measure(
   if dataset.shape == (2,):
     paths = {s.name: s.path(noise[:64], cond[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}
   students = {s.name for s in samplers if s.is_student}
-  return Report(rows, about, samples, labels, real, paths, students)
+  return Report(rows, about, samples, labels, real, paths, students, dataset)
 
 
 def _draw(

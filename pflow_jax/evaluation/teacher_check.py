@@ -22,7 +22,7 @@ from pflow_jax import data as datasets
 from pflow_jax.core.checks import described
 from pflow_jax.data.dataset import Dataset
 from pflow_jax.evaluation.conventions import Reading, code_of, gaussian, noised, readings
-from pflow_jax.files.progress import Progress, progress
+from pflow_jax.files.progress import SHOWN, Progress, progress
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.training.teachers import Teacher
 
@@ -104,7 +104,7 @@ class TeacherReport:
 def check(teacher: Teacher, dataset: Dataset, *, num: int, batch_size: int, seed: int) -> TeacherReport:
   """Checks a teacher on examples of a data set, see `commands.library.check_teacher`."""
   problems: list[Problem] = []
-  with progress(PASSES, 0, "check_teacher", not is_first(), unit="passes", delay=2.0) as report:
+  with progress(PASSES, 0, "check_teacher", not is_first(), unit="passes", delay=SHOWN) as report:
     size = min(num, dataset.num_records or num)
     errors = _check(teacher, dataset, size, min(batch_size, size), seed, problems, report)
     report.update(report.total)

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 REDRAWN = 0.2  # seconds between two states of a bar in a notebook
+SHOWN = 2.0  # seconds after which work that is mostly short shows a bar
 _BAR = 30  # letters of a bar on a terminal
 
 
@@ -102,7 +103,8 @@ class Progress:
       return
     self._ended = "" if self.done >= self.total and kind is None else "stopped"
     if screen.rows[0] is self:
-      _SCREEN.set(None)
+      if _SCREEN.get() is screen:
+        _SCREEN.set(None)
       screen.end(self)
     else:
       screen.rows.remove(self)

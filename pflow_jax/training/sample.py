@@ -15,7 +15,7 @@ import numpy as np
 from pflow_jax import data
 from pflow_jax.files import foreign
 from pflow_jax.files.nearest import did_you_mean
-from pflow_jax.files.progress import progress
+from pflow_jax.files.progress import SHOWN, progress
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout, to_host
 from pflow_jax.settings.sample import SampleSettings
@@ -25,8 +25,6 @@ from pflow_jax.training.methods import Method
 Array = jax.Array | np.ndarray
 
 logger = logging.getLogger(__name__)
-
-SHOWN = 2.0  # seconds of sampling after which a bar is shown
 
 
 def evaluations(method: Method, settings: SampleSettings) -> tuple[int, ...]:
