@@ -44,10 +44,10 @@ def test_what_ends_early_says_so(capsys, clock):
 
 
 def test_a_delayed_bar_is_shown_once_it_takes_long(capsys, clock):
-  for seconds, lines in ((1.0, 0), (3.0, 1)):
-    with progress(2, description="sampling", delay=2.0) as report:
-      for step in (1, 2):
-        clock["now"] += seconds / 2
+  for seconds, lines in ((1.0, 0), (3.0, 2)):
+    with progress(4, description="sampling", delay=2.0) as report:
+      for step in (1, 2, 3, 4):
+        clock["now"] += seconds / 4
         report.update(step)
     assert len(capsys.readouterr().out.splitlines()) == lines
 
