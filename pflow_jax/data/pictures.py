@@ -43,7 +43,10 @@ def png_of(image: Image.Image) -> bytes:
 
 
 def as_html(text: str, png: bytes | None = None, width: int | None = None) -> str:
-  """Returns a line of text, and below it a picture, perhaps made so many pixels wide, as HTML for a notebook."""
+  """Returns a line of text and a picture, perhaps so many pixels wide, as HTML for a notebook; either may be empty."""
+  line = f"<code>{html.escape(text)}</code>" if text else ""
   size = f' width="{width}"' if width else ""
-  image = "" if png is None else f'<br><img{size} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-  return f"<div><code>{html.escape(text)}</code>{image}</div>"
+  image = (
+    "" if png is None else f'{line and "<br>"}<img{size} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+  )
+  return f"<div>{line}{image}</div>"

@@ -244,7 +244,7 @@ class _Cell(_Screen):
     cells = (
       f"<td>{html.escape(row.description)}</td>"
       f'<td><progress value="{row.done}" max="{max(row.total, 1)}"></progress></td>'
-      f"<td>{row.done}/{row.total}</td><td>{html.escape(row.status)}</td>"
+      f'<td>{row.done}/{row.total}</td><td style="text-align: left; white-space: pre">{html.escape(row.status)}</td>'
       for row in self.rows
     )
     return f"<table>{''.join(f'<tr>{one}</tr>' for one in cells)}</table>"
