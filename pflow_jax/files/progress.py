@@ -166,7 +166,8 @@ class _Screen:
 
   def end(self, row: Progress) -> None:
     """Shows the last state of all."""
-    if row._first is not None and (row._ended or row._printed != (row._now, row.done)):
+    counted = row._first is not None and row.done > row._first[1]
+    if row._first is not None and (row._ended or (counted and row._printed != (row._now, row.done))):
       self._print(row)
 
   def _print(self, row: Progress) -> None:

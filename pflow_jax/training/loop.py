@@ -82,10 +82,10 @@ def _fit(
     state, start = restored or (program.init(key_init, frozen, layout.place(start_values)), 0)
     if restored:
       report.say(f"resuming {keeper.name} from step {start}")
+    report.update(start)
     if start >= length.steps:
       report.say(f"{keeper.name}: already trained for {start} of {length.steps} steps")
       return state
-    report.update(start)
     iterator = data.batches(
       experiment.dataset,
       length.batch_size,

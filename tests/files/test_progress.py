@@ -43,6 +43,13 @@ def test_what_ends_early_says_so(capsys, clock):
   assert capsys.readouterr().out.splitlines()[-1] == "compare 3/26  stopped  40 s/run  in 2:00"
 
 
+def test_what_was_done_before_is_not_said_to_have_stopped(capsys, clock):
+  with progress(4, description="teacher") as report:
+    report.update(4)
+    report.say("already trained")
+  assert capsys.readouterr().out == "already trained\n"
+
+
 def test_a_delayed_bar_is_shown_once_it_takes_long(capsys, clock):
   for seconds, lines in ((1.0, 0), (3.0, 2)):
     with progress(4, description="sampling", delay=2.0) as report:
