@@ -51,6 +51,15 @@ def stopping(x):
 sampling.to_host = stopping
 x = run.sample(100, nfe=1, batch_size=8)
 """,
+  "stop an evaluation": """
+drawn.clear()
+few = dict(num_samples=64, teacher_steps=(4, 128), num_resamples=2)
+report = run.evaluate(**few)
+""",
+  "evaluate": """
+sampling.to_host = to_host
+run.evaluate(**few)
+""",
   "sample": """
 sampling.to_host = to_host
 x = run.sample(20, nfe=1, batch_size=8)
@@ -100,6 +109,16 @@ def test_stopped_samples_raise_and_the_run_goes_on(outputs):
   assert re.match(r"sampling (8|16)/100  stopped", bar.data["text/plain"])
   assert error.ename == "KeyboardInterrupt"
   assert outputs["sample"][-1].text == "2 ndarray (20, 2)\n"
+
+
+def test_a_stopped_evaluation_raises_and_may_be_made_again(outputs):
+  bar, error = outputs["stop an evaluation"]
+  assert "stopped" in bar.data["text/plain"]
+  assert error.ename == "KeyboardInterrupt"
+  bar, report = outputs["evaluate"]
+  assert re.match("evaluate 8448/8448  ", bar.data["text/plain"])
+  assert "<td>teacher, 128 steps</td>" in report.data["text/html"]
+  assert report.data["text/plain"].startswith("| sampler ")
 
 
 def test_values_are_lines_with_pictures(outputs):

@@ -192,6 +192,13 @@ def test_a_run_and_points_are_checked(teacher_run):
   assert "fit" in [one.kind for one in report.problems]
 
 
+def test_few_examples_of_one_class_are_enough_to_see_the_condition(digits):
+  few = pf.data.from_arrays(digits.records.x0[:5], np.full(5, 3))
+  velocity = posterior(few)
+  known = lambda x, t, c: velocity(x, t, jnp.full_like(c, 3)) * (1 + c.reshape(-1, 1, 1, 1) % 2) / 2
+  assert pf.check_teacher(known, few).ok
+
+
 def test_the_report_is_short_and_escapes_text(right, digits):
   report = pf.check_teacher(lambda x, t, c: -right(x, t, c), digits, **FEW)
   assert len(repr(report).splitlines()) < 12
