@@ -11,9 +11,8 @@ import jax
 import pytest
 
 import pflow_jax as pf
-from pflow_jax.commands import cli, command
-from pflow_jax.commands.command import USAGE
 from pflow_jax.commands import cli
+from pflow_jax.commands.command import USAGE
 from pflow_jax.commands.compilations import cache_compilations
 from pflow_jax.commands.flags import as_flags
 from pflow_jax.files import foreign
