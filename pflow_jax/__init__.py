@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from pflow_jax import data as data
   from pflow_jax.commands.library import Run as Run
+  from pflow_jax.commands.library import check_teacher as check_teacher
   from pflow_jax.commands.library import distill as distill
   from pflow_jax.commands.library import load as load
   from pflow_jax.commands.library import train as train
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
   from pflow_jax.data.registry import register_source as register_source
   from pflow_jax.evaluation import plot as plot
   from pflow_jax.evaluation.measure import Report as Report
+  from pflow_jax.evaluation.teacher_check import TeacherReport as TeacherReport
   from pflow_jax.families.autoencoder import Codec as Codec
   from pflow_jax.families.autoencoder import load_autoencoder as load_autoencoder
   from pflow_jax.families.encoders import Encoder as Encoder
@@ -144,11 +146,12 @@ _NAMES: dict[str, tuple[str, ...]] = {
   "training.methods": ("Method", "register_objective"),
   "training.teachers": ("Teacher",),
   "evaluation.measure": ("Report",),
+  "evaluation.teacher_check": ("TeacherReport",),
   "conversion.cache": ("cache",),
   "conversion.latents": ("encode",),
   "conversion.program": ("convert",),
   "conversion.push": ("push",),
-  "commands.library": ("Run", "distill", "load", "train"),
+  "commands.library": ("Run", "check_teacher", "distill", "load", "train"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 __version__: str  # of what is installed, see `__getattr__`

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
   from absl import flags
   from ml_collections import ConfigDict
 
+from pflow_jax.commands.compilations import cache_compilations
 from pflow_jax.commands.flags import MAX_SEED, call_with_flags, define_flags
 from pflow_jax.files.foreign import may_pass
 from pflow_jax.files.nearest import nearest
@@ -107,7 +108,7 @@ def run_command(
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_handler().addFilter(without_tracebacks)
-  _cache_compilations()
+  cache_compilations()
   if joins:
     from pflow_jax.mesh.distributed import join
 
@@ -243,16 +244,6 @@ def _taken(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     else:
       others.append(argument)
   return value, others
-
-
-def _cache_compilations() -> None:
-  """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR moves the folder."""
-  import jax
-
-  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  # A user without a home folder keeps none.
-  if jax.config.jax_compilation_cache_dir is None and not base.startswith("~"):  # type: ignore[attr-defined]
-    jax.config.update("jax_compilation_cache_dir", os.path.join(base, "pflow_jax", "xla"))
 
 
 def mesh_sizes(sizes: list[str]) -> dict[str, int]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,11 +14,13 @@ from flax import linen as nn
 
 from pflow_jax import data as datasets
 from pflow_jax.checkpoints.steps import newest_step
+from pflow_jax.commands.compilations import cache_compilations
 from pflow_jax.commands.run import Folder, Run
 from pflow_jax.conversion.program import convert
 from pflow_jax.conversion.runs import is_run
 from pflow_jax.core.objectives import kind_of
 from pflow_jax.evaluation.sample import preview_size, save_picture
+from pflow_jax.evaluation.teacher_check import TeacherReport, check
 from pflow_jax.families.registry import network_kind
 from pflow_jax.networks.heads import Head, VelocityHead, head_options_of
 from pflow_jax.networks.registry import options_of
@@ -80,6 +82,7 @@ def train(
   Raises:
     ValueError: the pieces do not fit together.
   """
+  cache_compilations()
   settings = _settings(objective, data, network, head or VelocityHead(), steps, batch_size, optimizer, length)
   settings = dataclasses.replace(settings, ema=ema, mesh=mesh, sample=sample, start=start, seed=seed)
   return _run(settings, data, None, workdir, bar)
@@ -118,6 +121,7 @@ def distill(
     guidance: strength of the teacher's guidance, or all its settings.
     adapters: low-rank adapters that train in place of all parameters.
   """
+  cache_compilations()
   if "teacher" not in objective.sections:
     raise ValueError(f"distill: {type(objective).__name__} learns from data alone; see train")
   run = load(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
@@ -154,6 +158,7 @@ def load(folder: Folder, *, base: Folder | None = None, which: str = "ema", teac
     ValueError: there is no run and no model, or it cannot be read; or it is a model of PyTorch, and there are several
       processes.
   """
+  cache_compilations()
   if not is_run(folder):
     if teacher is not None:
       raise ValueError("teacher: is for a run; the teacher of an adapter of PyTorch is `base`")
@@ -174,6 +179,53 @@ def load(folder: Folder, *, base: Folder | None = None, which: str = "ema", teac
   # All processes ask for the step together, once: a run's `steps` and `repr` may be asked for by one of them alone.
   steps = newest_step(f"{folder}/{workdirs.CHECKPOINTS}") or 0
   return Run(experiment, layout, params, history=read_metrics(folder), workdir=folder, which=which, steps=steps)
+
+
+def check_teacher(
+  teacher: Run | Teacher | Callable[..., Any] | Folder,
+  data: datasets.Dataset | None = None,
+  *,
+  num: int = 256,
+  batch_size: int = 64,
+  seed: int = 0,
+) -> TeacherReport:
+  """Says what is wrong with a teacher, before a student is trained.
+
+  It looks at shape, dtype and finite numbers, and at whether an example depends on others or on chance. The error on
+  examples, E|v - (eps - x0)|^2 at x = (1 - t) x0 + t eps, tells the sign, direction and scale of time, predictions of
+  noise or of x0, the scale of data and velocity, and the order of labels; guidance is left out of it. It takes some
+  twenty passes over the examples.
+
+  Args:
+    teacher: a run, its workdir, a `Teacher`, or a function (x, t, cond) -> v.
+    data: by default those of the run.
+    num: examples, at least 16.
+    batch_size: examples at a time.
+    seed: of the examples and their noise.
+
+  Returns:
+    The problems that were found, each with what to do; `ok` tells whether there are none.
+
+  Raises:
+    ValueError: the arguments do not fit; a problem of the teacher is not raised.
+  """
+  cache_compilations()
+  if isinstance(teacher, (str, os.PathLike)):
+    teacher = load(teacher)
+  if isinstance(teacher, Run):
+    data = teacher.data if data is None else data
+    teacher = teacher.as_teacher()
+  if not isinstance(teacher, Teacher):
+    teacher = Teacher(teacher)
+  if not isinstance(data, datasets.Dataset):
+    raise ValueError(f"data: expected what pf.data.load or from_arrays returns, got {type(data).__name__}")
+  if num < 16 or batch_size < 1:
+    raise ValueError(f"num, batch_size: expected at least 16 examples, 1 at a time, got {num} and {batch_size}")
+  own = teacher.on(data, teacher.settings)
+  is_guided = own.settings.is_guided((1.0, 1.0))
+  if is_guided and own.null_cond is None and not own.settings.autoguided:
+    raise ValueError("teacher: guidance needs the empty condition, which these data lack; give null_cond")
+  return check(own, data, num=num, batch_size=batch_size, seed=seed)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import numpy as np
 
 from pflow_jax import data as datasets
 from pflow_jax.checkpoints.checkpoint import Checkpointer
+from pflow_jax.data.pictures import as_html
+from pflow_jax.evaluation import plot
 from pflow_jax.evaluation.evaluate import KeptInFolder, save_pictures
 from pflow_jax.evaluation.measure import Report, measure
 from pflow_jax.evaluation.pictures import as_pictures
@@ -33,7 +35,7 @@ from pflow_jax.training.inputs import absolute_path
 from pflow_jax.training.methods import Method
 from pflow_jax.training.origins import inputs_of
 from pflow_jax.training.sample import draw_noise, evaluations, in_batches, make_sampler, sample_keys
-from pflow_jax.training.state import TrainState
+from pflow_jax.training.state import TrainState, count_parameters
 from pflow_jax.training.teachers import Part, Teacher, check_fit
 from pflow_jax.training.writer import write_metrics
 
@@ -255,8 +257,13 @@ class Run:
   def __repr__(self) -> str:
     where = f", in {self.workdir}" if self.workdir else ""
     settings = self.settings
-    what = f"{settings.kind}, {settings.model.kind} with head {settings.head.kind}, on {self.data.name}"
-    return f"Run({what}, {self.steps} steps{where})"
+    what = f"{settings.kind}, {settings.model.kind} with head {settings.head.kind}"
+    return f"Run({what}, {count_parameters(self.params):,} parameters, on {self.data.name}, {self.steps} steps{where})"
+
+  def _repr_html_(self) -> str:
+    """Returns the line of `repr`, with the curve of its loss where it is known: no network is evaluated."""
+    known = "loss" in self.history and np.isfinite(self.history["loss"]).any()
+    return as_html(repr(self), plot.losses(self)._repr_png_() if known else None, width=400)
 
   def _sampling(self, nfe: int | None, **changes: Any) -> SampleSettings:
     return dataclasses.replace(self.settings.sample, **(changes if nfe is None else {**changes, "nfe": (nfe,)}))
@@ -274,6 +281,7 @@ class RunTeacher(Teacher):
   def __init__(self, run: Run):
     method, shapes = run._experiment.method, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), run.params)
     self.settings, self.null_cond, self._settings = TeacherSettings(), None, run.settings
+    self._about = repr(run)
     self._own = {"strong": Part(method.velocity, shapes, method.network, values=run.params)}
 
   def check(self, settings: Settings, dataset: datasets.Dataset, strengths: tuple[float, float]) -> None:

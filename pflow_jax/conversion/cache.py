@@ -29,7 +29,7 @@ from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.foreign import decoding, is_there, real_folder, regular_file, shown
 from pflow_jax.files.lock import Lock
-from pflow_jax.training.writer import progress
+from pflow_jax.files.progress import progress
 
 ReadX0 = Callable[[Sequence[pathlib.Path]], np.ndarray]  # files -> x0 (n, *space, C), floating
 

@@ -15,7 +15,7 @@ from pflow_jax.data.records import ArrayRecords, SourceRecords
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.foreign import check_memory
-from pflow_jax.training.writer import progress
+from pflow_jax.files.progress import progress
 
 _ROWS = 64  # pictures that are read at a time
 

@@ -8,8 +8,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pflow_jax.files.progress import progress
 from pflow_jax.mesh.distributed import is_first
-from pflow_jax.training.writer import progress
 
 _MB = 10**6
 

@@ -11,11 +11,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from pflow_jax.data.pictures import as_html, png_of, sheet
 from pflow_jax.data.records import ArrayRecords, Records
 from pflow_jax.files.foreign import check_memory, shown
 
 IN_MEMORY = "arrays"  # name of a set that is in no file
 MAX_CLASSES = 2**20  # each has a name, and a row of the network's table
+SHOWN_IMAGES, SHOWN_POINTS = 32, 50_000  # examples in a notebook's picture
 TEXT_DTYPE = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -35,7 +37,7 @@ class Embedding:
   text_width: int = 0
   masked: bool = False
   pooled_width: int = 0
-  null: dict[str, np.ndarray] | None = None
+  null: dict[str, np.ndarray] | None = dataclasses.field(default=None, repr=False)
 
   def leaves(self, length: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape, without the batch axis, and dtype of every array, for a text of `length`, by default the longest."""
@@ -57,7 +59,7 @@ class Embedding:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.leaves().values())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Dataset:
   """A named set of examples, images or points, with classes, with prompts, or with neither.
 
@@ -126,6 +128,31 @@ class Dataset:
   def num_records(self) -> int | None:
     """Records in an epoch; None for a generated set, which never ends."""
     return self.records.num_records
+
+  @property
+  def _is_at_hand(self) -> bool:
+    """Returns whether there are records, and nothing has to be looked for to read them."""
+    return self.records is not None and getattr(self.records, "is_found", True)
+
+  def __repr__(self) -> str:
+    count = "" if not self._is_at_hand else f"{'endless' if self.num_records is None else f'{self.num_records:,}'} "
+    kind = "points" if len(self.shape) == 1 else "images" if self.shape[-1] in (1, 3) else "latents"
+    parts = [self.name, f"{count}{kind} of {' x '.join(map(str, self.shape))}" if self.has_x0 else f"{count}prompts"]
+    parts += [f"{self.num_classes} classes"] if self.num_classes else []
+    parts += ["conditioned on texts"] if self.embedding else []
+    return f"Dataset({', '.join(parts)})"
+
+  def _repr_html_(self) -> str:
+    images = len(self.shape) == 3 and self.shape[-1] in (1, 3)  # latents are no pictures without their decoder
+    if not self._is_at_hand or not self.has_x0 or not (images or self.shape == (2,)):
+      return as_html(repr(self))
+    most = self.num_records
+    count = SHOWN_IMAGES if images else SHOWN_POINTS
+    try:
+      x0 = self.records.sample(count if most is None else min(count, most), 0)["x0"]
+    except (OSError, ValueError):  # files may have gone since they were listed
+      return as_html(repr(self))
+    return as_html(repr(self), png_of(sheet(x0)))
 
 
 def text_length(cond: Any) -> int | None:

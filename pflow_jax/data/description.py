@@ -99,6 +99,11 @@ class _Unread:
     return dataset.records
 
   @property
+  def is_found(self) -> bool:
+    """Returns whether they have been asked for before."""
+    return "_records" in vars(self)
+
+  @property
   def num_records(self) -> int | None:
     return self._records.num_records
 

@@ -54,9 +54,9 @@ class ArrayRecords:
   indexing an array.
   """
 
-  x0: np.ndarray
-  label: np.ndarray
-  embeddings: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  x0: np.ndarray = dataclasses.field(repr=False)
+  label: np.ndarray = dataclasses.field(repr=False)
+  embeddings: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
   read_threads: int = 0
 
   @property

@@ -33,6 +33,7 @@ from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
+from pflow_jax.files.progress import progress
 from pflow_jax.settings.sections import refuse_unknown
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.step import step_flops
@@ -111,10 +112,15 @@ def compare(
     for seed, runs in plans.items()
     for run in _in_order(run for run in runs if run.method in (only or methods))
   ]
-  with _stopped_by_signals(), Lock(folder, "pflow compare"):
+  with (
+    _stopped_by_signals(),
+    Lock(folder, "pflow compare"),
+    progress(len(todo), 0, "compare", unit="runs") as report,
+  ):
     for i, (seed, run) in enumerate(todo, 1):
+      report.update(i - 1)
       done = run.name in results[seed]
-      print(f"run {i} of {len(todo)}: seed {seed}, {run.name}{', finished before' if done else ''}", flush=True)
+      report.say(f"run {i} of {len(todo)}: seed {seed}, {run.name}{', finished before' if done else ''}")
       if not done:
         try:
           results[seed][run.name] = _attempt(run, roots[seed], results[seed])
@@ -124,6 +130,7 @@ def compare(
             f"stopped in run {i} of {len(todo)}: seed {seed}, {run.name}{where}; the same command goes on"
           ) from stopped
         write()
+    report.update(len(todo))
     return write()
 
 

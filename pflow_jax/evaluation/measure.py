@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +13,12 @@ import jax
 import numpy as np
 
 from pflow_jax import data
-from pflow_jax.evaluation import metrics
+from pflow_jax.data.pictures import as_html
+from pflow_jax.evaluation import metrics, plot
 from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
+from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.samplers import Sampler, teacher_name
+from pflow_jax.files.progress import Progress, progress
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS, EvaluateSettings
@@ -22,6 +26,8 @@ from pflow_jax.training.sample import check_room, draw_noise, in_batches, labels
 
 Drawn = tuple[np.ndarray, float]
 """Samples, and their number a second."""
+
+SHOWN_IMAGES, SHOWN_POINTS = 10, 4096  # samples of a row in a notebook's picture
 
 COLUMNS = {
   "name": "sampler",
@@ -68,6 +74,7 @@ class Report:
     real: data, (num_real, *space, C).
     paths: states of 64 samples by sampler, if the data are points.
     students: names of the samplers that are students.
+    dataset: the data set.
   """
 
   rows: list[dict[str, Any]]
@@ -77,6 +84,7 @@ class Report:
   real: np.ndarray
   paths: dict[str, np.ndarray]
   students: set[str]
+  dataset: data.Dataset
 
   @property
   def table(self) -> str:
@@ -86,8 +94,25 @@ class Report:
   def __repr__(self) -> str:
     return self.table
 
-  def _repr_markdown_(self) -> str:
-    return self.table
+  def _repr_html_(self) -> str:
+    return self._page
+
+  @functools.cached_property
+  def _page(self) -> str:
+    """The table with samples of the teacher and the students, from the same noise; latents are decoded once."""
+    lines = [line[2:-2].split(" | ") for line in html.escape(self.table).splitlines()]
+    head, body = lines[0], lines[2:]  # the second one is a rule
+    table = "".join(
+      f"<tr>{''.join(f'<{kind}>{cell.strip()}</{kind}>' for cell in line)}</tr>"
+      for kind, line in [("th", head), *(("td", line) for line in body)]
+    )
+    if self.dataset.shape == (2,):
+      rows = {name: x[:SHOWN_POINTS] for name, x in self.samples.items()}
+    elif len(self.dataset.shape) == 3:
+      rows = {name: as_pictures(self.dataset, x[:SHOWN_IMAGES]) for name, x in self.samples.items()}
+    else:
+      return f"<table>{table}</table>"
+    return f"<table>{table}</table>{as_html('', plot.samples(rows)._repr_png_(), width=800)}"
 
 
 def measure(
@@ -114,8 +139,20 @@ def measure(
   Raises:
     ValueError: there are no data to compare with, or fewer samples than a Fréchet distance needs.
   """
-  say = (lambda *_: None) if quiet or not is_first() else functools.partial(print, flush=True)
-  kept = kept or Kept()
+  # Network evaluations are counted: samplers differ a hundredfold in the time of a sample.
+  with progress(1, 0, "evaluate", quiet or not is_first(), unit="evaluations") as report:
+    return _measure(make_samplers, dataset, settings, layout, batch_size, kept or Kept(), report)
+
+
+def _measure(
+  make_samplers: Callable[[], Sequence[Sampler]],
+  dataset: data.Dataset,
+  settings: EvaluateSettings,
+  layout: Layout,
+  batch_size: int,
+  kept: Kept,
+  report: Progress,
+) -> Report:
   if not dataset.has_x0:
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
   check_room(dataset, settings.num_samples, 1 + len(settings.teacher_steps), "config.evaluate.num_samples")
@@ -128,7 +165,7 @@ def measure(
   if len(dataset.shape) == 3 and dataset.num_classes > 1:
 
     def train() -> Classifier:
-      say("training the classifier that features and class accuracy are measured with")
+      report.say("training the classifier that features and class accuracy are measured with")
       return train_classifier(real, real_labels, dataset.num_classes, steps=settings.classifier_steps)
 
     classifier = kept.classifier(train, dataset, settings.classifier_steps)
@@ -141,17 +178,22 @@ def measure(
   else:
     _check_count(settings.num_samples, real_features.shape[1])
   samplers = make_samplers()
+  report.total = settings.num_samples * sum(s.nfe for s in samplers)
+  report.update(0)
+  done = 0
   keys = sample_keys(settings.num_samples, settings.seed)
   samples: dict[str, np.ndarray] = {}
   rows: list[dict[str, Any]] = []
   for s in samplers:
 
     def draw(s: Sampler = s) -> Drawn:
-      say(f"sampling: {s.name}")
+      report.say(f"sampling: {s.name}")
       return _draw(s, layout, batch_size, noise, cond, keys)
 
     samples[s.name], speed = draw() if s.is_student else kept.samples(s, draw, noise.shape)
+    report.update(done := done + s.nfe * settings.num_samples)
     rows.append({"name": s.name, "nfe": s.nfe, "images_per_second": speed})
+  report.say("measuring")
   reference, yardstick = samples[teacher_name(REFERENCE_STEPS)], samples[teacher_name(YARDSTICK_STEPS)]
   yardstick_errors = metrics.alignment_errors(yardstick, reference)
   spread = metrics.diversity(reference, labels)
@@ -169,6 +211,7 @@ def measure(
     row["precision"], row["recall"] = metrics.precision_recall(real_features, spaces["fd"], settings.nearest_k)
     if classifier:
       row["accuracy"] = metrics.accuracy(classifier.predict(x), labels)
+  report.say("")
   about = {
     "data": dataset.name,
     "num_samples": settings.num_samples,
@@ -180,7 +223,7 @@ def measure(
   if dataset.shape == (2,):
     paths = {s.name: s.path(noise[:64], cond[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}
   students = {s.name for s in samplers if s.is_student}
-  return Report(rows, about, samples, labels, real, paths, students)
+  return Report(rows, about, samples, labels, real, paths, students, dataset)
 
 
 def _draw(

@@ -10,6 +10,7 @@ import numpy as np
 from pflow_jax.evaluation import figures
 
 COLUMNS = 16  # images side by side
+POINTS = 4096  # samples of a run on points
 WAYS = 64  # trajectories in a panel
 
 
@@ -17,7 +18,8 @@ def samples(rows: Any, *, labels: Sequence[str] | None = None, title: str | None
   """Samples, a row (images) or a panel (points) for each name; a column is meant to come from the same noise.
 
   Args:
-    rows: an array (n, H, W, C) or (n, 2), or such arrays by name.
+    rows: an array (n, H, W, C) or (n, 2), or such arrays by name. A run stands for samples of its own, from the same
+      noise and of the same classes as those of others.
     labels: n texts above the columns.
     title: above the figure.
     columns: images side by side; the others continue below.
@@ -28,7 +30,7 @@ def samples(rows: Any, *, labels: Sequence[str] | None = None, title: str | None
   Raises:
     ValueError: shapes that cannot be shown.
   """
-  named = {name: np.asarray(x) for name, x in _named(rows).items()}
+  named = {name: _drawn(x) for name, x in _named(rows).items()}
   if next(iter(named.values())).ndim == 2:
     return figures.scatter_panels(None, named, title=title)
   if next(iter(named.values())).shape[-1] not in (1, 3):  # latents: the first channels show their outlines
@@ -75,6 +77,13 @@ def losses(histories: Any, *, metric: str = "loss") -> Any:
       raise ValueError(f"{name or 'history'}: expected the metric {metric!r}, got {sorted(own)}")
     series[name] = own["step"], own[metric]
   return figures.curves(None, series, xlabel="step", ylabel=metric, xscale="linear")
+
+
+def _drawn(rows: Any) -> np.ndarray:
+  """Returns samples as they are, or those of a run."""
+  if not hasattr(rows, "sample"):
+    return np.asarray(rows)
+  return rows.sample(POINTS) if rows.data.shape == (2,) else rows.decode(rows.sample(COLUMNS))
 
 
 def _named(values: Any) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from pflow_jax.families.taesd import files as tiny_files
 from pflow_jax.families.taesd import names as tiny_names
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.foreign import check_memory, is_there, read_json, shown
+from pflow_jax.files.progress import SHOWN, progress
 from pflow_jax.networks.heads import attributes_of
 from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.fields import check_sizes, read_fields
@@ -37,7 +38,7 @@ def classes() -> dict[str, TorchNames]:
   return {name: names for names in known for name in names.class_names}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Codec:
   """An autoencoder with its parameters; one picture at a time, so that its memory does not grow with their number.
 
@@ -52,6 +53,11 @@ class Codec:
   params: Any
   folder: str = ""
 
+  def __repr__(self) -> str:
+    size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    name, channels = type(self.module).__name__, getattr(self.module, "latent_channels", "?")
+    return f"Codec({name}, {self.factor} x {self.factor} pixels to {channels} numbers, {size:,} parameters)"
+
   @property
   def factor(self) -> int:
     """Pixels of a picture for one pixel of its latents, along each axis."""
@@ -63,7 +69,7 @@ class Codec:
     Args:
       z: latents (B, h, w, C), as the network makes them.
     """
-    return np.concatenate([np.asarray(self._decode(self.params, one[None])) for one in z])
+    return self._each("decoding", self._decode, z)
 
   def encode(self, x: np.ndarray) -> np.ndarray:
     """Encodes pictures to latents (B, h, w, C), of about unit variance; to their mean, not to a draw.
@@ -71,7 +77,16 @@ class Codec:
     Args:
       x: pictures (B, H, W, 3) in [-1, 1].
     """
-    return np.concatenate([np.asarray(self._encode(self.params, one[None])) for one in x])
+    return self._each("encoding", self._encode, x)
+
+  def _each(self, word: str, run: Callable[..., Any], values: np.ndarray) -> np.ndarray:
+    """Runs one method on one picture after the other; what takes long reports its progress."""
+    parts = []
+    with progress(len(values), 0, word, unit="pictures", delay=SHOWN) as report:
+      for one in values:
+        parts.append(np.asarray(run(self.params, one[None])))
+        report.update(len(parts))
+    return np.concatenate(parts)
 
   def save(self, folder: str | os.PathLike) -> pathlib.Path:
     """Writes it as diffusers does, to the folder "vae" of a pipeline; `load_autoencoder` reads it.

@@ -17,13 +17,13 @@ from jax import Array
 
 from pflow_jax import data
 from pflow_jax.files.lock import Unwritable
+from pflow_jax.files.progress import Progress, progress
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.settings.train import TrainSettings
 from pflow_jax.training.flops import count_flops
 from pflow_jax.training.keeping import Keeper
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.step import Program
-from pflow_jax.training.writer import Progress, progress
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +54,24 @@ def fit(
     FloatingPointError: updates stay non-finite.
     Exception: the keeper's, for a place that takes nothing more.
   """
+  settings = program.experiment.settings
+  with progress(settings.need("train").steps, 0, settings.kind, not (bar and is_first())) as report:
+    return _fit(program, keeper, frozen, start_params, draw, report)
+
+
+def _fit(
+  program: Program,
+  keeper: Keeper,
+  frozen: Any,
+  start_params: Callable[[], Any],
+  draw: Callable[[Any, str], str] | None,
+  report: Progress,
+) -> TrainState:
   experiment, layout = program.experiment, program.layout
   settings, length = experiment.settings, experiment.settings.need("train")
-  shown = bar and is_first()
   key_init, key_steps = (layout.everywhere(key) for key in jax.random.split(jax.random.key(settings.seed)))
   start_values = () if keeper.is_resumed else start_params()
-  if shown:
-    print("compiling the train step", flush=True)
+  report.say("compiling the train step")
   # Ahead of time: a later batch of another shape is an error, not a second compilation.
   traced = {tokens: program.trace(tokens) for tokens in experiment.dataset.lengths or (None,)}
   compiled = {tokens: one.lower().compile() for tokens, one in traced.items()}
@@ -69,11 +80,11 @@ def fit(
   with Interruption(keeper) as interruption, keeper:
     restored = keeper.restore(program.state)
     state, start = restored or (program.init(key_init, frozen, layout.place(start_values)), 0)
-    if shown and restored:
-      print(f"resuming {keeper.name} from step {start}")
+    if restored:
+      report.say(f"resuming {keeper.name} from step {start}")
+    report.update(start)
     if start >= length.steps:
-      if shown:
-        print(f"{keeper.name}: already trained for {start} of {length.steps} steps")
+      report.say(f"{keeper.name}: already trained for {start} of {length.steps} steps")
       return state
     iterator = data.batches(
       experiment.dataset,
@@ -84,11 +95,7 @@ def fit(
       num_workers=length.num_workers,
     )
     try:
-      with (
-        keeper.logging(start),
-        progress(length.steps, start, settings.kind, not shown) as report,
-        Profiler(length.profile, f"{keeper.name}/profile") as profiler,
-      ):
+      with keeper.logging(start), Profiler(length.profile, f"{keeper.name}/profile") as profiler:
         meter = Meter(length, keeper.metrics, report)
         for step in range(start + 1, length.steps + 1):
           # Nothing comes back from the devices but what `meter` fetches, which is an interval old. (On a CPU, which has
@@ -134,7 +141,8 @@ class Meter:
   def __init__(self, settings: TrainSettings, write: Callable[[int, dict[str, float]], None], report: Progress):
     self._settings, self._write, self._report = settings, write, report
     self._flops = 0
-    self._pending: list[dict[str, Array]] = []
+    self._pending: list[dict[str, Any]] = []  # arrays
+    self._ready = 0  # of those pending, the steps that are known to be done
     self._step, self._due = 0, False
     self._clock, self._pause = time.perf_counter(), 0.0
 
@@ -144,6 +152,9 @@ class Meter:
     self._flops += flops
     self._step = step
     self._due = _due(step, self._settings.log_every)
+    while self._ready < len(self._pending) and self._pending[self._ready]["loss"].is_ready():
+      self._ready += 1
+    self._report.update(step - len(self._pending) + self._ready)  # what has been computed, which is less than was asked
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -166,7 +177,7 @@ class Meter:
     elapsed, self._clock = now - self._clock - self._pause, now
     pause, self._pause = self._pause, 0.0
     flops, self._flops = self._flops, 0
-    self._pending, self._due = [], False
+    self._pending, self._ready, self._due = [], 0, False
     # A skipped step has no finite loss; `skipped` counts it.
     finite = [v for v in values if not v["skipped_in_a_row"]] or values
     row = {name: sum(float(v[name]) for v in finite) / len(finite) for name in finite[0]}

@@ -15,6 +15,7 @@ import numpy as np
 from pflow_jax import data
 from pflow_jax.files import foreign
 from pflow_jax.files.nearest import did_you_mean
+from pflow_jax.files.progress import SHOWN, progress
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout, to_host
 from pflow_jax.settings.sample import SampleSettings
@@ -41,15 +42,19 @@ def make_sampler(method: Method, settings: SampleSettings, nfe: int) -> Callable
 
 
 def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays: Any) -> np.ndarray:
-  """Calls `run` on slices of pytrees of arrays, split over the mesh; slices have one length, so it compiles once."""
+  """Calls `run` on slices of pytrees of arrays, split over the mesh; slices have one length, so it compiles once.
+
+  What takes longer than SHOWN seconds reports its progress.
+  """
   count = len(jax.tree.leaves(arrays)[0])
   size = -(-min(batch_size, count) // layout.batch_parts) * layout.batch_parts
   outputs = []
-  with layout.context():
+  with layout.context(), progress(count, 0, "sampling", not is_first(), unit="samples", delay=SHOWN) as report:
     for start in range(0, count, size):
       rows = np.arange(start, start + size) % count  # the last batch wraps and is cut
       part = jax.tree.map(lambda a, rows=rows: layout.spread(a[rows]), arrays)
       outputs.append(to_host(run(*part)))
+      report.update(min(start + size, count))
   return np.concatenate(outputs)[:count]
 
 

@@ -14,7 +14,7 @@ PyTree = Any
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainState:
   """Pytree of everything that trains; change it with dataclasses.replace."""
 
@@ -23,6 +23,16 @@ class TrainState:
   ema: PyTree  # like params, float32
   opt_state: PyTree
   opponent: PyTree = None  # of an adversarial run: the discriminator's parameters and optimizer state
+
+  def __repr__(self) -> str:
+    step = f", step {self.step}" if jax.core.is_concrete(self.step) else ""
+    rival = ", and an opponent" if self.opponent is not None else ""
+    return f"TrainState({count_parameters(self.params):,} parameters that train{rival}{step})"
+
+
+def count_parameters(params: PyTree) -> int:
+  """Counts the numbers in arrays, or in their shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params) if hasattr(leaf, "size"))
 
 
 def create_state(params: PyTree, optimizer: optax.GradientTransformation, opponent: PyTree = None) -> TrainState:

@@ -76,6 +76,7 @@ class Teacher:
     if not callable(velocity):
       raise ValueError(f"Teacher: expected a function (x, t, cond) -> v, got {type(velocity).__name__}")
     self.settings, self.null_cond = settings, null_cond
+    self._about = f"function {getattr(velocity, '__name__', type(velocity).__name__)}"
 
     def field(values: Params) -> guidance.Velocity:
       return functools.partial(velocity, values) if params is not None else velocity
@@ -83,6 +84,10 @@ class Teacher:
     values = {} if params is None else params
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), values)
     self._own = {"strong": Part(field, shapes, values=values)}
+
+  def __repr__(self) -> str:
+    guidance = self.settings.guidance
+    return f"Teacher({self._about}{f', guidance {guidance:g}' if guidance != 1 else ''})"
 
   @property
   def parts(self) -> dict[str, Part]:
@@ -144,7 +149,7 @@ class FoundTeacher(Teacher):
 
   def __init__(self, find: Callable[[], dict[str, Part]], settings: TeacherSettings, null_cond: Any):
     self.settings, self.null_cond = settings, null_cond
-    self._find = functools.cache(find)
+    self._find, self._about = functools.cache(find), f"run in {settings.workdir}"
 
   @property
   def parts(self) -> dict[str, Part]:

@@ -11,8 +11,9 @@ import jax
 import pytest
 
 import pflow_jax as pf
-from pflow_jax.commands import cli, command
+from pflow_jax.commands import cli
 from pflow_jax.commands.command import USAGE
+from pflow_jax.commands.compilations import cache_compilations
 from pflow_jax.commands.flags import as_flags
 from pflow_jax.files import foreign
 from pflow_jax.settings.tree import Settings
@@ -291,7 +292,7 @@ def test_a_user_without_a_name_or_a_home_keeps_no_compiled_programs(monkeypatch)
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setattr(jax.config, "update", lambda *given: pytest.fail(f"set {given}"))
   monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
-  command._cache_compilations()
+  cache_compilations()
 
 
 def test_compare_passes_its_flags_on_and_says_what_failed(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 from unittest import mock
 
@@ -15,6 +16,7 @@ import pflow_jax as pf
 from pflow_jax.checkpoints import steps as saved_steps
 from pflow_jax.commands import run as commands_run
 from pflow_jax.commands.cli import main
+from pflow_jax.evaluation import figures
 from pflow_jax.mesh.sharding import to_host
 from pflow_jax.training.keeping import Keeper
 
@@ -48,7 +50,7 @@ def test_the_twelve_lines(teacher, student, tmp_path, monkeypatch):
   np.testing.assert_array_equal(x, student.sample(16, labels=["3", "7"], seed=1))
   assert list(teacher.history["step"]) == [2, 4]
   assert teacher.history["loss"].shape == (2,)
-  assert repr(student) == "Run(imitation, dit with head gmflow, on digits, 3 steps)"
+  assert re.fullmatch(r"Run\(imitation, dit with head gmflow, [\d,]+ parameters, on digits, 3 steps\)", repr(student))
   report = student.evaluate(**QUICK)
   assert [row["nfe"] for row in report.rows] == [4, 128, 1]
   assert "student, 1 NFE" in repr(report)
@@ -60,7 +62,7 @@ def test_the_twelve_lines(teacher, student, tmp_path, monkeypatch):
   assert again.steps == 3
   with monkeypatch.context() as patched:
     patched.setattr(saved_steps, "agreed", mock.Mock(side_effect=AssertionError("one process alone asks for a repr")))
-    assert repr(again) == f"Run(imitation, dit with head gmflow, on digits, 3 steps, in {saved})"
+    assert repr(again) == repr(student)
   np.testing.assert_array_equal(again.history["loss"], student.history["loss"])
   np.testing.assert_allclose(again.sample(16, labels=[3, 7], seed=1), x, atol=1e-5)
   # The command line draws the same.
@@ -209,3 +211,37 @@ def test_plots_are_figures(student, teacher):
 def test_what_does_not_fit_is_told(call, message, digits):
   with pytest.raises(ValueError, match=message):
     call(digits)
+
+
+def test_an_evaluation_is_a_page_in_a_notebook(teacher, monkeypatch):
+  report = teacher.evaluate(**QUICK)
+  page = report._repr_html_()
+  assert "<th>sampler</th>" in page
+  assert "<td>teacher, 128 steps</td>" in page
+  assert "data:image/png;base64," in page
+  monkeypatch.setattr(pf.plot, "samples", lambda *_: pytest.fail("the page is made once"))
+  assert report._repr_html_() is page
+
+
+def test_a_run_stands_for_its_samples(teacher, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(figures, "image_grid", lambda *args, **_: drawn.append(next(a for a in args if a)))
+  pf.plot.samples({"teacher": teacher})
+  np.testing.assert_array_equal(drawn[0]["teacher"], teacher.sample(16))
+
+
+def test_programs_are_kept_unless_the_user_said_otherwise(digits, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+  told = []
+  monkeypatch.setattr(jax.config, "update", lambda *given: told.append(given))
+  work = lambda: pf.check_teacher(lambda x, t, c: x[0], digits)
+  work()
+  assert told == [], "the tests have a folder of their own"
+  monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
+  work()
+  assert told == [("jax_compilation_cache_dir", "/cache/pflow_jax/xla")]
+  for call in (lambda: pf.train(pf.FlowMatching(), "digits", None, steps=1), lambda: pf.load("/nowhere")):
+    told.clear()
+    with pytest.raises(ValueError, match="expected|no file"):
+      call()
+    assert told

@@ -1,6 +1,7 @@
 """Autoencoders as folders: what is saved is read again, by this package and by diffusers."""
 
 import gc
+import re
 import weakref
 
 import diffusers
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pflow_jax.families import autoencoder
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
 from pflow_jax.families.qwen_image.vae import QwenVAE
 from pflow_jax.families.taesd.network import TinyAutoencoder
@@ -61,6 +63,21 @@ def test_what_is_saved_is_read_again(tmp_path, name):
     else:
       theirs = module.scale * network.encode(image).latent_dist.mode().movedim(1, -1).numpy()
   np.testing.assert_allclose(codec.encode(x), theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_it_is_a_line_and_reports_what_takes_long(monkeypatch, capsys):
+  module = MODULES["AutoencoderTiny"]
+  x = np.zeros((3, 8, 8, 3), np.float32)
+  codec = Codec(module, jax.jit(module.init)(jax.random.key(1), x)["params"])
+  assert re.fullmatch(r"Codec\(TinyAutoencoder, 2 x 2 pixels to 3 numbers, [\d,]+ parameters\)", repr(codec))
+  codec.encode(x)
+  assert capsys.readouterr().out == "", "it is over in a moment"
+  monkeypatch.setattr(autoencoder, "SHOWN", 0.0)
+  codec.decode(codec.encode(x))
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split("  ")[0] for line in lines] == [
+    f"{word} {n}/3" for word in ("encoding", "decoding") for n in (2, 3)
+  ]
 
 
 def test_its_memory_is_free_with_its_last_name():

@@ -17,6 +17,7 @@ from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
 from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.files.lock import LOCK, Unwritable
+from pflow_jax.files.progress import progress
 from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
 from pflow_jax.settings.train import TrainSettings
 from pflow_jax.settings.tree import Settings
@@ -28,7 +29,7 @@ from pflow_jax.training.rescue import Rescued, rescue
 from pflow_jax.training.state import create_state
 from pflow_jax.training.step import Step
 from pflow_jax.training.train import train
-from pflow_jax.training.writer import MetricsWriter, progress
+from pflow_jax.training.writer import MetricsWriter
 from tests.programs import command, environment, pflow, quick
 
 OPTIMIZER = dict(learning_rate=0.1)
@@ -113,9 +114,10 @@ def test_meter_sees_a_streak_inside_an_interval(tmp_path):
     meter = Meter(settings, writer.write, report)
     for step in range(1, 51):
       bad = 10 < step <= 35
+      loss = jnp.float32(np.nan if bad else 1)
       meter.add(
         step,
-        {"loss": np.nan if bad else 1.0, "skipped_in_a_row": (step - 10) * bad, "skipped": 0, "learning_rate": 1.0},
+        {"loss": loss, "skipped_in_a_row": (step - 10) * bad, "skipped": 0, "learning_rate": 1.0},
         flops=step,
       )
     with pytest.raises(FloatingPointError, match="25 updates in a row"):
@@ -142,6 +144,9 @@ class Device:
 class Pending:
   def __init__(self, device, ready, value):
     self._device, self._ready, self._value = device, ready, value
+
+  def is_ready(self):
+    return self._device.now >= self._ready
 
   def block_until_ready(self):
     if self._device.now < self._ready:

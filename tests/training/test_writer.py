@@ -1,17 +1,13 @@
 """Logs that stay valid and clean over kills and resumes, and the two progress reports."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
-import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.progress
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
@@ -19,7 +15,7 @@ from pflow_jax import data
 from pflow_jax.evaluation import sample
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
-from pflow_jax.training.writer import MetricsWriter, parameter_table, progress
+from pflow_jax.training.writer import MetricsWriter, parameter_table
 from tests.programs import quick
 
 
@@ -167,52 +163,6 @@ def test_inactive_writes_nothing(tmp_path):
     writer.image(1, "x", np.zeros((1, 1, 3), np.uint8))
     writer.flush()
   assert not (tmp_path / "run").exists()
-
-
-def test_plain_lines_come_at_intervals(capsys, monkeypatch):
-  now = iter([0.0, 1.0, 4.0, 10.0, 11.0, 12.0])
-  monkeypatch.setattr("pflow_jax.training.writer.time.monotonic", lambda: next(now))
-  with progress(26, initial=20, description="teacher", interval=10) as report:
-    for step in range(21, 27):
-      report.update(step, loss=0.5)
-  out = capsys.readouterr().out.splitlines()
-  assert out == [
-    "teacher 21/26 loss 0.5",
-    "teacher 24/26 0.3 steps/s  left 0:07  loss 0.5",
-    "teacher 26/26 0.4 steps/s  left 0:00  loss 0.5",
-  ]
-
-
-def test_terminal_shows_a_bar(capsys, monkeypatch):
-  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-  with progress(3, description="student") as report:
-    for step in (1, 2, 3):
-      report.update(step, loss=0.25)
-  out = capsys.readouterr().out
-  assert "student" in out
-  assert "3/3" in out
-  assert "loss 0.25" in out
-
-
-@pytest.mark.parametrize("widgets", [True, False])
-def test_notebook_shows_a_bar_where_it_has_widgets(widgets, capsys, monkeypatch):
-  """As IPython's kernel looks to rich: its module is there, the console is Jupyter's, the output is no terminal."""
-  shown = []
-  monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
-  monkeypatch.setattr(rich.get_console(), "is_jupyter", True)
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if widgets and name == "ipywidgets" else None)
-  monkeypatch.setattr(rich.progress.Progress, "start", lambda bar: shown.append(bar))
-  with progress(3, description="student") as report:
-    report.update(3, loss=0.25)
-  assert len(shown) == int(widgets)
-  assert ("student 3/3 loss 0.25" in capsys.readouterr().out) != widgets
-
-
-def test_disabled_progress_is_silent(capsys):
-  with progress(3, disable=True) as report:
-    report.update(1)
-    report.update(3)
-  assert capsys.readouterr().out == ""
 
 
 def test_parameter_table():
