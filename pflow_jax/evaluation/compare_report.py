@@ -143,7 +143,8 @@ def write_report(
     f"Fréchet distance / teacher-{REFERENCE_STEPS}": _lines(table, "fd_ratio"),
   }
   if all(panels.values()):
-    figures.curve_panels(folder / "compare.png", panels, xlabel="network evaluations (NFE)", dashed=(TEACHER,))
+    figure = figures.curve_panels(panels, xlabel="network evaluations (NFE)", dashed=(TEACHER,))
+    figures.save(figure, folder / "compare.png")
   return report
 
 

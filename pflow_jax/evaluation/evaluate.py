@@ -181,9 +181,9 @@ def save_pictures(report: Report, dataset: data.Dataset, out: pathlib.Path) -> N
   shown.sort(key=lambda name: (name in report.students, -numbers[name]))
   rows = {name: report.samples[name] for name in shown}
   if dataset.shape == (2,):
-    figures.scatter_panels(out / "samples.png", {"data": report.real} | rows)
+    figures.save(figures.scatter_panels({"data": report.real} | rows), out / "samples.png")
     in_order = {name: report.paths[name] for name in rows if name in report.paths}
-    figures.trajectory_plot(out / "trajectories.png", report.real, in_order)
+    figures.save(figures.trajectory_plot(report.real, in_order), out / "trajectories.png")
     return
   count = min(len(report.labels), max(10, min(dataset.num_classes, 12)))
   save_picture(dataset, {name: x[:count] for name, x in rows.items()}, report.labels[:count], out / "samples.png")

@@ -30,10 +30,10 @@ def samples(rows: Any, *, labels: Sequence[str] | None = None, title: str | None
   """
   named = {name: np.asarray(x) for name, x in _named(rows).items()}
   if next(iter(named.values())).ndim == 2:
-    return figures.scatter_panels(None, named, title=title)
+    return figures.scatter_panels(named, title=title)
   if next(iter(named.values())).shape[-1] not in (1, 3):  # latents: the first channels show their outlines
     named = {name: x[..., :3] if x.shape[-1] > 3 else x[..., :1] for name, x in named.items()}
-  return figures.image_grid(None, named, column_labels=labels, title=title, columns=columns)
+  return figures.image_grid(named, column_labels=labels, title=title, columns=columns)
 
 
 def trajectories(paths: Any, data: Any) -> Any:
@@ -50,7 +50,7 @@ def trajectories(paths: Any, data: Any) -> Any:
     ValueError: states that are no points.
   """
   named = {name: np.asarray(x)[:, :WAYS] for name, x in _named(paths).items()}
-  return figures.trajectory_plot(None, np.asarray(data), named)
+  return figures.trajectory_plot(np.asarray(data), named)
 
 
 def losses(histories: Any, *, metric: str = "loss") -> Any:
@@ -74,7 +74,7 @@ def losses(histories: Any, *, metric: str = "loss") -> Any:
     if metric not in own:
       raise ValueError(f"{name or 'history'}: expected the metric {metric!r}, got {sorted(own)}")
     series[name] = own["step"], own[metric]
-  return figures.curves(None, series, xlabel="step", ylabel=metric, xscale="linear")
+  return figures.curves(series, xlabel="step", ylabel=metric, xscale="linear")
 
 
 def _named(values: Any) -> Mapping[str, Any]:

@@ -66,7 +66,7 @@ class Programs:
     rows += [row(f"student, {nfe} NFE", nfe, 0.5 + 0.1 * config.seed) for nfe in config.sample.nfe]
     return {"data": "digits", "num_samples": 128, "features": "classifier", "device": "cpu", "rows": rows}
 
-  def picture(self, path, panels, **options):
+  def picture(self, panels, **options):
     self.drawn, self.options = panels, options
 
 
@@ -84,6 +84,7 @@ def programs(monkeypatch):
   for name in ("step_flops", "train", "evaluate"):
     monkeypatch.setattr(module, name, getattr(programs, name))
   monkeypatch.setattr(figures, "curve_panels", programs.picture)
+  monkeypatch.setattr(figures, "save", lambda *_: None)
   return programs
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-DPI = 200
-FONT, SMALLEST_FONT = 9.0, 5.5  # points
+from pflow_jax.evaluation.figures.style import DPI, FONT
+
+SMALLEST_FONT = 5.5  # points
 MAX_LETTERS = 100  # letters of a text that are drawn
 
 
