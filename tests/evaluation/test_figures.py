@@ -9,18 +9,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pflow_jax.evaluation import plot
 from pflow_jax.evaluation.figures import (
   captioned_images,
   curve_panels,
   curves,
+  image_animation,
   image_grid,
   save,
   scatter_panels,
   to_png,
   trajectory_plot,
 )
-from pflow_jax.evaluation.figures.curves import _styles
-from pflow_jax.evaluation.figures.lettering import fitted
+from pflow_jax.evaluation.figures.canvas import drawing
+from pflow_jax.evaluation.figures.lettering import MAX_LETTERS, fitted, text_width
+from pflow_jax.evaluation.figures.motion import _Scene
+from pflow_jax.evaluation.figures.palette import COLOURS, INK, METHODS, places, styles
+from tests.evaluation.colour import lab, srgb_to_linear
+from tests.programs import ROOT, load_module
 
 
 @pytest.fixture
@@ -102,27 +108,31 @@ def test_long_column_labels_are_shown_within_their_columns():
 
   _, height = of_columns(["1", "2", "3"])
   for labels, lines in (
-    (["automobile", "airplane", "fire truck"], 2),
-    (["Smileys & Emotion", "People & Body", "Animals & Nature"], 2),
-    (["antidisestablishmentarianism"] * 3, 1),
-    (["x" * 10**6, "$\\frac$", "\x1b[2J\n\ud800"], 1),
+    (["automobile", "airplane", "fire truck"], 1),
+    (["Smileys & Emotion", "People & Body", "Animals & Nature"], 3),
+    (["antidisestablishmentarianism"] * 3, 3),
+    (["x" * 10**6, "$\\frac$", "\x1b[2J\n\ud800"], 10),
   ):
     columns, got = of_columns(labels)
     assert {0, 1, 2} == set(columns // 102), labels  # of 96 pixels, 6 apart
     assert (columns % 102 < 98).all(), labels
-    assert got == height + 20 * (lines - 1)
+    assert got == height + 25 * (lines - 1)
 
 
-def test_labels_are_made_to_fit_and_are_cut_last():
+def test_labels_are_made_to_fit_and_no_letter_is_lost():
   assert fitted(["cat", "dog"], 96) == (["cat", "dog"], 9.0)
   texts, size = fitted(["cat", "automobile"], 96)
   assert texts == ["cat", "automobile"]
   assert 5.5 < size < 9
   assert fitted(["cat", "a small red bird"], 96)[0] == ["cat", "a small\nred bird"]
+  long = ["family: man, woman, girl, boy", "antidisestablishmentarianism and pneumonoultramicroscopicsilico"]
+  texts, size = fitted(long, 96)
+  assert ["".join(text.split()) for text in texts] == ["".join(text.split()) for text in long]
+  assert all(text_width(line, size) <= 97 for text in texts for line in text.split("\n"))
   texts, size = fitted(["x" * 10**6, "\x1b\n\ud800"], 96)
   assert size == 5.5
+  assert len(texts[0].replace("\n", "")) == MAX_LETTERS
   assert texts[0].endswith("x…")
-  assert len(texts[0]) < 20
   assert texts[1] == "???"
   assert fitted([], 96) == ([], 9.0)
 
@@ -185,7 +195,8 @@ def test_density_is_drawn_the_right_way_up(rng):
   blue = _pixels(figure)[..., 2] - _pixels(figure)[..., 0] > 30
   rows, columns = np.nonzero(blue)
   height, width = blue.shape
-  assert rows.max() < 0.65 * height  # the upper
+  assert rows.min() < 0.2 * height
+  assert (rows < 0.55 * height).sum() > 20 * (rows >= 0.55 * height).sum()  # the upper, a legend is below
   assert columns.min() > 0.45 * width  # right quarter
 
 
@@ -228,9 +239,207 @@ def test_curve_panels_give_a_label_one_look_and_one_legend():
   assert all(c.max() > legend for c in columns.values()), "both in the legend"
 
 
+def test_ten_methods_have_a_column_each_over_the_others_in_grey():
+  nfe = [1, 2, 4, 8]
+  titles = [title for _, title, _ in METHODS if title != "ArcFlow"]
+  series = {title: (nfe, np.linspace(1, 0.5, 4) + i, np.full(4, 0.1)) for i, title in enumerate(titles)}
+  panels = {"alignment\n(lower is better)": {"teacher": (nfe, [9, 5, 3, 2])} | series, "FD": series}
+  figure = curve_panels(panels, xlabel="NFE", dashed=("teacher",), note="bars: over 3 seeds")
+  columns = [axes for axes in figure.axes if axes.get_title(loc="left")]
+  assert [axes.get_title(loc="left") for axes in columns] == titles
+  for axes, title in zip(columns, titles, strict=True):
+    colours = [line.get_color() for line in axes.lines if len(line.get_xdata()) == 4]
+    assert colours.count(styles([title])[title]["color"]) == 1
+    assert colours.count("#c9ced3") == len(titles) - 1
+    assert colours.count(INK) == 1, "the teacher is in all"
+    assert axes.collections, "bars"
+  texts = [text.get_text() for text in figure.texts]
+  assert "teacher: black dashes; grey: the other methods; bars: over 3 seeds" in texts
+  assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == [*panels, *panels]
+  assert_nothing_overlaps(figure)
+
+
+def test_bars_have_the_length_of_the_deviation():
+  figure = curve_panels({"a": {"one": ([1, 2], [1.0, 2.0], [0.25, 0.5])}}, xlabel="")
+  (bars,) = [one for one in figure.axes[0].collections if len(one.get_segments()) == 2]
+  assert [[y for _, y in part] for part in bars.get_segments()] == [[0.75, 1.25], [1.5, 2.5]]
+  figure = curve_panels({"a": {"one": ([1, 2], [1.0, 2.0])}}, xlabel="")
+  assert not figure.axes[0].collections
+
+
+def assert_nothing_overlaps(figure):
+  """All texts of a figure lie within it and beside one another."""
+  to_png(figure)  # lays it out
+  boxes = {text: text.get_window_extent() for text in _drawn_texts(figure)}
+  width, height = figure.get_size_inches() * figure.dpi
+  for text, box in boxes.items():
+    assert -1 <= box.x0 <= box.x1 <= width + 1, text.get_text()
+    assert -1 <= box.y0 <= box.y1 <= height + 1, text.get_text()
+    for other, its in boxes.items():
+      over = min(box.x1, its.x1) - max(box.x0, its.x0), min(box.y1, its.y1) - max(box.y0, its.y0)
+      assert other is text or min(over) < 2, (text.get_text(), other.get_text())
+
+
+def _drawn_texts(figure):
+  """Texts of a figure that are drawn; matplotlib keeps labels of ticks beyond the limits of their axes."""
+  beyond = set()
+  for axes in figure.axes:
+    its = axes.get_window_extent()
+    for axis, low, high, at in ((axes.xaxis, its.x0, its.x1, 0), (axes.yaxis, its.y0, its.y1, 1)):
+      for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+        if (
+          not axes.get_visible()
+          or not low - 1 <= tick.label1.get_window_extent().get_points()[:, at].mean() <= high + 1
+        ):
+          beyond |= {tick.label1, tick.label2}
+  texts = figure.findobj(matplotlib.text.Text)
+  hidden = {text for axes in figure.axes if not axes.get_visible() for text in axes.findobj(matplotlib.text.Text)}
+  return [text for text in texts if text.get_visible() and text.get_text().strip() and text not in beyond | hidden]
+
+
+# Simulations of Machado, Oliveira and Fernandes (2009), https://doi.org/10.1109/TVCG.2009.113, severity 1, linear RGB.
+SIGHTS = {
+  "all cones": np.eye(3),
+  "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+  "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+  "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_twelve_colours_and_black_are_told_apart_with_any_sight(sight):
+  linear = srgb_to_linear(np.array([matplotlib.colors.to_rgb(one) for one in (*COLOURS, INK)]))
+  seen = lab(np.clip(linear @ np.array(SIGHTS[sight]).T, 0, 1))
+  distances = np.linalg.norm(seen[:, None] - seen[None], axis=-1) + 1e9 * np.eye(len(seen))
+  assert len(COLOURS) == 12
+  assert distances.min() > 16, "of 100 between black and white; Okabe and Ito's have 17.9 with deuteranopia"
+  white = lab(np.ones((1, 3)))
+  assert np.linalg.norm(seen - white, axis=-1).min() > 25, "and from paper"
+
+
+def test_a_method_has_its_colour_in_every_figure():
+  alone = styles(["AYF-LMD"])["AYF-LMD"]["color"]
+  assert (
+    styles(["mine", "π-Flow, GMFlow", "AYF-LMD"])["AYF-LMD"]["color"]
+    == alone
+    == styles(["ayf_lmd"])["ayf_lmd"]["color"]
+  )
+  found = places(["mine", "π-Flow, DX", "yours"])
+  assert len(set(found.values())) == 3
+  assert found["mine"] == 0
+  ten = [title for _, title, _ in METHODS if title != "ArcFlow"]
+  assert len({look["color"] for look in styles([*ten, "mine", "yours"]).values()}) == 12
+  assert {name for name, _, _ in METHODS} == {method["name"] for method in compared().methods}
+  assert {method["title"] for method in compared().methods} <= {title for _, title, _ in METHODS}
+
+
+def compared():
+  """The comparison of configs/compare/digits.py."""
+  return load_module(ROOT / "configs" / "compare" / "digits.py").get_config()
+
+
 def test_lines_beyond_the_colours_are_told_apart():
-  styles = _styles([f"method {i}" for i in range(14)])
-  assert len({tuple(sorted(style.items())) for style in styles.values()}) == 14
+  looks = styles([f"method {i}" for i in range(20)])
+  assert len({tuple(sorted(style.items())) for style in looks.values()}) == 20
+
+
+def test_rows_have_their_notes_beside_them():
+  x = np.zeros((2, 8, 8, 1))
+  rows, notes = {"teacher, 128 steps": x, "student": x}, {"teacher, 128 steps": "reference", "student": "0.077"}
+  figure = image_grid(
+    rows,
+    title="A title",
+    caption="What is to be seen. " * 20,
+    notes=notes,
+    notes_title="error",
+    column_labels=["1", "2"],
+  )
+  assert_nothing_overlaps(figure)
+  places = {text.get_text(): text.get_window_extent() for text in figure.texts}
+  right = figure.axes[0].get_window_extent().x1
+  for label, note in notes.items():
+    assert places[note].x0 > right
+    assert abs(places[note].y0 + places[note].y1 - places[label].y0 - places[label].y1) < 8, "on one height"
+  assert places["reference"].y0 > places["0.077"].y1
+  assert places["error"].y0 > places["reference"].y1
+
+
+def test_trajectories_have_a_legend(rng):
+  path = np.cumsum(rng.normal(size=(5, 9, 2)), axis=0)
+  for panels in ({"a": path}, {"a": path, "b": path}):
+    figure = trajectory_plot(path[0], panels)
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["start: noise, t = 1", "path", "end: sample, t = 0", "density of the data"]
+    assert_nothing_overlaps(figure)
+    assert legend.get_window_extent().y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
+
+
+def _frames(animation):
+  """Frames of a GIF as (frames, height, width, 3), and the milliseconds that each is shown."""
+  with Image.open(io.BytesIO(animation.gif)) as image:
+    assert image.format == "GIF"
+    assert image.info["loop"] == 0
+    shown = []
+    for i in range(image.n_frames):
+      image.seek(i)
+      shown.append((np.asarray(image.convert("RGB")).astype(int), image.info["duration"]))
+  return np.stack([one for one, _ in shown]), [time for _, time in shown]
+
+
+def test_an_animation_goes_from_noise_to_data_and_counts_evaluations(tmp_path):
+  black, white = np.full((1, 2, 8, 8, 1), -1.0), np.full((1, 2, 8, 8, 1), 1.0)
+  paths = {"teacher": np.linspace(black, white, 9)[:, 0], "student": np.concatenate([black, white])}
+  animation = image_animation(paths, {"teacher": 8, "student": 1}, title="A title", frames=5, side=16)
+  frames, times = _frames(animation)
+  assert len(frames) == 5
+  assert times[0] > 500
+  assert times[-1] > 2000
+  assert (frames[:, 0, 0] == 255).all(), "the paper is white"
+  # Both rows go through the same greys, up to the colours of a GIF, from black to white.
+  rows = [frames[:, top, 26, 0] for top in _tops(frames[0])]
+  assert len(rows) == 2
+  np.testing.assert_allclose(rows[0], rows[1], atol=6)
+  assert (np.diff(rows[0]) > 0).all()
+  assert (rows[0][0], rows[0][-1]) == (0, 255)
+  # Of marks the teacher gets more from frame to frame; the student has one, at the start.
+  blue = lambda frame: (np.abs(frame - np.array([0, 114, 178])).max(axis=-1) < 40).any(axis=0)
+  marked = [np.flatnonzero(blue(frame[:, : frames.shape[2] - 220])) for frame in frames]
+  assert marked[0].max() < marked[2].max() < marked[4].max(), "its policy goes on"
+  animation.save(tmp_path / "deep" / "a.gif")
+  assert (tmp_path / "deep" / "a.gif").read_bytes() == animation.gif
+  assert animation._repr_html_().startswith('<img alt="animation" src="data:image/gif;base64,R0lGOD')
+
+
+def _tops(frame):
+  """Rows of pixels in which images begin: black from the margin on."""
+  dark = (frame[:, 24:40].max(axis=-1) < 8).all(axis=1)
+  return np.flatnonzero(dark[1:] & ~dark[:-1]) + 4
+
+
+@pytest.mark.parametrize(
+  ("part", "counts"), [(0.0, (0, 0, 0)), (0.01, (2, 1, 1)), (0.5, (64, 1, 2)), (0.51, (66, 1, 3)), (1.0, (128, 1, 4))]
+)
+def test_evaluations_are_made_where_their_segments_start(part, counts):
+  states = np.zeros((2, 1, 8, 8, 1), np.float32)
+  evaluations = {"teacher": 128, "one": 1, "four": 4}
+  with drawing(1, 1) as figure:
+    scene = _Scene(figure, dict.fromkeys(evaluations, states), evaluations, None, 8)
+    scene.at(part, 1.0)
+  for (label, total), count in zip(evaluations.items(), counts, strict=True):
+    _, marks, _, number, _ = scene.moving[label]
+    start, end = scene.ends
+    np.testing.assert_allclose((marks.get_xdata() - start) / (end - start), np.arange(count) / total, atol=1e-9)
+    assert number.get_text() == str(count)
+  assert scene.clock.get_text() == f"t = {1 - part:.2f}"
+  assert_nothing_overlaps(figure)
+
+
+def test_a_notebook_says_how_many_evaluations_a_path_has():
+  x = np.zeros((5, 2, 8, 8, 4))
+  with pytest.raises(ValueError, match=r"expected names of paths, \['a'\], got \['b'\]"):
+    plot.animation({"a": x}, {"b": 1})
+  assert plot.animation(x[:, :1], 2, seconds=0.5).gif[:3] == b"GIF"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +451,13 @@ def test_lines_beyond_the_colours_are_told_apart():
     (lambda: trajectory_plot(np.zeros((5, 2)), {}), "at least one"),
     (lambda: scatter_panels({"a": np.zeros((5, 3))}), "points"),
     (lambda: scatter_panels({}), "at least one"),
+    (lambda: image_animation({}, {}), "at least one"),
+    (lambda: image_animation({"a": np.zeros((4, 2, 8, 8))}, {"a": 1}), r"steps \+ 1 >= 2, n, H, W"),
+    (lambda: image_animation({"a": np.zeros((1, 2, 8, 8, 1))}, {"a": 1}), r"steps \+ 1 >= 2, n, H, W"),
+    (lambda: image_animation({"a": np.zeros((4, 2, 8, 8, 1))}, {}), "evaluations: expected a number of at least 1 for"),
+    (lambda: image_animation({"a": np.zeros((4, 2, 8, 8, 1))}, {"a": 0}), "evaluations: expected a number of at least"),
+    (lambda: image_animation({"a": np.zeros((4, 2, 8, 8, 1))}, {"a": 1}, frames=1), "at least 2 frames"),
+    (lambda: image_animation({"a": np.zeros((4, 2, 8, 8, 1))}, {"a": 1}, seconds=0), "more than 0 seconds"),
     (lambda: curves({"a": ([1, 2], [1])}, xlabel="", ylabel=""), "one shape"),
     (lambda: curves({"a": ([0, 2], [1, 2])}, xlabel="", ylabel=""), "x has values"),
     (lambda: curves({"a": ([1, 2], [1, np.nan])}, xlabel="", ylabel=""), "y has values"),

@@ -24,29 +24,34 @@ def text_width(text: str, size: float = FONT) -> int:
 
 def _plain(text: Any) -> str:
   """Returns a text with a question mark for every letter that cannot be printed."""
-  return "".join(letter if letter.isprintable() else "?" for letter in str(text)[:MAX_LETTERS])
-
-
-def _halved(text: str) -> str:
-  """Returns a text on two lines, cut at the space that is nearest to its middle; on one if it has none."""
-  spaces = [i for i, letter in enumerate(text) if letter == " "]
-  middle = min(spaces, key=lambda i: abs(i - len(text) / 2), default=None)
-  return text if middle is None else f"{text[:middle]}\n{text[middle + 1 :]}"
+  text = str(text)
+  shown = text if len(text) <= MAX_LETTERS else f"{text[: MAX_LETTERS - 1]}…"
+  return "".join(letter if letter.isprintable() else "?" for letter in shown)
 
 
 def fitted(labels: Sequence[Any], width: int) -> tuple[list[str], float]:
-  """Fits labels to columns of `width` pixels, on one or two lines; returns them and the size of their letters."""
+  """Fits labels to columns of `width` pixels: smaller letters for long words, then lines, of which there may be many.
+
+  Returns:
+    The labels, whole up to MAX_LETTERS, and the size of their letters.
+  """
   texts = [_plain(label) for label in labels]
-  if max(map(text_width, texts), default=0) > width:
-    texts = [_halved(text) for text in texts]
-  widest = max((text_width(line) for text in texts for line in text.split("\n")), default=0)
+  widest = max((text_width(word) for text in texts for word in text.split()), default=0)
   size = min(FONT, max(SMALLEST_FONT, FONT * width / max(widest, 1)))
+  return [wrapped(text, width, size) for text in texts], size
 
-  def cut(line: str) -> str:
-    if text_width(line, size) <= width + 1:  # rounded
-      return line
-    while line and text_width(f"{line}…", size) > width:
-      line = line[:-1]
-    return f"{line}…"
 
-  return ["\n".join(map(cut, text.split("\n"))) for text in texts], size
+def wrapped(text: str, width: int, size: float = FONT) -> str:
+  """Breaks a text into lines of at most `width` pixels, between words, and within a word that is longer than a line."""
+  lines = [""]
+  for word in text.split():
+    longer = f"{lines[-1]} {word}".lstrip()
+    if text_width(longer, size) <= width + 1:  # rounded
+      lines[-1] = longer
+      continue
+    lines.append("")
+    for letter in word:
+      if lines[-1] and text_width(lines[-1] + letter, size) > width + 1:
+        lines.append("")
+      lines[-1] += letter
+  return "\n".join(line for line in lines if line)

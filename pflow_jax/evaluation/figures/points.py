@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from pflow_jax.evaluation.figures.canvas import drawing, some
 from pflow_jax.evaluation.figures.densities import (
+  DATA,
   Limits,
   ceiling,
   density_image,
@@ -18,7 +19,7 @@ from pflow_jax.evaluation.figures.densities import (
   show_density,
   square_limits,
 )
-from pflow_jax.evaluation.figures.style import COLOURS, GRID, INK, MUTED
+from pflow_jax.evaluation.figures.palette import COLOURS, GRID, INK, MUTED
 
 
 def trajectory_plot(
@@ -27,7 +28,7 @@ def trajectory_plot(
   *,
   title: str | None = None,
 ) -> Any:
-  """Trajectories of 2-D points over the data's density, one square panel per method.
+  """Trajectories of 2-D points over the data's density, one square panel per method, with a legend below.
 
   All panels show the square around all trajectories and points.
 
@@ -46,13 +47,40 @@ def trajectory_plot(
   points = points_of(data, "data")
   limits = square_limits([points, *(x.reshape(-1, 2) for x in paths.values())])
   image = density_image(points, limits, bins=100)
-  with _square_panels(list(paths), limits, title) as all_axes:
+  with _square_panels(list(paths), limits, title, foot=0.3) as all_axes:
     for axes, x in zip(all_axes, paths.values(), strict=True):
       show_density(axes, image, limits)
       axes.plot(x[..., 0], x[..., 1], color=INK, linewidth=0.55, alpha=0.55, solid_capstyle="round")
       axes.scatter(*x[0].T, s=9, facecolors="white", edgecolors=MUTED, linewidths=0.6, zorder=3)
       axes.scatter(*x[-1].T, s=10, color=COLOURS[1], linewidths=0, zorder=4)
-  return all_axes[0].figure
+    figure = all_axes[0].figure
+    _legend(figure)
+  return figure
+
+
+def _legend(figure: Any) -> None:
+  """Says below the panels what ring, dot, line and colour are; on two lines where one is too narrow."""
+  from matplotlib.lines import Line2D
+  from matplotlib.patches import Patch
+
+  handles = {
+    "start: noise, t = 1": Line2D([], [], ls="", marker="o", ms=4, mfc="white", mec=MUTED, mew=0.8),
+    "path": Line2D([], [], color=INK, lw=0.8, alpha=0.7),
+    "end: sample, t = 0": Line2D([], [], ls="", marker="o", ms=4, color=COLOURS[1]),
+    "density of the data": Patch(color=DATA),
+  }
+  wide = figure.get_figwidth() > 4.5
+  figure.legend(
+    handles.values(),
+    handles,
+    loc="lower center",
+    ncols=4 if wide else 2,
+    frameon=False,
+    fontsize=8 if wide else 7,
+    handletextpad=0.5,
+    columnspacing=1.4,
+    borderaxespad=0.1,
+  )
 
 
 def scatter_panels(
@@ -79,14 +107,15 @@ def scatter_panels(
 
 
 @contextlib.contextmanager
-def _square_panels(names: Sequence[str], limits: Limits, title: str | None) -> Iterator[list[Any]]:
-  """Square axes side by side, one for each name, without ticks and with the same limits."""
+def _square_panels(names: Sequence[str], limits: Limits, title: str | None, foot: float = 0.0) -> Iterator[list[Any]]:
+  """Square axes side by side, one for each name, without ticks and with the same limits; `foot` inches are below."""
   side, gap, head = 2.4, 0.12, 0.6 if title else 0.3
-  width, height = len(names) * (side + gap) + gap, side + head + gap
+  foot *= 1 if len(names) > 1 else 1.6  # a legend on two lines
+  width, height = len(names) * (side + gap) + gap, side + head + gap + foot
   with drawing(width, height) as figure:
     all_axes = []
     for i, name in enumerate(names):
-      box = ((gap + i * (side + gap)) / width, gap / height, side / width, side / height)
+      box = ((gap + i * (side + gap)) / width, (gap + foot) / height, side / width, side / height)
       axes = figure.add_axes(box)
       axes.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
       axes.spines[:].set_color(GRID)

@@ -11,14 +11,11 @@ from typing import Any
 
 from etils import epath
 
+from pflow_jax.evaluation.figures.palette import INK, MUTED
 from pflow_jax.files.atomic import write_atomically
 
 DPI = 200
 FONT = 9.0  # points
-INK, MUTED, GRID = "#1f2328", "#6e7781", "#e3e6e9"
-# Okabe and Ito's colours: told apart with any colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vP*"
 STYLE: Any = {
   "font.family": "sans-serif",
   "font.size": FONT,
