@@ -15,6 +15,7 @@ from pflow_jax import data
 from pflow_jax.evaluation import metrics
 from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
 from pflow_jax.evaluation.samplers import Sampler, teacher_name
+from pflow_jax.evaluation.tables import markdown_table
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS, EvaluateSettings
@@ -27,9 +28,9 @@ COLUMNS = {
   "name": "sampler",
   "nfe": "NFE",
   "alignment": "alignment error",
-  "alignment_ratio": "/ teacher-4",
+  "alignment_ratio": "alignment / teacher-4",
   "fd": "FD",
-  "fd_ratio": "/ teacher-128",
+  "fd_ratio": "FD / teacher-128",
   "fd_pixels_ratio": "FD pixels / teacher-128",
   "diversity_ratio": "diversity / teacher-128",
   "precision": "precision",
@@ -79,9 +80,14 @@ class Report:
   students: set[str]
 
   @property
+  def columns(self) -> dict[str, str]:
+    """Headings of the measures that there are, by name."""
+    return {key: title for key, title in COLUMNS.items() if any(key in row for row in self.rows)}
+
+  @property
   def table(self) -> str:
     """The rows as a table in Markdown."""
-    return metrics.markdown_table(self.rows, {k: v for k, v in COLUMNS.items() if any(k in row for row in self.rows)})
+    return markdown_table(self.rows, self.columns)
 
   def __repr__(self) -> str:
     return self.table
