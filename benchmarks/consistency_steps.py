@@ -22,17 +22,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pflow_jax import sample_flow_map
+from pflow_jax.evaluation import figures
+from pflow_jax.evaluation.figures.canvas import drawing
+from pflow_jax.evaluation.figures.palette import GRID, styles
 
 SPREAD, ERROR = 0.5, 0.02
 STEPS = (1, 2, 4, 8, 16, 32, 64)
-BLUE, ORANGE = "#1f5fbf", "#e08a1e"
 
 
 def exact(t, u):
@@ -75,34 +76,29 @@ def sampled(factor, steps, gamma, count=2**17, width=256):
   return deviation(factor) - deviation(exact)
 
 
-def draw(curves, points, path):
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
+def draw(curves, points):
   everywhere = np.arange(1, STEPS[-1] + 1)
-  figure, axis = plt.subplots(figsize=(6.4, 4.2))
-  for name, color, label in (
-    ("consistency 1", ORANGE, "consistency model, output 2 % too large"),
-    ("flow map 0", BLUE, "flow map, displacement 2 % too large"),
-  ):
-    axis.plot(everywhere, np.abs(curves[name]), color=color, linewidth=1.6, label=label)
-    axis.plot(STEPS, np.abs(points[name]), "o", color=color, markersize=5, markeredgecolor="white")
-  axis.set(yscale="log", ylabel="|error| of the standard deviation", ylim=(0.004, 0.25))
-  axis.set_yticks([0.005, 0.01, 0.02, 0.05, 0.1, 0.2], ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2"])
-  axis.set(xscale="log", xlabel="steps")
-  axis.set_xticks(STEPS, [str(n) for n in STEPS])
-  axis.minorticks_off()
-  axis.grid(True, which="major", color="#e4e4e4", linewidth=0.7)
-  axis.set_axisbelow(True)
-  axis.spines[["top", "right"]].set_visible(False)
-  axis.legend(frameon=False, fontsize=9, loc="upper left")
-  axis.set_title(f"data N(0, {SPREAD}²); lines: closed form, points: sampled", fontsize=9)
-  figure.tight_layout()
-  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=130)
-  print(f"\nwrote {path}")
+  with drawing(6.4, 4.2) as figure:
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    axis = figure.add_subplot()
+    for name, place, label in (
+      ("consistency 1", "consistency", "consistency model, output 2 % too large"),
+      ("flow map 0", "AYF-EMD", "flow map, displacement 2 % too large"),
+    ):
+      look = styles([place])[place]
+      axis.plot(everywhere, np.abs(curves[name]), color=look["color"], lw=1.6, label=label)
+      axis.plot(STEPS, np.abs(points[name]), ls="", **look)
+    axis.set(yscale="log", ylabel="|error| of the standard deviation (lower is better)", ylim=(0.004, 0.25))
+    axis.set_yticks([0.005, 0.01, 0.02, 0.05, 0.1, 0.2], ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2"])
+    axis.set(xscale="log", xlabel="steps")
+    axis.set_xticks(STEPS, [str(n) for n in STEPS])
+    axis.minorticks_off()
+    axis.grid(True, which="major", color=GRID, linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left")
+    axis.set_title(f"data N(0, {SPREAD}²); lines: closed form, points: sampled", loc="left")
+  return figure
 
 
 def main():
@@ -118,7 +114,8 @@ def main():
     points[name] = np.array([sampled(factor, n, gamma) for n in STEPS])
     cells = [f"{curves[name][n - 1]:9.4f} /{p:8.4f}" for n, p in zip(STEPS, points[name], strict=True)]
     print(f"{name:>16s}" + "".join(cells), flush=True)
-  draw(curves, points, args.plot)
+  figures.save(draw(curves, points), args.plot)
+  print(f"\nwrote {args.plot}")
 
 
 if __name__ == "__main__":

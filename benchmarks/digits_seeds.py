@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from pflow_jax.evaluation.metrics import markdown_table
+from pflow_jax.evaluation.tables import markdown_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = ("alignment_ratio", "fd_ratio", "fd_pixels_ratio", "diversity_ratio", "precision", "recall", "accuracy")

@@ -20,9 +20,10 @@ import numpy as np
 import pflow_jax as pf
 from pflow_jax.evaluation import figures
 from pflow_jax.evaluation.features import train_classifier
-from pflow_jax.evaluation.metrics import frechet_distance, markdown_table
+from pflow_jax.evaluation.metrics import frechet_distance
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.samplers import student_samplers, velocity_samplers
+from pflow_jax.evaluation.tables import markdown_table
 from pflow_jax.families.text import load_encoder
 from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.sample import sample_keys

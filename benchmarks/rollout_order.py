@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import pathlib
 
 import jax
 
@@ -23,11 +22,14 @@ import numpy as np  # noqa: E402
 
 from pflow_jax import GMFlowPolicy, rollout, segment_grid, shift_time  # noqa: E402
 from pflow_jax.core.rollout import SAVING  # noqa: E402
+from pflow_jax.evaluation import figures  # noqa: E402
+from pflow_jax.evaluation.figures.canvas import drawing  # noqa: E402
+from pflow_jax.evaluation.figures.palette import COLOURS, GRID, MUTED  # noqa: E402
 
 STDS, SHIFTS = (0.05, 0.1, 0.3), (1.0, 3.2)
 EVALUATIONS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 METHODS = {"euler": "Euler", "ab2": "two-step, order 2", "auto": "three-step, order 3 (auto)"}
-COLORS = {"euler": "#7a7a7a", "ab2": "#e08a1e", "auto": "#1f5fbf"}
+COLORS = {"euler": MUTED, "ab2": COLOURS[4], "auto": COLOURS[0]}
 
 
 def random_policies(seed, count, t_s, std, k=8, space=(64,), c=4):
@@ -124,13 +126,14 @@ def compare_short(count, lengths=(2, 3, 4, 6, 8, 12, 18)):
     print(f"{substeps:26d}{cell:>70s}", flush=True)
 
 
-def draw(curves, path):
-  import matplotlib
+def draw(curves):
+  with drawing(10.5, 6.2) as figure:
+    _draw(figure, curves)
+  return figure
 
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
 
-  figure, axes = plt.subplots(len(SHIFTS), len(STDS), figsize=(10.5, 6.2), sharex=True, sharey=True)
+def _draw(figure, curves):
+  axes = figure.subplots(len(SHIFTS), len(STDS), sharex=True, sharey=True)
   for row, shift in zip(axes, SHIFTS, strict=True):
     for axis, std in zip(row, STDS, strict=True):
       for method, label in METHODS.items():
@@ -143,7 +146,7 @@ def draw(curves, path):
       at = np.exp(np.interp(np.log(default), np.log(EVALUATIONS), np.log(curves[shift, std, "auto"])))
       axis.plot(default, at, marker="o", markersize=9, markerfacecolor="none", color=COLORS["auto"])
       axis.set_title(f"shift {shift:g}, component std {std:g}", fontsize=10)
-      axis.grid(True, which="major", color="#e4e4e4", linewidth=0.7)
+      axis.grid(True, which="major", color=GRID, linewidth=0.7)
       axis.set_axisbelow(True)
       axis.spines[["top", "right"]].set_visible(False)
       axis.set_xticks([16, 32, 64, 128, 256, 512], ["16", "32", "64", "128", "256", "512"])
@@ -151,16 +154,13 @@ def draw(curves, path):
   for axis in axes[-1]:
     axis.set_xlabel("evaluations of the policy")
   for axis in axes[:, 0]:
-    axis.set_ylabel("RMS error at t = 0")
+    axis.set_ylabel("RMS error at t = 0 (lower is better)")
   handles, labels = axes[0, 0].get_legend_handles_labels()
   figure.legend(handles, labels, loc="upper center", ncols=3, frameon=False)
   figure.text(
     0.5, 0.008, 'rings: 128 Euler substeps, and what method="auto" takes in their place', ha="center", fontsize=9
   )
   figure.tight_layout(rect=(0, 0.025, 1, 0.95))
-  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=130)
-  print(f"\nwrote {path}")
 
 
 def main():
@@ -168,7 +168,8 @@ def main():
   parser.add_argument("--plot", default="docs/images/work_precision.png")
   parser.add_argument("--policies", type=int, default=32)
   args = parser.parse_args()
-  draw(work_precision(args.policies), args.plot)
+  figures.save(draw(work_precision(args.policies)), args.plot)
+  print(f"\nwrote {args.plot}")
   compare_savings(args.policies)
   compare_short(args.policies)
 

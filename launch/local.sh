@@ -41,7 +41,8 @@ demo() {
   done
   pflow evaluate --workdir "$folder/gmflow" --also "$folder/gmflow_2nfe" --also "$folder/gmflow_4nfe" --out "$folder"
   echo
-  echo "done in $((SECONDS - start)) s. The picture: $folder/samples.png, the table: $folder/evaluation.md"
+  echo "done in $((SECONDS - start)) s. The picture: $folder/samples.png, the table: $folder/evaluation.md, all of it as"
+  echo "one page: $folder/evaluation.html"
 }
 
 # Sends a signal to the processes of this run that have not ended.

@@ -16,12 +16,12 @@ from pflow_jax import data as datasets
 from pflow_jax.checkpoints.checkpoint import Checkpointer
 from pflow_jax.data.pictures import as_html
 from pflow_jax.evaluation import plot
-from pflow_jax.evaluation.evaluate import KeptInFolder, save_pictures
+from pflow_jax.evaluation.evaluate import KeptInFolder
 from pflow_jax.evaluation.measure import Report, measure
 from pflow_jax.evaluation.pictures import as_pictures
+from pflow_jax.evaluation.report import EvaluatedRun, save_report
 from pflow_jax.evaluation.samplers import Sampler, student_samplers, velocity_samplers
 from pflow_jax.evaluation.text_to_image import ask, draw
-from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
 from pflow_jax.mesh.distributed import is_first
@@ -176,7 +176,7 @@ class Run:
     """Measures it against its teacher and its data.
 
     Args:
-      out: folder for evaluation.md and pictures; by default nothing is written.
+      out: folder for evaluation.html, .md, .json and pictures; by default nothing is written.
       quiet: whether to print no progress.
       **settings: other values of fields of `EvaluateSettings`.
 
@@ -205,9 +205,7 @@ class Run:
     report = measure(samplers, self.data, own, self._layout, batch_size=batch_size, kept=kept, quiet=quiet)
     if out is not None and is_first():
       folder = pathlib.Path(checked_folder(out, "out"))
-      folder.mkdir(parents=True, exist_ok=True)
-      write_atomically(folder / "evaluation.md", report.table)
-      save_pictures(report, self.data, folder)
+      save_report(report, folder, {self.workdir or self.settings.kind: EvaluatedRun(self.settings, self.history)})
     return report
 
   def save(self, folder: Folder) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from pflow_jax.conversion.origin import README, Origin, data_name, origin_of, plain
-from pflow_jax.evaluation.metrics import markdown_table
+from pflow_jax.evaluation.tables import markdown_table
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pflow_jax.evaluation import figures, metrics
-from pflow_jax.evaluation.evaluate import REFERENCE_STEPS, YARDSTICK_STEPS
+from pflow_jax.evaluation import figures
+from pflow_jax.evaluation.tables import markdown_table
+from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS
 
 TEACHER = "teacher"
 MEASURES = ("alignment_ratio", "fd_ratio", "diversity_ratio", "recall")
@@ -110,7 +111,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     | {"training_tflop": row["training_flops"] / 1e12 if row["training_flops"] else None}
     for row in table
   ]
-  return metrics.markdown_table(lines, COLUMNS)
+  return markdown_table(lines, COLUMNS)
 
 
 def write_report(
@@ -138,22 +139,32 @@ def write_report(
   text += f"\n{markdown(table)}" if table else ""
   text += f"\nFailed:\n\n{errors}" if errors else ""
   (folder / "compare.md").write_text(text, encoding="utf-8")
-  panels = {
-    f"alignment error / teacher-{YARDSTICK_STEPS}": _lines(table, "alignment_ratio"),
-    f"Fréchet distance / teacher-{REFERENCE_STEPS}": _lines(table, "fd_ratio"),
-  }
-  if all(panels.values()):
-    figures.curve_panels(folder / "compare.png", panels, xlabel="network evaluations (NFE)", dashed=(TEACHER,))
+  figure = picture(table)
+  if figure is not None:
+    figures.save(figure, folder / "compare.png")
   return report
 
 
-def _lines(table: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[list[int], list[float]]]:
-  """Lines of a measure over NFE, by method; the teacher's has only the numbers of evaluations of a student."""
+def picture(table: Sequence[Mapping[str, Any]]) -> Any:
+  """Draws alignment and Fréchet distance over NFE of the rows of `summarise`; None while a measure has no rows."""
+  panels = {
+    f"alignment error / teacher-{YARDSTICK_STEPS}\n(lower is better)": _lines(table, "alignment_ratio"),
+    f"Fréchet distance / teacher-{REFERENCE_STEPS}\n(lower is better)": _lines(table, "fd_ratio"),
+  }
+  if not all(panels.values()):
+    return None
+  spread = any(row["alignment_ratio"] and row["alignment_ratio"]["sd"] for row in table)
+  note = "bars: standard deviation over seeds" if spread else None
+  return figures.curve_panels(panels, xlabel="network evaluations (NFE)", dashed=(TEACHER,), note=note)
+
+
+def _lines(table: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[list[float], ...]]:
+  """Lines of a measure over NFE, with its deviation over seeds, by method; the teacher's has only students' NFE."""
   students = {row["nfe"] for row in table if row["method"] != TEACHER}
-  lines: dict[str, tuple[list[int], list[float]]] = {}
+  lines: dict[str, tuple[list[float], ...]] = {}
   for row in table:
     if row[key] and row["nfe"] in students:
-      x, y = lines.setdefault(row["title"], ([], []))
-      x.append(row["nfe"])
-      y.append(row[key]["mean"])
+      point = row["nfe"], row[key]["mean"], row[key]["sd"] or 0.0
+      for values, value in zip(lines.setdefault(row["title"], ([], [], [])), point, strict=True):
+        values.append(value)
   return lines

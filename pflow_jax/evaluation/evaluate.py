@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import pathlib
@@ -15,22 +14,22 @@ import numpy as np
 from etils import epath
 
 from pflow_jax import data
-from pflow_jax.evaluation import figures
 from pflow_jax.evaluation.features import Classifier
-from pflow_jax.evaluation.measure import Drawn, Kept, Report, measure
-from pflow_jax.evaluation.sample import check_local, save_picture
+from pflow_jax.evaluation.measure import Drawn, Kept, measure
+from pflow_jax.evaluation.report import EvaluatedRun, save_report
+from pflow_jax.evaluation.sample import check_local
 from pflow_jax.evaluation.samplers import Sampler, student_samplers, teacher_samplers
 from pflow_jax.files import foreign
 from pflow_jax.files.array_files import read_npz
 from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.folders import checked_folder, expanded
 from pflow_jax.mesh.distributed import from_first, is_first
-from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS
 from pflow_jax.settings.sections import call
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.origins import use_teacher
+from pflow_jax.training.writer import read_metrics
 
 
 def evaluate(
@@ -41,7 +40,7 @@ def evaluate(
   teacher: str | os.PathLike | None = None,
   out: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-  """Measures the run in `folder`; writes evaluation.json, .md and pictures into <folder>/evaluation.
+  """Measures the run in `folder`; writes evaluation.html, .md, .json and pictures into <folder>/evaluation.
 
   Alignment, the primary measure, is the mean root-mean-square distance to the teacher's 128-step sample from the same
   noise. Ratios carry a standard error over the paired samples.
@@ -85,15 +84,12 @@ def evaluate(
 
   kept = KeptInFolder(experiment, folder)
   measured = measure(samplers, dataset, settings, layout, batch_size=sampling.batch_size, kept=kept)
-  report = {"workdirs": list(experiments), **measured.about, "rows": measured.rows}
   if not is_first():
-    return report
-  out.mkdir(parents=True, exist_ok=True)
-  for name, text in {"evaluation.json": json.dumps(report, indent=2) + "\n", "evaluation.md": measured.table}.items():
-    write_atomically(out / name, text)
-  save_pictures(measured, dataset, out)
+    return {"workdirs": list(experiments), **measured.about, "rows": measured.rows}
+  evaluated = {name: EvaluatedRun(one.settings, read_metrics(name)) for name, one in experiments.items()}
+  report = save_report(measured, out, evaluated)
   print(measured.table)
-  print(f"wrote {out}/evaluation.json, evaluation.md and samples.png")
+  print(f"wrote {out}/evaluation.html, evaluation.md, evaluation.json and samples.png")
   return report
 
 
@@ -172,21 +168,6 @@ def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[
   except Exception as error:  # a damaged zip or header fails in a dozen ways
     print(f"{path} cannot be used ({error}): these samples are drawn anew", flush=True)
     return None, 0.0
-
-
-def save_pictures(report: Report, dataset: data.Dataset, out: pathlib.Path) -> None:
-  """Draws samples.png, of teacher and students; for 2-D data trajectories.png as well."""
-  numbers = {row["name"]: row["nfe"] for row in report.rows}
-  shown = [name for name, n in numbers.items() if name in report.students or n in (1, YARDSTICK_STEPS, REFERENCE_STEPS)]
-  shown.sort(key=lambda name: (name in report.students, -numbers[name]))
-  rows = {name: report.samples[name] for name in shown}
-  if dataset.shape == (2,):
-    figures.scatter_panels(out / "samples.png", {"data": report.real} | rows)
-    in_order = {name: report.paths[name] for name in rows if name in report.paths}
-    figures.trajectory_plot(out / "trajectories.png", report.real, in_order)
-    return
-  count = min(len(report.labels), max(10, min(dataset.num_classes, 12)))
-  save_picture(dataset, {name: x[:count] for name, x in rows.items()}, report.labels[:count], out / "samples.png")
 
 
 def _check_teachers(experiments: dict[str, Experiment]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import html
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from pflow_jax.evaluation import metrics, plot
 from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.samplers import Sampler, teacher_name
+from pflow_jax.evaluation.tables import html_table, markdown_table
 from pflow_jax.files.progress import Progress, progress
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
@@ -33,9 +33,9 @@ COLUMNS = {
   "name": "sampler",
   "nfe": "NFE",
   "alignment": "alignment error",
-  "alignment_ratio": "/ teacher-4",
+  "alignment_ratio": "alignment / teacher-4",
   "fd": "FD",
-  "fd_ratio": "/ teacher-128",
+  "fd_ratio": "FD / teacher-128",
   "fd_pixels_ratio": "FD pixels / teacher-128",
   "diversity_ratio": "diversity / teacher-128",
   "precision": "precision",
@@ -87,9 +87,14 @@ class Report:
   dataset: data.Dataset
 
   @property
+  def columns(self) -> dict[str, str]:
+    """Headings of the measures that there are, by name."""
+    return {key: title for key, title in COLUMNS.items() if any(key in row for row in self.rows)}
+
+  @property
   def table(self) -> str:
     """The rows as a table in Markdown."""
-    return metrics.markdown_table(self.rows, {k: v for k, v in COLUMNS.items() if any(k in row for row in self.rows)})
+    return markdown_table(self.rows, self.columns)
 
   def __repr__(self) -> str:
     return self.table
@@ -100,19 +105,14 @@ class Report:
   @functools.cached_property
   def _page(self) -> str:
     """The table with samples of the teacher and the students, from the same noise; latents are decoded once."""
-    lines = [line[2:-2].split(" | ") for line in html.escape(self.table).splitlines()]
-    head, body = lines[0], lines[2:]  # the second one is a rule
-    table = "".join(
-      f"<tr>{''.join(f'<{kind}>{cell.strip()}</{kind}>' for cell in line)}</tr>"
-      for kind, line in [("th", head), *(("td", line) for line in body)]
-    )
+    table = html_table(self.rows, self.columns)
     if self.dataset.shape == (2,):
       rows = {name: x[:SHOWN_POINTS] for name, x in self.samples.items()}
     elif len(self.dataset.shape) == 3:
       rows = {name: as_pictures(self.dataset, x[:SHOWN_IMAGES]) for name, x in self.samples.items()}
     else:
-      return f"<table>{table}</table>"
-    return f"<table>{table}</table>{as_html('', plot.samples(rows)._repr_png_(), width=800)}"
+      return table
+    return f"{table}{as_html('', plot.samples(rows)._repr_png_(), width=800)}"
 
 
 def measure(

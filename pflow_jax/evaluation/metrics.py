@@ -8,8 +8,8 @@ the data can win it. Report diversity beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -337,55 +337,3 @@ def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
   if predicted.shape != labels.shape or predicted.ndim != 1 or predicted.size == 0:
     raise ValueError(f"expected two equal shapes (N,), got {predicted.shape} and {labels.shape}")
   return float(np.mean(predicted == labels))
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None = None) -> str:
-  """Writes a Markdown table that is also aligned as plain text, ending with a newline.
-
-  Args:
-    rows: one dict a row. Floats get about three digits, a pair (value, error) becomes
-      "value ± error", None or an absent key "-".
-    columns: keys in order, or key -> heading; by default all keys in order of appearance.
-
-  Raises:
-    ValueError: there are no rows, or no row has a column.
-  """
-  if not rows:
-    raise ValueError("rows: expected at least one row, got none")
-  if columns is None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-  titles = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
-  unknown = [key for key in titles if not any(key in row for row in rows)]
-  if unknown:
-    raise ValueError(f"columns: no row has {unknown}; rows have {list(dict.fromkeys(k for r in rows for k in r))}")
-  aligned = []
-  for key, title in titles.items():
-    values = [row.get(key) for row in rows]
-    cells = [title, *map(_cell, values)]
-    width = max(3, *map(len, cells))
-    if all(isinstance(v, (str, type(None))) for v in values):
-      aligned.append([cells[0].ljust(width), "-" * width, *(c.ljust(width) for c in cells[1:])])
-    else:
-      aligned.append([cells[0].rjust(width), "-" * (width - 1) + ":", *(c.rjust(width) for c in cells[1:])])
-  return "".join(f"| {' | '.join(line)} |\n" for line in zip(*aligned, strict=True))
-
-
-def _cell(value: Any) -> str:
-  if value is None:
-    return "-"
-  if isinstance(value, tuple) and len(value) == 2:
-    decimals = _decimals(value[0])
-    return f"{value[0]:,.{decimals}f} ± {value[1]:,.{decimals}f}"
-  if isinstance(value, (float, np.floating)):
-    number = float(value)
-    tiny = 0 < abs(number) < 1e-3
-    return f"{number:.1e}" if tiny else f"{number:,.{_decimals(number)}f}"
-  if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-    return f"{value:,}"
-  return str(value).replace("|", "\\|")
-
-
-def _decimals(value: float) -> int:
-  """Decimals for about three significant digits: 0.123, 1.23, 12.3, 123."""
-  size = abs(value)
-  return 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 
 from pflow_jax.data import Dataset
+from pflow_jax.evaluation.figures import visible
 from pflow_jax.families.autoencoder import codec_of
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,4 @@ def as_pictures(dataset: Dataset, x: np.ndarray) -> np.ndarray:
     codec = None
   if codec is not None:
     return codec.decode(x)
-  if x.shape[-1] in (1, 3):
-    return x
-  return x[..., :3] if x.shape[-1] > 3 else x[..., :1]
+  return visible(x)

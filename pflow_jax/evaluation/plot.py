@@ -1,4 +1,4 @@
-"""Figures for a notebook, as matplotlib Figures: samples, trajectories, losses."""
+"""Figures for a notebook: samples, trajectories and losses as matplotlib Figures, and animations."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ def samples(rows: Any, *, labels: Sequence[str] | None = None, title: str | None
   """
   named = {name: _drawn(x) for name, x in _named(rows).items()}
   if next(iter(named.values())).ndim == 2:
-    return figures.scatter_panels(None, named, title=title)
-  if next(iter(named.values())).shape[-1] not in (1, 3):  # latents: the first channels show their outlines
-    named = {name: x[..., :3] if x.shape[-1] > 3 else x[..., :1] for name, x in named.items()}
-  return figures.image_grid(None, named, column_labels=labels, title=title, columns=columns)
+    return figures.scatter_panels(named, title=title)
+  named = {name: figures.visible(x) for name, x in named.items()}
+  return figures.image_grid(named, column_labels=labels, title=title, columns=columns)
 
 
 def trajectories(paths: Any, data: Any) -> Any:
@@ -52,7 +51,36 @@ def trajectories(paths: Any, data: Any) -> Any:
     ValueError: states that are no points.
   """
   named = {name: np.asarray(x)[:, :WAYS] for name, x in _named(paths).items()}
-  return figures.trajectory_plot(None, np.asarray(data), named)
+  return figures.trajectory_plot(np.asarray(data), named)
+
+
+def animation(
+  paths: Any, evaluations: Any = None, *, title: str | None = None, shift: float = 1.0, seconds: float = 4.0
+) -> figures.Animation:
+  """Images that emerge from noise, a row for each name, over a mark for every network evaluation so far.
+
+  A teacher's marks fill its row; a policy student's stand where its segments start, and its policy does the rest.
+
+  Args:
+    paths: states (steps + 1, n, H, W, C), or such by name, see `Run.trajectories`.
+    evaluations: network evaluations of the whole path, or such by name; by default one a step, as a teacher's.
+    title: above the rows.
+    shift: of the schedule, for the clock.
+    seconds: from noise to data.
+
+  Returns:
+    An animation, which a notebook shows and whose `save` writes a GIF.
+
+  Raises:
+    ValueError: states that are no images, or numbers of evaluations that do not fit.
+  """
+  named = {name: figures.visible(x) for name, x in _named(paths).items()}
+  given = evaluations if isinstance(evaluations, Mapping) else {} if evaluations is None else {"": evaluations}
+  unknown = [name for name in given if name not in named]
+  if unknown:
+    raise ValueError(f"evaluations: expected names of paths, {list(named)}, got {unknown}")
+  made = {name: given.get(name, len(x) - 1) for name, x in named.items()}
+  return figures.image_animation(named, made, title=title, shift=shift, seconds=seconds)
 
 
 def losses(histories: Any, *, metric: str = "loss") -> Any:
@@ -76,7 +104,8 @@ def losses(histories: Any, *, metric: str = "loss") -> Any:
     if metric not in own:
       raise ValueError(f"{name or 'history'}: expected the metric {metric!r}, got {sorted(own)}")
     series[name] = own["step"], own[metric]
-  return figures.curves(None, series, xlabel="step", ylabel=metric, xscale="linear")
+  label = f"{metric} (lower is better)" if metric.endswith("loss") else metric
+  return figures.curves(series, xlabel="step", ylabel=label, xscale="linear")
 
 
 def _drawn(rows: Any) -> np.ndarray:

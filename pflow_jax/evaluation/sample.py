@@ -6,15 +6,13 @@ import dataclasses
 import functools
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from pflow_jax import data
-from pflow_jax.evaluation import figures
+from pflow_jax.evaluation import figures, plot
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.files.folders import checked_file, expanded
 from pflow_jax.mesh.distributed import is_first
@@ -34,7 +32,6 @@ from pflow_jax.training.sample import (
 )
 from pflow_jax.training.teachers import which_of
 
-COLUMNS = 16  # images side by side in a picture
 SHOWN = 128  # images of a row in a picture
 PREVIEW_POINTS, PREVIEW_IMAGES = 4096, 10  # samples in the picture of a run that trains
 
@@ -113,20 +110,11 @@ def save_picture(
   title: str | None = None,
 ) -> None:
   """Writes a PNG of samples, one row (images) or panel (points) for each entry of `rows`; `path` may be on gs://."""
-  if "://" in str(path):
-    with tempfile.TemporaryDirectory() as folder:
-      save_picture(dataset, rows, labels, f"{folder}/picture.png", title)
-      epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-      epath.Path(path).write_bytes(pathlib.Path(folder, "picture.png").read_bytes())
-    return
-  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  if dataset.shape == (2,):
-    figures.scatter_panels(path, rows, title=title)
-    return
-  rows = {name: as_pictures(dataset, x) for name, x in rows.items()}
   names = dataset.class_names
-  titles = [names[i] for i in labels] if names else None
-  figures.image_grid(path, rows, column_labels=titles, title=title, columns=COLUMNS)
+  if dataset.shape != (2,):
+    rows = {name: as_pictures(dataset, x) for name, x in rows.items()}
+  labelled = names and dataset.shape != (2,)
+  figures.save(plot.samples(rows, labels=[names[i] for i in labels] if labelled else None, title=title), path)
 
 
 def preview_size(dataset: data.Dataset) -> int:

@@ -279,4 +279,4 @@ def _write(out: pathlib.Path, pictures: np.ndarray, prompts: Sequence[str], told
     info.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
     pixels = figures.to_bytes(picture)
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(out / f"{i:04d}.png", pnginfo=info)
-  figures.captioned_images(out / "overview.png", pictures[:SHOWN], prompts[:SHOWN])
+  figures.save(figures.captioned_images(pictures[:SHOWN], prompts[:SHOWN]), out / "overview.png")

@@ -121,7 +121,9 @@ def test_a_teacher_may_be_a_function(digits, tmp_path, monkeypatch):
     reference = report.samples["teacher, 128 steps"]
     noise = np.asarray(jax.random.normal(jax.random.key(1234), reference.shape))
     np.testing.assert_allclose(reference, noise * (1 - 0.5 / 128) ** 128, atol=1e-4)
-  assert {path.name for path in (tmp_path / "report").iterdir()} == {"evaluation.md", "samples.png"}
+  assert {path.name for path in (tmp_path / "report").iterdir()} == {
+    *("evaluation.html", "evaluation.json", "evaluation.md", "samples.png")
+  }
   with pytest.raises(ValueError, match="the student's data and network must be given"):
     pf.distill(teacher, pf.Imitation(), pf.ArcHead(), steps=1)
   with pytest.raises(ValueError, match="expected a function"):

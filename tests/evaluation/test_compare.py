@@ -66,7 +66,7 @@ class Programs:
     rows += [row(f"student, {nfe} NFE", nfe, 0.5 + 0.1 * config.seed) for nfe in config.sample.nfe]
     return {"data": "digits", "num_samples": 128, "features": "classifier", "device": "cpu", "rows": rows}
 
-  def picture(self, path, panels, **options):
+  def picture(self, panels, **options):
     self.drawn, self.options = panels, options
 
 
@@ -84,6 +84,7 @@ def programs(monkeypatch):
   for name in ("step_flops", "train", "evaluate"):
     monkeypatch.setattr(module, name, getattr(programs, name))
   monkeypatch.setattr(figures, "curve_panels", programs.picture)
+  monkeypatch.setattr(figures, "save", lambda *_: None)
   return programs
 
 
@@ -334,13 +335,20 @@ def test_files_are_written_and_hold_the_same(programs, tmp_path):
 
 def test_picture_draws_the_teacher_where_students_are(programs, tmp_path):
   compare(comparison(), tmp_path)
-  assert list(programs.drawn) == ["alignment error / teacher-4", "Fréchet distance / teacher-128"]
-  assert programs.drawn["alignment error / teacher-4"] == {
-    "teacher": ([1, 2], [2.0, 1.0]),
-    "gmflow": ([1, 2], [0.5, 0.5]),
-    "AYF-EMD": ([1, 2], [0.5, 0.5]),
+  titles = ["alignment error / teacher-4\n(lower is better)", "Fréchet distance / teacher-128\n(lower is better)"]
+  assert list(programs.drawn) == titles
+  assert programs.drawn[titles[0]] == {
+    "teacher": ([1, 2], [2.0, 1.0], [0.0, 0.0]),
+    "gmflow": ([1, 2], [0.5, 0.5], [0.0, 0.0]),
+    "AYF-EMD": ([1, 2], [0.5, 0.5], [0.0, 0.0]),
   }
   assert programs.options["dashed"] == ("teacher",)
+  assert programs.options["note"] is None, "one seed has no spread"
+  compare(comparison(), tmp_path, seeds=(0, 1))
+  (nfe, mean, sd) = programs.drawn[titles[0]]["gmflow"]
+  assert (nfe, mean) == ([1, 2], pytest.approx([0.55, 0.55]))
+  assert sd == pytest.approx([0.1 / 2**0.5] * 2)
+  assert programs.options["note"] == "bars: standard deviation over seeds"
 
 
 MISTAKES = {

@@ -12,7 +12,6 @@ from pflow_jax.evaluation.metrics import (
   alignment_errors,
   diversity,
   frechet_distance,
-  markdown_table,
   paired_bootstrap,
   precision_recall,
   ratio_of_means,
@@ -276,26 +275,3 @@ def test_accuracy():
   assert accuracy([1, 2, 3, 4], [1, 2, 0, 4]) == 0.75
   with pytest.raises(ValueError, match="equal shapes"):
     accuracy([1, 2], [1])
-
-
-def test_markdown_table_aligns_and_formats():
-  rows = [
-    {"name": "a|b", "nfe": 128, "ratio": (1.234, 0.056), "rate": 12345.6, "tiny": 2e-7},
-    {"name": "c", "nfe": 1, "ratio": None, "rate": 0.12345},
-  ]
-  table = markdown_table(rows, {"name": "Name", "nfe": "NFE", "ratio": "FD", "rate": "img/s"})
-  assert table == (
-    "| Name | NFE |          FD |  img/s |\n"
-    "| ---- | --: | ----------: | -----: |\n"
-    "| a\\|b | 128 | 1.23 ± 0.06 | 12,346 |\n"
-    "| c    |   1 |           - |  0.123 |\n"
-  )
-  assert "| 2.0e-07 |" in markdown_table(rows)
-  assert markdown_table(rows, ["nfe"]).startswith("| nfe |")
-
-
-def test_markdown_table_refuses_no_rows_and_unknown_columns():
-  with pytest.raises(ValueError, match="at least one row"):
-    markdown_table([])
-  with pytest.raises(ValueError, match=r"no row has \['b'\]"):
-    markdown_table([{"a": 1}], ["a", "b"])

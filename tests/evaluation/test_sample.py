@@ -95,7 +95,7 @@ def test_more_samples_than_the_machine_holds_are_refused(student_run, tmp_path):
 
 @pytest.mark.parametrize("channels", [2, 4])
 def test_latents_have_a_picture_of_their_first_channels(tmp_path, channels):
-  dataset = types.SimpleNamespace(shape=(8, 8, channels), class_names=())
+  dataset = types.SimpleNamespace(shape=(8, 8, channels), class_names=(), autoencoder="")
   rows = {"1 NFE": np.zeros((3, 8, 8, channels), np.float32)}
   save_picture(dataset, rows, np.zeros(3, int), tmp_path / "x.png")
   assert (tmp_path / "x.png").stat().st_size > 500
@@ -103,8 +103,9 @@ def test_latents_have_a_picture_of_their_first_channels(tmp_path, channels):
 
 def test_long_names_of_classes_are_in_the_picture(tmp_path, monkeypatch):
   drawn = []
-  monkeypatch.setattr(figures, "image_grid", lambda path, rows, column_labels, **_: drawn.append(column_labels))
-  dataset = types.SimpleNamespace(shape=(8, 8, 3), class_names=("cat", "automobile", "People & Body"))
+  monkeypatch.setattr(figures, "save", lambda *_: None)
+  monkeypatch.setattr(figures, "image_grid", lambda rows, column_labels, **_: drawn.append(column_labels))
+  dataset = types.SimpleNamespace(shape=(8, 8, 3), class_names=("cat", "automobile", "People & Body"), autoencoder="")
   rows = {"1 NFE": np.zeros((3, 8, 8, 3), np.float32)}
   save_picture(dataset, rows, np.array([1, 2, 1]), tmp_path / "x.png")
   assert drawn == [["automobile", "People & Body", "automobile"]]
@@ -166,7 +167,8 @@ def test_class_names_are_understood_and_nearest_is_named(student_run, tmp_path, 
 def stub_grid(monkeypatch):
   """Pictures are not drawn; returns what they would show."""
   calls = []
-  monkeypatch.setattr(figures, "image_grid", lambda path, rows, **options: calls.append((rows, options)))
+  monkeypatch.setattr(figures, "save", lambda *_: None)
+  monkeypatch.setattr(figures, "image_grid", lambda rows, **options: calls.append((rows, options)))
   return calls
 
 
@@ -187,7 +189,7 @@ def test_a_picture_shows_all_samples_or_says_that_it_does_not(student_run, tmp_p
 
 def test_long_names_of_classes_are_shown(tmp_path, monkeypatch):
   calls = stub_grid(monkeypatch)
-  dataset = types.SimpleNamespace(shape=(8, 8, 1), class_names=("a star of seven points", "circle"))
+  dataset = types.SimpleNamespace(shape=(8, 8, 1), class_names=("a star of seven points", "circle"), autoencoder="")
   rows = {"1 NFE": np.zeros((3, 8, 8, 1), np.float32)}
   save_picture(dataset, rows, np.array([1, 0, 1]), tmp_path / "x.png")
   assert calls[0][1]["column_labels"] == ["circle", "a star of seven points", "circle"]

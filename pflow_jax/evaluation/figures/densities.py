@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 Array = np.ndarray
+DATA = "#b9d3ea"
 Limits = tuple[tuple[float, float], tuple[float, float]]
 
 
@@ -51,7 +52,7 @@ def show_density(axes: Any, image: Array, limits: Limits, cmap: str | None = Non
   """Draws a density's image over the limits, by default in a pale blue; `top` is the value of the brightest colour."""
   from matplotlib.colors import LinearSegmentedColormap
 
-  colours = LinearSegmentedColormap.from_list("pale", ["#ffffff", "#b9d3ea"]) if cmap is None else cmap
+  colours = LinearSegmentedColormap.from_list("pale", ["#ffffff", DATA]) if cmap is None else cmap
   extent = (*limits[0], *limits[1])
   top = ceiling(image) if top is None else top
   axes.imshow(image, origin="lower", extent=extent, cmap=colours, vmin=0, vmax=top, interpolation="nearest")
