@@ -154,7 +154,7 @@ def test_points_have_their_trajectories(report):
   dataset = types.SimpleNamespace(name="board", shape=(2,), num_classes=1, class_names=())
   points = {name: np.random.default_rng(0).normal(size=(50, 2)) for name in report.samples}
   paths = {name: np.zeros((3, 4, 2)) for name in ("teacher, 128 steps", "student, 4 NFE (four)")}
-  drawn = samples_of(dataclasses.replace(report, samples=points, real=np.ones((9, 2)), paths=paths), dataset)
+  drawn = samples_of(dataclasses.replace(report, samples=points, real=np.ones((9, 2)), paths=paths, dataset=dataset))
   assert [axes.get_title() for axes in drawn["trajectories.png"].axes] == list(paths)
   assert [axes.get_title() for axes in drawn["samples.png"].axes][:2] == ["data", "teacher, 128 steps"]
 
