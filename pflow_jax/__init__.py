@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from pflow_jax import data as data
+  from pflow_jax.commands.demo import demo as demo
   from pflow_jax.commands.library import Run as Run
   from pflow_jax.commands.library import check_teacher as check_teacher
   from pflow_jax.commands.library import distill as distill
@@ -151,6 +152,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
   "conversion.latents": ("encode",),
   "conversion.program": ("convert",),
   "conversion.push": ("push",),
+  "commands.demo": ("demo",),
   "commands.library": ("Run", "check_teacher", "distill", "load", "train"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}

@@ -57,6 +57,7 @@ PUBLIC = {
   "check_teacher",
   "consistency",
   "convert",
+  "demo",
   "denoiser_velocity",
   "distill",
   "dropout",

@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, push, latents, cache.
+"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, push, latents, cache, demo.
 
 Exit codes; all but 0 come with one sentence on stderr:
 
@@ -117,4 +117,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "push": _command(programs.push, joins=False),
   "latents": _command(programs.latents, joins=False),
   "cache": _command(programs.cache, joins=False),
+  "demo": _command(programs.demo, joins=False),
 }

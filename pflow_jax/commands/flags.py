@@ -43,7 +43,7 @@ def define_flags(function: Callable, values: flags.FlagValues) -> None:
       low, high = notes or (None, None)
       flags.DEFINE_integer(name, default, text, lower_bound=low, upper_bound=high, **given)
     elif typing.get_origin(hint) is list and "repeated" in notes:
-      flags.DEFINE_multi_string(name, default or [], text, **given)
+      flags.DEFINE_multi_string(name, default or (None if needed else []), text, **given)
     elif typing.get_origin(hint) is list:
       flags.DEFINE_list(name, default, text, **given)
     else:

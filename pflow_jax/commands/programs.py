@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pflow_jax.commands.command import fail, mesh_sizes, options, stop, whole_numbers
 from pflow_jax.commands.flags import Count, Repeated, Seed
@@ -204,6 +204,38 @@ def plan(
   if json:
     reports.write_json(json, result)
     print(f"wrote {json}")
+
+
+def demo(
+  workdir: Repeated,
+  base: str | None = None,
+  pipeline: str | None = None,
+  preview_autoencoder: str | None = None,
+  batch_size: Count = 8,
+  host: str = "127.0.0.1",
+  port: Annotated[int, 1, 65535] | None = None,
+) -> None:
+  """Opens a page in the browser that shows runs beside each other.
+
+  Args:
+    workdir: workdir of a run, or a folder of PyTorch; may be repeated
+    base: teacher of an adapter of PyTorch
+    pipeline: folder of a published model, for encoders and autoencoder
+    preview_autoencoder: folder of an autoencoder, a tiny one, say, that shows samples of latents as pictures
+    batch_size: samples at a time
+    host: address to listen on; who reaches it can use this machine
+    port: to listen on; default: the first free one from 7860 on
+  """
+  import threading
+
+  from pflow_jax.commands.demo import open_page
+
+  page, address = open_page(workdir, base, pipeline, preview_autoencoder, batch_size, host=host, port=port, share=False)
+  print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
+  try:
+    threading.Event().wait()
+  finally:
+    page.close(verbose=False)
 
 
 def convert(

@@ -193,9 +193,7 @@ class Run:
       if teacher is None:
         found = velocity_samplers(method, method.velocity, self.params, own.teacher_steps)
       else:
-        if self._frozen is None:
-          self._frozen = teacher.load(self._layout)
-        found = velocity_samplers(method, teacher.velocity, self._frozen, own.teacher_steps)
+        found = velocity_samplers(method, teacher.velocity, self._teachers_params(teacher), own.teacher_steps)
       return found + (student_samplers(method, self.settings.sample, self.params) if method.is_student else [])
 
     kept = None
@@ -262,6 +260,11 @@ class Run:
     """Returns the line of `repr`, with the curve of its loss where it is known: no network is evaluated."""
     known = "loss" in self.history and np.isfinite(self.history["loss"]).any()
     return as_html(repr(self), plot.losses(self)._repr_png_() if known else None, width=400)
+
+  def _teachers_params(self, teacher: Teacher) -> Params:
+    if self._frozen is None:
+      self._frozen = teacher.load(self._layout)
+    return self._frozen
 
   def _sampling(self, nfe: int | None, **changes: Any) -> SampleSettings:
     return dataclasses.replace(self.settings.sample, **(changes if nfe is None else {**changes, "nfe": (nfe,)}))

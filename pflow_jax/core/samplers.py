@@ -88,7 +88,7 @@ def sample_student(
   final_scale: float = 1.0,
   shift: float = 1.0,
   h: float = 0.0,
-  temperature: float = 1.0,
+  temperature: float | Array = 1.0,
   substeps: int = 128,
   method: str = "auto",
 ) -> Array:
@@ -103,7 +103,7 @@ def sample_student(
     final_scale: length of the last segment relative to the others, see `segment_grid`.
     shift: time shift m of the grid, see `shift_time`.
     h: noise level between segments (FlowMapSDE).
-    temperature: of the policies of every segment but the last.
+    temperature: of the policies of every segment but the last; may be traced.
     substeps: of the rollouts, see `rollout`.
     method: of the rollouts, see `rollout`; "lakonlab-0.2" draws the samples that the PyTorch releases draw.
 
@@ -120,9 +120,7 @@ def sample_student(
 
   def step(x, inputs):
     i, t, t_next, m, r, r_dst = inputs
-    policy = student(x, jnp.broadcast_to(t, batch), cond)
-    tempered = per_example(jax.vmap(lambda p: with_temperature(p, temperature)))(policy)
-    policy = jax.tree.map(lambda own, other: jnp.where(i == nfe - 1, own, other), policy, tempered)
+    policy = tempered(student(x, jnp.broadcast_to(t, batch), cond), temperature, i == nfe - 1)
 
     def roll(p, x):
       return rollout(p, x, r, r_dst, shift=shift, substeps=substeps, method=method, max_length=reach)
@@ -135,6 +133,18 @@ def sample_student(
   # A loop, whatever its length: a thousand evaluations compile as one does.
   stops = map(jnp.asarray, _stops(nfe, final_scale, shift, h, noise.dtype))
   return jax.lax.scan(step, noise, (jnp.arange(nfe), *stops))[0]
+
+
+def tempered(policy: Policy, temperature: float | Array, is_last: Array) -> Policy:
+  """Policies (B,) of a segment with their temperature, which that of the last segment leaves as they are.
+
+  Args:
+    policy: a batch of policies.
+    temperature: see `sample_student`.
+    is_last: whether the segment is the last one, ().
+  """
+  other = per_example(jax.vmap(lambda p: with_temperature(p, temperature)))(policy)
+  return jax.tree.map(lambda own, sharper: jnp.where(is_last, own, sharper), policy, other)
 
 
 def _stops(nfe: int, final_scale: float, shift: float, h: float, dtype) -> tuple[Any, ...]:

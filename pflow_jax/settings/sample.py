@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pflow_jax.core.objectives.imitation import MAX_SUBSTEPS
+from pflow_jax.core.policies import auto_temperature
 
 MAX_EVALUATIONS = 10_000
 REFERENCE_STEPS, YARDSTICK_STEPS = 128, 4  # Euler steps of the teacher; students are measured against both
@@ -46,6 +47,10 @@ class SampleSettings:
   def temperature_of_segments(self) -> float | str:
     """The temperature, or "auto"."""
     return "auto" if self.auto_temperature else self.temperature
+
+  def temperature_at(self, nfe: int) -> float:
+    """The temperature of samples with `nfe` evaluations."""
+    return auto_temperature(nfe) if self.auto_temperature else self.temperature
 
   def __post_init__(self):
     if min(self.nfe, default=1) < 1 or self.batch_size < 1:

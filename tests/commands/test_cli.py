@@ -98,6 +98,7 @@ MISTAKES = {
   "a flag that is nearly one": (["sample", "--workdr=x"], "there is no flag --workdr; did you mean --workdir?"),
   "two flags missing": (["train"], "--workdir and --config must be given"),
   "no value": (["train", "--workdir=x", "--config"], "--config: '': expected a Python file"),
+  "a page of nothing": (["demo"], "--workdir must be given"),
   "a workdir that is called so": (["train", "--workdir", "flagfile_runs/a"], "--config must be given"),
   "a file of flags": (["train", "--flagfile=/dev/zero"], "files of flags are not read"),
   "a pattern that is none": (

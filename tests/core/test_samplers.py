@@ -210,6 +210,17 @@ def test_the_shift_may_be_an_argument_of_a_compiled_function(golden):
   assert_close(jax.jit(draw)(3.2), draw(3.2), rtol=1e-6)
 
 
+def test_the_temperature_may_be_an_argument_of_a_compiled_function(golden):
+  file = golden("sample_GM_temp1.0")
+  student, noise = toy_student(toy_params(file), "GM", eps=1e-4), channels_last(file["in_noise"]).astype(np.float64)
+  draw = lambda temperature: sampler.sample_student(student, noise, None, nfe=2, substeps=8, temperature=temperature)
+  traced = jax.jit(draw)
+  for temperature in (0.0, 0.3, 1.0, 7.0):
+    assert_close(traced(temperature), draw(temperature), rtol=1e-6)
+  assert np.abs(traced(0.3) - traced(1.0)).max() > 1e-2
+  assert traced._cache_size() == 1
+
+
 def test_auto_temperature():
   np.testing.assert_allclose([auto_temperature(n) for n in (1, 2, 4, 20)], [0.0, 0.1, 0.3, 1.0])
 

@@ -42,7 +42,7 @@ class Policy:
     del dropped
     return self
 
-  def temper(self, temperature: float) -> Policy:
+  def temper(self, temperature: float | Array) -> Policy:
     """The policy with a sharper mixture; policies that are no mixture return themselves."""
     del temperature
     return self
@@ -63,7 +63,7 @@ class Mixture(Policy):
     keep = keep.reshape(keep.shape + (1,) * (self.logits.ndim - 1))
     return dataclasses.replace(self, logits=jnp.where(keep, self.logits, -jnp.inf))  # type: ignore[type-var]
 
-  def temper(self, temperature: float) -> Mixture:
+  def temper(self, temperature: float | Array) -> Mixture:
     logits = jax.nn.log_softmax(self.logits / temperature, axis=0)
     return dataclasses.replace(self, logits=logits)  # type: ignore[type-var]
 

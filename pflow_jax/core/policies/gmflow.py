@@ -167,6 +167,6 @@ class GMFlowPolicy(Mixture):
     x_s = (root / jnp.sqrt(d)) * y + b * (gain / jnp.maximum(rho / jnp.sqrt(d) * root + 1 - s, self.eps))
     return jnp.where(t > s, _channels_last(x_s, x.shape), x)
 
-  def temper(self, temperature: float) -> GMFlowPolicy:
+  def temper(self, temperature: float | Array) -> GMFlowPolicy:
     sharper = jax.nn.log_softmax(self.logits / temperature, axis=0)
     return dataclasses.replace(self, logits=sharper, variance=self.variance * temperature)

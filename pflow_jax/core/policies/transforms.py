@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pflow_jax.core.policies.base import Array, Policy, check_range
@@ -32,16 +33,19 @@ def dropout(policy: P, key: Array, rate: float) -> P:
   return policy.drop(jax.random.uniform(key, (policy.num_components,)) < rate)  # type: ignore[return-value]
 
 
-def temperature(policy: P, value: float) -> P:
+def temperature(policy: P, value: float | Array) -> P:
   """Sharpens the mixture at sampling time: logits / T, and for GMFlow variance * T.
 
   Args:
     policy: one policy (unbatched).
-    value: T, a Python number of at least 0; T >= 1 leaves the policy as it is.
+    value: T, of at least 0; T >= 1 leaves the policy as it is. May be traced: another T then compiles nothing anew.
   """
-  if value < 0 or np.isnan(value):
-    raise ValueError(f"temperature: expected a number of at least 0, got {value}")
   _check_one(policy)
+  if isinstance(value, jax.core.Tracer):
+    return policy.temper(jnp.clip(value, MIN_TEMPERATURE, 1.0))  # type: ignore[return-value]
+  value = float(value)
+  if not value >= 0:
+    raise ValueError(f"temperature: expected a number of at least 0, got {value}")
   if value >= 1 or policy.num_components == 0:
     return policy
   return policy.temper(max(value, MIN_TEMPERATURE))  # type: ignore[return-value]

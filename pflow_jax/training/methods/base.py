@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pflow_jax import data
 from pflow_jax.core.guidance import Velocity
+from pflow_jax.core.schedule import segment_grid, shift_time
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.network import Network
@@ -109,11 +111,28 @@ class Method(abc.ABC, Generic[Objective]):
 
   @abc.abstractmethod
   def sampler(self, sampling: SampleSettings, nfe: int) -> Callable[..., Array]:
-    """Draws samples: (params, noise, cond, keys) -> x0, with `nfe` evaluations; to be traced."""
+    """Draws samples: (params, noise, cond, keys) -> x0, with `nfe` evaluations; to be traced.
+
+    Where there is a policy, the keyword `temperature`, (), takes the place of that of the settings.
+    """
 
   @abc.abstractmethod
   def trajectory(self, sampling: SampleSettings, nfe: int) -> Callable[..., Array]:
-    """Draws samples without stochastic steps: (params, noise, cond) -> their states (steps + 1, B, *space, C)."""
+    """Draws samples without stochastic steps: (params, noise, cond) -> their states (steps + 1, B, *space, C).
+
+    Every evaluation has as many of the steps, even in schedule time; `times` has theirs. `temperature` as of `sampler`.
+    """
+
+  def times(self, nfe: int, steps: int) -> np.ndarray:
+    """Flow times (steps + 1,) of the states of a trajectory, from 1 to 0.
+
+    Args:
+      nfe: network evaluations.
+      steps: of the trajectory, a multiple of nfe.
+    """
+    segments = segment_grid(nfe, getattr(self.objective, "final_scale", 1.0))
+    r = np.interp(np.linspace(0, nfe, steps + 1), np.arange(nfe + 1), segments)
+    return np.asarray(shift_time(r, self.shift))
 
   def generate(self, params: Params, x0: Array, cond: Any, key: Array) -> Array:
     """One evaluation from noised data to data (B, *space, C), for an adversary to judge."""

@@ -13,9 +13,9 @@ from pflow_jax import data
 from pflow_jax.core.batches import per_example
 from pflow_jax.core.guidance import Velocity
 from pflow_jax.core.objectives.imitation import Imitation, imitation_loss, imitation_loss_data_free
-from pflow_jax.core.policies import Policy, auto_temperature
+from pflow_jax.core.policies import Policy
 from pflow_jax.core.rollout import rollout
-from pflow_jax.core.samplers import sample_student
+from pflow_jax.core.samplers import sample_student, tempered
 from pflow_jax.core.schedule import segment_grid, shift_time
 from pflow_jax.networks.heads import student_params_from_teacher
 from pflow_jax.settings.sample import SampleSettings
@@ -91,10 +91,9 @@ class ImitationMethod(Method[Imitation]):
     return True
 
   def sampler(self, sampling: SampleSettings, nfe: int):
-    objective = self.objective
-    temperature = auto_temperature(nfe) if sampling.auto_temperature else sampling.temperature
+    objective, own = self.objective, sampling.temperature_at(nfe)
 
-    def run(params, noise, cond, keys):
+    def run(params, noise, cond, keys, temperature=own):
       return sample_student(
         self.student(params),
         noise,
@@ -112,7 +111,7 @@ class ImitationMethod(Method[Imitation]):
     return run
 
   def trajectory(self, sampling: SampleSettings, nfe: int):
-    shift = self.objective.shift
+    shift, own = self.objective.shift, sampling.temperature_at(nfe)
     grid, count = segment_grid(nfe, self.objective.final_scale), max(WAYPOINTS // nfe, 2)
     # The ends of every segment are exact: there is no velocity at a time a hair below 0.
     points = np.linspace(grid[:-1], grid[1:], count + 1, axis=1, dtype=np.float32)
@@ -121,16 +120,17 @@ class ImitationMethod(Method[Imitation]):
       one = lambda p, x: rollout(p, x, r_start, r_end, shift=shift, substeps=sampling.substeps, method=sampling.method)
       return jax.vmap(one)(policy, x)
 
-    def run(params, noise, cond):
+    def run(params, noise, cond, temperature=own):
       student = self.student(params)
 
-      def segment(source, times):
+      def segment(source, inputs):
+        i, times = inputs
         t = jnp.broadcast_to(shift_time(times[0], shift), noise.shape[:1])
-        policy = student(source, t, cond)
+        policy = tempered(student(source, t, cond), temperature, i == nfe - 1)
         states = jax.lax.map(lambda r: roll(policy, source, times[0], r), times[1:])
         return states[-1], states
 
-      _, states = jax.lax.scan(segment, noise, points)
+      _, states = jax.lax.scan(segment, noise, (jnp.arange(nfe), points))
       return jnp.concatenate([noise[None], states.reshape(-1, *noise.shape)])
 
     return run
