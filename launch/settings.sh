@@ -34,7 +34,7 @@ matches() { # VALUE PATTERN
   [[ $1 =~ ^($2)$ ]]
 }
 
-# Prints Cloud's name of a slice's type: the planner's v5e-256 (pflow_jax/planning/chips.py) is v5litepod-256 there.
+# Prints Cloud's name of a slice's type: the planner's v5e-256 (pflow_jax/mesh/chips.py) is v5litepod-256 there.
 accelerator() { # NAME VALUE
   local generation=${2%-*} size=${2##*-} sizes cubes=0
   local pods='1 4 8 16 32 64 128 256' small='8 16 32 64'

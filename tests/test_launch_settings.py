@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pflow_jax.planning.chips import parse_topology
+from pflow_jax.mesh.chips import parse_topology
 from tests.programs import let_processes_hear
 from tests.test_launch import POD, RUN, Cloud, Stage
 

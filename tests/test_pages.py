@@ -58,6 +58,7 @@ DOWNLOADED = ("tfds", "emoji")
 PARSED = {
   r"pflow compare ": "trains 22 students a seed; tests/evaluation/test_compare.py trains some",
   r"pflow data emoji": "downloads 74 MB",
+  r"pflow train .*wandb": "a service of others; tests/training/test_weights_biases.py reads what is sent",
   r"pflow \w+ .*(flux|FLUX\.1|runs/theirs)": (
     "weights of 12 billion parameters; tests/evaluation/test_text_to_image.py goes the same way with tiny ones"
   ),
@@ -78,7 +79,7 @@ UNTRAINED = {
 # Flags that a command gets beside those on the page.
 FLAGS = {"pflow evaluate .*runs/emd": ["--config.sample.nfe=(1, 2)"]}
 # Commands of others, which install, download or sign in.
-NOT_OURS = (r"git clone ", r"hf (auth login|download)", r"\. \.venv/bin/activate")
+NOT_OURS = (r"git clone ", r"hf (auth login|download)", r"tensorboard ", r"\. \.venv/bin/activate")
 
 pytestmark = pytest.mark.usefixtures("float32")
 

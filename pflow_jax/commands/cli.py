@@ -1,4 +1,5 @@
-"""The command `pflow`: train, sample, evaluate, merge, compare, plan, data, convert, push, latents, cache, demo.
+"""The command `pflow`: train, sample, evaluate, plot, merge, compare, plan, data, convert, push, latents, cache,
+demo.
 
 Exit codes; all but 0 come with one sentence on stderr:
 
@@ -109,6 +110,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "train": _command(programs.train, _config_file),
   "sample": _command(programs.sample, _OF_RUN),
   "evaluate": _command(programs.evaluate, functools.partial(_config_of_run, converted=False)),
+  "plot": _command(programs.plot, joins=False),
   "merge": _command(programs.merge, joins=False),
   "compare": _command(programs.compare, _config_file, joins=False),
   "plan": _plan,

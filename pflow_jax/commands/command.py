@@ -16,7 +16,7 @@ if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
 from pflow_jax.commands.compilations import cache_compilations
-from pflow_jax.commands.flags import MAX_SEED, call_with_flags, define_flags
+from pflow_jax.commands.flags import MAX_SEED, call_with_flags, define_flags, positional, words_of
 from pflow_jax.files.foreign import may_pass
 from pflow_jax.files.nearest import nearest
 from pflow_jax.files.output import without_tracebacks
@@ -27,6 +27,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow train    --config configs/digits.py:teacher --workdir runs/teacher   train, or resume the run in the workdir
   pflow sample   --workdir runs/student --num 16 --nfe 1                     pictures and arrays from a run
   pflow evaluate --workdir runs/student                                      measure a student beside its teacher
+  pflow plot     runs/student runs/other --metric loss --out curves.png      curves of runs, here and in a picture
   pflow merge    --workdir runs/adapters --out runs/merged                   a run with adapters as one without
   pflow compare  --config configs/compare/digits.py --workdir runs/compare   train and measure methods side by side
   pflow plan     --config configs/imagenet.py:gmflow --topology v5e-256      does it fit on these TPUs, and the cost
@@ -94,7 +95,9 @@ def run_command(
     if is_file and (config is None or asks_for_help):
       flags.DEFINE_string("config", None, CONFIG_HELP, required=True, flag_values=values)
     if asks_for_help:
-      print(USAGE, f"\nFlags of {name}:\n", values.get_help(include_special_flags=False), sep="")
+      own = positional(function)
+      told = f"\n{name} {own.upper()}...: {words_of(function)[own]}\n" if own else ""
+      print(USAGE, told, f"\nFlags of {name}:\n", values.get_help(include_special_flags=False), sep="")
       print(source_of.describe(config) if source_of else "")
       return
     if config is not None:
@@ -104,8 +107,9 @@ def run_command(
     if os.environ.get("PFLOW_TRACEBACK"):
       raise
     fail(2, _one_line(error))
-  if len(rest) > 1:
-    fail(2, f"unexpected argument {rest[1]!r}; flags are given as --name value")
+  words = rest[1:]
+  if words and positional(function) is None:
+    fail(2, f"unexpected argument {words[0]!r}; flags are given as --name value")
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_handler().addFilter(without_tracebacks)
@@ -116,7 +120,7 @@ def run_command(
     join(values.coordinator, values.num_processes, values.process_id, timeout=values.join_timeout)
     if function.__name__ != "train":  # `train` alone asks JAX's handler whether it was told to stop
       signal.signal(signal.SIGTERM, signal.SIG_DFL)
-  call_with_flags(function, values)
+  call_with_flags(function, values, words)
   if _among_others():
     from pflow_jax.mesh.distributed import finish
 

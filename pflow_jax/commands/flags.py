@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if TYPE_CHECKING:
@@ -17,20 +17,29 @@ MAX_SEED = 2**32 - 1  # JAX takes 32 bits
 Repeated = Annotated[list[str], "repeated"]
 """A flag that may be given several times; a list[str] is one flag with commas."""
 
+Positional = Annotated[list[str], "positional"]
+"""Words beside the flags, of which there is at least one."""
+
 Count = Annotated[int, 1, None]
 """A number of at least 1."""
 
 Seed = Annotated[int, 0, MAX_SEED]
 
 
+def positional(function: Callable) -> str | None:
+  """Returns the name of the argument that takes the words beside the flags, or None."""
+  hints = typing.get_type_hints(function, include_extras=True)
+  return next((name for name, hint in hints.items() if hint == Positional), None)
+
+
 def define_flags(function: Callable, values: flags.FlagValues) -> None:
-  """Makes a flag of every argument of `function` except `config`; those without a default are required."""
+  """Makes a flag of every argument of `function` except `config` and words; those without a default are required."""
   from absl import flags
 
   words = words_of(function)
   hints = typing.get_type_hints(function, include_extras=True)
   for name, parameter in inspect.signature(function).parameters.items():
-    if name == "config":
+    if name in ("config", positional(function)):
       continue
     hint, notes = _plain(hints[name])
     needed = parameter.default is parameter.empty
@@ -51,15 +60,17 @@ def define_flags(function: Callable, values: flags.FlagValues) -> None:
       define(name, default, text, **given)
 
 
-def call_with_flags(function: Callable, values: flags.FlagValues) -> None:
-  """Calls `function` with the values of its flags and of the config.
+def call_with_flags(function: Callable, values: flags.FlagValues, words: Sequence[str] = ()) -> None:
+  """Calls `function` with the values of its flags and of the config, and with the words beside them.
 
   Raises:
     ValueError: as the function raises it. Where it begins with names of arguments, these are written as flags.
   """
-  names = inspect.signature(function).parameters
+  own = positional(function)
+  names = [name for name in inspect.signature(function).parameters if name != own]
+  given = {name: values[name].value for name in names} | ({own: list(words)} if own else {})
   try:
-    function(**{name: values[name].value for name in names})
+    function(**given)
   except ValueError as error:
     told = as_flags(str(error), names)
     if type(error) is not ValueError or told == str(error):

@@ -9,7 +9,7 @@ import pathlib
 from typing import Annotated, Any, Literal
 
 from pflow_jax.commands.command import fail, mesh_sizes, options, stop, whole_numbers
-from pflow_jax.commands.flags import Count, Repeated, Seed
+from pflow_jax.commands.flags import Count, Positional, Repeated, Seed
 
 Which = Literal["ema", "params"]
 Dtype = Literal["float32", "bfloat16"]
@@ -123,6 +123,34 @@ def evaluate(
   from pflow_jax.evaluation.evaluate import evaluate as run
 
   run(config, workdir, others=also, teacher=teacher, out=out)
+
+
+def plot(
+  runs: Positional,
+  metric: str = "loss",
+  smooth: float = 0.0,
+  log: bool | None = None,
+  out: str | None = None,
+) -> None:
+  """Compares curves of runs, in the terminal and in a picture.
+
+  Args:
+    runs: workdirs of runs, which may still train
+    metric: its name, or a pattern such as loss_t* for several
+    smooth: share of the average so far in every value, in [0, 1)
+    log: logarithmic values; default: where all are positive
+    out: file for the picture, a PNG
+  """
+  from pflow_jax.evaluation import figures, histories
+  from pflow_jax.files.folders import checked_file
+
+  path = None if out is None else checked_file(out)
+  series = histories.series_of(histories.histories_of(runs), metric, smooth)
+  log = histories.is_logarithmic(series, log)
+  print(histories.as_text(series, metric, log=log))
+  if path is not None:
+    figures.save(histories.as_figure(series, metric, log=log), path)
+    print(f"wrote {path}")
 
 
 def merge(workdir: str, out: str, teacher: str | None = None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from pflow_jax import data
+from pflow_jax.evaluation import board
 from pflow_jax.evaluation.features import Classifier
 from pflow_jax.evaluation.measure import Drawn, Kept, measure
 from pflow_jax.evaluation.report import EvaluatedRun, save_report
@@ -42,6 +43,8 @@ def evaluate(
 ) -> dict[str, Any]:
   """Measures the run in `folder`; writes evaluation.html, .md, .json and pictures into <folder>/evaluation.
 
+  What lies there is also shown where the run is watched, in TensorBoard say.
+
   Alignment, the primary measure, is the mean root-mean-square distance to the teacher's 128-step sample from the same
   noise. Ratios carry a standard error over the paired samples.
 
@@ -60,6 +63,7 @@ def evaluate(
   """
   folder = expanded(folder)
   check_local(out, folder)
+  own = out is None
   out = pathlib.Path(checked_folder(f"{folder}/evaluation" if out is None else out, "out"))
   runs = {str(folder): Settings.of(config)} | {str(other): workdir.load_settings(other) for other in others}
   runs = {name: use_teacher(one, teacher) for name, one in runs.items()}
@@ -88,6 +92,9 @@ def evaluate(
     return {"workdirs": list(experiments), **measured.about, "rows": measured.rows}
   evaluated = {name: EvaluatedRun(one.settings, read_metrics(name)) for name, one in experiments.items()}
   report = save_report(measured, out, evaluated)
+  if own:
+    pictures = {name: out / f"{name}.png" for name in ("samples", "trajectories")}
+    board.show(experiment.settings, folder, measured, {k: path for k, path in pictures.items() if path.exists()})
   print(measured.table)
   print(f"wrote {out}/evaluation.html, evaluation.md, evaluation.json and samples.png")
   return report

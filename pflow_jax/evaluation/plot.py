@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pflow_jax.evaluation import figures
+from pflow_jax.evaluation import figures, histories
 
 COLUMNS = 16  # images side by side
 POINTS = 4096  # samples of a run on points
@@ -83,29 +83,25 @@ def animation(
   return figures.image_animation(named, made, title=title, shift=shift, seconds=seconds)
 
 
-def losses(histories: Any, *, metric: str = "loss") -> Any:
-  """A metric over the steps of trainings, a line for each name.
+def losses(runs: Any, *, metric: str = "loss", smooth: float = 0.0, log: bool | None = None) -> Any:
+  """A metric over the steps of trainings, a line for each run, as `pflow plot` draws it.
+
+  Runs that lack the metric are left out, with a warning; they may have any lengths, and still be training.
 
   Args:
-    histories: `Run.history`, or such by name; an object with a `history` may stand for it.
-    metric: name of the metric.
+    runs: a workdir, which may be on gs://, a `Run`, or its history; or several, as a sequence, or by name.
+    metric: its name, with or without the group that TensorBoard shows; a pattern such as "loss_t*" draws several.
+    smooth: share of the average so far in every value, in [0, 1), as in TensorBoard.
+    log: whether the values have a logarithmic axis; by default where all are positive.
 
   Returns:
     A matplotlib Figure.
 
   Raises:
-    ValueError: no such metric, or none that was logged.
+    ValueError: there is no such run, or none has the metric.
   """
-  if hasattr(histories, "history") or (isinstance(histories, Mapping) and "step" in histories):
-    histories = {"": histories}
-  series = {}
-  for name, one in histories.items():
-    own = getattr(one, "history", one)
-    if metric not in own:
-      raise ValueError(f"{name or 'history'}: expected the metric {metric!r}, got {sorted(own)}")
-    series[name] = own["step"], own[metric]
-  label = f"{metric} (lower is better)" if metric.endswith("loss") else metric
-  return figures.curves(series, xlabel="step", ylabel=label, xscale="linear")
+  series = histories.series_of(histories.histories_of(runs), metric, smooth)
+  return histories.as_figure(series, metric, log=histories.is_logarithmic(series, log))
 
 
 def _drawn(rows: Any) -> np.ndarray:

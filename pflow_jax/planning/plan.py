@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from pflow_jax.files import foreign
+from pflow_jax.mesh.chips import Chip, chip_of, compiler_topology, links_of_axis, parse_topology
 from pflow_jax.mesh.sharding import Layout, mesh_shape
 from pflow_jax.planning import hlo
-from pflow_jax.planning.chips import Chip, chip_of, compiler_topology, links_of_axis, parse_topology
 from pflow_jax.planning.report import EFFICIENCY
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import sample
@@ -47,7 +47,7 @@ class Slice:
   """The chips to plan for.
 
   Attributes:
-    topology: of one slice, "v5e:16x16" or a Cloud name, see `planning.chips.parse_topology`.
+    topology: of one slice, "v5e:16x16" or a Cloud name, see `mesh.chips.parse_topology`.
     slices: number of slices.
   """
 

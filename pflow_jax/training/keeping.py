@@ -20,6 +20,7 @@ from pflow_jax.training import workdir
 from pflow_jax.training.inputs import Inputs
 from pflow_jax.training.rescue import rescue
 from pflow_jax.training.state import TrainState
+from pflow_jax.training.weights_biases import check_installed
 from pflow_jax.training.writer import MetricsWriter
 
 
@@ -99,6 +100,7 @@ class WorkdirKeeper(Keeper):
     self.name = str(folder)
     self._settings, self._inputs, self._lock = settings, inputs, lock
     self._length = settings.need("train")
+    check_installed(self._length.wandb)
     self._checkpointer = Checkpointer(
       f"{folder}/{workdir.CHECKPOINTS}",
       max_to_keep=self._length.keep_checkpoints,
@@ -120,6 +122,8 @@ class WorkdirKeeper(Keeper):
     with MetricsWriter(
       self.name,
       tensorboard=self._length.tensorboard,
+      wandb=self._length.wandb,
+      config=self._settings.plain(),
       active=is_first(),
       resume_step=start,
       writing=self._lock.writing,
@@ -134,7 +138,7 @@ class WorkdirKeeper(Keeper):
   def picture(self, step: int, draw: Callable[[str], str]) -> None:
     assert self._writer is not None
     with self._lock.writing():
-      self._writer.image(step, "samples", draw(f"{self.name}/samples/{step:07d}.png"))
+      self._writer.image(step, "train/samples", draw(f"{self.name}/samples/{step:07d}.png"))
 
   def save(self, step: int, state: TrainState) -> None:
     with self._lock.writing():

@@ -22,8 +22,10 @@ from pflow_jax.mesh.distributed import is_first
 from pflow_jax.settings.train import TrainSettings
 from pflow_jax.training.flops import count_flops
 from pflow_jax.training.keeping import Keeper
+from pflow_jax.training.noise_levels import SUMS, means_by_time
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.step import Program
+from pflow_jax.training.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def fit(
   start_params: Callable[[], Any],
   draw: Callable[[Any, str], str] | None = None,
   *,
+  draw_every: int = 0,
   bar: bool = True,
 ) -> TrainState:
   """Trains from where the keeper stands to the end, or until told to stop.
@@ -45,6 +48,7 @@ def fit(
     frozen: the teacher's parameters, on the devices.
     start_params: returns the parameters to start from, () for the method's own; a resumed run does not call it.
     draw: draws a picture of samples, (all parameters, path) -> path; None draws none.
+    draw_every: steps between two pictures, 0 for none.
     bar: whether to report progress.
 
   Returns:
@@ -56,7 +60,7 @@ def fit(
   """
   settings = program.experiment.settings
   with progress(settings.need("train").steps, 0, settings.kind, not (bar and is_first())) as report:
-    return _fit(program, keeper, frozen, start_params, draw, report)
+    return _fit(program, keeper, frozen, start_params, draw if draw_every else None, draw_every, report)
 
 
 def _fit(
@@ -65,6 +69,7 @@ def _fit(
   frozen: Any,
   start_params: Callable[[], Any],
   draw: Callable[[Any, str], str] | None,
+  draw_every: int,
   report: Progress,
 ) -> TrainState:
   experiment, layout = program.experiment, program.layout
@@ -96,7 +101,7 @@ def _fit(
     )
     try:
       with keeper.logging(start), Profiler(length.profile, f"{keeper.name}/profile") as profiler:
-        meter = Meter(length, keeper.metrics, report)
+        meter = Meter(length, keeper.metrics, report, Usage(list(layout.mesh.devices.flat)))
         for step in range(start + 1, length.steps + 1):
           # Nothing comes back from the devices but what `meter` fetches, which is an interval old. (On a CPU, which has
           # nothing to fetch from, the guard is silent.)
@@ -113,7 +118,7 @@ def _fit(
           if stop or step == length.steps or _due(step, length.checkpoint_every):
             with meter.paused():
               keeper.save(step, state)
-          if draw and _due(step, length.sample_every):
+          if draw and _due(step, draw_every):
             with meter.paused():
               keeper.picture(step, functools.partial(draw, experiment.complete(state.ema, frozen)))
           if stop:
@@ -135,11 +140,18 @@ class Meter:
 
   A row's rates, `images_per_second` and `tflops_per_second`, are of the time in which steps ran: the time since the row
   before without the pauses for saving and sampling, `pause_seconds`. So the images of a row divided by their rate, plus
-  its pause, are seconds on the clock, and those of all rows the time since the first step.
+  its pause, are seconds on the clock, and those of all rows the time since the first step. The loss by noise level is
+  the mean over all examples of the row's steps in a part of flow time.
   """
 
-  def __init__(self, settings: TrainSettings, write: Callable[[int, dict[str, float]], None], report: Progress):
-    self._settings, self._write, self._report = settings, write, report
+  def __init__(
+    self,
+    settings: TrainSettings,
+    write: Callable[[int, dict[str, float]], None],
+    report: Progress,
+    usage: Usage,
+  ):
+    self._settings, self._write, self._report, self._usage = settings, write, report, usage
     self._flops = 0
     self._pending: list[dict[str, Any]] = []  # arrays
     self._ready = 0  # of those pending, the steps that are known to be done
@@ -180,13 +192,16 @@ class Meter:
     self._pending, self._ready, self._due = [], 0, False
     # A skipped step has no finite loss; `skipped` counts it.
     finite = [v for v in values if not v["skipped_in_a_row"]] or values
-    row = {name: sum(float(v[name]) for v in finite) / len(finite) for name in finite[0]}
+    row = {name: sum(float(v[name]) for v in finite) / len(finite) for name in finite[0] if name != SUMS}
+    if SUMS in finite[0]:
+      row |= means_by_time([v[SUMS] for v in finite])
     row["skipped"] = int(values[-1]["skipped"])
     row["skipped_in_a_row"] = max(int(v["skipped_in_a_row"]) for v in values)
     row["learning_rate"] = float(values[-1]["learning_rate"])
     row["images_per_second"] = count * self._settings.batch_size / elapsed
     row["tflops_per_second"] = flops / elapsed / 1e12
     row["pause_seconds"] = pause
+    row |= self._usage.share(flops / elapsed) | self._usage.memory()
     self._write(self._step, row)
     self._report.update(self._step, row["loss"])
     if row["skipped_in_a_row"] >= self._settings.max_skipped:

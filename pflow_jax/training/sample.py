@@ -26,6 +26,10 @@ Array = jax.Array | np.ndarray
 
 logger = logging.getLogger(__name__)
 
+LONG = 5000  # steps of a run that draws pictures by itself
+PICTURES = 10  # of such a run
+COST = 0.01  # share of its time that they may take
+
 
 def evaluations(method: Method, settings: SampleSettings) -> tuple[int, ...]:
   """Numbers of network evaluations that `settings.nfe` stands for; warns of those a student was not trained for."""
@@ -154,6 +158,24 @@ def warn_of_gaps(name: str, x: np.ndarray, params: Any) -> None:
 def labels_of(cond: Any, count: int) -> np.ndarray:
   """Classes (count,) of conditions; prompts all have class 0."""
   return np.zeros(count, np.int32) if isinstance(cond, dict) else cond
+
+
+def picture_every(experiment: Experiment, count: int) -> int:
+  """Steps between two pictures of a training's samples, 0 for none: config.train.sample_every where that is set.
+
+  By itself a run of LONG steps or more draws PICTURES, if that takes at most COST of its time. A training step is taken
+  for three evaluations of its batch, which it is without a teacher.
+
+  Args:
+    experiment: the run.
+    count: samples in a picture.
+  """
+  length, settings = experiment.settings.need("train"), experiment.settings.sample
+  if length.sample_every is not None:
+    return length.sample_every
+  drawn = PICTURES * count * sum(settings.nfe or experiment.method.evaluations(settings))
+  affordable = drawn <= COST * 3 * length.batch_size * length.steps
+  return length.steps // PICTURES if length.steps >= LONG and affordable else 0
 
 
 def preview(experiment: Experiment, layout: Layout, draw: Callable[..., None], count: int) -> Callable[[Any, str], str]:

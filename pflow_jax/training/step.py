@@ -20,6 +20,7 @@ from pflow_jax.training import optim
 from pflow_jax.training.adversary import Adversary, make_adversary
 from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.flops import count_flops
+from pflow_jax.training.noise_levels import averaged
 from pflow_jax.training.state import TrainState, create_state
 
 Loss = Callable[[Any, Any, dict[str, Array], Array, Array], tuple[Array, dict[str, Array]]]
@@ -66,7 +67,7 @@ class Step:
       key: the run's key; the step's own is folded from it, so a resumed run draws the same numbers.
 
     Returns:
-      the new state, and scalar metrics.
+      the new state, and metrics: scalars, and the loss by noise level, see `noise_levels`.
     """
     key_loss, key_opponent = jax.random.split(jax.random.fold_in(key, state.step))
     loss, aux, grads = self._gradient(state, frozen, batch, key_loss)
@@ -97,7 +98,7 @@ class Step:
 
     def mean_loss(params, batch, key):
       loss, aux = self.loss_fn(params, frozen, batch, key, state.step)
-      return jnp.mean(loss), jax.tree.map(jnp.mean, aux)
+      return jnp.mean(loss), averaged(loss, aux)
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     if self.accumulation == 1:

@@ -22,7 +22,7 @@ from pflow_jax.training.experiment import Experiment, build
 from pflow_jax.training.keeping import Keeper, WorkdirKeeper
 from pflow_jax.training.loop import fit
 from pflow_jax.training.origins import inputs_of
-from pflow_jax.training.sample import preview
+from pflow_jax.training.sample import picture_every, preview
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.step import make_program
 from pflow_jax.training.teachers import Teacher
@@ -66,7 +66,7 @@ def train(
     config: of the run.
     folder: its workdir.
     force: take a workdir over in which another process trains.
-    picture: draws the samples of config.train.sample_every; None draws none.
+    picture: draws samples, see `training.sample.picture_every`; None draws none.
 
   Returns:
     The final state, or the one saved when SIGTERM, SIGHUP or Ctrl-C came.
@@ -130,10 +130,12 @@ def train_run(
     resumed = keeper.is_resumed  # all processes ask: they agree on it
     if is_first() and not resumed:
       print(parameter_table(program.state.params))
-  draw = None
-  if length.sample_every and picture is not None:
-    draw = preview(experiment, program.layout, picture[0], picture[1](experiment.dataset))
+  draw, draw_every = None, 0
+  if picture is not None:
+    count = picture[1](experiment.dataset)
+    draw_every = picture_every(experiment, count)
+    draw = preview(experiment, program.layout, picture[0], count) if draw_every else None
   frozen = experiment.load_frozen(program.layout)
-  state = fit(program, keeper, frozen, experiment.start_params, draw, bar=bar)
+  state = fit(program, keeper, frozen, experiment.start_params, draw, draw_every=draw_every, bar=bar)
   history = keeper.history if folder is None else read_metrics(folder)
   return Trained(experiment, program.layout, frozen, state, history)

@@ -49,6 +49,7 @@ CHANGEABLE = (
   "train.max_skipped",
   "train.profile",
   "train.tensorboard",
+  "train.wandb",
 )
 
 

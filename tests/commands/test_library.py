@@ -194,7 +194,7 @@ def test_plots_are_figures(student, teacher):
   assert isinstance(figure, Figure)
   assert Image.open(io.BytesIO(figure._repr_png_())).size == tuple(figure.bbox.size), "what a notebook shows"
   assert isinstance(pf.plot.losses({"a": teacher, "b": teacher.history}, metric="gradient_norm"), Figure)
-  with pytest.raises(ValueError, match="expected the metric 'los', got"):
+  with pytest.raises(ValueError, match="metric: no run has 'los'; did you mean 'loss'"):
     pf.plot.losses(teacher, metric="los")
 
 

@@ -10,12 +10,14 @@ import zipfile
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from pflow_jax.evaluation import evaluate as program
 from pflow_jax.evaluation.evaluate import evaluate
 from pflow_jax.training.experiment import build
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import load_config
+from tests.events import events
 from tests.programs import quick
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -28,6 +30,7 @@ def report(student_run):
   with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
     config = load_config(student_run)
     config.sample.nfe = (1, 2)
+    config.train.tensorboard = True
     return evaluate(config, student_run)
 
 
@@ -40,6 +43,22 @@ def test_rows_and_files(report, student_run, teacher_run):
   assert all(name in table for name in names)
   assert (folder / "samples.png").stat().st_size > 5000
   assert (teacher_run / "evaluation" / "classifier_5_steps.npz").exists(), "kept with the teacher, for all its students"
+
+
+def test_it_is_shown_in_tensorboard_at_the_runs_step(report, student_run):
+  """In a folder of its own: TensorBoard reads the newest file of a folder alone, and a training may be in progress."""
+  assert not list((student_run / "tensorboard").glob("events.*"))
+  shown = events(student_run / "tensorboard/evaluation")
+  found = {(event.step, value.tag): value for event in shown for value in event.summary.value}
+  for row in report["rows"][2:]:
+    sampler = {"student, 1 NFE": "student_1_nfe", "student, 2 NFE": "student_2_nfe"}[row["name"]]
+    assert found[3, f"eval/alignment/{sampler}"].simple_value == pytest.approx(row["alignment"])
+    assert found[3, f"eval/fd_ratio/{sampler}"].simple_value == pytest.approx(row["fd_ratio"][0])
+  table = found[3, "eval/table/text_summary"].tensor.string_val[0].decode()
+  assert all(row["name"] in table for row in report["rows"])
+  with Image.open(student_run / "evaluation" / "samples.png") as picture:
+    image = found[3, "eval/samples"].image
+    assert (image.width, image.height) == picture.size
 
 
 def test_yardsticks_are_one_and_nothing_is_missing(report):

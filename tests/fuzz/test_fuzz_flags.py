@@ -17,6 +17,7 @@ COMMANDS = {
   "train": [BOARD, "--workdir=new"],
   "sample": ["--workdir=student", "--out=out"],
   "evaluate": ["--workdir=student", "--out=out"],
+  "plot": ["student", "--out=out"],
   "merge": ["--workdir=student", "--out=out"],
   "compare": [f"--config={ROOT}/configs/compare/checkerboard.py:quicktest", "--workdir=new"],
   "plan": [BOARD, "--topology=v5e-1", "--nosampling"],

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import psutil
 import pytest
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
@@ -22,13 +23,16 @@ from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
 from pflow_jax.settings.train import TrainSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import optim
+from pflow_jax.training.experiment import build
 from pflow_jax.training.inputs import INPUTS
 from pflow_jax.training.keeping import Keeper
 from pflow_jax.training.loop import Interruption, Meter
 from pflow_jax.training.rescue import Rescued, rescue
+from pflow_jax.training.sample import picture_every
 from pflow_jax.training.state import create_state
 from pflow_jax.training.step import Step
 from pflow_jax.training.train import train
+from pflow_jax.training.usage import Usage
 from pflow_jax.training.writer import MetricsWriter
 from tests.programs import command, environment, pflow, quick
 
@@ -111,7 +115,7 @@ def test_every_step_and_micro_batch_has_its_own_random_numbers():
 def test_meter_sees_a_streak_inside_an_interval(tmp_path):
   settings = TrainSettings(steps=100, batch_size=8, log_every=50, max_skipped=20)
   with MetricsWriter(tmp_path, tensorboard=False) as writer, progress(100, disable=True) as report:
-    meter = Meter(settings, writer.write, report)
+    meter = Meter(settings, writer.write, report, Usage([]))
     for step in range(1, 51):
       bad = 10 < step <= 35
       loss = jnp.float32(np.nan if bad else 1)
@@ -124,6 +128,15 @@ def test_meter_sees_a_streak_inside_an_interval(tmp_path):
       meter.flush()
   row = json.loads((tmp_path / "metrics.jsonl").read_text())
   assert row["loss"] == 1.0, "skipped steps do not blur the mean"
+
+
+class Chip:
+  """A device of a mesh, half full."""
+
+  device_kind, process_index = "TPU v5 lite", 0
+
+  def memory_stats(self):
+    return {"bytes_in_use": 8 * 2**30, "peak_bytes_in_use": 12 * 2**30, "bytes_limit": 16 * 2**30}
 
 
 class Device:
@@ -165,7 +178,7 @@ def test_rates_and_pauses_add_up_to_the_clock(tmp_path, monkeypatch, save_every,
   settings = TrainSettings(steps=42, batch_size=8, log_every=5)
   paused, waited = 0.0, []
   with MetricsWriter(tmp_path, tensorboard=False) as writer, progress(42, disable=True) as report:
-    meter = Meter(settings, writer.write, report)
+    meter = Meter(settings, writer.write, report, Usage([Chip(), Chip()]))
     for step in range(1, 43):
       metrics = {"loss": device.dispatch(0.5), "skipped_in_a_row": 0, "skipped": 0, "learning_rate": 1.0}
       waits = device.waits
@@ -184,6 +197,8 @@ def test_rates_and_pauses_add_up_to_the_clock(tmp_path, monkeypatch, save_every,
   np.testing.assert_allclose(sum(row["pause_seconds"] for row in rows), paused, atol=1e-9)
   np.testing.assert_allclose(sum(seconds) + paused, device.now)
   np.testing.assert_allclose([row["tflops_per_second"] for row in rows], steps / seconds)
+  np.testing.assert_allclose([row["peak_share"] for row in rows], steps / seconds / (2 * 197))
+  assert {(row["device_gib"], row["device_peak_gib"]) for row in rows} == {(8.0, 12.0)}
   np.testing.assert_allclose([row["images_per_second"] for row in rows], 80, rtol=0.03)  # the device's own rate
   if not save_every and not sample_every:
     assert waited == list(range(6, 43, 5)), "without pauses nothing is waited for but a row, while the next step runs"
@@ -399,6 +414,8 @@ def test_metrics_are_logged_for_every_interval(tmp_path):
   assert [row["step"] for row in rows] == [2, 4, 5]
   for key in ("loss", "gradient_norm", "learning_rate", "images_per_second", "tflops_per_second", "skipped"):
     assert rows[-1][key] is not None
+  assert abs(rows[-1]["host_gib"] * 2**30 / psutil.Process().memory_info().rss - 1) < 0.2
+  assert not {"peak_share", "device_gib", "t"} & set(rows[-1]), "a CPU tells neither its peak nor its memory"
 
 
 @pytest.mark.usefixtures("float32")
@@ -417,9 +434,24 @@ def test_checkpoints_of_multiples_are_kept_for_good(tmp_path):
   assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
 
 
+def test_a_long_run_draws_ten_pictures_unless_it_is_told_or_they_cost_much(teacher_run):
+  """Ten of ten images by 128 steps are 12,800 evaluations, a hundredth of 3,334 steps of 128; a student's are few."""
+
+  def every(variant, steps, batch_size, count=10, **given):
+    config = quick("digits", variant, None if variant == "teacher" else teacher_run)
+    config.train.update(steps=steps, batch_size=batch_size, **given)
+    return picture_every(build(config), count)
+
+  assert [every("teacher", steps, 128) for steps in (4999, 5000, 48_000)] == [0, 500, 4800]
+  assert [every("teacher", 5000, size) for size in (85, 86)] == [0, 500]
+  assert [every("gmflow", 5000, size) for size in (8, 64)] == [500, 500]
+  assert every("teacher", 5000, 128, count=4096) == 0, "points, of which a picture needs thousands"
+  assert [every("teacher", 5000, 128, sample_every=n) for n in (0, 3)] == [0, 3]
+
+
 def test_settings_refuse_bad_values():
   good = dict(steps=1, batch_size=8)
   bads = [{name: 0} for name in ("steps", "batch_size", "accumulation", "log_every", "max_skipped")]
-  for bad in (*bads, dict(profile=(3, 2)), dict(sample_every=-1)):
+  for bad in (*bads, dict(profile=(3, 2)), dict(sample_every=-1), dict(wandb="a/b/c"), dict(wandb="a b")):
     with pytest.raises(ValueError, match=next(iter(bad))):
       TrainSettings(**(good | bad))

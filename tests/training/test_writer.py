@@ -9,30 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from tensorboardX.proto.event_pb2 import Event
 
 from pflow_jax import data
 from pflow_jax.evaluation import sample
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.writer import MetricsWriter, parameter_table
+from tests.events import events
 from tests.programs import quick
 
 
 def lines(folder):
   return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(folder):
-  """Events in all files: length (8 bytes), its checksum (4), payload, its checksum (4)."""
-  found = []
-  for file in sorted((folder / "tensorboard").iterdir()):
-    rest = file.read_bytes()
-    while rest:
-      size = int.from_bytes(rest[:8], "little")
-      found.append(Event.FromString(rest[12 : 12 + size]))
-      rest = rest[16 + size :]
-  return found
 
 
 def test_scalars_reach_both_files(tmp_path):
@@ -41,8 +29,39 @@ def test_scalars_reach_both_files(tmp_path):
   (line,) = lines(tmp_path)
   assert line.pop("time") > 1e9
   assert line == {"step": 3, "loss": 0.5, "count": 7, "half": 0.25}
-  scalars = {v.tag: v.simple_value for e in events(tmp_path) for v in e.summary.value}
-  assert scalars == {"loss": 0.5, "count": 7, "half": 0.25}
+  scalars = {v.tag: v.simple_value for e in events(tmp_path / "tensorboard") for v in e.summary.value}
+  assert scalars == {"train/loss": 0.5, "train/count": 7, "train/half": 0.25}
+
+
+def test_scalars_have_groups_on_boards(tmp_path):
+  """In metrics.jsonl names stay as they were."""
+  values = {
+    "loss": 1.0,
+    "loss_t0.00-0.25": 2.0,
+    "images_per_second": 3.0,
+    "peak_share": 0.5,
+    "host_gib": 4.0,
+    "a/b": 5.0,
+  }
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(3, values)
+  found = {v.tag: v.simple_value for e in events(tmp_path / "tensorboard") for v in e.summary.value}
+  groups = ("train", "train", "speed", "speed", "memory")
+  named = [f"{group}/{name}" for group, name in zip(groups, values, strict=False)]
+  assert found == dict(zip([*named, "a/b"], values.values(), strict=True))
+  assert lines(tmp_path)[0].keys() - {"step", "time"} == values.keys()
+
+
+def test_the_config_is_a_text_on_boards(tmp_path):
+  config = {"seed": 1, "train": {"steps": 5}}
+  with MetricsWriter(tmp_path, config=config, resume_step=7):
+    pass
+  (event,) = (e for e in events(tmp_path / "tensorboard") if e.summary.value)
+  (value,) = event.summary.value
+  assert (event.step, value.tag, value.metadata.plugin_data.plugin_name) == (7, "config/text_summary", "text")
+  shown = value.tensor.string_val[0].decode().split("\n")
+  assert all(line.startswith("    ") for line in shown), "Markdown takes it for code"
+  assert json.loads("".join(shown)) == config
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, jnp.float32(-math.inf)])
@@ -111,7 +130,7 @@ def test_a_full_disk_is_an_error_where_it_is_written_and_nothing_waits(tmp_path,
   """tensorboardX's own thread died of it, and the eleventh row after that waited for ever."""
   writer = MetricsWriter(tmp_path)
   writer.write(1, {"loss": 1.0})
-  file = writer._log._file if name == "metrics.jsonl" else writer._events._file._py_recordio_writer._writer
+  file = writer._log._file if name == "metrics.jsonl" else writer._boards.all[0]._file._py_recordio_writer._writer
   with open("/dev/full", "wb", buffering=0) as full:
     os.dup2(full.fileno(), file.fileno())
   with pytest.raises(OSError, match="No space left"), writer:
@@ -139,7 +158,7 @@ def test_resume_purges_tensorboard(tmp_path):
   for resume_step in (None, 2):
     with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
       writer.write(3, {"loss": 1.0})
-  starts = [e.step for e in events(tmp_path) if e.session_log.status == 1]
+  starts = [e.step for e in events(tmp_path / "tensorboard") if e.session_log.status == 1]
   assert starts == [3]
 
 
@@ -153,7 +172,7 @@ def test_images(tmp_path):
     writer.image(2, "path", tmp_path / "grid.png")
     with pytest.raises(ValueError, match=r"'float'.*uint8.*float64 \(4, 5, 3\)"):
       writer.image(3, "float", picture / 2)
-  shapes = {v.tag: (v.image.height, v.image.width) for e in events(tmp_path) for v in e.summary.value}
+  shapes = {v.tag: (v.image.height, v.image.width) for e in events(tmp_path / "tensorboard") for v in e.summary.value}
   assert shapes == {"array": (4, 5), "path": (4, 5)}
 
 

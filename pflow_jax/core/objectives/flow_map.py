@@ -297,7 +297,7 @@ def flow_map_loss(
 
   Returns:
     loss per example (B,), and metrics per example: rms of the residual and of the derivative, the share of examples
-      left out because they are not finite, and the warm-up.
+      left out because they are not finite, the flow time "t" that a jump starts from, and the warm-up.
 
   Raises:
     ValueError: for a network or teacher that returns anything but an array like x.
@@ -337,7 +337,7 @@ def flow_map_loss(
   warmup = settings.warmup(step)
   F, g, dF = residual(network, velocity, x, t, s, cond, guidance, side=settings.side, warmup=warmup, precise=precise)
   loss, metrics = _regression(F, g, dF, settings)
-  return loss, metrics | {"warmup": jnp.asarray(warmup)}
+  return loss, metrics | {"t": t, "warmup": jnp.asarray(warmup)}
 
 
 def _regression(F: Array, g: Array, dF: Array, settings: FlowMap) -> tuple[Array, dict[str, Array]]:

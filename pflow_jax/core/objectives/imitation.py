@@ -124,6 +124,22 @@ class Draws(NamedTuple):
   teacher: Array  # (B, M - 1)
 
 
+class SegmentLoss(NamedTuple):
+  """π-ID on one segment.
+
+  Attributes:
+    loss: of the examples, (B,), the mean of `loss_at_t`.
+    t: flow times of the intermediate states, at which the teacher is asked, (B, M).
+    loss_at_t: of each state, (B, M).
+    destination: where the detached policy arrives, (B, *space, C), or None.
+  """
+
+  loss: Array
+  t: Array
+  loss_at_t: Array
+  destination: Array | None
+
+
 def draw(key: Array, batch: int, num_components: int, num_states: int) -> Draws:
   """Draws for one segment of `batch` examples."""
   keys = jax.random.split(key, 3)
@@ -143,7 +159,7 @@ def segment_loss(
   *,
   ratio: Array | float = 0.0,
   destination: bool = False,
-) -> tuple[Array, Array | None]:
+) -> SegmentLoss:
   """π-ID loss of one segment.
 
   The detached policy walks from `x`, in turns with the teacher when `ratio` > 0, to M intermediate states. The loss is
@@ -161,9 +177,6 @@ def segment_loss(
     ratio: share of the segment walked by the teacher, in [0, 1]. A Python 0 compiles the shorter program.
     destination: also return the state at r - length, where the detached policy arrives from the last intermediate
       state.
-
-  Returns:
-    loss per example (B,), and the destination (B, *space, C) or None.
   """
   s = settings
   teacher = _detached(checked("π-ID: teacher(x, t, cond)", teacher))
@@ -190,10 +203,10 @@ def segment_loss(
     x_a = roll(detached, x, r, r_a)
     t_a, t_b = shift_time(r_a, s.shift), shift_time(r_b, s.shift)
     v = teacher(x_a, t_a, cond)
-    return (x_a + v * over_space(t_b - t_a, x), r_b), (x_a, r_a, r_b, v)
+    return (x_a + v * over_space(t_b - t_a, x), r_b), (x_a, r_a, r_b, t_a, v)
 
   start = jax.lax.stop_gradient((x, r))
-  last, (x_a, r_a, r_b, target) = jax.lax.scan(visit, start, (student_gaps.T, teacher_gaps.T))
+  last, (x_a, r_a, r_b, t_a, target) = jax.lax.scan(visit, start, (student_gaps.T, teacher_gaps.T))
 
   # Without the teacher's share a prediction spans the window alone, a few substeps.
   student_only = isinstance(ratio, (int, float)) and ratio == 0
@@ -201,18 +214,19 @@ def segment_loss(
 
   @per_example
   def error(policy, x, r_start, r_end, target):
-    """Mean squares (B,) over the states, the second axis of all but the policy."""
+    """Mean squares (B, M) over the space; the states are the second axis of all but the policy."""
 
     def predict(p, x, a, b):
       return average_velocity(p, x, a, b, shift=s.shift, substeps=s.substeps, method=s.method, max_length=reach)
 
     prediction = jax.vmap(jax.vmap(predict, in_axes=(None, 0, 0, 0)))(policy, x, r_start, r_end)
-    return jnp.mean((prediction - target) ** 2, axis=tuple(range(1, target.ndim)))
+    return jnp.mean((prediction - target) ** 2, axis=tuple(range(2, target.ndim)))
 
   r_end = jnp.maximum(r_b - window[None], 0.0)
   states = (a.swapaxes(0, 1) for a in jax.lax.stop_gradient((x_a, r_a, r_end, target)))
   end = roll(detached, *last, jnp.maximum(r - length, 0.0)) if destination else None
-  return s.loss_scale * 0.5 * error(policy, *states), end
+  loss = s.loss_scale * 0.5 * error(policy, *states)
+  return SegmentLoss(jnp.mean(loss, axis=1), t_a.swapaxes(0, 1), loss, end)
 
 
 def imitation_loss(
@@ -236,7 +250,8 @@ def imitation_loss(
     settings: the objective's.
 
   Returns:
-    loss per example (B,), and metrics.
+    loss per example (B,), and metrics: the teacher's ratio, and of the intermediate states their flow times "t" (B, M)
+      and the loss at them, "loss_at_t" (B, M).
 
   Raises:
     ValueError: for a student that returns no batch of policies, or a teacher that returns no array like x.
@@ -251,8 +266,8 @@ def imitation_loss(
   policy = student(x, t, cond)
   draws = draw(key_draw, x0.shape[0], policy.num_components, settings.num_states)
   ratio = settings.teacher_ratio(step)
-  loss, _ = segment_loss(policy, teacher, x, r, length, cond, draws, settings, ratio=ratio)
-  return loss, {"teacher_ratio": jnp.asarray(ratio)}
+  told = segment_loss(policy, teacher, x, r, length, cond, draws, settings, ratio=ratio)
+  return told.loss, {"teacher_ratio": jnp.asarray(ratio), "t": told.t, "loss_at_t": told.loss_at_t}
 
 
 def imitation_loss_data_free(
@@ -267,7 +282,7 @@ def imitation_loss_data_free(
   """π-ID without data: the student's own trajectory from noise, all segments in one optimizer step.
 
   Arguments and result are those of `imitation_loss`; `noise`, the states at t = 1, takes the place of `x0`. Segments
-  are weighted by their length.
+  are weighted by their length; "loss_at_t" has all their states, (B, nfe * M), without the weights.
   """
   student = checked_student("imitation_loss_data_free: student(x, t, cond)", student)
   (noise,) = as_float(noise)
@@ -281,13 +296,14 @@ def imitation_loss_data_free(
     r, length = (jnp.broadcast_to(value, (batch,)) for value in span)
     policy = student(x, shift_time(r, settings.shift), cond)
     draws = draw(jax.random.fold_in(key, i), batch, policy.num_components, settings.num_states)
-    loss, end = segment_loss(policy, teacher, x, r, length, cond, draws, settings, ratio=ratio, destination=True)
-    return (total + length * loss, end), None
+    told = segment_loss(policy, teacher, x, r, length, cond, draws, settings, ratio=ratio, destination=True)
+    return (total + length * told.loss, told.destination), (told.t, told.loss_at_t)
 
   spans = (jnp.asarray(values, noise.dtype) for values in (grid[:-1], grid[:-1] - grid[1:]))
   start = jnp.zeros((batch,), noise.dtype), noise
-  (total, _), _ = jax.lax.scan(segment, start, (jnp.arange(settings.nfe), *spans))
-  return total, {"teacher_ratio": jnp.asarray(ratio)}
+  (total, _), states = jax.lax.scan(segment, start, (jnp.arange(settings.nfe), *spans))
+  t, loss_at_t = (a.swapaxes(0, 1).reshape(batch, -1) for a in states)  # (nfe, B, M) each
+  return total, {"teacher_ratio": jnp.asarray(ratio), "t": t, "loss_at_t": loss_at_t}
 
 
 def draw_source(key: Array, x0: Array) -> tuple[Array, Array]:

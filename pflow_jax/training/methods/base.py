@@ -91,7 +91,7 @@ class Method(abc.ABC, Generic[Objective]):
   def loss(
     self, params: Params, frozen: Params, batch: Mapping[str, Array], key: Array, step: Array
   ) -> tuple[Array, dict[str, Array]]:
-    """The loss of every example (B,), and metrics.
+    """The loss of every example (B,), and metrics; by "t" among them it is logged by noise level, see `noise_levels`.
 
     Args:
       params: all parameters of the network.

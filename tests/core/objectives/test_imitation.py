@@ -47,10 +47,8 @@ def segment_case(file, kind, settings, ratio, components, **policy):
   def loss(params):
     t = settings.shift * r / (1 + (settings.shift - 1) * r)
     policy_ = toy_student(params, kind, **policy)(x, t)
-    per_example, end = segment_loss(
-      policy_, toy_teacher, x, r, length, None, draws, settings, ratio=ratio, destination=True
-    )
-    return jnp.mean(per_example), end
+    told = segment_loss(policy_, toy_teacher, x, r, length, None, draws, settings, ratio=ratio, destination=True)
+    return jnp.mean(told.loss), told.destination
 
   return jax.value_and_grad(loss, has_aux=True)(toy_params(file))
 
@@ -196,8 +194,7 @@ def test_no_gradient_reaches_the_teacher(golden):
     policy = jax.lax.stop_gradient(toy_student(params, "GM")(x, r))
     teacher = lambda x, t, cond: scale * toy_teacher(x, t)
     draws = imitation.draw(jax.random.key(0), 2, 4, 3)
-    out, _ = segment_loss(policy, teacher, x, r, jnp.asarray(file["in_segment"]), None, draws, settings)
-    return out.sum()
+    return segment_loss(policy, teacher, x, r, jnp.asarray(file["in_segment"]), None, draws, settings).loss.sum()
 
   assert jax.grad(loss)(1.0) == 0.0
   assert loss(1.0) != loss(1.1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pflow_jax.planning.chips import CHIPS, GIB, chip_of, compiler_topology, links_of_axis, parse_topology
+from pflow_jax.mesh.chips import CHIPS, GIB, TPUS, chip_of, compiler_topology, links_of_axis, parse_topology, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,13 @@ def test_the_table_fits_together():
 )
 def test_an_axis_has_two_links_where_it_closes(topology, links):
   assert links_of_axis(topology) == links
+
+
+def test_peak_rates_are_those_of_a_device():
+  """Names as JAX has them; a device of v3 or tpu7x is half a chip. H100 by NVIDIA's data sheet without sparsity."""
+  assert [peak_flops(kind) for kind in ("TPU v5 lite", "TPU v4", "TPU v3")] == [197e12, 275e12, 61.5e12]
+  assert set(TPUS.values()) == set(CHIPS)
+  kinds = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA GH200 480GB")
+  assert [peak_flops(kind) / 1e12 for kind in kinds] == [989, 756, 835, 989, 989]
+  assert [peak_flops(kind) for kind in ("NVIDIA A100-SXM4-40GB", "Tesla T4", "NVIDIA L4")] == [312e12, 65e12, 121e12]
+  assert [peak_flops(kind) for kind in ("cpu", "TPU v9", "NVIDIA GeForce RTX 4090", "NVIDIA L40")] == [None] * 4

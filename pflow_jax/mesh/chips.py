@@ -1,4 +1,4 @@
-"""TPU chips: their memory, rates and links, and the names of their slices."""
+"""TPU chips: their memory, rates and links, and the names of their slices; the peak rates of GPUs."""
 
 from __future__ import annotations
 
@@ -68,6 +68,31 @@ CHIPS: dict[str, Chip] = {
     Chip("tpu7x", int(2 * 94.75 * GIB), 2307e12, 7380e9, 6.0e11, 6, 12.5e9, 2, 2, 3, 9216),
   )
 }
+
+# Devices as JAX names them, and their chips.
+TPUS = {
+  **{"TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
+  **{"TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"},
+}
+# Dense bfloat16 operations a second (V100 and T4: float16) of NVIDIA's data sheets, by a pattern of JAX's name; the
+# first row that fits wins. The sheets of H100 and later count sparse ones, twice as many.
+GPUS = (
+  *((r"\bV100\b", 125e12), (r"\bT4\b", 65e12), (r"\bA100\b", 312e12), (r"\bA10\b", 125e12), (r"\bL4\b", 121e12)),
+  *((r"\bL40S\b", 362e12), (r"\bH[12]00 NVL\b", 835e12), (r"\bH100 PCIe\b", 756e12)),
+  *((r"\bG?H[12]00\b", 989e12), (r"\bB200\b", 2250e12)),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Peak rate of one JAX device, in bfloat16 operations a second, a multiply-add counts 2; None where it is unknown.
+
+  Args:
+    device_kind: JAX's name, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
+  """
+  if device_kind in TPUS:
+    chip = CHIPS[TPUS[device_kind]]
+    return chip.peak_flops / chip.devices
+  return next((rate for pattern, rate in GPUS if re.search(pattern, device_kind)), None)
 
 
 def chip_of(topology: str) -> Chip:
