@@ -23,7 +23,7 @@ demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
 
 test: .venv/dev lint types
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/outside
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Between edits. The compiled programs are kept: the first time takes longer.
 quick: .venv/dev lint types
