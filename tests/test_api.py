@@ -11,6 +11,7 @@ import pflow_jax
 
 PUBLIC = {
   "AdapterSettings",
+  "Adversarial",
   "ArcHead",
   "ArcPolicy",
   "Codec",

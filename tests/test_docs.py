@@ -1,14 +1,17 @@
 """The site of the pages is built, strictly: every public name is on it, and nothing is loaded from elsewhere."""
 
+import base64
 import importlib.util
 import os
 import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
 
 import pflow_jax
+from tests.notebooks import NOTEBOOKS
 from tests.pages import PAGES, ROOT, links
 
 # Tags of HTML that have no attributes on these pages.
@@ -36,7 +39,7 @@ def test_every_page_is_built_and_loads_nothing_from_elsewhere(site):
     loaded = re.findall(
       r"""<(?:script|img)[^>]*src="([^"]+)|<link[^>]*rel="stylesheet"[^>]*href="([^"]+)""", file.read_text()
     )
-    assert not [one for one in loaded if "//" in "".join(one)], file
+    assert not [one for one in loaded if "//" in "".join(one) and not one[0].startswith("data:")], file
 
 
 def test_every_public_name_is_in_the_reference(site):
@@ -61,10 +64,43 @@ def test_files_at_the_top_are_pages_and_other_files_are_named(site):
   assert 'id="what-listens"' in (site / "security" / "index.html").read_text()
 
 
-def test_a_link_to_no_file_stays_for_the_strict_build_to_refuse():
+@pytest.fixture(scope="module")
+def hooks():
   spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-  hooks = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(hooks)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_every_notebook_is_a_page_with_its_own_links(site):
+  for path in NOTEBOOKS:
+    page = (site / "notebooks" / path.stem / "index.html").read_text()
+    assert re.search(rf'href="https://colab[^"]*/{path.name}"[^>]*>Open in Colab', page), path
+    assert "colab-badge" not in page
+    assert not re.search(r'href="https://github.com/pflow-jax/pflow_jax/blob/main/docs', page), path
+  assert 'href="../quickstart/"' in (site / "notebooks" / "flux" / "index.html").read_text()
+
+
+def test_a_notebook_has_the_outputs_of_a_run_of_the_same_cells(hooks, tmp_path):
+  code = nbformat.v4.new_code_cell("1 + 1")
+  notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), code])
+  nbformat.write(notebook, tmp_path / "a.ipynb")
+  page, pictures = hooks.page_of(tmp_path / "a.ipynb", tmp_path / "executed.ipynb")
+  assert "the pictures come when it runs" in page
+  assert pictures == {}
+  code.outputs = [nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(b"picture").decode()})]
+  nbformat.write(notebook, tmp_path / "executed.ipynb")
+  page, pictures = hooks.page_of(tmp_path / "a.ipynb", tmp_path / "executed.ipynb")
+  ((name, content),) = pictures.items()
+  assert content == b"picture"
+  assert f"({name})" in page
+  assert "come when it runs" not in page
+  code.source = "2 + 2"
+  nbformat.write(notebook, tmp_path / "executed.ipynb")
+  assert hooks.page_of(tmp_path / "a.ipynb", tmp_path / "executed.ipynb")[1] == {}
+
+
+def test_a_link_to_no_file_stays_for_the_strict_build_to_refuse(hooks):
   page = "[a](../setup.py) [b](../SECURITY.md#x) [c](../nope.py) [d](api.md)"
   assert hooks.on_page_markdown(page) == "a [b](security.md#x) [c](../nope.py) [d](api.md)"
 

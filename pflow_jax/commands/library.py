@@ -19,6 +19,7 @@ from pflow_jax.commands.run import Folder, Run
 from pflow_jax.conversion.program import convert
 from pflow_jax.conversion.runs import is_run
 from pflow_jax.core.objectives import kind_of
+from pflow_jax.core.objectives.adversarial import Adversarial
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.evaluation.teacher_check import TeacherReport, check
 from pflow_jax.families.registry import network_kind
@@ -99,6 +100,7 @@ def distill(
   batch_size: int = 64,
   guidance: TeacherSettings | float = 1.0,
   adapters: AdapterSettings = AdapterSettings(),
+  adversarial: Adversarial | None = None,
   optimizer: OptimizerSettings | None = None,
   ema: EmaSettings = EmaSettings(),
   mesh: MeshSettings = MeshSettings(),
@@ -120,6 +122,7 @@ def distill(
     network: by default the teacher's.
     guidance: strength of the teacher's guidance, or all its settings.
     adapters: low-rank adapters that train in place of all parameters.
+    adversarial: an adversarial loss beside that of a flow map, which `start` names a finished run of.
   """
   cache_compilations()
   if "teacher" not in objective.sections:
@@ -141,6 +144,8 @@ def distill(
   chosen: Any = network if network is not None else model
   settings = _settings(objective, data, chosen, head or own_head, steps, batch_size, optimizer, length)
   settings = dataclasses.replace(settings, teacher=guided, adapters=adapters, start=start, seed=seed)
+  if adversarial is not None:
+    settings = dataclasses.replace(settings, adversarial=adversarial)
   settings = dataclasses.replace(settings, ema=ema, mesh=mesh, sample=sample)
   return _run(settings, data, None if guided.workdir else source, workdir, bar)
 

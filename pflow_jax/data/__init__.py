@@ -2,6 +2,7 @@
 
 from pflow_jax.data.dataset import Dataset as Dataset
 from pflow_jax.data.dataset import Embedding as Embedding
+from pflow_jax.data.dataset import augment as augment
 from pflow_jax.data.dataset import from_arrays as from_arrays
 from pflow_jax.data.dataset import text_length as text_length
 from pflow_jax.data.description import Description as Description
@@ -16,6 +17,7 @@ from pflow_jax.data.prompts.buckets import BucketRecords as BucketRecords
 from pflow_jax.data.prompts.dataset import pinned as pinned
 from pflow_jax.data.prompts.files import read_prompts as read_prompts
 from pflow_jax.data.records import ArrayRecords as ArrayRecords
+from pflow_jax.data.records import AugmentedRecords as AugmentedRecords
 from pflow_jax.data.records import GeneratedRecords as GeneratedRecords
 from pflow_jax.data.records import SourceRecords as SourceRecords
 from pflow_jax.data.registry import load as load

@@ -5,14 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pflow_jax.data.pictures import as_html, png_of, sheet
-from pflow_jax.data.records import ArrayRecords, Records
+from pflow_jax.data.records import ArrayRecords, AugmentedRecords, Records
 from pflow_jax.files.foreign import check_memory, shown
 
 IN_MEMORY = "arrays"  # name of a set that is in no file
@@ -68,7 +68,7 @@ class Dataset:
     shape: (*space, C) of one x0; images are (H, W, C), points are (C,).
     num_classes: 0 for a set without classes, whose labels are then all 0.
     class_names: one name a class, in label order; empty without classes.
-    records: `ArrayRecords`, `GeneratedRecords`, `SourceRecords` or `BucketRecords`.
+    records: `ArrayRecords`, `GeneratedRecords`, `SourceRecords`, `BucketRecords` or `AugmentedRecords`.
     texts: one description a record, in record order, or empty.
     embedding: arrays of the prompts that are the condition in place of a label, or None.
     has_x0: False for prompts alone, on which training is data-free.
@@ -204,6 +204,33 @@ def from_arrays(
     records=ArrayRecords(x0, label.astype(np.int32)),
     texts=tuple(texts),
   )
+
+
+def augment(dataset: Dataset, change: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> Dataset:
+  """A data set whose examples are changed at random each time they are read: mirrored, cut out, recoloured.
+
+  The numbers that an example is changed with depend on the run's seed and its place in the run alone, so a run resumes
+  exactly. A config names such a set once a function that returns it is registered, see `register_source`.
+
+  Args:
+    dataset: what the examples are read from.
+    change: (x0, rng) -> x0 of one example (*space, C), float32, pixels in [-1, 1]; rng is a NumPy Generator. The shape
+      may be another one, the same for all examples.
+
+  Raises:
+    ValueError: the set has prompts alone, or the function gives no finite numbers of a shape (*space, C).
+  """
+  if not isinstance(dataset, Dataset) or not callable(change):
+    got = f"{type(dataset).__name__} and {type(change).__name__}"
+    raise ValueError(f"augment: expected what load or from_arrays returns, and a function (x0, rng) -> x0; got {got}.")
+  if not dataset.has_x0:
+    raise ValueError(f"{dataset.name}: has prompts alone, and no examples to augment.")
+  records = AugmentedRecords(dataset.records, change)
+  x0 = records.sample(1, 0)["x0"][0]
+  if x0.ndim != len(dataset.shape) or not np.isfinite(x0).all():
+    got = f"shape {x0.shape}" if x0.ndim != len(dataset.shape) else "numbers that are not finite"
+    raise ValueError(f"augment: change must give finite numbers of a shape (*space, C), as {dataset.shape}; got {got}.")
+  return dataclasses.replace(dataset, shape=x0.shape, records=records, options={"name": IN_MEMORY})
 
 
 def check_classes(name: str, count: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from pflow_jax.data.dataset import Dataset
 from pflow_jax.data.folder import FolderSource
 from pflow_jax.data.prompts.buckets import BucketRecords
-from pflow_jax.data.records import ArrayRecords, GeneratedRecords, SourceRecords
+from pflow_jax.data.records import ArrayRecords, AugmentedRecords, GeneratedRecords, SourceRecords
 from pflow_jax.data.tfds_source import TfdsSource
 from pflow_jax.files.foreign import regular_file
 
@@ -101,6 +101,11 @@ def _content(records: Any) -> Fingerprint:
 @_content.register
 def _(records: GeneratedRecords) -> Fingerprint:
   return {}  # code makes these records
+
+
+@_content.register
+def _(records: AugmentedRecords) -> Fingerprint:
+  return _content(records.records)  # code changes them
 
 
 @_content.register

@@ -106,6 +106,39 @@ class GeneratedRecords:
     return {"x0": x0, "cond": np.zeros(len(x0), np.int32)}
 
 
+@dataclasses.dataclass(frozen=True)
+class AugmentedRecords:
+  """Records that are changed at random each time they are read, see `data.dataset.augment`."""
+
+  records: Records
+  change: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+  @property
+  def num_records(self) -> int | None:
+    return self.records.num_records
+
+  @property
+  def read_threads(self) -> int:
+    return self.records.read_threads
+
+  def batches(self, batch_size: int, seed: int, rows: np.ndarray) -> grain.MapDataset:
+    def changed(i: int, batch: Batch) -> Batch:
+      return self._changed(batch, seed, [i * batch_size + int(row) for row in rows])
+
+    return self.records.batches(batch_size, seed, rows).map_with_index(changed)
+
+  def sample(self, n: int, seed: int) -> Batch:
+    return self._changed(self.records.sample(n, seed), seed, [_EXAMPLES_KEY + i for i in range(n)])
+
+  def _changed(self, batch: Batch, seed: int, positions: list[int]) -> Batch:
+    # An example's numbers depend on its place in the stream alone, so every process draws those of its own rows.
+    generators = [np.random.default_rng([seed, position]) for position in positions]
+    x0 = [np.asarray(self.change(*pair), np.float32) for pair in zip(batch["x0"], generators, strict=True)]
+    if shapes := {x.shape for x in x0} - {x0[0].shape}:
+      raise ValueError(f"augment: change must give one shape, got {x0[0].shape} and {shapes.pop()}.")
+    return {**batch, "x0": np.stack(x0)}
+
+
 class RecordSource(Protocol):
   """Random access to records {"x0": (*space, C) float32, "label": () int32}."""
 

@@ -160,6 +160,10 @@ class Experiment:
     return self.network.complete(trained, frozen.get("strong", {}))
 
 
+# Arrays of a teacher that is a function have names of their own; those that no row covers stay whole.
+OF_A_FUNCTION = ("strong/.*", ())
+
+
 def layout_of(settings: Settings, devices: Sequence[Any] | int | None = None) -> Layout:
   """Placement of a run's arrays: `settings.mesh` over `devices`, see `make_layout`, and the networks' tables.
 
@@ -167,7 +171,7 @@ def layout_of(settings: Settings, devices: Sequence[Any] | int | None = None) ->
     ValueError: sizes do not fit, or these devices do not have the network's attention.
   """
   mesh, table = settings.mesh, sharding_rules(settings.model.kind)
-  layout = make_layout(mesh.sizes, (*mesh.table, *table), devices, min_size=mesh.min_size)
+  layout = make_layout(mesh.sizes, (*mesh.table, *table, OF_A_FUNCTION), devices, min_size=mesh.min_size)
   implementation = settings.model.get("attention")
   if layout.platform is not None and implementation is not None:
     check_platform(implementation, layout.platform)

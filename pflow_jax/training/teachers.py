@@ -112,7 +112,8 @@ class Teacher:
   def load(self, layout: Layout | None = None) -> Params:
     """Loads its parameters, to the devices as `layout` says, without one to the host."""
     place = layout.place if layout else lambda values: values
-    return {name: part.saved.load(layout) if part.saved else place(part.values) for name, part in self.parts.items()}
+    own = place({name: part.values for name, part in self.parts.items() if not part.saved})
+    return {name: part.saved.load(layout) if part.saved else own[name] for name, part in self.parts.items()}
 
   def velocity(self, params: Params, scale: Any = None) -> guidance.Velocity:
     """Returns (x, t, cond) -> v, guided, by default at settings.guidance."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 import pflow_jax as pf
 from pflow_jax.checkpoints import steps as saved_steps
+from pflow_jax.commands import library
 from pflow_jax.commands import run as commands_run
 from pflow_jax.commands.cli import main
 from pflow_jax.evaluation import figures
@@ -107,10 +108,21 @@ def test_a_flow_map_and_arcflow_by_adapters(teacher, monkeypatch):
   assert commands_run.to_host.call_count == 1
 
 
+def test_the_adversarial_stage_is_an_argument(teacher):
+  with mock.patch.object(library, "_run") as run:
+    pf.distill(teacher, pf.ayf_emd(), steps=2, adversarial=pf.Adversarial(width=8), start=pf.StartSettings("runs/map"))
+  settings = run.call_args.args[0]
+  assert (settings.adversarial.width, settings.start.workdir) == (8, "runs/map")
+
+
 def test_a_teacher_may_be_a_function(digits, tmp_path, monkeypatch):
   """With parameters and without; the student of a function that shrinks x learns to shrink it."""
   network = pf.DiT(**SMALL)
-  teachers = (pf.Teacher(lambda x, t, cond: 0.5 * x), pf.Teacher(lambda w, x, t, cond: w * x, np.float32(0.5)))
+  own = {
+    "params": {"Dense_0": {"kernel": np.full((128, 64), 0.5, np.float32)}}
+  }  # no row of a network's table covers it
+  shrink = lambda w, x, t, cond: w["params"]["Dense_0"]["kernel"][0, 0] * x
+  teachers = (pf.Teacher(lambda x, t, cond: 0.5 * x), pf.Teacher(shrink, own))
   for first, teacher in zip((False, True), teachers, strict=True):
     student = pf.distill(
       teacher, pf.Imitation(), pf.ArcHead(num_components=2), data=digits, network=network, steps=2, batch_size=8
