@@ -199,7 +199,7 @@ def _evaluation(folder: str) -> str:
   about = [f"{report[key]} {words}" for key, words in counts.items() if key in report]
   return (
     f"## Evaluation\n\n{table}\n*Alignment error* is the RMS distance to the teacher's 128-step sample from the same "
-    f"noise, *FD* the Fréchet distance to the data ({', '.join(about)}, {report.get('data', 'data')}).\n"
+    f"noise, *FD* the Fréchet distance to the data ({', '.join(about)}, {data_name(report.get('data'))}).\n"
   )
 
 
@@ -214,7 +214,7 @@ def _training(settings: Settings, which: str, step: int | None) -> str:
   }
   if settings.teacher and settings.teacher.guidance != 1:
     rows["guidance of the teacher"] = f"{settings.teacher.guidance:g}"
-  rows |= {"data": f"{data_name(settings)}, licence {UNKNOWN}", "seed": settings.seed}
+  rows |= {"data": f"{data_name(settings.data.get('name'))}, licence {UNKNOWN}", "seed": settings.seed}
   return f"## Training\n\n{_table(rows)}"
 
 
