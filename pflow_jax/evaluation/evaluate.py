@@ -23,7 +23,7 @@ from pflow_jax.evaluation.samplers import Sampler, student_samplers, teacher_sam
 from pflow_jax.files import foreign
 from pflow_jax.files.array_files import read_npz
 from pflow_jax.files.atomic import write_atomically
-from pflow_jax.files.folders import checked_folder, expanded
+from pflow_jax.files.folders import checked_folder, expanded, told_apart
 from pflow_jax.mesh.distributed import from_first, is_first
 from pflow_jax.settings.sections import call
 from pflow_jax.settings.tree import Settings
@@ -77,9 +77,9 @@ def evaluate(
   def samplers() -> list[Sampler]:
     frozen = experiment.load_frozen(layout)
     found = teacher_samplers(experiment, layout, folder, settings.teacher_steps, frozen)
-    for name, one in experiments.items():
+    for own_name, (name, one) in zip(told_apart(list(experiments)), experiments.items(), strict=True):
       if one.method.is_student:
-        suffix = f" ({pathlib.Path(name).name})" if others else ""
+        suffix = f" ({own_name})" if others else ""
         mine, teachers = (each.teacher and each.teacher.settings.dtype for each in (one, experiment))
         shared = frozen if one.teacher and mine == teachers else None
         params = one.load(name, layout=layout, frozen=shared)
