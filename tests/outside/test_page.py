@@ -306,6 +306,12 @@ def test_a_place_that_is_none_is_told(digits, runs):
     run = subprocess.run(args, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert run.returncode == 2
     assert run.stderr.startswith(f"pflow: --host, --port: cannot listen on {told}")
+  for where, told in (
+    (dict(port=65536), "port: expected one from 1"),
+    (dict(host="a..b"), "host, port: cannot listen"),
+  ):
+    with pytest.raises(ValueError, match=told):
+      pf.demo("nowhere", **where)
 
 
 def test_a_notebook_opens_and_closes_it(runs):
