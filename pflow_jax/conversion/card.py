@@ -156,7 +156,8 @@ def _opening(settings: Settings, policy: str | None) -> str:
     return f"A flow model with the head `{settings.head.kind}`. {made}"
   count = settings.objective.nfe
   times = f"{count} network evaluation{'s' * (count > 1)}"
-  return f"A student that draws a sample in {times}: each predicts a policy, {_POLICIES.get(policy, policy)}. {made}"
+  which = "each" if count > 1 else "it"
+  return f"A student that draws a sample in {times}: {which} predicts a policy, {_POLICIES.get(policy, policy)}. {made}"
 
 
 def _about(settings: Settings, config: Mapping[str, Any], origin: Origin | None, policy: str | None) -> dict[str, Any]:

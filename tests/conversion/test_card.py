@@ -151,7 +151,7 @@ def test_a_student_of_a_teacher_from_here_names_its_data(student_run, tmp_path):
   card = (tmp_path / "out" / "README.md").read_text()
   assert "| teacher | trained with pflow_jax on digits |" in card
   assert f"| data | digits, licence {UNKNOWN} |" in card
-  assert "1 network evaluation:" in card
+  assert "1 network evaluation: it predicts" in card
 
 
 @pytest.mark.parametrize(
