@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +69,7 @@ def open_page(
   **where: Any,
 ) -> tuple[Any, str]:
   """Opens a page, as `demo`; returns it and its address."""
+  _keep_pictures_private()
   try:
     from pflow_jax.page import layout
   except ModuleNotFoundError as error:
@@ -74,6 +78,16 @@ def open_page(
     raise ImportError("the page is made with gradio: pip install 'pflow-jax[demo]'") from error
   layout.check_place(where["host"], where["port"])
   return layout.serve(studio_of(runs, base, pipeline, preview_autoencoder, batch_size), **where)
+
+
+def _keep_pictures_private() -> None:
+  """Gives gradio, before it is imported, a folder that this user alone may read, until the program ends.
+
+  Its own, /tmp/gradio, is read by all users of a machine, and written by the first one alone.
+  """
+  if "GRADIO_TEMP_DIR" not in os.environ:
+    os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="pflow_demo_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def studio_of(

@@ -73,6 +73,8 @@ def served(folder, *args, env=None):
   page = Page(None, "", folder / "log", folder / "asked")
   (folder / "sitecustomize.py").write_text(GUARD)
   env = environment() | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "ASKED": str(page.asked)} | (env or {})
+  env["TMPDIR"] = str(folder / "tmp")
+  (folder / "tmp").mkdir()
   with page.log.open("w") as log:
     page.process = subprocess.Popen(command("demo", *args), stdout=log, stderr=log, env=env, cwd=ROOT)
   try:
@@ -294,6 +296,15 @@ def test_a_visitor_reads_and_leaves_no_files(digits):
   assert httpx.get(f"{api}/file={ROOT / 'README.md'}").status_code == 403
   assert httpx.get(f"{api}/file=/etc/hostname").status_code == 403
   assert "exceeded maximum allowed size" in httpx.post(f"{api}/upload", files={"files": b"some bytes"}).text
+
+
+def test_pictures_are_for_this_user_alone(digits, visit):
+  visit(digits)
+  folder = digits.log.parent / "tmp"
+  (own,) = folder.glob("pflow_demo_*")
+  assert own.stat().st_mode & 0o777 == 0o700
+  assert list(own.rglob("*.png"))
+  assert not (folder / "gradio").exists()
 
 
 def test_a_place_that_is_none_is_told(digits, runs):

@@ -211,6 +211,7 @@ def test_runs_that_do_not_fit_together_are_refused(teacher_run, tmp_path):
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "gradio", None)
+  monkeypatch.setenv("GRADIO_TEMP_DIR", "nowhere")
   monkeypatch.delitem(sys.modules, "pflow_jax.page.layout", raising=False)
   with pytest.raises(ImportError, match=r"pip install 'pflow-jax\[demo\]'"):
     demo.open_page(["nowhere"])
