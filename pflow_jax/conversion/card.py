@@ -118,7 +118,7 @@ def card(
     "---\n" + yaml.safe_dump(_front(settings, origin, policy), sort_keys=False, allow_unicode=True) + "---\n",
     f"# {name}\n\n{_opening(settings, policy)}\n",
     _table(_about(settings, config, origin, policy)),
-    _evaluation(folder),
+    _evaluation(folder, step),
     _training(settings, which, step),
     _use(settings, policy),
     f"## Versions\n\npflow_jax {version_of('pflow-jax')}, jax {version_of('jax')}, "
@@ -185,13 +185,15 @@ def _about(settings: Settings, config: Mapping[str, Any], origin: Origin | None,
   return about
 
 
-def _evaluation(folder: str) -> str:
-  """The measurements of the run, if there are any."""
+def _evaluation(folder: str, step: int | None) -> str:
+  """The measurements of the run, if there are any of this step."""
   path = pathlib.Path(folder) / "evaluation" / "evaluation.json"
   try:
     if not path.is_file():
       return ""
     report = foreign.read_json(path)
+    if report.get("step", step) != step:
+      return ""
     rows = [{key: tuple(v) if isinstance(v := row.get(key), list) else v for key in _COLUMNS} for row in report["rows"]]
     table = markdown_table(rows, {key: title for key, title in _COLUMNS.items() if any(row[key] for row in rows)})
   except (ValueError, KeyError, TypeError, AttributeError):

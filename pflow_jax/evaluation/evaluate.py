@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from pflow_jax import data
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.evaluation import board
 from pflow_jax.evaluation.features import Classifier
 from pflow_jax.evaluation.measure import Drawn, Kept, measure
@@ -90,6 +91,7 @@ def evaluate(
   measured = measure(samplers, dataset, settings, layout, batch_size=sampling.batch_size, kept=kept)
   if not is_first():
     return {"workdirs": list(experiments), **measured.about, "rows": measured.rows}
+  measured.about["step"] = newest_step(f"{folder}/{workdir.CHECKPOINTS}")
   evaluated = {name: EvaluatedRun(one.settings, read_metrics(name)) for name, one in experiments.items()}
   report = save_report(measured, out, evaluated)
   if own:

@@ -90,6 +90,9 @@ def test_a_card_is_the_same_again_and_has_what_was_measured_since(flux, tmp_path
   assert "0.500 ± 0.010" in text
   assert "256 samples, 1797 data, folder:flowers)" in text
   assert "/home/me" not in text
+  (run / "evaluation" / "evaluation.json").write_text(json.dumps(report | {"step": 10**6}))
+  assert not convert(run, out)
+  assert (out / "README.md").read_text() == before, "what was measured of another step is not of this export"
   assert is_own(out / "README.md")
 
 

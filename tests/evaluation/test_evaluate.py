@@ -66,6 +66,7 @@ def test_yardsticks_are_one_and_nothing_is_missing(report):
   assert rows["teacher, 4 steps"]["alignment_ratio"][0] == 1.0
   assert rows["teacher, 128 steps"]["fd_ratio"] == rows["teacher, 128 steps"]["diversity_ratio"] == 1.0
   assert "alignment" not in rows["teacher, 128 steps"]
+  assert report["step"] == 3
   for name in ("student, 1 NFE", "student, 2 NFE"):
     row = rows[name]
     keys = ("alignment", "alignment_ratio", "fd", "fd_ratio", "fd_pixels_ratio", "diversity", "precision", "recall")
