@@ -62,6 +62,7 @@ def test_a_workflow_has_jobs_that_call_what_is_there(path):
   assert set(workflow) == {"name", True, "permissions", "jobs"} | (
     {"concurrency"} & set(workflow)
   )  # `on` is true in YAML 1.1
+  assert workflow["permissions"] == {"contents": "read"}, "a job that needs more says so"
   targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
   for job in workflow["jobs"].values():
     assert job["runs-on"] == "ubuntu-latest"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
 import os
-import pathlib
+import shutil
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from pflow_jax.commands.library import load
 from pflow_jax.commands.run import Folder, Run
 from pflow_jax.conversion.runs import is_run
+from pflow_jax.files.folders import told_apart
 from pflow_jax.files.foreign import is_there
 from pflow_jax.page.drawing import Studio
 from pflow_jax.page.rows import Row, row_of, row_of_teacher
@@ -66,6 +69,7 @@ def open_page(
   **where: Any,
 ) -> tuple[Any, str]:
   """Opens a page, as `demo`; returns it and its address."""
+  _keep_pictures_private()
   try:
     from pflow_jax.page import layout
   except ModuleNotFoundError as error:
@@ -74,6 +78,16 @@ def open_page(
     raise ImportError("the page is made with gradio: pip install 'pflow-jax[demo]'") from error
   layout.check_place(where["host"], where["port"])
   return layout.serve(studio_of(runs, base, pipeline, preview_autoencoder, batch_size), **where)
+
+
+def _keep_pictures_private() -> None:
+  """Gives gradio, before it is imported, a folder that this user alone may read, until the program ends.
+
+  Its own, /tmp/gradio, is read by all users of a machine, and written by the first one alone.
+  """
+  if "GRADIO_TEMP_DIR" not in os.environ:
+    os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="pflow_demo_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def studio_of(
@@ -92,7 +106,11 @@ def studio_of(
     if not isinstance(one, Run) and not is_there(one):
       raise ValueError(f"workdir: there is no folder {one}")
   loaded = [one if isinstance(one, Run) else load(one, base=None if is_run(one) else base) for one in runs]
-  names = _names(runs, loaded)
+  places = [
+    run.workdir or run.settings.kind if isinstance(one, Run) else os.fspath(one)
+    for one, run in zip(runs, loaded, strict=True)
+  ]
+  names = told_apart(places)
   rows = [row_of(name, run._experiment, run.params, run._layout) for name, run in zip(names, loaded, strict=True)]
   students = [run for run, row in zip(loaded, rows, strict=True) if not row.is_teacher]
   if len(students) == len(rows) and (own := _teacher_of(students[0])):
@@ -112,16 +130,3 @@ def _teacher_of(student: Run) -> Row | None:
   except (OSError, ValueError) as error:
     logger.warning("the teacher is not shown: %s", str(error).splitlines()[0])
     return None
-
-
-def _names(runs: Sequence[Run | Folder], loaded: Sequence[Run]) -> list[str]:
-  """Returns the last parts of the runs' folders, as many as tell them apart; of a run in memory, its objective."""
-  places = [
-    pathlib.PurePath(run.workdir or run.settings.kind if isinstance(one, Run) else os.fspath(one)).parts
-    for one, run in zip(runs, loaded, strict=True)
-  ]
-  for length in range(1, max(map(len, places)) + 1):
-    names = ["/".join(place[-length:]) for place in places]
-    if len(set(names)) == len(names):
-      return names
-  return [f"{name} ({i + 1})" for i, name in enumerate(names)]

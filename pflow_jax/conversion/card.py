@@ -118,7 +118,7 @@ def card(
     "---\n" + yaml.safe_dump(_front(settings, origin, policy), sort_keys=False, allow_unicode=True) + "---\n",
     f"# {name}\n\n{_opening(settings, policy)}\n",
     _table(_about(settings, config, origin, policy)),
-    _evaluation(folder),
+    _evaluation(folder, step),
     _training(settings, which, step),
     _use(settings, policy),
     f"## Versions\n\npflow_jax {version_of('pflow-jax')}, jax {version_of('jax')}, "
@@ -156,7 +156,8 @@ def _opening(settings: Settings, policy: str | None) -> str:
     return f"A flow model with the head `{settings.head.kind}`. {made}"
   count = settings.objective.nfe
   times = f"{count} network evaluation{'s' * (count > 1)}"
-  return f"A student that draws a sample in {times}: each predicts a policy, {_POLICIES.get(policy, policy)}. {made}"
+  which = "each" if count > 1 else "it"
+  return f"A student that draws a sample in {times}: {which} predicts a policy, {_POLICIES.get(policy, policy)}. {made}"
 
 
 def _about(settings: Settings, config: Mapping[str, Any], origin: Origin | None, policy: str | None) -> dict[str, Any]:
@@ -184,13 +185,15 @@ def _about(settings: Settings, config: Mapping[str, Any], origin: Origin | None,
   return about
 
 
-def _evaluation(folder: str) -> str:
-  """The measurements of the run, if there are any."""
+def _evaluation(folder: str, step: int | None) -> str:
+  """The measurements of the run, if there are any of this step."""
   path = pathlib.Path(folder) / "evaluation" / "evaluation.json"
   try:
     if not path.is_file():
       return ""
     report = foreign.read_json(path)
+    if report.get("step", step) != step:
+      return ""
     rows = [{key: tuple(v) if isinstance(v := row.get(key), list) else v for key in _COLUMNS} for row in report["rows"]]
     table = markdown_table(rows, {key: title for key, title in _COLUMNS.items() if any(row[key] for row in rows)})
   except (ValueError, KeyError, TypeError, AttributeError):
@@ -199,7 +202,7 @@ def _evaluation(folder: str) -> str:
   about = [f"{report[key]} {words}" for key, words in counts.items() if key in report]
   return (
     f"## Evaluation\n\n{table}\n*Alignment error* is the RMS distance to the teacher's 128-step sample from the same "
-    f"noise, *FD* the Fréchet distance to the data ({', '.join(about)}, {report.get('data', 'data')}).\n"
+    f"noise, *FD* the Fréchet distance to the data ({', '.join(about)}, {data_name(report.get('data'))}).\n"
   )
 
 
@@ -214,7 +217,7 @@ def _training(settings: Settings, which: str, step: int | None) -> str:
   }
   if settings.teacher and settings.teacher.guidance != 1:
     rows["guidance of the teacher"] = f"{settings.teacher.guidance:g}"
-  rows |= {"data": f"{data_name(settings)}, licence {UNKNOWN}", "seed": settings.seed}
+  rows |= {"data": f"{data_name(settings.data.get('name'))}, licence {UNKNOWN}", "seed": settings.seed}
   return f"## Training\n\n{_table(rows)}"
 
 

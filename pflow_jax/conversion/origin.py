@@ -90,7 +90,7 @@ def origin_of(folder: str | os.PathLike, settings: Settings) -> Origin | None:
       return Origin(told.get("repo") or plain(source.get("folder")), told, converted=True)
     teacher = settings.teacher and settings.teacher.workdir
     if not teacher:
-      return Origin(data_name(settings))
+      return Origin(data_name(settings.data.get("name")))
     try:
       inputs = read_inputs(folder)
       folder = teacher if inputs is None else locate("teacher", teacher, folder, inputs)
@@ -100,13 +100,13 @@ def origin_of(folder: str | os.PathLike, settings: Settings) -> Origin | None:
   return None
 
 
-def data_name(settings: Settings) -> str:
-  """Returns the name of a run's data, of a folder its last part alone: a card may be published.
+def data_name(name: Any) -> str:
+  """Returns the name of data for a card, which may be published: of a folder its last part alone.
 
   Args:
-    settings: of the run.
+    name: as in the section `data` of a config.
   """
-  kind, colon, place = str(settings.data.get("name") or "unknown").partition(":")
+  kind, colon, place = str(name or "unknown").partition(":")
   return plain(f"{pathlib.PurePath(kind).name}{colon}{pathlib.PurePath(place).name}")
 
 

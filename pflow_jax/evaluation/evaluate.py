@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from pflow_jax import data
+from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.evaluation import board
 from pflow_jax.evaluation.features import Classifier
 from pflow_jax.evaluation.measure import Drawn, Kept, measure
@@ -23,7 +24,7 @@ from pflow_jax.evaluation.samplers import Sampler, student_samplers, teacher_sam
 from pflow_jax.files import foreign
 from pflow_jax.files.array_files import read_npz
 from pflow_jax.files.atomic import write_atomically
-from pflow_jax.files.folders import checked_folder, expanded
+from pflow_jax.files.folders import checked_folder, expanded, told_apart
 from pflow_jax.mesh.distributed import from_first, is_first
 from pflow_jax.settings.sections import call
 from pflow_jax.settings.tree import Settings
@@ -77,9 +78,9 @@ def evaluate(
   def samplers() -> list[Sampler]:
     frozen = experiment.load_frozen(layout)
     found = teacher_samplers(experiment, layout, folder, settings.teacher_steps, frozen)
-    for name, one in experiments.items():
+    for own_name, (name, one) in zip(told_apart(list(experiments)), experiments.items(), strict=True):
       if one.method.is_student:
-        suffix = f" ({pathlib.Path(name).name})" if others else ""
+        suffix = f" ({own_name})" if others else ""
         mine, teachers = (each.teacher and each.teacher.settings.dtype for each in (one, experiment))
         shared = frozen if one.teacher and mine == teachers else None
         params = one.load(name, layout=layout, frozen=shared)
@@ -90,6 +91,7 @@ def evaluate(
   measured = measure(samplers, dataset, settings, layout, batch_size=sampling.batch_size, kept=kept)
   if not is_first():
     return {"workdirs": list(experiments), **measured.about, "rows": measured.rows}
+  measured.about["step"] = newest_step(f"{folder}/{workdir.CHECKPOINTS}")
   evaluated = {name: EvaluatedRun(one.settings, read_metrics(name)) for name, one in experiments.items()}
   report = save_report(measured, out, evaluated)
   if own:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pflow_jax.evaluation import figures
-from pflow_jax.files.folders import expanded
+from pflow_jax.files.folders import expanded, told_apart
 from pflow_jax.files.nearest import did_you_mean
 from pflow_jax.training.inputs import is_run
 from pflow_jax.training.writer import read_metrics
@@ -156,14 +156,10 @@ def as_text(series: Series, title: str, *, log: bool, width: int | None = None) 
 
 
 def _names(runs: list[Any]) -> list[str]:
-  """Names of runs without any: the last part of a workdir, the whole where two are alike, or a number."""
+  """Names of runs without any, by their workdirs; of one that has none, a number."""
   places = [getattr(run, "workdir", run) for run in runs]
-  paths = [expanded(place, "runs") if isinstance(place, (str, os.PathLike)) else "" for place in places]
-  short = [path.rpartition("/")[2] for path in paths]
-  names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
-  if len(runs) == 1:
-    return names
-  return [f"{name or 'run'} ({i + 1})" if not name or names.count(name) > 1 else name for i, name in enumerate(names)]
+  nameless = "run" if len(runs) > 1 else ""
+  return told_apart([expanded(one, "runs") if isinstance(one, (str, os.PathLike)) else nameless for one in places])
 
 
 def _history(run: Any) -> History:

@@ -21,6 +21,7 @@ from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.samplers import teacher_name
 from pflow_jax.evaluation.tables import cell, html_table, markdown_table
 from pflow_jax.files.atomic import write_atomically
+from pflow_jax.files.folders import told_apart
 from pflow_jax.files.versions import version_of
 from pflow_jax.settings.sample import REFERENCE_STEPS, YARDSTICK_STEPS
 from pflow_jax.settings.tree import Settings
@@ -224,11 +225,11 @@ def metrics_by_nfe(report: Report) -> Any:
 def losses(runs: Mapping[str, EvaluatedRun]) -> Any:
   """Draws the training loss of each run that has one; None if none has."""
   series = {}
-  for name, run in runs.items():
+  for name, run in zip(told_apart(list(runs)), runs.values(), strict=True):
     step, loss = (np.asarray(run.history.get(key, ()), float) for key in ("step", "loss"))
     kept = np.isfinite(loss)
     if kept.any():
-      series[pathlib.Path(name).name] = step[kept], loss[kept]
+      series[name] = step[kept], loss[kept]
   if not series:
     return None
   yscale = "log" if min(y.min() for _, y in series.values()) > 0 else "linear"

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
@@ -35,6 +35,16 @@ def expanded(path: str | os.PathLike, name: str = "workdir") -> str:
   if not text.strip():
     raise ValueError(f"{name}: expected a path such as runs/mine, got {text!r}")
   return os.path.expanduser(text).rstrip("/") or "/"
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+  """Returns names of folders: as many last parts of the paths as tell them apart; equal paths get numbers."""
+  parts = [path.rstrip("/").split("/") for path in paths]
+  for length in range(1, max(map(len, parts), default=0) + 1):
+    names = ["/".join(one[-length:]) for one in parts]
+    if len(set(names)) == len(set(map(tuple, parts))):
+      return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+  return []
 
 
 class _Folder(type(epath.Path())):  # type: ignore[misc]

@@ -18,6 +18,7 @@ from pflow_jax import data
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.text_to_image import ask, family_of
 from pflow_jax.families.autoencoder import codec_of
+from pflow_jax.files.foreign import shown
 from pflow_jax.mesh.sharding import to_host
 from pflow_jax.page.rows import Program, Row
 from pflow_jax.training.sample import draw_noise, sample_keys
@@ -314,7 +315,7 @@ def _timed(program: Program, arguments: tuple[Any, ...]) -> tuple[Any, float]:
 
 
 def _said(value: Any) -> str:
-  return "nothing" if value is None else str(value)
+  return "nothing" if value is None else shown(value, 20)
 
 
 def _is_whole(number: Any) -> bool:

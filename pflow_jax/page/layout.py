@@ -106,13 +106,16 @@ def serve(
 
 def check_place(host: str, port: int | None) -> None:
   """Raises ValueError if nothing can listen there; gradio would try a hundred ports."""
+  if port is not None and not 1 <= port <= 65535:  # the system would take the remainder
+    raise ValueError(f"port: expected one from 1 to 65535, got {port}")
   try:
     family, *_, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
     with socket.socket(family) as one:
       one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       one.bind(address)
-  except OSError as error:
-    raise ValueError(f"host, port: cannot listen on {host}, port {port or 'any'} ({error.strerror})") from error
+  except (OSError, UnicodeError) as error:  # a name may be none that can be looked up
+    reason = error.strerror if isinstance(error, OSError) else error
+    raise ValueError(f"host, port: cannot listen on {host}, port {port or 'any'} ({reason})") from error
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -294,8 +297,6 @@ def _lead(studio: Studio) -> str:
 
 
 def _hint(studio: Studio) -> str:
-  return (
-    "Click a point to see its way from noise."
-    if studio.has_points
-    else ("Click a pixel to see its value from noise to data.")
-  )
+  if studio.has_points:
+    return "Click a point to see its way from noise."
+  return "Click a pixel to see its value from noise to data."

@@ -61,14 +61,9 @@ class Grid:
     (row, down), (column, right) = divmod(y, height), divmod(x, width)
     index = row * self.columns + column
     outside = min(x, y) < 0 or column >= self.columns or index >= self.count
-    return (
-      None
-      if outside or down >= height - GAP or right >= width - GAP
-      else (
-        index,
-        (down // self.scale, right // self.scale),
-      )
-    )
+    if outside or down >= height - GAP or right >= width - GAP:
+      return None
+    return index, (down // self.scale, right // self.scale)
 
 
 def strip_of(pictures: np.ndarray) -> tuple[Image.Image, Grid]:

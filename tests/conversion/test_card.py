@@ -9,7 +9,6 @@ import yaml
 from pflow_jax.conversion.card import UNKNOWN, is_own
 from pflow_jax.conversion.origin import data_name, front_matter, told_by_folder
 from pflow_jax.conversion.program import convert
-from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
 from tests.conversion.folders import write_run, write_torch
 
@@ -82,14 +81,18 @@ def test_a_card_is_the_same_again_and_has_what_was_measured_since(flux, tmp_path
   assert not convert(run, out)
   assert (out / "README.md").read_text() == before
   row = {"name": "student, 3 NFE", "nfe": 3, "alignment_ratio": [0.5, 0.01], "fd_ratio": [1.2, 0.1]}
-  report = {"data": "digits", "num_samples": 256, "num_real": 1797, "rows": [row]}
+  report = {"data": "folder:/home/me/flowers", "num_samples": 256, "num_real": 1797, "rows": [row]}
   (run / "evaluation").mkdir()
   (run / "evaluation" / "evaluation.json").write_text(json.dumps(report))
   assert not convert(run, out)
   text = (out / "README.md").read_text()
   assert "student, 3 NFE" in text
   assert "0.500 ± 0.010" in text
-  assert "256 samples, 1797 data, digits" in text
+  assert "256 samples, 1797 data, folder:flowers)" in text
+  assert "/home/me" not in text
+  (run / "evaluation" / "evaluation.json").write_text(json.dumps(report | {"step": 10**6}))
+  assert not convert(run, out)
+  assert (out / "README.md").read_text() == before, "what was measured of another step is not of this export"
   assert is_own(out / "README.md")
 
 
@@ -143,8 +146,7 @@ def test_a_teacher_that_is_gone_is_unknown(flux, tmp_path):
   [("digits", "digits"), ("folder:/home/me/flowers", "folder:flowers"), ("/home/me/x.npz", "x.npz"), (None, "unknown")],
 )
 def test_of_data_in_a_folder_the_last_part_is_told(name, told):
-  settings = Settings({"name": name}, Choice("dit"), Choice("velocity"), "flow_matching", None)
-  assert data_name(settings) == told
+  assert data_name(name) == told
 
 
 def test_a_student_of_a_teacher_from_here_names_its_data(student_run, tmp_path):
@@ -152,7 +154,7 @@ def test_a_student_of_a_teacher_from_here_names_its_data(student_run, tmp_path):
   card = (tmp_path / "out" / "README.md").read_text()
   assert "| teacher | trained with pflow_jax on digits |" in card
   assert f"| data | digits, licence {UNKNOWN} |" in card
-  assert "1 network evaluation:" in card
+  assert "1 network evaluation: it predicts" in card
 
 
 @pytest.mark.parametrize(

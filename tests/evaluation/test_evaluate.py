@@ -66,6 +66,7 @@ def test_yardsticks_are_one_and_nothing_is_missing(report):
   assert rows["teacher, 4 steps"]["alignment_ratio"][0] == 1.0
   assert rows["teacher, 128 steps"]["fd_ratio"] == rows["teacher, 128 steps"]["diversity_ratio"] == 1.0
   assert "alignment" not in rows["teacher, 128 steps"]
+  assert report["step"] == 3
   for name in ("student, 1 NFE", "student, 2 NFE"):
     row = rows[name]
     keys = ("alignment", "alignment_ratio", "fd", "fd_ratio", "fd_pixels_ratio", "diversity", "precision", "recall")
@@ -89,17 +90,20 @@ def test_student_that_is_its_teacher_is_measured_as_such(teacher_run, tmp_path):
 def test_students_of_one_teacher_share_a_table(report, student_run, teacher_run, tmp_path):
   config = quick("digits", "gmflow", teacher_run, steps=2)
   config.objective.nfe = 2
-  train(config, tmp_path / "two")
+  two = tmp_path / "two" / student_run.name
+  train(config, two)
   both = load_config(student_run)
   both.evaluate.nearest_k = 100
   few = report
-  report = evaluate(both, student_run, others=[tmp_path / "two"], out=tmp_path / "both")
+  report = evaluate(both, student_run, others=[two], out=tmp_path / "both")
   # Larger balls hold more; of 5 neighbours they were.
   for one, other in zip(few["rows"][:2], report["rows"][:2], strict=True):
     assert one["name"] == other["name"]
     assert one["precision"] + one["recall"] < other["precision"] + other["recall"]
   names = [row["name"] for row in report["rows"]]
-  assert names[-2:] == [f"student, 1 NFE ({student_run.name})", "student, 2 NFE (two)"]
+  assert names[-2:] == [
+    f"student, {nfe} NFE ({run.parent.name}/{run.name})" for nfe, run in ((1, student_run), (2, two))
+  ]
   train(quick("digits", "teacher", steps=2), tmp_path / "teacher")
   train(quick("digits", "gmflow", tmp_path / "teacher", steps=2), tmp_path / "stranger")
   with pytest.raises(ValueError, match=r"(?s)share a teacher.*stranger"):

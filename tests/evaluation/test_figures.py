@@ -458,6 +458,7 @@ def test_a_notebook_says_how_many_evaluations_a_path_has():
     (lambda: image_animation({"a": np.zeros((4, 2, 8, 8, 1))}, {"a": 0}), "evaluations: expected a number of at least"),
     (lambda: image_animation({"a": np.zeros((4, 2, 8, 8, 1))}, {"a": 1}, frames=1), "at least 2 frames"),
     (lambda: image_animation({"a": np.zeros((4, 2, 8, 8, 1))}, {"a": 1}, seconds=0), "more than 0 seconds"),
+    (lambda: image_animation({"a": np.zeros((4, 2, 8, 8, 1))}, {"a": 1}, seconds=1e9), "600 at most"),
     (lambda: curves({"a": ([1, 2], [1])}, xlabel="", ylabel=""), "one shape"),
     (lambda: curves({"a": ([0, 2], [1, 2])}, xlabel="", ylabel=""), "x has values"),
     (lambda: curves({"a": ([1, 2], [1, np.nan])}, xlabel="", ylabel=""), "y has values"),

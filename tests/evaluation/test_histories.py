@@ -101,9 +101,9 @@ def test_names_of_metrics_may_have_groups_and_patterns(runs):
 def test_names_of_runs_tell_them_apart(runs):
   write_metrics(runs / "other" / "long", LONG)
   assert list(histories_of([runs / "long", runs / "short"])) == ["long", "short"]
-  assert list(histories_of([runs / "long", runs / "other" / "long"])) == [f"{runs}/long", f"{runs}/other/long"]
+  assert list(histories_of([runs / "long", runs / "other" / "long"])) == [f"{runs.name}/long", "other/long"]
   assert list(histories_of([LONG, SHORT])) == ["run (1)", "run (2)"]
-  assert list(histories_of([runs / "long"] * 2)) == [f"{runs}/long (1)", f"{runs}/long (2)"]
+  assert list(histories_of([runs / "long"] * 2)) == ["long (1)", "long (2)"]
 
 
 def test_smoothing_is_tensorboards():

@@ -175,4 +175,6 @@ def test_curves_by_evaluations_and_losses(report, runs, monkeypatch):
   settings = runs["runs/four"].settings
   negative = {"a": EvaluatedRun(settings, {"step": np.arange(2), "loss": np.array([-1.0, 1.0])})}
   assert losses(negative)[1]["yscale"] == "linear"
+  alike = {f"{folder}/same": runs["runs/<one>"] for folder in "ab"}
+  assert list(losses(alike)[0]) == ["a/same", "b/same"]
   assert losses({"a": EvaluatedRun(settings, {})}) is None

@@ -13,7 +13,7 @@ from pflow_jax.evaluation.compare import compare
 from pflow_jax.evaluation.evaluate import evaluate
 from pflow_jax.evaluation.sample import sample
 from pflow_jax.evaluation.text_to_image import sample_prompts
-from pflow_jax.files.folders import absolute, checked_file, checked_folder, expanded
+from pflow_jax.files.folders import absolute, checked_file, checked_folder, expanded, told_apart
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import load_config, pinned
@@ -177,3 +177,20 @@ def test_a_teacher_below_a_home_is_found_from_elsewhere(folder, monkeypatch):
   config = quick("checkerboard", "gmflow", "~/teacher")
   teacher = pinned("run", Settings.of(config)).teacher
   assert (teacher.workdir, teacher.step) == (f"{folder}/home/teacher", 7)
+
+
+@pytest.mark.parametrize(
+  ("paths", "names"),
+  [
+    ([], []),
+    (["/home/me/runs/a/"], ["a"]),
+    (["runs/a", "runs/b"], ["a", "b"]),
+    (["x/a", "y/a", "y/b"], ["x/a", "y/a", "y/b"]),
+    (["a", "x/a"], ["a", "x/a"]),
+    (["gs://one/a", "gs://two/a"], ["one/a", "two/a"]),
+    (["x/a", "x/a/", "x/b"], ["a (1)", "a (2)", "b"]),
+    (["", "a"], ["", "a"]),
+  ],
+)
+def test_folders_are_told_apart(paths, names):
+  assert told_apart(paths) == names

@@ -73,6 +73,8 @@ def served(folder, *args, env=None):
   page = Page(None, "", folder / "log", folder / "asked")
   (folder / "sitecustomize.py").write_text(GUARD)
   env = environment() | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "ASKED": str(page.asked)} | (env or {})
+  env["TMPDIR"] = str(folder / "tmp")
+  (folder / "tmp").mkdir()
   with page.log.open("w") as log:
     page.process = subprocess.Popen(command("demo", *args), stdout=log, stderr=log, env=env, cwd=ROOT)
   try:
@@ -296,6 +298,15 @@ def test_a_visitor_reads_and_leaves_no_files(digits):
   assert "exceeded maximum allowed size" in httpx.post(f"{api}/upload", files={"files": b"some bytes"}).text
 
 
+def test_pictures_are_for_this_user_alone(digits, visit):
+  visit(digits)
+  folder = digits.log.parent / "tmp"
+  (own,) = folder.glob("pflow_demo_*")
+  assert own.stat().st_mode & 0o777 == 0o700
+  assert list(own.rglob("*.png"))
+  assert not (folder / "gradio").exists()
+
+
 def test_a_place_that_is_none_is_told(digits, runs):
   port = urlsplit(digits.address).port
   for flag, told in (
@@ -306,6 +317,12 @@ def test_a_place_that_is_none_is_told(digits, runs):
     run = subprocess.run(args, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert run.returncode == 2
     assert run.stderr.startswith(f"pflow: --host, --port: cannot listen on {told}")
+  for where, told in (
+    (dict(port=65536), "port: expected one from 1"),
+    (dict(host="a..b"), "host, port: cannot listen"),
+  ):
+    with pytest.raises(ValueError, match=told):
+      pf.demo("nowhere", **where)
 
 
 def test_a_notebook_opens_and_closes_it(runs):

@@ -98,6 +98,7 @@ def test_two_visitors_get_their_own(studio):
     (dict(nfe=(1,)), "the evaluations of 3 rows, got 1"),
     (dict(seed=-1), "Seed: expected a whole number from 0 to 4,294,967,287, got -1"),
     (dict(seed=2**32), "Seed: .*got 4294967296"),
+    (dict(seed=10**300), "Seed: .*got a number of more than 20 digits"),
     (dict(seed=None), "Seed: .*got nothing"),
     (dict(columns=10**6), "Seeds side by side: expected 1 to 32, got 1000000"),
     (dict(columns=0), "Seeds side by side"),
@@ -210,6 +211,7 @@ def test_runs_that_do_not_fit_together_are_refused(teacher_run, tmp_path):
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "gradio", None)
+  monkeypatch.setenv("GRADIO_TEMP_DIR", "nowhere")
   monkeypatch.delitem(sys.modules, "pflow_jax.page.layout", raising=False)
   with pytest.raises(ImportError, match=r"pip install 'pflow-jax\[demo\]'"):
     demo.open_page(["nowhere"])

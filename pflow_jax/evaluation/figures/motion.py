@@ -23,6 +23,7 @@ from pflow_jax.evaluation.figures.style import DPI
 from pflow_jax.files.atomic import write_atomically
 
 Array = np.ndarray
+LONGEST = 600  # seconds; a GIF has 16 bits for the hundredths of a second of a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,10 @@ def image_animation(
     ValueError: for other shapes or numbers.
   """
   rows = _checked(paths, evaluations)
-  if frames < 2 or not seconds > 0:
-    raise ValueError(f"expected at least 2 frames and more than 0 seconds, got {frames} and {seconds}")
+  if frames < 2 or not 0 < seconds <= LONGEST:
+    raise ValueError(
+      f"expected at least 2 frames and more than 0 seconds, {LONGEST} at most, got {frames} and {seconds}"
+    )
   scale = max(1, round(side / max(next(iter(rows.values())).shape[2:4])))
   with drawing(1, 1) as figure:
     scene = _Scene(figure, rows, evaluations, title, scale)
