@@ -56,7 +56,7 @@ def test_what_the_page_adds_trains_and_samples(page):
     run = page[name]
     assert run.steps == 2
     assert run.sample(3).shape == (3, 2)
-  assert repr(page["student"]) == "Run(imitation, sine with head straight, on rings, 2 steps)"
+  assert repr(page["student"]) == "Run(imitation, sine with head straight, 434 parameters, on rings, 2 steps)"
   np.testing.assert_allclose(page["again"].sample(4), page["jumper"].sample(4), atol=1e-6)
   assert page["student"].evaluate(num_samples=128, teacher_steps=(4, 128), num_resamples=2, quiet=True).rows
 

@@ -34,8 +34,8 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow data     emoji                                                       fetch a data set that is not in a package
   pflow convert  --source FLUX.1-dev/transformer --out runs/flux             weights from PyTorch, or a run to PyTorch
   pflow push     --folder student --repo USER/NAME                           an export to the Hugging Face Hub
-  pflow latents  --images folder:photos --autoencoder taesd/taef1 --out latents              encode pictures once
-  pflow cache    --prompts prompts.txt --model flux --encoders FLUX.1-dev --out prompts    embed prompts once
+  pflow latents  --images folder:photos --autoencoder taesd/taef1 --out z    encode pictures once
+  pflow cache    --prompts prompts.txt --model minilm --out prompts          embed prompts once
   pflow demo     --workdir runs/student --workdir runs/other                 a page in the browser: runs side by side
 
 Every key of a config is a flag: --config.train.steps=100. `pflow COMMAND --help` lists a command's flags, and with
