@@ -11,6 +11,7 @@ from PIL import Image
 import pflow_jax as pf
 from pflow_jax import data
 from pflow_jax.commands.cli import main
+from pflow_jax.data import Description
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.families.autoencoder import Codec, codec_of, load_autoencoder
@@ -69,9 +70,35 @@ def test_what_is_no_picture_is_refused(autoencoder, change, message):
     pf.encode(data.from_arrays(**change), autoencoder)
 
 
+def test_an_encoding_that_failed_says_so_at_once_and_its_folder_is_told_to_be_unfinished(
+  tmp_path, autoencoder, pictures, capsys
+):
+  broken = Codec(MODULE, load_autoencoder(autoencoder).params)
+  whole = broken.encode(PIXELS[:1].astype(np.float32))
+  answers = iter([np.repeat(whole, 64, axis=0), np.repeat(whole, 6, axis=0) * np.float32(1e9)])
+  object.__setattr__(broken, "encode", lambda x: next(answers))
+  out = tmp_path / "latents"
+  with pytest.raises(ValueError, match="float16") as error:  # which keeps the frames that it came through
+    pf.encode(pictures, broken, out=out)
+  assert "stopped" in capsys.readouterr().out, error
+  with pytest.raises(ValueError, match=r"holds shards already of a run that did not end, without info\.json"):
+    pf.encode(pictures, autoencoder, out=out)
+  with pytest.raises(ValueError, match="mount the bucket"):
+    pf.encode(pictures, autoencoder, out="gs://bucket/latents")
+
+
+def test_the_data_of_a_loaded_run_are_told_to_be_loaded_anew(pictures, autoencoder):
+  described = Description.of(pictures, {"name": "mine"}).dataset()
+  with pytest.raises(ValueError, match=r"its pictures have no order; load it anew"):
+    pf.encode(described, autoencoder)
+
+
 def test_a_folder_with_another_number_of_texts_or_names_is_refused(tmp_path, autoencoder, pictures):
   out = tmp_path / "latents"
   pf.encode(pictures, autoencoder, out=out)
+  (out / "texts.json").unlink()
+  with pytest.raises(ValueError, match=r"has no texts\.json"):
+    data.load(f"latents:{out}", embeddings="names")
   (out / "texts.json").write_text(json.dumps(TEXTS[:-1]))
   with pytest.raises(ValueError, match=r"expected 70 texts in texts\.json, got 69"):
     data.load(f"latents:{out}")
