@@ -16,8 +16,10 @@ from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.families.autoencoder import Codec, codec_of, load_autoencoder
 from pflow_jax.families.taesd.network import TinyAutoencoder
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build
 from pflow_jax.training.train import train
+from pflow_jax.training.workdir import pinned
 from tests.programs import quick
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -166,3 +168,17 @@ def test_another_autoencoder_shows_a_run_and_a_lost_one_is_told(tmp_path, autoen
   other = data.from_arrays(np.zeros((2, 8, 8, 6), np.float32))
   with pytest.raises(ValueError, match="makes latents of 4 channels, arrays has 6"):
     codec_of(pf.data.Dataset(**{**vars(other), "autoencoder": str(autoencoder)}))
+
+
+def test_an_autoencoder_of_previews_is_refused_before_a_training_or_kept_by_its_absolute_folder(
+  tmp_path, autoencoder, monkeypatch, capsys
+):
+  words = ["train", "--config=configs/digits.py:teacher", f"--workdir={tmp_path}/run", "--config.train.steps=2"]
+  with pytest.raises(SystemExit) as end:
+    main([*words, "--config.optimizer.warmup_steps=1", f"--preview_autoencoder={tmp_path}/gone"])
+  assert end.value.code == 2
+  assert "expected an autoencoder of diffusers" in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+  monkeypatch.chdir(autoencoder.parent)
+  settings = Settings.of(quick("digits", "teacher")).changed("sample", autoencoder=autoencoder.name)
+  assert pinned(None, settings).sample.autoencoder == str(autoencoder)
