@@ -320,7 +320,10 @@ def latents(
   from pflow_jax import data
   from pflow_jax.conversion.latents import encode
 
-  encoded = encode(data.load(images, split=split, **options(option)), autoencoder, out=out)
+  given = options(option)
+  if not given.keys().isdisjoint(("name", "split")):
+    raise ValueError("option: name and split have flags of their own, --images and --split")
+  encoded = encode(data.load(images, split=split, **given), autoencoder, out=out)
   print(
     f"wrote {encoded.num_records:,} latents of {encoded.shape} in {out}; train with --config.data.name=latents:{out}"
   )

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from pflow_jax import data as datasets
 from pflow_jax.core.checks import described
@@ -340,6 +339,8 @@ def _of_condition(read: Field, dataset: Dataset, x0: Array, eps: Array, cond: An
   fix = "Map the labels to the teacher's before it is called."
   classes = dataset.num_classes
   if classes <= MAX_CLASSES:
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     errors = np.stack([error(read(x, t, np.full(count, k, np.int32))) for k in range(classes)])  # (label, example)
     mean = np.array([errors[:, cond == k].mean(1) if np.any(cond == k) else np.zeros(classes) for k in range(classes)])
     order = linear_sum_assignment(mean)[1]

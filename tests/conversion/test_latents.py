@@ -131,12 +131,18 @@ def test_the_command_encodes_a_folder_of_pictures(tmp_path, autoencoder, capsys)
   assert data.load(f"latents:{tmp_path}/z").class_names == ("cat", "dog")
 
 
-@pytest.mark.parametrize("option", ["size", "=8", "si ze=8"])
-def test_an_option_without_a_key_and_a_value_is_refused(tmp_path, option, capsys):
+@pytest.mark.parametrize(
+  ("option", "message"),
+  [
+    *((bad, "--option: expected key=value") for bad in ("size", "=8", "si ze=8")),
+    ("split=test", "--option: name and split have flags of their own"),
+  ],
+)
+def test_an_option_without_a_key_and_a_value_or_with_a_flag_is_refused(tmp_path, option, message, capsys):
   with pytest.raises(SystemExit) as end:
     main(["latents", "--images", "digits", "--option", option, "--autoencoder", "none", "--out", str(tmp_path / "z")])
   assert end.value.code == 2
-  assert "--option: expected key=value" in capsys.readouterr().err
+  assert message in capsys.readouterr().err
 
 
 def test_a_run_on_latents_shows_pictures_while_it_trains_and_afterwards(tmp_path, autoencoder, pictures):
