@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import html
 import sys
@@ -179,10 +180,12 @@ class _Terminal(_Screen):
   """Bars that rich draws on a terminal."""
 
   def start(self) -> None:
+    from rich.errors import LiveError
     from rich.live import Live
 
     self._live = Live(get_renderable=self._table, refresh_per_second=5)
-    self._live.start()
+    with contextlib.suppress(LiveError):  # another one is drawn, by a thread or by the caller: rich before 14.1 has one
+      self._live.start()
 
   def _table(self) -> Any:
     from rich.progress_bar import ProgressBar

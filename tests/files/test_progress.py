@@ -4,6 +4,8 @@ import re
 import sys
 
 import pytest
+from rich.errors import LiveError
+from rich.live import Live
 
 from pflow_jax.files import progress as module
 from pflow_jax.files.progress import progress
@@ -89,6 +91,18 @@ def test_a_terminal_of_80_columns_has_room_for_the_loss_and_cuts_nothing_else(do
   assert f" {done}/4000 " in last
   assert "81.3 steps/s" in last
   assert loss in last
+
+
+def test_work_goes_on_without_a_bar_where_the_terminal_has_one_already(monkeypatch):
+  def start(self):
+    raise LiveError("Only one live display may be active at once")
+
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+  monkeypatch.setattr(Live, "start", start)
+  with progress(3) as report:
+    report.say("compiling")
+    report.update(3)
+  assert report.done == 3
 
 
 def test_disabled_progress_is_silent(capsys):
