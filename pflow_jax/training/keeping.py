@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer
@@ -143,9 +144,9 @@ class WorkdirKeeper(Keeper):
     self._lock.check()
     try:
       path = draw(f"{self.name}/samples/{step:07d}.png")
-    except (
-      Exception
-    ) as error:  # of memory, of a decoder, of the disk: what stops a training too is met by its next save
+    except Exception as error:  # of memory, a decoder, the disk; what stops a training too is met by its next save
+      if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        raise  # the others may wait for what this process did not do
       reason = str(error).partition("\n")[0] or type(error).__name__
       logger.warning("no picture of samples at step %d, the training goes on: %s", step, reason)
       return

@@ -25,7 +25,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training import optim
 from pflow_jax.training.experiment import build
 from pflow_jax.training.inputs import INPUTS
-from pflow_jax.training.keeping import Keeper
+from pflow_jax.training.keeping import Keeper, WorkdirKeeper
 from pflow_jax.training.loop import Interruption, Meter
 from pflow_jax.training.rescue import Rescued, rescue
 from pflow_jax.training.sample import picture_every
@@ -443,6 +443,21 @@ def test_a_picture_that_fails_is_warned_of_and_stops_no_training(tmp_path, caplo
   assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["0000002.png", "0000003.png"]
   told = [record.message for record in caplog.records if "picture" in record.message]
   assert told == ["no picture of samples at step 1, the training goes on: RESOURCE_EXHAUSTED: out of memory"]
+
+
+def test_a_program_of_several_processes_stops_where_one_of_them_could_not_sample(monkeypatch):
+  """It would train while the others wait for it."""
+  keeper = types.SimpleNamespace(name="run", _writer=MetricsWriter, _lock=types.SimpleNamespace(check=lambda: None))
+
+  def draw(path):
+    raise error
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    WorkdirKeeper.picture(keeper, 1, draw)
+  error = ValueError("a decoder that is gone")
+  WorkdirKeeper.picture(keeper, 1, draw)
 
 
 @pytest.mark.usefixtures("float32")
