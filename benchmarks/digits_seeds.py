@@ -22,7 +22,7 @@ KEYS = ("alignment_ratio", "fd_ratio", "fd_pixels_ratio", "diversity_ratio", "pr
 
 def pflow(*args):
   start = time.time()
-  command = [sys.executable, "-c", "from pflow_jax.commands.cli import main; main()", *map(str, args)]
+  command = [sys.executable, "-m", "pflow_jax", *map(str, args)]
   subprocess.run(command, check=True, cwd=ROOT)
   return time.time() - start
 

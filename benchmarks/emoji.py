@@ -44,7 +44,7 @@ NEW = (
 
 def pflow(*args):
   start = time.time()
-  command = [sys.executable, "-c", "from pflow_jax.commands.cli import main; main()", *map(str, args)]
+  command = [sys.executable, "-m", "pflow_jax", *map(str, args)]
   subprocess.run(command, check=True, cwd=ROOT)
   return time.time() - start
 

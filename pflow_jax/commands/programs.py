@@ -33,9 +33,11 @@ def train(
   from pflow_jax.training.rescue import Rescued
   from pflow_jax.training.train import train as run
 
-  if preview_autoencoder is not None:
-    config.sample.autoencoder = preview_autoencoder
   settings = use_teacher(Settings.of(config), teacher)
+  if preview_autoencoder is not None:
+    from pflow_jax.families.autoencoder import load_autoencoder
+
+    settings = settings.changed("sample", autoencoder=load_autoencoder(preview_autoencoder).folder)  # or it is refused
   try:
     state = run(settings, workdir, force=force, picture=(save_picture, preview_size))
   except (Rescued, TakenOver) as error:
@@ -318,7 +320,10 @@ def latents(
   from pflow_jax import data
   from pflow_jax.conversion.latents import encode
 
-  encoded = encode(data.load(images, split=split, **options(option)), autoencoder, out=out)
+  given = options(option)
+  if not given.keys().isdisjoint(("name", "split")):
+    raise ValueError("option: name and split have flags of their own, --images and --split")
+  encoded = encode(data.load(images, split=split, **given), autoencoder, out=out)
   print(
     f"wrote {encoded.num_records:,} latents of {encoded.shape} in {out}; train with --config.data.name=latents:{out}"
   )

@@ -22,6 +22,7 @@ from pflow_jax.data.dataset import Dataset, check_classes
 from pflow_jax.data.prompts.dataset import with_embeddings
 from pflow_jax.data.records import ArrayRecords, Record, SourceRecords
 from pflow_jax.data.shards import Shards
+from pflow_jax.files.folders import is_remote
 from pflow_jax.files.foreign import check_memory, is_there, read_json, shown
 
 INFO, TEXTS = "info.json", "texts.json"
@@ -135,6 +136,10 @@ def latents(
   dataset = Dataset(f"latents:{path}", *its, names, records, texts=texts, autoencoder=info.autoencoder)
   if not embeddings:
     return dataset
+  if not texts:
+    raise ValueError(
+      f"latents:{folder}: has no {TEXTS}, whose embeddings could be the condition; leave out embeddings=."
+    )
   size = (info.num_records or 0) * 4 * math.prod(info.shape)
   check_memory(f"latents:{folder}: {info.num_records} records in memory", size, "leave out embeddings=")
   whole = records.take(np.arange(len(texts)))
@@ -173,17 +178,20 @@ def write_latents(
     autoencoder: folder of the autoencoder that made the latents.
 
   Raises:
-    ValueError: for a folder with shards, another number of names or texts, labels out of range, values that float16
-      cannot hold, or shapes that differ.
+    ValueError: for a folder with shards or in a bucket, another number of names or texts, labels out of range, values
+      that float16 cannot hold, or shapes that differ.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  folder = pathlib.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
+  if is_remote(path):
+    raise ValueError(f"{path}: shards are written to a file system; mount the bucket, and give where it is.")
   if class_names and len(class_names) != num_classes:
     raise ValueError(f"{path}: expected {num_classes} class_names, one a class, got {len(class_names)}.")
+  folder = pathlib.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
   if any(folder.glob("*.array_record")):
-    raise ValueError(f"{path} holds shards already; give another folder, or remove them.")
+    ended = "" if is_there(folder / INFO) else f" of a run that did not end, without {INFO}"
+    raise ValueError(f"{path} holds shards already{ended}; give another folder, or remove them.")
   count, shape, writer = 0, None, None
   try:
     for x0, label in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -37,11 +38,11 @@ def show(settings: Settings, folder: str, report: Report, pictures: Mapping[str,
       value = row[measure]
       numbers[f"eval/{measure}/{sampler}"] = value[0] if isinstance(value, tuple) else value
   try:
-    boards = Boards(folder, tensorboard=length.tensorboard, wandb=length.wandb, part=PART)
-    boards.scalars(step, numbers)
-    boards.text(step, "eval/table", report.table)
-    for name, path in pictures.items():
-      boards.image(step, f"eval/{name}", path)
-    boards.close()
+    own = Boards(folder, tensorboard=length.tensorboard, wandb=length.wandb, part=PART)
+    with contextlib.closing(own) as boards:
+      boards.scalars(step, numbers)
+      boards.text(step, "eval/table", report.table)
+      for name, path in pictures.items():
+        boards.image(step, f"eval/{name}", path)
   except OSError as error:
     print(f"the evaluation is not shown in TensorBoard: {error}", flush=True)

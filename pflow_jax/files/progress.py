@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import html
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 REDRAWN = 0.2  # seconds between two states of a bar in a notebook
 SHOWN = 2.0  # seconds after which work that is mostly short shows a bar
-_BAR = 30  # letters of a bar on a terminal
+_BAR = 16  # letters of a bar on a terminal, so that 80 columns have room for the loss
 
 
 class Progress:
@@ -89,8 +90,8 @@ class Progress:
       self._screen = _SCREEN.get() or _make_screen()
       self._screen.rows.append(self)
       if len(self._screen.rows) == 1:
-        _SCREEN.set(self._screen)
         self._screen.start()
+        _SCREEN.set(self._screen)
 
   def __exit__(
     self,
@@ -179,20 +180,24 @@ class _Terminal(_Screen):
   """Bars that rich draws on a terminal."""
 
   def start(self) -> None:
+    from rich.errors import LiveError
     from rich.live import Live
 
     self._live = Live(get_renderable=self._table, refresh_per_second=5)
-    self._live.start()
+    with contextlib.suppress(LiveError):  # another one is drawn, by a thread or by the caller: rich before 14.1 has one
+      self._live.start()
 
   def _table(self) -> Any:
     from rich.progress_bar import ProgressBar
     from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table.grid(*(Column(no_wrap=True) for _ in range(4)), padding=(0, 1))
+    # Where there is little room the last column alone is cut.
+    table = Table.grid(*(Column(no_wrap=True) for _ in range(3)), Column(), padding=(0, 1))
     for row in self.rows:
       bar = ProgressBar(total=max(row.total, 1), completed=row.done, width=_BAR)
-      table.add_row(Text(row.description), bar, f"{row.done}/{row.total}", Text(row.status))
+      status = Text(row.status, no_wrap=True, overflow="ellipsis")
+      table.add_row(Text(row.description), bar, f"{row.done}/{row.total}", status)
     return table
 
   def changed(self, row: Progress) -> None:

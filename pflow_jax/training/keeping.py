@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer
@@ -22,6 +24,8 @@ from pflow_jax.training.rescue import rescue
 from pflow_jax.training.state import TrainState
 from pflow_jax.training.weights_biases import check_installed
 from pflow_jax.training.writer import MetricsWriter
+
+logger = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -54,7 +58,7 @@ class Keeper:
     self._rows.append({"step": step, **row})
 
   def picture(self, step: int, draw: Callable[[str], str]) -> None:
-    """Keeps a picture, which `draw` writes to the path that it is given."""
+    """Keeps a picture, which `draw` writes to the path that it is given; one that fails is warned of."""
 
   def save(self, step: int, state: TrainState) -> None:
     """Keeps a state."""
@@ -137,8 +141,17 @@ class WorkdirKeeper(Keeper):
 
   def picture(self, step: int, draw: Callable[[str], str]) -> None:
     assert self._writer is not None
+    self._lock.check()
+    try:
+      path = draw(f"{self.name}/samples/{step:07d}.png")
+    except Exception as error:  # of memory, a decoder, the disk; what stops a training too is met by its next save
+      if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        raise  # the others may wait for what this process did not do
+      reason = str(error).partition("\n")[0] or type(error).__name__
+      logger.warning("no picture of samples at step %d, the training goes on: %s", step, reason)
+      return
     with self._lock.writing():
-      self._writer.image(step, "train/samples", draw(f"{self.name}/samples/{step:07d}.png"))
+      self._writer.image(step, "train/samples", path)
 
   def save(self, step: int, state: TrainState) -> None:
     with self._lock.writing():

@@ -81,6 +81,7 @@ def _fit(
   traced = {tokens: program.trace(tokens) for tokens in experiment.dataset.lengths or (None,)}
   compiled = {tokens: one.lower().compile() for tokens, one in traced.items()}
   flops = {tokens: count_flops(one.jaxpr) for tokens, one in traced.items()}
+  report.say("")
   # The keeper is entered after compiling: a config that does not compile leaves no file.
   with Interruption(keeper) as interruption, keeper:
     restored = keeper.restore(program.state)

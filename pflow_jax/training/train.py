@@ -131,7 +131,7 @@ def train_run(
     if is_first() and not resumed:
       print(parameter_table(program.state.params))
   draw, draw_every = None, 0
-  if picture is not None:
+  if picture is not None and folder is not None:
     count = picture[1](experiment.dataset)
     draw_every = picture_every(experiment, count)
     draw = preview(experiment, program.layout, picture[0], count) if draw_every else None

@@ -45,6 +45,7 @@ class WeightsBiases:
 
   def __init__(self, folder: epath.Path, project: str, config: Mapping[str, Any] | None = None, part: str = ""):
     self._run: Any = None
+    self._client: Any = None  # the package, which a machine that evaluates may lack
     identity = _identity(folder)
     entity, _, name = project.rpartition("/")
     options: dict[str, Any] = dict(
@@ -65,6 +66,7 @@ class WeightsBiases:
   def _open(self, mode: Any, **options: Any) -> None:
     import wandb
 
+    self._client = wandb
     if mode is not None:
       wandb.teardown()  # its service still holds the run that could not be opened
     limits = wandb.Settings(console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE)
@@ -87,14 +89,10 @@ class WeightsBiases:
     self._log(step, lambda: values)
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
-    import wandb
-
-    self._log(step, lambda: {name: wandb.Image(image)})
+    self._log(step, lambda: {name: self._client.Image(image)})
 
   def text(self, step: int, name: str, markdown: str) -> None:
-    import wandb
-
-    self._log(step, lambda: {name: wandb.Html(f"<pre>{html.escape(markdown)}</pre>")})
+    self._log(step, lambda: {name: self._client.Html(f"<pre>{html.escape(markdown)}</pre>")})
 
   def flush(self) -> None:
     """Does nothing: the client sends by itself."""

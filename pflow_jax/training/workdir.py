@@ -110,14 +110,17 @@ def pinned(workdir: str | os.PathLike | None, settings: Settings) -> Settings:
   """Returns the settings with everything fixed that they point to and that may change.
 
   A student's teachers get absolute folders and the step of a checkpoint: a teacher that trains on would otherwise
-  change under a student that is resumed or evaluated. One that has moved with the run is found. A folder of prompts
-  gets the options of `data.pinned`.
+  change under a student that is resumed or evaluated. One that has moved with the run is found. The autoencoder of
+  pictures gets an absolute folder. A folder of prompts gets the options of `data.pinned`.
 
   Args:
     workdir: of the run; None for a run without one.
     settings: of the run.
   """
   settings = dataclasses.replace(settings, data=data.pinned(settings.data))
+  if settings.sample.autoencoder:
+    autoencoder = expanded(settings.sample.autoencoder, "config.sample.autoencoder")
+    settings = settings.changed("sample", autoencoder=absolute_path(autoencoder))
   inputs, before = None, None
   if workdir is not None and from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir)):
     inputs, before = read_inputs(workdir), load_settings(workdir)

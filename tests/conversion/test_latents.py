@@ -11,12 +11,15 @@ from PIL import Image
 import pflow_jax as pf
 from pflow_jax import data
 from pflow_jax.commands.cli import main
+from pflow_jax.data import Description
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.families.autoencoder import Codec, codec_of, load_autoencoder
 from pflow_jax.families.taesd.network import TinyAutoencoder
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build
 from pflow_jax.training.train import train
+from pflow_jax.training.workdir import pinned
 from tests.programs import quick
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -69,9 +72,35 @@ def test_what_is_no_picture_is_refused(autoencoder, change, message):
     pf.encode(data.from_arrays(**change), autoencoder)
 
 
+def test_an_encoding_that_failed_says_so_at_once_and_its_folder_is_told_to_be_unfinished(
+  tmp_path, autoencoder, pictures, capsys
+):
+  broken = Codec(MODULE, load_autoencoder(autoencoder).params)
+  whole = broken.encode(PIXELS[:1].astype(np.float32))
+  answers = iter([np.repeat(whole, 64, axis=0), np.repeat(whole, 6, axis=0) * np.float32(1e9)])
+  object.__setattr__(broken, "encode", lambda x: next(answers))
+  out = tmp_path / "latents"
+  with pytest.raises(ValueError, match="float16") as error:  # which keeps the frames that it came through
+    pf.encode(pictures, broken, out=out)
+  assert "stopped" in capsys.readouterr().out, error
+  with pytest.raises(ValueError, match=r"holds shards already of a run that did not end, without info\.json"):
+    pf.encode(pictures, autoencoder, out=out)
+  with pytest.raises(ValueError, match="mount the bucket"):
+    pf.encode(pictures, autoencoder, out="gs://bucket/latents")
+
+
+def test_the_data_of_a_loaded_run_are_told_to_be_loaded_anew(pictures, autoencoder):
+  described = Description.of(pictures, {"name": "mine"}).dataset()
+  with pytest.raises(ValueError, match=r"its pictures have no order; load it anew"):
+    pf.encode(described, autoencoder)
+
+
 def test_a_folder_with_another_number_of_texts_or_names_is_refused(tmp_path, autoencoder, pictures):
   out = tmp_path / "latents"
   pf.encode(pictures, autoencoder, out=out)
+  (out / "texts.json").unlink()
+  with pytest.raises(ValueError, match=r"has no texts\.json"):
+    data.load(f"latents:{out}", embeddings="names")
   (out / "texts.json").write_text(json.dumps(TEXTS[:-1]))
   with pytest.raises(ValueError, match=r"expected 70 texts in texts\.json, got 69"):
     data.load(f"latents:{out}")
@@ -102,12 +131,18 @@ def test_the_command_encodes_a_folder_of_pictures(tmp_path, autoencoder, capsys)
   assert data.load(f"latents:{tmp_path}/z").class_names == ("cat", "dog")
 
 
-@pytest.mark.parametrize("option", ["size", "=8", "si ze=8"])
-def test_an_option_without_a_key_and_a_value_is_refused(tmp_path, option, capsys):
+@pytest.mark.parametrize(
+  ("option", "message"),
+  [
+    *((bad, "--option: expected key=value") for bad in ("size", "=8", "si ze=8")),
+    ("split=test", "--option: name and split have flags of their own"),
+  ],
+)
+def test_an_option_without_a_key_and_a_value_or_with_a_flag_is_refused(tmp_path, option, message, capsys):
   with pytest.raises(SystemExit) as end:
     main(["latents", "--images", "digits", "--option", option, "--autoencoder", "none", "--out", str(tmp_path / "z")])
   assert end.value.code == 2
-  assert "--option: expected key=value" in capsys.readouterr().err
+  assert message in capsys.readouterr().err
 
 
 def test_a_run_on_latents_shows_pictures_while_it_trains_and_afterwards(tmp_path, autoencoder, pictures):
@@ -139,3 +174,17 @@ def test_another_autoencoder_shows_a_run_and_a_lost_one_is_told(tmp_path, autoen
   other = data.from_arrays(np.zeros((2, 8, 8, 6), np.float32))
   with pytest.raises(ValueError, match="makes latents of 4 channels, arrays has 6"):
     codec_of(pf.data.Dataset(**{**vars(other), "autoencoder": str(autoencoder)}))
+
+
+def test_an_autoencoder_of_previews_is_refused_before_a_training_or_kept_by_its_absolute_folder(
+  tmp_path, autoencoder, monkeypatch, capsys
+):
+  words = ["train", "--config=configs/digits.py:teacher", f"--workdir={tmp_path}/run", "--config.train.steps=2"]
+  with pytest.raises(SystemExit) as end:
+    main([*words, "--config.optimizer.warmup_steps=1", f"--preview_autoencoder={tmp_path}/gone"])
+  assert end.value.code == 2
+  assert "expected an autoencoder of diffusers" in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+  monkeypatch.chdir(autoencoder.parent)
+  settings = Settings.of(quick("digits", "teacher")).changed("sample", autoencoder=autoencoder.name)
+  assert pinned(None, settings).sample.autoencoder == str(autoencoder)

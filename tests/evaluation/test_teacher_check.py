@@ -176,6 +176,43 @@ def test_what_knows_no_more_than_a_gaussian_does_not_fit(digits):
     assert [one.kind for one in pf.check_teacher(velocity, digits, **FEW).problems] == ["condition", "fit"]
 
 
+@pytest.mark.parametrize(("size", "num"), [(2, 16), (16, 64), (256, 256)])
+def test_the_truth_of_normal_data_fits_though_no_better_than_their_gaussian(size, num):
+  x0 = np.random.default_rng(0).standard_normal((2000, size), np.float32)
+
+  def normal(x, t, cond):
+    t = t[:, None]
+    return x * (2 * t - 1) / (t**2 + (1 - t) ** 2)
+
+  for seed in range(5):
+    report = pf.check_teacher(normal, pf.data.from_arrays(x0), num=num, seed=seed)
+    assert report.ok, report
+
+
+def test_labels_that_tell_little_are_in_no_other_order_by_chance():
+  rng = np.random.default_rng(0)
+  label = rng.integers(0, 2, 2000)
+  mean = np.array([[0.2, 0.2], [-0.2, -0.2]], np.float32)
+  data = pf.data.from_arrays((mean[label] + rng.standard_normal((2000, 2))).astype(np.float32), label)
+
+  def right(x, t, cond):
+    t = t[:, None]
+    m = jnp.asarray(mean)[cond]
+    return (x - m - (1 - t) / ((1 - t) ** 2 + t**2) * (x - (1 - t) * m)) / t
+
+  for seed in range(8):
+    report = pf.check_teacher(right, data, num=16, seed=seed)
+    assert report.ok, report
+  (problem,) = pf.check_teacher(lambda x, t, c: right(x, t, 1 - c), data).problems
+  assert problem.kind == "labels"
+
+
+def test_guidance_of_an_interval_beyond_the_times_that_are_looked_at_is_no_problem(right, digits):
+  settings = pf.TeacherSettings(guidance=2.0, interval=(0.9, 1.0))
+  report = pf.check_teacher(pf.Teacher(right, settings=settings), digits, **FEW)
+  assert report.ok, report
+
+
 def test_guidance_needs_an_empty_condition_that_the_teacher_knows(right, digits):
   settings = pf.TeacherSettings(guidance=2.0)
   clipped = pf.Teacher(lambda x, t, c: right(x, t, jnp.minimum(c, CLASSES - 1)), settings=settings)

@@ -1,8 +1,11 @@
 """Bars on terminals and in notebooks, lines elsewhere."""
 
+import re
 import sys
 
 import pytest
+from rich.errors import LiveError
+from rich.live import Live
 
 from pflow_jax.files import progress as module
 from pflow_jax.files.progress import progress
@@ -73,6 +76,33 @@ def test_a_terminal_shows_bars_inside_bars(capsys, monkeypatch):
   last = out[out.rindex("compare") :]
   assert "3/3" in last
   assert "student" not in last, "its row went with its work"
+
+
+@pytest.mark.parametrize(("done", "loss"), [(4000, "loss 0.1234"), (1000, "loss 0…")])
+def test_a_terminal_of_80_columns_has_room_for_the_loss_and_cuts_nothing_else(done, loss, capsys, clock, monkeypatch):
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+  monkeypatch.setenv("COLUMNS", "80")
+  with progress(4000, description="flow_matching") as report:
+    report.update(0)
+    clock["now"] = done / 81.3
+    report.update(done, loss=0.1234)
+  last = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out.splitlines()[0])
+  assert f"flow_matching {'━' * 3}" in last
+  assert f" {done}/4000 " in last
+  assert "81.3 steps/s" in last
+  assert loss in last
+
+
+def test_work_goes_on_without_a_bar_where_the_terminal_has_one_already(monkeypatch):
+  def start(self):
+    raise LiveError("Only one live display may be active at once")
+
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+  monkeypatch.setattr(Live, "start", start)
+  with progress(3) as report:
+    report.say("compiling")
+    report.update(3)
+  assert report.done == 3
 
 
 def test_disabled_progress_is_silent(capsys):

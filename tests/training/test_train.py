@@ -18,20 +18,20 @@ from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
 from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.files.lock import LOCK, Unwritable
-from pflow_jax.files.progress import progress
+from pflow_jax.files.progress import Progress, progress
 from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
 from pflow_jax.settings.train import TrainSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import optim
 from pflow_jax.training.experiment import build
 from pflow_jax.training.inputs import INPUTS
-from pflow_jax.training.keeping import Keeper
+from pflow_jax.training.keeping import Keeper, WorkdirKeeper
 from pflow_jax.training.loop import Interruption, Meter
 from pflow_jax.training.rescue import Rescued, rescue
 from pflow_jax.training.sample import picture_every
 from pflow_jax.training.state import create_state
 from pflow_jax.training.step import Step
-from pflow_jax.training.train import train
+from pflow_jax.training.train import train, train_run
 from pflow_jax.training.usage import Usage
 from pflow_jax.training.writer import MetricsWriter
 from tests.programs import command, environment, pflow, quick
@@ -425,6 +425,49 @@ def test_preview_pictures_and_profile_are_written(tmp_path, teacher_run):
   assert (tmp_path / "samples" / "0000003.png").stat().st_size > 1000
   assert list((tmp_path / "profile").rglob("*.pb"))
   assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_picture_that_fails_is_warned_of_and_stops_no_training(tmp_path, caplog):
+  tries = []
+
+  def fails_once(dataset, rows, labels, path):
+    tries.append(path)
+    if len(tries) == 1:
+      raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand a page of buffers")
+    save_picture(dataset, rows, labels, path)
+
+  config = quick("digits", "teacher", steps=3, sample_every=1)
+  config.sample.nfe = (1,)
+  assert train(config, tmp_path, picture=(fails_once, preview_size)).step == 3
+  assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["0000002.png", "0000003.png"]
+  told = [record.message for record in caplog.records if "picture" in record.message]
+  assert told == ["no picture of samples at step 1, the training goes on: RESOURCE_EXHAUSTED: out of memory"]
+
+
+def test_a_program_of_several_processes_stops_where_one_of_them_could_not_sample(monkeypatch):
+  """It would train while the others wait for it."""
+  keeper = types.SimpleNamespace(name="run", _writer=MetricsWriter, _lock=types.SimpleNamespace(check=lambda: None))
+
+  def draw(path):
+    raise error
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    WorkdirKeeper.picture(keeper, 1, draw)
+  error = ValueError("a decoder that is gone")
+  WorkdirKeeper.picture(keeper, 1, draw)
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_bar_no_longer_says_that_it_compiles_while_steps_run(monkeypatch):
+  told, update = [], Progress.update
+  monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+  monkeypatch.setattr(Progress, "update", lambda self, *args: (update(self, *args), told.append(self.status)))
+  train_run(Settings.of(quick("digits", "teacher", steps=3, log_every=3)))
+  assert len(told) > 3
+  assert not [status for status in told if "compiling" in status]
 
 
 @pytest.mark.usefixtures("float32")

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from pflow_jax.training import weights_biases
+from pflow_jax.training.boards import Boards
 from pflow_jax.training.train import train
 from pflow_jax.training.weights_biases import IDENTITY
 from pflow_jax.training.writer import MetricsWriter
+from tests.events import events
 from tests.programs import quick
 
 
@@ -142,6 +144,19 @@ def test_its_failures_stop_nothing(fails, calls, client, tmp_path, caplog):
   ]
 
 
+def test_an_evaluation_where_the_client_is_missing_shows_the_rest(tmp_path, monkeypatch, caplog):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  boards = Boards(tmp_path, wandb="flows", part="evaluation")
+  boards.scalars(1, {"eval/fd": 0.5})
+  boards.text(1, "eval/table", "| a |")
+  boards.image(1, "eval/samples", np.zeros((4, 5, 3), np.uint8))
+  boards.close()
+  assert {value.tag for event in events(tmp_path / "tensorboard/evaluation") for value in event.summary.value} == {
+    *("eval/fd", "eval/table/text_summary", "eval/samples")
+  }
+  assert "Weights & Biases" in caplog.text
+
+
 def test_only_the_first_process_writes(client, tmp_path):
   fake = client()
   write(tmp_path / "x", active=False)
@@ -156,8 +171,6 @@ def test_a_strange_identity_is_replaced_and_a_part_has_its_own(client, tmp_path)
   own = fake.options["id"]
   assert own.isalnum()
   assert (tmp_path / IDENTITY).read_text() == own + "\n"
-  from pflow_jax.training.boards import Boards
-
   Boards(tmp_path, tensorboard=False, wandb="flows", part="evaluation").close()
   assert (fake.options["id"], fake.options["group"]) == (f"{own}-evaluation", own)
   assert fake.options["job_type"] == "evaluation"
