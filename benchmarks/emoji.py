@@ -111,7 +111,7 @@ def picture(folder):
     ("new", "Prompts that are not in the set", slice(len(KNOWN), None)),
   ):
     cut = {row: x[part] for row, x in rows.items()}
-    figure = figures.image_grid(cut, column_labels=prompts[part], title=title, scale=1)
+    figure = figures.image_grid(cut, column_labels=prompts[part], title=title, scale=2)
     figures.save(figure, folder / f"emoji_{name}.png")
 
 
@@ -123,7 +123,7 @@ def table(folder, students):
     found = {}
     for workdir in workdirs:
       run = pf.load(workdir)
-      report = run.evaluate(teacher_steps=(1, 4, 128))
+      report = run.evaluate()
       x0 = pf.data.load(**run.settings.data).records.take(np.arange(len(categories.texts)))["x0"]
       classifier = train_classifier(x0, categories.records.label, categories.num_classes, steps=600)
       distance = {name: frechet_distance(*map(classifier.features, (x, x0))) for name, x in report.samples.items()}

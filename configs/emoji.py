@@ -27,7 +27,7 @@ def base(objective: str) -> ConfigDict:
   config.train.update(batch_size=128, log_every=100, checkpoint_every=500)
   config.optimizer.update(learning_rate=1e-3, warmup_steps=200, schedule="cosine")
   config.sample.batch_size = 64
-  config.evaluate.num_samples = 2000
+  config.evaluate.update(num_samples=1000, teacher_steps=(1, 4, 128))
   return config
 
 
@@ -46,7 +46,7 @@ def gmflow() -> ConfigDict:
   config.head = dict(kind="gmflow", num_components=8)
   config.teacher.update(guidance=2.0, interval=(0.0, 0.8))
   config.objective.update(num_states=2, dropout=0.05, substeps=64)
-  config.train.update(steps=1000, batch_size=64)
+  config.train.update(steps=1200, batch_size=64)
   config.optimizer.warmup_steps = 100
   return config
 
@@ -55,6 +55,7 @@ def gmflow_2nfe() -> ConfigDict:
   """The same for 2 evaluations."""
   config = gmflow()
   config.objective.nfe = 2
+  config.train.steps = 800
   return config
 
 
@@ -62,6 +63,7 @@ def gmflow_4nfe() -> ConfigDict:
   """The same for 4 evaluations."""
   config = gmflow()
   config.objective.nfe = 4
+  config.train.steps = 600
   return config
 
 

@@ -196,12 +196,14 @@ def _measure(
   report.say("measuring")
   reference, yardstick = samples[teacher_name(REFERENCE_STEPS)], samples[teacher_name(YARDSTICK_STEPS)]
   yardstick_errors = metrics.alignment_errors(yardstick, reference)
-  spread = metrics.diversity(reference, labels)
+  # Of more classes than samples, none has two: these are then all of one kind.
+  kinds = labels if len(np.unique(labels)) < len(labels) else np.zeros_like(labels)
+  spread = metrics.diversity(reference, kinds)
   reference_spaces = {"fd": features(reference), "fd_pixels": pixel_features(reference)}
   for row in rows:
     x = samples[row["name"]]
     spaces = {"fd": features(x), "fd_pixels": pixel_features(x)}
-    row["diversity"] = metrics.diversity(x, labels)
+    row["diversity"] = metrics.diversity(x, kinds)
     row["diversity_ratio"] = row["diversity"] / spread
     if x is not reference:
       ratio = metrics.ratio_of_means(metrics.alignment_errors(x, reference), yardstick_errors)

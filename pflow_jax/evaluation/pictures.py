@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import numpy as np
@@ -11,6 +12,7 @@ from pflow_jax.evaluation.figures import visible
 from pflow_jax.families.autoencoder import codec_of
 
 logger = logging.getLogger(__name__)
+_warn = functools.cache(logger.warning)  # once, not at every picture
 
 
 def as_pictures(dataset: Dataset, x: np.ndarray) -> np.ndarray:
@@ -25,7 +27,7 @@ def as_pictures(dataset: Dataset, x: np.ndarray) -> np.ndarray:
   try:
     codec = codec_of(dataset)
   except ValueError as error:
-    logger.warning("latents are shown by their first channels: %s", error)
+    _warn(f"latents are shown by their first channels: {error}")
     codec = None
   if codec is not None:
     return codec.decode(x)

@@ -12,7 +12,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
+import pflow_jax as pf
 from pflow_jax.evaluation import evaluate as program
+from pflow_jax.evaluation import metrics
 from pflow_jax.evaluation.evaluate import evaluate
 from pflow_jax.training.experiment import build
 from pflow_jax.training.train import train
@@ -119,6 +121,17 @@ def test_points_have_trajectories_and_no_classifier(tmp_path):
   folder = tmp_path / "student" / "evaluation"
   assert (folder / "trajectories.png").stat().st_size > 5000
   assert (folder / "samples.png").stat().st_size > 5000
+
+
+def test_samples_of_more_classes_than_there_are_differ_from_each_other():
+  """The picture of every class is another one, so that the samples are as diverse as all pictures."""
+  x0 = np.random.default_rng(0).normal(size=(300, 8, 8, 1)).astype(np.float32)
+  dataset = pf.data.from_arrays(x0, np.arange(300))
+  run = pf.train(pf.FlowMatching(), dataset, pf.DiT(patch_size=4, width=16, depth=1, num_heads=2), steps=1)
+  report = run.evaluate(num_samples=128, teacher_steps=(4, 128), classifier_steps=5, num_resamples=2, quiet=True)
+  for row in report.rows:
+    x = report.samples[row["name"]]
+    assert row["diversity"] == pytest.approx(metrics.diversity(x, np.zeros(128, int)))
 
 
 def test_too_few_samples_are_refused_before_any_are_drawn(student_run, capsys):
