@@ -10,7 +10,17 @@
     pflow sample  --workdir runs/emoji_gmflow --prompt "red heart" --prompt "grinning cat" --seed 1
 
 1,911 pictures (Noto, Apache-2.0) with 2,843 names, embedded by MiniLM; a picture is 8 x 8 x 32 numbers. The variants
-`classes` and `classes_*` take a class for each picture instead, and need no texts.
+`classes_*` take a class for each picture instead, and need no texts.
+
+Findings, one seed, two cores, some four minutes each, with classes; the loss is that of all pictures:
+
+* Patches: 2 gave 0.71 after 423 steps, 1 gave 0.83 after the 133 steps that take as long. EDM2's U-Net (128 channels,
+  two levels) gave 1.50 after 129.
+* More pictures: 0.67 after 590 steps of the pictures as they are. With their mirror images it was 0.68 after 556, with
+  all skin tones 0.70 after 543; the pictures as they are interpolate to 0.68 at both.
+* Guidance, with texts after 2,500 steps, 32 Euler steps: at 1, 2 and 3 the samples of sixteen names are at 0.43, 0.36
+  and 0.37 from their pictures.
+* Blocks that are unrolled make a step a fifth faster.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +32,7 @@ def base(objective: str) -> ConfigDict:
   """Returns the settings that all variants share."""
   config = default_config(objective)
   config.data = dict(name="latents:runs/emoji_latents", embeddings="runs/emoji_names")
-  config.model = dict(kind="dit", patch_size=2, width=320, depth=6, num_heads=5, scan_unroll=1, time_scale=1000.0)
+  config.model = dict(kind="dit", patch_size=2, width=320, depth=6, num_heads=5, scan_unroll=6, time_scale=1000.0)
   config.model.update(dtype="float32", remat="none", attention="xla")
   config.train.update(batch_size=128, log_every=100, checkpoint_every=500)
   config.optimizer.update(learning_rate=1e-3, warmup_steps=200, schedule="cosine")
@@ -36,7 +46,7 @@ def teacher() -> ConfigDict:
   config = base("flow_matching")
   config.head = dict(kind="velocity")
   config.objective.cond_dropout = 0.1
-  config.train.steps = 4000
+  config.train.steps = 8000
   return config
 
 
@@ -46,7 +56,7 @@ def gmflow() -> ConfigDict:
   config.head = dict(kind="gmflow", num_components=8)
   config.teacher.update(guidance=2.0, interval=(0.0, 0.8))
   config.objective.update(num_states=2, dropout=0.05, substeps=64)
-  config.train.update(steps=1200, batch_size=64)
+  config.train.update(steps=1500, batch_size=64)
   config.optimizer.warmup_steps = 100
   return config
 
@@ -55,7 +65,7 @@ def gmflow_2nfe() -> ConfigDict:
   """The same for 2 evaluations."""
   config = gmflow()
   config.objective.nfe = 2
-  config.train.steps = 800
+  config.train.steps = 1000
   return config
 
 
@@ -71,6 +81,8 @@ def of_classes(variant) -> ConfigDict:
   """Returns a variant with a class for each picture instead of texts."""
   config = variant()
   del config.data.embeddings
+  if variant is teacher:
+    config.train.steps = 4000
   return config
 
 
@@ -80,7 +92,7 @@ def quicktest(config: ConfigDict) -> None:
     config.data = dict(name="synthetic_prompts", model="minilm", shape=(8, 8, 4), pooled=12)
   else:
     config.data = dict(name="synthetic", shape=(8, 8, 4), num_classes=12)
-  config.model.update(patch_size=2, width=16, depth=1, num_heads=2)
+  config.model.update(patch_size=2, width=16, depth=1, num_heads=2, scan_unroll=1)
   config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
   config.optimizer.warmup_steps = 1
   config.sample.batch_size = 8
