@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import pflow_jax as pf
 from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.conversion.merge import merge
@@ -108,3 +109,13 @@ def test_two_processes_train_what_one_does(config, tmp_path):
       assert processes.wait() == [0] * count, processes.log(0)
   one, two = (load_params(tmp_path / f"run{count}" / workdir.CHECKPOINTS, which="params") for count in (1, 2))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two)
+
+
+def test_a_loaded_student_of_a_guided_teacher_of_texts_is_measured(tmp_path):
+  """The empty prompt, which guides the teacher, is not in what a workdir says of its data."""
+  train(quick("emoji", "teacher"), tmp_path / "teacher")
+  train(quick("emoji", "gmflow", tmp_path / "teacher"), tmp_path / "student")
+  run = pf.load(tmp_path / "student")
+  assert run.data.null_cond is None
+  report = run.evaluate(num_samples=16, teacher_steps=(4, 128), num_resamples=2, nearest_k=2, quiet=True)
+  assert np.isfinite(report.rows[-1]["alignment"])

@@ -27,10 +27,11 @@ from pflow_jax.files.lock import Lock
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout, to_host
 from pflow_jax.settings.sample import SampleSettings
+from pflow_jax.settings.sections import call
 from pflow_jax.settings.teacher import TeacherSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir as workdirs
-from pflow_jax.training.experiment import Experiment
+from pflow_jax.training.experiment import Experiment, build
 from pflow_jax.training.inputs import absolute_path
 from pflow_jax.training.methods import Method
 from pflow_jax.training.origins import inputs_of
@@ -186,7 +187,12 @@ class Run:
     Raises:
       ValueError: there are no data to compare with, or too few samples.
     """
-    method, teacher = self._experiment.method, self._experiment.teacher
+    experiment = self._experiment
+    if self.workdir is not None and self.data.embedding is not None and self.data.null_cond is None:
+      # What a workdir says of its data lacks the empty prompt, with which a teacher is guided.
+      whole = call(datasets.load, "data", self.settings.data)
+      experiment = build(self.settings, dataset=whole, run=self.workdir)
+    method, teacher = experiment.method, experiment.teacher
     own = dataclasses.replace(self.settings.evaluate, **settings)
 
     def samplers() -> list[Sampler]:
@@ -198,9 +204,9 @@ class Run:
 
     kept = None
     if self.workdir is not None and (teacher is None or teacher.saved):
-      kept = KeptInFolder(self._experiment, self.workdir)
+      kept = KeptInFolder(experiment, self.workdir)
     batch_size = self.settings.sample.batch_size
-    report = measure(samplers, self.data, own, self._layout, batch_size=batch_size, kept=kept, quiet=quiet)
+    report = measure(samplers, experiment.dataset, own, self._layout, batch_size=batch_size, kept=kept, quiet=quiet)
     if out is not None and is_first():
       folder = pathlib.Path(checked_folder(out, "out"))
       save_report(report, folder, {self.workdir or self.settings.kind: EvaluatedRun(self.settings, self.history)})
