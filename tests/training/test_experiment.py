@@ -7,7 +7,7 @@ import pytest
 
 from pflow_jax.networks.registry import sharding_rules
 from pflow_jax.settings.tree import Settings
-from pflow_jax.training.experiment import build, layout_of
+from pflow_jax.training.experiment import OF_A_FUNCTION, build, layout_of
 from pflow_jax.training.step import make_program, make_step
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import load_config
@@ -187,5 +187,6 @@ def test_a_config_s_own_rows_come_before_the_network_s():
   config = quick("digits", "teacher")
   config.mesh.update(fsdp=2, min_size=3, rules=((".*mlp_in/kernel", ("tensor", ["fsdp", "data"])),))
   layout = layout_of(Settings.of(config), 8)
-  assert layout.rules == ((".*mlp_in/kernel", ("tensor", ("fsdp", "data"))), *sharding_rules("dit"))
+  own = (".*mlp_in/kernel", ("tensor", ("fsdp", "data")))
+  assert layout.rules == (own, *sharding_rules("dit"), OF_A_FUNCTION)
   assert (layout.min_size, layout.mesh.shape["fsdp"], layout.mesh.shape["data"]) == (3, 2, 4)
