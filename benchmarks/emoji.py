@@ -29,6 +29,7 @@ from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.sample import sample_keys
 
 ROOT = pathlib.Path(__file__).parents[1]
+SAMPLES = 512  # of every sampler in the table
 STUDENTS = {"gmflow": 1, "gmflow_2nfe": 2, "gmflow_4nfe": 4}
 KNOWN = (
   *("red apple", "heart", "panda face", "cat face", "pizza", "soccer ball", "automobile", "penguin"),
@@ -123,7 +124,7 @@ def table(folder, students):
     found = {}
     for workdir in workdirs:
       run = pf.load(workdir)
-      report = run.evaluate()
+      report = run.evaluate(num_samples=SAMPLES)
       x0 = pf.data.load(**run.settings.data).records.take(np.arange(len(categories.texts)))["x0"]
       classifier = train_classifier(x0, categories.records.label, categories.num_classes, steps=600)
       distance = {name: frechet_distance(*map(classifier.features, (x, x0))) for name, x in report.samples.items()}

@@ -61,25 +61,12 @@ _PIPELINES = {
 }
 
 
-def write_card(
-  out: pathlib.Path,
-  folder: str,
-  settings: Settings,
-  config: Mapping[str, Any],
-  policy: str | None,
-  which: str,
-  step: int | None,
-) -> bool:
+def write_card(out: pathlib.Path, text: str) -> bool:
   """Writes the card of an export, unless there is one that somebody edited.
 
   Args:
     out: folder of the export.
-    folder: workdir of the run.
-    settings: of the run, with the folder of its teacher.
-    config: content of config.json.
-    policy: name of its policy in PyTorch, or None.
-    which: "ema" or "params".
-    step: of the checkpoint.
+    text: result of `card`.
 
   Returns:
     Whether the card is of this export.
@@ -87,7 +74,6 @@ def write_card(
   path = out / README
   if path.exists() and not is_own(path):
     return False
-  text = card(folder, settings, config, policy, which, step)
   if not path.exists() or path.read_text(encoding="utf-8") != text:
     write_atomically(path, text)
   return True
@@ -111,7 +97,16 @@ def card(
   which: str,
   step: int | None,
 ) -> str:
-  """Returns the text of a card; the arguments are those of `write_card`."""
+  """Returns the text of a card.
+
+  Args:
+    folder: workdir of the run.
+    settings: of the run, with the folder of its teacher.
+    config: content of config.json.
+    policy: name of its policy in PyTorch, or None.
+    which: "ema" or "params".
+    step: of the checkpoint.
+  """
   origin = origin_of(folder, settings)
   name = plain(pathlib.Path(os.path.abspath(folder)).name)
   parts = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import pathlib
 import sys
@@ -16,7 +15,7 @@ from pflow_jax import data
 from pflow_jax.checkpoints.checkpoint import params_shapes
 from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.checkpoints.stream import Stored, open_leaves
-from pflow_jax.conversion.card import README, write_card
+from pflow_jax.conversion.card import README, card, write_card
 from pflow_jax.conversion.leaves import Exporter
 from pflow_jax.conversion.models import classes_of, model_of_run
 from pflow_jax.conversion.progress import digest, in_words, megabytes
@@ -93,10 +92,10 @@ def to_torch(
     max_bytes = sys.maxsize if metadata else SHARD_BYTES
   source = digest({"config": config, **identity, **options, "max_bytes": max_bytes})
   target = ModelFolder(out, torch_config, exporter.planned, source, metadata, max_bytes)
-  describe = functools.partial(_describe, out, folder, known, torch_config, model.output.policy_name(), which, step)
+  about = card(folder, known, torch_config, model.output.policy_name(), which, step)
   if target.is_complete():
     print(f"{out} holds this model already")
-    describe()
+    _describe(out, about)
     return False
   total = sum(tensor.nbytes for tensor in exporter.planned)
   dtypes = {tensor.name: tensor.dtype for tensor in exporter.planned}
@@ -109,12 +108,12 @@ def to_torch(
     print(f"the samples that PyTorch draws of it: pflow sample --config.sample.method={release_of(sampling.method)}")
   with Lock(out, "pflow convert"), megabytes(total, "convert") as report:
     target.write(lambda name: exporter.tensor(name, dtypes[name]), report)
-  describe()
+  _describe(out, about)
   return True
 
 
-def _describe(out: pathlib.Path, *about: Any) -> None:
-  if not write_card(out, *about):
+def _describe(out: pathlib.Path, text: str) -> None:
+  if not write_card(out, text):
     print(f"{out / README} was edited, or is not of pflow_jax: it is left as it is; remove it for a new card")
 
 

@@ -75,16 +75,16 @@ def row_of(name: str, experiment: Experiment, params: Any, layout: Layout) -> Ro
   own = (*sampling.nfe, *method.evaluations(sampling))[0]
   guided = not method.is_student and sampling.guidance not in (None, 1)
   return Row(
-    name,
-    experiment.settings,
-    experiment.dataset,
-    params,
-    layout,
-    own,
-    1 + guided,
-    sampler,
-    walk,
-    method.times,
+    name=name,
+    settings=experiment.settings,
+    dataset=experiment.dataset,
+    params=params,
+    layout=layout,
+    nfe=own,
+    branches=1 + guided,
+    sampler=sampler,
+    walk=walk,
+    times=method.times,
     is_teacher=not method.is_student,
     has_policy=method.has_policy,
   )
@@ -111,15 +111,15 @@ def row_of_teacher(name: str, experiment: Experiment, params: Any, layout: Layou
     return run
 
   return Row(
-    name,
-    experiment.settings,
-    experiment.dataset,
-    params,
-    layout,
-    REFERENCE_STEPS,
-    1 + (teacher.settings.guidance != 1),
-    lambda dataset, nfe: program(dataset, nfe, False),
-    lambda dataset, nfe: program(dataset, nfe, True),
-    lambda nfe, steps: shift_time(np.linspace(1.0, 0.0, steps + 1), method.shift),
+    name=name,
+    settings=experiment.settings,
+    dataset=experiment.dataset,
+    params=params,
+    layout=layout,
+    nfe=REFERENCE_STEPS,
+    branches=1 + (teacher.settings.guidance != 1),
+    sampler=lambda dataset, nfe: program(dataset, nfe, False),
+    walk=lambda dataset, nfe: program(dataset, nfe, True),
+    times=lambda nfe, steps: shift_time(np.linspace(1.0, 0.0, steps + 1), method.shift),
     is_teacher=True,
   )
