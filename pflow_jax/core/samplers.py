@@ -1,11 +1,12 @@
-"""Samplers: from noise to data with a student (a policy a segment) or a teacher (a velocity a step).
+"""Samplers: from noise to data with a student (a policy a segment) or a teacher (a velocity an evaluation).
 
-All take callables and a batch; nothing here knows a network. Random keys are needed only for stochastic steps (h > 0):
-one a sample, so that samples do not depend on their batches.
+All take callables and a batch; nothing here knows a network. Random keys are needed only for stochastic steps: one a
+sample, so that samples do not depend on their batches.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from pflow_jax.core.policies import temperature as with_temperature
 from pflow_jax.core.policies.base import Array, as_float
 from pflow_jax.core.rollout import rollout
 from pflow_jax.core.schedule import longest_segment, segment_grid, shift_time, unshift_time
+from pflow_jax.core.solvers import Scheme, check_solver, make_scheme
 
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
 
@@ -169,44 +171,64 @@ def sample_teacher(
   steps: int,
   shift: float = 1.0,
   h: float = 0.0,
+  solver: str = "euler",
+  diffusion: str = "sigma",
+  terminal: float = 0.04,
   trajectory: bool = False,
 ) -> Array:
-  """Samples of a velocity field: Euler steps even in schedule time, FlowSDE when h > 0.
+  """Samples of a velocity field, by steps even in schedule time.
 
   Args:
     teacher: (x, t, cond) -> v; one network evaluation (two when guided).
     noise: initial states at t = 1, (B, *space, C).
     cond: condition, passed on.
-    keys: PRNG keys (B,); needed when h > 0.
-    steps: number of steps.
+    keys: PRNG keys (B,); needed by "sde" and when h > 0.
+    steps: number of steps. Heun's method evaluates the teacher 2 steps - 1 times, the others once a step.
     shift: time shift m, see `shift_time`.
-    h: noise level of FlowSDE; 0 is deterministic.
+    h: noise level of FlowSDE, which renews noise between Euler's steps; 0 is deterministic.
+    solver: one of `solvers.SOLVERS`: "euler", "heun", "dpmpp_2m" or "sde".
+    diffusion: coefficient of "sde", one of `solvers.DIFFUSIONS`.
+    terminal: flow time at which the last step of "sde" begins, see `solvers.make_scheme`.
     trajectory: return all states, (steps + 1, B, *space, C), from noise to data.
 
   Returns:
     (B, *space, C).
+
+  Raises:
+    ValueError: the settings do not fit together.
   """
   if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
     raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
   _check_level(h)
-  if h > 0 and keys is None:
-    raise ValueError("sample_teacher: h > 0 needs `keys`, one a sample")
+  check_solver(solver, diffusion, terminal, h)
   teacher = checked("sample_teacher: teacher(x, t, cond)", teacher)
   (noise,) = as_float(noise)
-  times = shift_time(jnp.linspace(1.0, 0.0, steps + 1, dtype=noise.dtype), shift)
+  scheme = make_scheme(solver, steps, shift, noise.dtype, diffusion=diffusion, terminal=terminal)
+  if h > 0:
+    scheme = _with_renewed_noise(scheme, h)
+  if scheme.is_stochastic and keys is None:
+    raise ValueError("sample_teacher: solver='sde' and h > 0 add noise and need `keys`, one a sample")
   batch = noise.shape[:1]
 
-  def step(x, inputs):
-    t, t_next, i = inputs
-    v = teacher(x, jnp.broadcast_to(t, batch), cond)
-    if keys is None or h == 0:
-      x = x + v * (t_next - t)
-    else:
-      x = flow_sde_step(x, v, _fresh_noise(keys, i, x), t, t_next, h)
-    return x, x if trajectory else None
+  def evaluate(carry, inputs):
+    (x, memory), (i, row) = carry, inputs
+    v = teacher(x, jnp.broadcast_to(row[0], batch), cond)
+    fresh = _fresh_noise(keys, i, x) if keys is not None and scheme.is_stochastic else None
+    x, memory = scheme.step(x, memory, v, row, fresh)
+    return (x, memory), x if trajectory else None
 
-  x, states = jax.lax.scan(step, noise, (times[:-1], times[1:], jnp.arange(steps)))
-  return jnp.concatenate([noise[None], states]) if trajectory else x
+  start = (noise, scheme.remember(noise))
+  (x, _), states = jax.lax.scan(evaluate, start, (jnp.arange(len(scheme.rows[0])), scheme.rows))
+  return jnp.concatenate([noise[None], states[scheme.ends]]) if trajectory else x
+
+
+def _with_renewed_noise(euler: Scheme, h: float) -> Scheme:
+  """FlowSDE with the times of Euler's method."""
+
+  def step(x, memory, v, row, noise):
+    return flow_sde_step(x, v, noise, *row, h), memory
+
+  return dataclasses.replace(euler, step=step, is_stochastic=True)
 
 
 def sample_flow_map(
