@@ -12,25 +12,33 @@ class OptimizerSettings:
 
   Attributes:
     learning_rate: the rate after the warm-up, > 0.
-    warmup_steps: updates over which the rate rises linearly and gradients are not clipped.
+    warmup_steps: updates over which the rate rises linearly.
+    warmup_factor: share of the rate at update 0, from which it rises to the whole at update `warmup_steps`; None rises
+      from 1 / warmup_steps to the whole at the last of them.
     schedule: "constant", or "cosine", which reaches 0 at the end of the run.
     b1: decay rate of the first moment.
     b2: decay rate of the second moment.
+    mu_dtype: dtype of the first moment, "bfloat16" saves a quarter of the optimizer's memory; None is that of the
+      parameters.
     eps: keeps the quotient of the moments finite.
     weight_decay: decoupled decay of every parameter.
     clip_norm: largest global norm of the gradient (pi-Flow's release uses 50); None never clips.
+    clip_start: update from which gradients are clipped; None is `warmup_steps`.
     rates: rows (pattern, factor on the learning rate, and with it on the decay) on the parameter's path; empty is a
       factor of 1 for all, see `mesh.partition.match`.
   """
 
   learning_rate: float
   warmup_steps: int = 0
+  warmup_factor: float | None = None
   schedule: str = "constant"
   b1: float = 0.9
   b2: float = 0.95
+  mu_dtype: str | None = None
   eps: float = 1e-8
   weight_decay: float = 0.0
   clip_norm: float | None = None
+  clip_start: int | None = None
   rates: tuple[tuple[str, float], ...] = ()
 
   def __post_init__(self):
@@ -38,10 +46,18 @@ class OptimizerSettings:
       raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
     if self.warmup_steps < 0:
       raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
+    if self.warmup_factor is not None and not 0 < self.warmup_factor <= 1:
+      raise ValueError(
+        f"warmup_factor must be a share in (0, 1], or None for 1 / warmup_steps, got {self.warmup_factor}"
+      )
+    if self.mu_dtype not in (None, "float32", "bfloat16"):
+      raise ValueError(f"mu_dtype: expected 'float32' or 'bfloat16', got {self.mu_dtype!r}")
     if self.schedule not in ("constant", "cosine"):
       raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
     if self.clip_norm is not None and self.clip_norm <= 0:
       raise ValueError(f"clip_norm must be > 0, or None for no clipping, got {self.clip_norm}")
+    if self.clip_start is not None and self.clip_start < 0:
+      raise ValueError(f"clip_start must be >= 0, or None for warmup_steps, got {self.clip_start}")
     if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0 and self.weight_decay >= 0):
       raise ValueError(
         "b1, b2, eps, weight_decay: expected decay rates in [0, 1), > 0 and >= 0, got "

@@ -23,8 +23,8 @@ _NEVER_GIVE_IN = 2**31 - 1
 def make_schedule(settings: OptimizerSettings, total_steps: int | None = None) -> optax.Schedule:
   """Linear warm-up, then a constant rate or a half cosine that reaches 0 at `total_steps`.
 
-  The warm-up ends at update `warmup_steps - 1` (0-based) and starts at learning_rate / warmup_steps, so that no update
-  is lost to a rate of 0.
+  The warm-up starts at learning_rate / warmup_steps and ends at update `warmup_steps - 1` (0-based), so that no update
+  is lost to a rate of 0; with a `warmup_factor` it starts at that share of the rate and ends at update `warmup_steps`.
 
   Args:
     settings: the rate, the warm-up and the kind of schedule.
@@ -50,9 +50,12 @@ def make_schedule(settings: OptimizerSettings, total_steps: int | None = None) -
       )
     main = optax.cosine_decay_schedule(learning_rate, total_steps - warmup_steps)
 
+  first = settings.warmup_factor
+
   def rate(count):
     count = jnp.asarray(count, jnp.int32)
-    warmup = learning_rate * (count + 1) / max(warmup_steps, 1)
+    whole = max(warmup_steps, 1)
+    warmup = learning_rate * ((count + 1) / whole if first is None else first + (1 - first) * count / whole)
     after = main(jnp.maximum(count - warmup_steps, 0))
     return jnp.asarray(jnp.where(count < warmup_steps, warmup, after), jnp.float32)
 
@@ -60,7 +63,7 @@ def make_schedule(settings: OptimizerSettings, total_steps: int | None = None) -
 
 
 def make_optimizer(settings: OptimizerSettings, total_steps: int | None = None) -> optax.GradientTransformation:
-  """AdamW with warm-up, a global-norm clip once the warm-up is over, and skipped bad updates.
+  """AdamW with warm-up, a global-norm clip from `clip_start` on, and skipped bad updates.
 
   A gradient with a NaN, an infinity or a norm that overflows changes nothing but the counters that `skipped` reads:
   parameters, moments and the schedule's count stay, however many come in a row.
@@ -76,9 +79,10 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int | None = None) 
     pi-Flow, arXiv:2510.14974 (its release: betas 0.9, 0.95, no decay); optax.
   """
   s, rate = settings, make_schedule(settings, total_steps)
-  update = optax.adamw(rate, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay)
+  update = optax.adamw(rate, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay, mu_dtype=s.mu_dtype)
   if s.clip_norm is not None:
-    clip = optax.conditionally_transform(optax.clip_by_global_norm(s.clip_norm), lambda count: count >= s.warmup_steps)
+    start = s.warmup_steps if s.clip_start is None else s.clip_start
+    clip = optax.conditionally_transform(optax.clip_by_global_norm(s.clip_norm), lambda count: count >= start)
     update = optax.chain(clip, update)
   if s.rates:
     update = optax.chain(update, optax.stateless(lambda updates, params: _scaled(updates, s.rates)))

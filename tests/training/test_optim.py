@@ -120,6 +120,31 @@ def test_clip_starts_after_the_warmup():
   np.testing.assert_allclose(norms, [full, full, 0.5, 0.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("start", "clipped"), [(400, [0, 0, 1, 1]), (None, [0, 0, 0, 0]), (0, [1, 1, 1, 1])])
+def test_clip_starts_at_a_step_of_its_own(start, clipped):
+  """Steps 398 to 401 of a warm-up of 1,000, counted from 0."""
+  optimizer = make_optimizer(learning_rate=0.1, warmup_steps=1000, b1=0.0, clip_norm=0.5, clip_start=start)
+  grad, full = gradients(1), float(optax.global_norm(gradients(1)))
+  state = optimizer.init(jax.tree.map(jnp.asarray, PARAMS))
+  state = optax.tree_utils.tree_set(state, step=jnp.asarray(398, jnp.int32))
+  params, norms = PARAMS, []
+  for _ in range(4):
+    params, state = run(optimizer, [grad], params, state)
+    norms.append(float(optax.global_norm(optax.tree_utils.tree_get(state, "mu"))))
+  np.testing.assert_allclose(norms, [0.5 if one else full for one in clipped], rtol=1e-6)
+
+
+def test_the_first_moment_may_be_kept_in_bfloat16():
+  grads = [gradients(i) for i in range(5)]
+  (whole, _), (half, state) = (run(make_optimizer(learning_rate=0.1, mu_dtype=d), grads) for d in (None, "bfloat16"))
+  assert {x.dtype for x in jax.tree.leaves(optax.tree_utils.tree_get(state, "mu"))} == {np.dtype(jnp.bfloat16)}
+  assert {x.dtype for x in jax.tree.leaves(optax.tree_utils.tree_get(state, "nu"))} == {np.dtype(np.float32)}
+  for name, value in PARAMS.items():
+    assert half[name].dtype == jnp.float32
+    assert not np.array_equal(half[name], whole[name])
+    np.testing.assert_allclose(half[name] - value, whole[name] - value, rtol=2e-2, atol=2e-3)
+
+
 def test_small_gradients_are_not_clipped():
   grads = [gradients(i) for i in range(3)]
   clipped, _ = run(make_optimizer(learning_rate=0.1, clip_norm=100.0), grads)
@@ -165,10 +190,25 @@ def test_schedules():
   assert float(make_schedule(learning_rate=0.3)(0)) == pytest.approx(0.3)
 
 
+def test_a_warm_up_may_start_at_a_share_of_the_rate():
+  """mmcv's warmup="linear" with warmup_iters 400 and warmup_ratio 0.001: rate (1 - (1 - i / 400) (1 - 0.001))."""
+  schedule = make_schedule(learning_rate=5e-5, warmup_steps=400, warmup_factor=0.001)
+  steps = np.array([0, 1, 200, 399, 400, 401, 10_000])
+  expected = 5e-5 * np.array([0.001, 0.0034975, 0.5005, 0.9975025, 1, 1, 1])
+  np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(steps), expected, rtol=1e-6)
+  cosine = make_schedule(learning_rate=2.0, warmup_steps=2, warmup_factor=0.5, schedule="cosine", total_steps=10)
+  np.testing.assert_allclose([cosine(s) for s in (0, 1, 2, 10)], [1.0, 1.5, 2.0, 0.0], atol=1e-6)
+  assert float(make_schedule(learning_rate=0.3, warmup_factor=0.5)(0)) == pytest.approx(0.3), "no warm-up, no factor"
+
+
 @pytest.mark.parametrize(
   ("settings", "match"),
   [
     ({"learning_rate": 0.0}, "learning_rate"),
+    ({"learning_rate": 1.0, "warmup_factor": 0.0}, r"share in \(0, 1\], .* got 0.0"),
+    ({"learning_rate": 1.0, "warmup_factor": 1.5}, r"share in \(0, 1\], .* got 1.5"),
+    ({"learning_rate": 1.0, "mu_dtype": "float16"}, "mu_dtype: expected 'float32' or 'bfloat16', got 'float16'"),
+    ({"learning_rate": 1.0, "clip_start": -1}, "clip_start must be >= 0"),
     ({"learning_rate": 1.0, "warmup_steps": -1}, "warmup_steps"),
     ({"learning_rate": 1.0, "schedule": "linear"}, "'constant' or 'cosine'"),
     ({"learning_rate": 1.0, "schedule": "cosine"}, "total_steps"),
@@ -190,6 +230,16 @@ def test_karras_decay_matches_the_release(golden):
   got = np.array([decay(i) for i in data["in_iter"]])
   assert got.dtype == np.float32
   np.testing.assert_allclose(got, data["out_momentum"], rtol=1e-6)
+
+
+def test_the_average_is_a_copy_up_to_its_start():
+  """Steps 399, 400 and 401 of a run whose average starts at 400."""
+  decay = make_ema_decay(start=400, gamma=7.0)
+  params = [{"w": jnp.float32([value, 1e8])} for value in (1.0, 3.0, 7.0)]
+  ema = {"w": jnp.float32([-5.0, 0.0])}
+  for step, new, expected in zip((399, 400, 401), params, (1.0, 3.0, 7.0 - 4.0 / 2**8), strict=True):
+    ema = update_ema(ema, new, decay(step))
+    np.testing.assert_array_equal(ema["w"], np.float32([expected, 1e8]))
 
 
 def test_constant_decay_and_unknown_kind():
