@@ -97,7 +97,8 @@ def picture(folder):
     samplers = student_samplers(experiment.method, run.settings.sample, run.params)
     if not rows:
       frozen = experiment.load_frozen(layout)
-      samplers = [*velocity_samplers(experiment.method, experiment.teacher.velocity, frozen, (128, 4)), *samplers]
+      steps = pf.EvaluateSettings(teacher_steps=(128, 4))
+      samplers = [*velocity_samplers(experiment.method, experiment.teacher.velocity, frozen, steps), *samplers]
     rows |= {one.name: np.asarray(one.run(noise, cond, keys)) for one in samplers}
   assert set(KNOWN) <= set(data.texts), set(KNOWN) - set(data.texts)
   assert not set(NEW) & set(data.texts)

@@ -30,7 +30,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow plot     runs/student runs/other --metric loss --out curves.png      curves of runs, here and in a picture
   pflow merge    --workdir runs/adapters --out runs/merged                   a run with adapters as one without
   pflow compare  --config configs/compare/digits.py --workdir runs/compare   train and measure methods side by side
-  pflow plan     --config configs/imagenet.py:gmflow --topology v5e-256      does it fit on these TPUs, and the cost
+  pflow plan     --config configs/imagenet.py:gmrepa_1nfe --topology v5e-256 does it fit on these TPUs, and the cost
   pflow data     emoji                                                       fetch a data set that is not in a package
   pflow convert  --source FLUX.1-dev/transformer --out runs/flux             weights from PyTorch, or a run to PyTorch
   pflow push     --folder student --repo USER/NAME                           an export to the Hugging Face Hub

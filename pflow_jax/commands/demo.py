@@ -14,6 +14,7 @@ from typing import Any
 from pflow_jax.commands.library import load
 from pflow_jax.commands.run import Folder, Run
 from pflow_jax.conversion.runs import is_run
+from pflow_jax.core.solvers import fitting
 from pflow_jax.files.folders import told_apart
 from pflow_jax.files.foreign import is_there
 from pflow_jax.page.drawing import Studio
@@ -116,7 +117,8 @@ def studio_of(
   if len(students) == len(rows) and (own := _teacher_of(students[0])):
     rows = [own, *rows]
   if students and (teacher := next((row for row in rows if row.is_teacher), None)):
-    rows.append(dataclasses.replace(teacher, name=f"{teacher.name}, few steps", nfe=YARDSTICK_STEPS))
+    few = fitting(teacher.settings.sample.solver, YARDSTICK_STEPS)
+    rows.append(dataclasses.replace(teacher, name=f"{teacher.name}, few steps", nfe=few))
   return Studio(rows, batch_size=batch_size, pipeline=pipeline, autoencoder=preview_autoencoder)
 
 

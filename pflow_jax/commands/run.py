@@ -20,7 +20,7 @@ from pflow_jax.evaluation.evaluate import KeptInFolder
 from pflow_jax.evaluation.measure import Report, measure
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.report import EvaluatedRun, save_report
-from pflow_jax.evaluation.samplers import Sampler, student_samplers, velocity_samplers
+from pflow_jax.evaluation.samplers import Sampler, own_samplers, student_samplers, velocity_samplers
 from pflow_jax.evaluation.text_to_image import ask, draw
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.lock import Lock
@@ -196,11 +196,13 @@ class Run:
     own = dataclasses.replace(self.settings.evaluate, **settings)
 
     def samplers() -> list[Sampler]:
+      sampling = self.settings.sample
       if teacher is None:
-        found = velocity_samplers(method, method.velocity, self.params, own.teacher_steps)
+        found = velocity_samplers(method, method.velocity, self.params, own)
       else:
-        found = velocity_samplers(method, teacher.velocity, self._teachers_params(teacher), own.teacher_steps)
-      return found + (student_samplers(method, self.settings.sample, self.params) if method.is_student else [])
+        found = velocity_samplers(method, teacher.velocity, self._teachers_params(teacher), own)
+      mine = student_samplers if method.is_student else own_samplers
+      return found + mine(method, sampling, self.params)
 
     kept = None
     if self.workdir is not None and (teacher is None or teacher.saved):

@@ -77,7 +77,7 @@ def evaluate(
 
   def samplers() -> list[Sampler]:
     frozen = experiment.load_frozen(layout)
-    found = teacher_samplers(experiment, layout, folder, settings.teacher_steps, frozen)
+    found = teacher_samplers(experiment, layout, folder, settings, frozen)
     for own_name, (name, one) in zip(told_apart(list(experiments)), experiments.items(), strict=True):
       if one.method.is_student:
         suffix = f" ({own_name})" if others else ""
@@ -121,7 +121,9 @@ class KeptInFolder(Kept):
     what = f"{_reference(self._experiment)}, in {teacher.settings.dtype}; {settings.evaluate.num_samples} samples of "
     what += f"seed {settings.evaluate.seed}, {settings.sample.batch_size} at a time"
     what += f", {jax.devices()[0].device_kind} x {jax.device_count()}"
-    return _draw_once(draw, self._folder / f"samples_{sampler.nfe}_steps.npz", what, shape)
+    # The reference of many evaluations is kept under the name that it has had.
+    how = "steps" if sampler.solver == "euler" else sampler.solver
+    return _draw_once(draw, self._folder / f"samples_{sampler.nfe}_{how}.npz", what, shape)
 
   def classifier(self, train: Callable[[], Classifier], dataset: data.Dataset, steps: int) -> Classifier:
     # The name has the number of steps: another setting trains another classifier.

@@ -155,7 +155,8 @@ def _measure(
 ) -> Report:
   if not dataset.has_x0:
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
-  check_room(dataset, settings.num_samples, 1 + len(settings.teacher_steps), "config.evaluate.num_samples")
+  rows = len(settings.teacher_steps) * (1 + len(settings.solvers))
+  check_room(dataset, settings.num_samples, 1 + rows, "config.evaluate.num_samples")
   noise, cond = draw_noise(dataset, settings.num_samples, settings.seed)
   labels = labels_of(cond, settings.num_samples)
   # At most ten times as many data as samples; as many as samples for an endless set, or one with texts (large ones).
@@ -223,7 +224,8 @@ def _measure(
   }
   paths = {}
   if dataset.shape == (2,):
-    paths = {s.name: s.path(noise[:64], cond[:64]) for s in samplers if s.is_student or s.nfe == REFERENCE_STEPS}
+    shown = [s for s in samplers if s.is_student or s.name == teacher_name(REFERENCE_STEPS)]
+    paths = {s.name: s.path(noise[:64], cond[:64]) for s in shown}
   students = {s.name for s in samplers if s.is_student}
   return Report(rows, about, samples, labels, real, paths, students, dataset)
 

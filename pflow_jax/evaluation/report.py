@@ -102,7 +102,8 @@ def samples_of(report: Report) -> dict[str, Any]:
   """Draws the samples of teacher and students, and of points their trajectories; returns figures by file name."""
   dataset = report.dataset
   rows = {row["name"]: row for row in report.rows}
-  shown = [n for n, row in rows.items() if n in report.students or row["nfe"] in (1, YARDSTICK_STEPS, REFERENCE_STEPS)]
+  euler = [teacher_name(steps) for steps in (1, YARDSTICK_STEPS, REFERENCE_STEPS)]
+  shown = [name for name in rows if name in report.students or name in euler]
   shown.sort(key=lambda name: (name in report.students, -rows[name]["nfe"]))
   samples = {name: report.samples[name] for name in shown}
   if dataset.shape == (2,):
@@ -212,7 +213,7 @@ def metrics_by_nfe(report: Report) -> Any:
       if not (math.isfinite(value) and value > 0):  # a logarithmic axis has no place for it
         continue
       student = re.fullmatch(r"student, \d+ NFE(?: \((.*)\))?", row["name"])
-      label = (student[1] or "student") if student else "teacher"
+      label = (student[1] or "student") if student else re.sub(r", \d+ (steps?|NFE)$", "", row["name"])
       line = panels.setdefault(title, {}).setdefault(label, ([], [], []))
       for values, number in zip(line, (row["nfe"], value, error if math.isfinite(error) else 0.0), strict=True):
         values.append(number)

@@ -79,6 +79,7 @@ def sample(
     experiment = build(settings, dataset=call(data.load, "data", settings.data), run=folder)
   method, dataset = experiment.method, experiment.dataset
   numbers = evaluations(method, sampling)
+  samplers = {n: make_sampler(method, sampling, n) for n in numbers}  # raises before any work if one does not fit
   check_room(dataset, num, 1 + len(numbers), "num")
   layout = layout_of(settings)
   noise, cond = draw_noise(dataset, num, seed, labels)
@@ -87,7 +88,7 @@ def sample(
   keys = sample_keys(num, seed)
   rows = {}
   for n in numbers:
-    run = functools.partial(make_sampler(method, sampling, n), params)
+    run = functools.partial(samplers[n], params)
     rows[f"{n} NFE"] = in_batches(run, layout, sampling.batch_size, noise, cond, keys)
     warn_of_gaps(f"{n} NFE", rows[f"{n} NFE"], params)
   picture = pathlib.Path(f"{out}.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ import numpy as np
 
 from pflow_jax.core.guidance import Velocity
 from pflow_jax.core.samplers import sample_teacher
+from pflow_jax.core.solvers import fitting, steps_of
 from pflow_jax.mesh.sharding import Layout, to_host
-from pflow_jax.settings.sample import SampleSettings
+from pflow_jax.settings.sample import EvaluateSettings, SampleSettings
 from pflow_jax.training.experiment import Experiment
 from pflow_jax.training.methods import Method
 from pflow_jax.training.sample import evaluations, make_sampler
@@ -30,6 +31,7 @@ class Sampler:
     run: (noise, conditions, keys) -> samples.
     path: (noise, conditions) -> states (steps + 1, B, *space, C), from noise to data.
     is_student: whether it is a student's.
+    solver: of a teacher.
   """
 
   name: str
@@ -37,37 +39,69 @@ class Sampler:
   run: Callable[..., Any]
   path: Callable[..., np.ndarray]
   is_student: bool = False
+  solver: str = "euler"
 
 
 def teacher_samplers(
-  experiment: Experiment, layout: Layout, folder: str | os.PathLike, all_steps: Sequence[int], frozen: Any
+  experiment: Experiment, layout: Layout, folder: str | os.PathLike, settings: EvaluateSettings, frozen: Any
 ) -> list[Sampler]:
-  """Samplers of the teacher, with parameters `frozen`, by numbers of Euler steps; a teacher's run samples itself."""
+  """Samplers of the teacher, with parameters `frozen`, see `velocity_samplers`; a teacher's run samples itself.
+
+  That run is measured as its own section `sample` says too, where that asks for more than Euler steps.
+  """
+  method = experiment.method
   if experiment.teacher is not None:
-    return velocity_samplers(experiment.method, experiment.teacher.velocity, frozen, all_steps)
+    return velocity_samplers(method, experiment.teacher.velocity, frozen, settings)
   params = experiment.load(folder, layout=layout)
-  return velocity_samplers(experiment.method, experiment.method.velocity, params, all_steps)
+  found = velocity_samplers(method, method.velocity, params, settings)
+  return found + own_samplers(method, experiment.settings.sample, params)
 
 
 def velocity_samplers(
-  method: Method, velocity: Callable[[Any], Velocity], params: Any, all_steps: Sequence[int]
+  method: Method, velocity: Callable[[Any], Velocity], params: Any, settings: EvaluateSettings
 ) -> list[Sampler]:
-  """Samplers of a velocity field of these parameters by numbers of Euler steps, even in the method's schedule."""
+  """Samplers of a velocity field of these parameters, by steps even in the method's schedule.
+
+  Args:
+    method: gives the schedule.
+    velocity: params -> the field.
+    params: its parameters.
+    settings: numbers of Euler steps, and other solvers.
+  """
   shift = method.shift
 
-  def make(steps):
-    @functools.partial(jax.jit, static_argnames="trajectory")
-    def walk(params, noise, labels, trajectory=False):
-      return sample_teacher(velocity(params), noise, labels, steps=steps, shift=shift, trajectory=trajectory)
+  def make(name: str, solver: str, nfe: int) -> Sampler:
+    @functools.partial(jax.jit, static_argnames=("solver", "trajectory"))
+    def walk(params, noise, labels, keys=None, solver=solver, trajectory=False):
+      steps, field = steps_of(solver, nfe), velocity(params)
+      return sample_teacher(field, noise, labels, keys, steps=steps, shift=shift, solver=solver, trajectory=trajectory)
 
-    return Sampler(
-      teacher_name(steps),
-      steps,
-      lambda x, c, k: walk(params, x, c),
-      lambda x, c: to_host(walk(params, x, c, trajectory=True)),
-    )
+    flow = "euler" if solver == "sde" else solver  # a path has no noise
+    path = lambda x, c: to_host(walk(params, x, c, solver=flow, trajectory=True))
+    return Sampler(name, nfe, functools.partial(walk, params), path, solver=solver)
 
-  return [make(steps) for steps in all_steps]
+  found = [make(teacher_name(steps), "euler", steps) for steps in settings.teacher_steps]
+  for solver in settings.solvers:
+    counts = {fitting(solver, nfe) for nfe in settings.teacher_steps if nfe > 1 or solver != "sde"}
+    found += [make(f"teacher, {solver}, {nfe} NFE", solver, nfe) for nfe in sorted(counts)]
+  return found
+
+
+def own_samplers(method: Method, sampling: SampleSettings, params: Any) -> list[Sampler]:
+  """Samplers of a teacher as its own section `sample` says; none where that says Euler steps without guidance."""
+  told = [sampling.solver] if sampling.solver != "euler" else []
+  told += [f"noise level {sampling.h:g}"] if sampling.h > 0 else []
+  if sampling.guidance not in (None, 1):
+    low, high = sampling.interval
+    told.append(f"guidance {sampling.guidance:g}" + (f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""))
+  if not told:
+    return []
+  found = student_samplers(method, sampling, params)
+  about = ", ".join(told)
+  return [
+    dataclasses.replace(one, name=f"teacher, {about}, {one.nfe} NFE", is_student=False, solver=sampling.solver)
+    for one in found
+  ]
 
 
 def student_samplers(method: Method, sampling: SampleSettings, params: Any, suffix: str = "") -> list[Sampler]:

@@ -6,6 +6,7 @@ import dataclasses
 
 from pflow_jax.core.objectives.imitation import MAX_SUBSTEPS
 from pflow_jax.core.policies import auto_temperature
+from pflow_jax.core.solvers import SOLVERS, check_solver
 
 MAX_EVALUATIONS = 10_000
 REFERENCE_STEPS, YARDSTICK_STEPS = 128, 4  # Euler steps of the teacher; students are measured against both
@@ -17,16 +18,20 @@ class SampleSettings:
 
   Attributes:
     nfe: numbers of network evaluations to sample with; () is the one that a policy student was trained for, 1, 2, 4
-      and 8 for a flow map, 128 Euler steps for a teacher.
-    h: noise level between segments, 0 is deterministic.
+      and 8 for a flow map, 128 for a teacher (127 by Heun's method, which takes odd numbers alone).
+    h: noise level between segments, or between a teacher's Euler steps; 0 is deterministic.
     temperature: of the policies of every segment but the last.
     auto_temperature: take the release's temperature for each nfe instead, see `core.policies.auto_temperature`.
     substeps: of the rollouts, in a unit of schedule time, see `core.rollout.rollout`.
     method: of the rollouts, see `core.rollout.rollout`.
+    solver: of a teacher that is sampled itself: "euler", "heun", "dpmpp_2m" or "sde", see `core.solvers`.
+    diffusion: coefficient of "sde", see `core.solvers.DIFFUSIONS`.
+    terminal: flow time at which the last step of "sde" begins.
     gamma: noise that a flow map renews between its steps, see `core.samplers.sample_flow_map`.
     guidance: strength of guidance. A flow map that was trained for several takes this one; None is its teacher's
       (teacher.guidance), which evaluation always compares with. A teacher that is sampled itself takes it as the
       strength of classifier-free guidance; None is none.
+    interval: flow times (low, high) in which the guidance of a teacher that is sampled itself acts.
     batch_size: samples at a time.
     autoencoder: folder of the autoencoder that shows samples of latents as pictures, a tiny one, say; "" is the one
       that made the latents, if it is known.
@@ -38,8 +43,12 @@ class SampleSettings:
   auto_temperature: bool = False
   substeps: int = 128
   method: str = "auto"
+  solver: str = "euler"
+  diffusion: str = "sigma"
+  terminal: float = 0.04
   gamma: float = 0.0
   guidance: float | None = None
+  interval: tuple[float, float] = (0.0, 1.0)
   batch_size: int = 256
   autoencoder: str = ""
 
@@ -65,6 +74,9 @@ class SampleSettings:
         "config.sample: expected h and temperature of at least 0 and gamma in [0, 1], got "
         f"{self.h}, {self.temperature}, {self.gamma}"
       )
+    check_solver(self.solver, self.diffusion, self.terminal, self.h)
+    if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+      raise ValueError(f"interval: expected flow times (low, high), 0 <= low <= high <= 1, got {self.interval}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +86,8 @@ class EvaluateSettings:
   Attributes:
     num_samples: samples of every sampler.
     teacher_steps: Euler steps of the teacher; 4 and 128 are the yardsticks of the ratios.
+    solvers: other solvers that the teacher is measured with too, see `SampleSettings`: each with the numbers of
+      evaluations in teacher_steps, or the nearest below that it takes.
     seed: of the noise.
     classifier_steps: training steps of the classifier whose features and classes are used (images with classes).
     num_resamples: of the bootstrap errors.
@@ -82,6 +96,7 @@ class EvaluateSettings:
 
   num_samples: int = 2000
   teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 128)
+  solvers: tuple[str, ...] = ()
   seed: int = 1234
   classifier_steps: int = 600
   num_resamples: int = 50
@@ -105,4 +120,9 @@ class EvaluateSettings:
       raise ValueError(
         f"config.evaluate.teacher_steps: expected {YARDSTICK_STEPS} and {REFERENCE_STEPS} among them (the yardsticks "
         f"of every ratio), got {tuple(self.teacher_steps)}"
+      )
+    if not set(self.solvers) <= set(SOLVERS[1:]):
+      raise ValueError(
+        f"config.evaluate.solvers: expected some of {SOLVERS[1:]} (Euler's are in teacher_steps), got "
+        f"{tuple(self.solvers)}"
       )

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import types
 import zipfile
 
 import numpy as np
@@ -14,13 +15,14 @@ from PIL import Image
 
 import pflow_jax as pf
 from pflow_jax.evaluation import evaluate as program
-from pflow_jax.evaluation import metrics
+from pflow_jax.evaluation import metrics, samplers
 from pflow_jax.evaluation.evaluate import evaluate
+from pflow_jax.evaluation.report import metrics_by_nfe
 from pflow_jax.training.experiment import build
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import load_config
 from tests.events import events
-from tests.programs import quick
+from tests.programs import quick, write_random
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -73,6 +75,44 @@ def test_yardsticks_are_one_and_nothing_is_missing(report):
     row = rows[name]
     keys = ("alignment", "alignment_ratio", "fd", "fd_ratio", "fd_pixels_ratio", "diversity", "precision", "recall")
     assert all(np.all(np.isfinite(row[key])) for key in (*keys, "accuracy", "images_per_second"))
+
+
+def test_a_teacher_is_measured_with_other_solvers_too(tmp_path):
+  """Euler's rows as ever, each other solver's with as many evaluations as it says, and its own section `sample`."""
+  config = quick("digits", "teacher")
+  config.objective.cond_dropout = 0.1
+  folder = write_random(config, tmp_path / "run")
+  config.evaluate.solvers = ("heun",)
+  config.sample.update(solver="sde", nfe=(6,), guidance=1.8, interval=(0.0, 0.7))
+  rows = evaluate(config, folder)["rows"]
+  own = "teacher, sde, guidance 1.8 in [0, 0.7], 6 NFE"
+  counts = {"teacher, 4 steps": 4, "teacher, 128 steps": 128, "teacher, heun, 3 NFE": 3, "teacher, heun, 127 NFE": 127}
+  assert {row["name"]: row["nfe"] for row in rows} == counts | {own: 6}
+  assert all(np.isfinite(row["fd"]) for row in rows)
+  errors = {row["name"]: row["alignment"] for row in rows if "alignment" in row}
+  assert errors["teacher, heun, 127 NFE"] < errors["teacher, heun, 3 NFE"] < errors[own]
+  lines = metrics_by_nfe(types.SimpleNamespace(rows=rows)).axes[0].get_legend_handles_labels()[1]
+  assert set(lines) == {"teacher", "teacher, heun", "teacher, sde, guidance 1.8 in [0, 0.7]"}
+
+
+def test_rows_of_a_teacher_by_its_solvers():
+  method, velocity = types.SimpleNamespace(shift=1.0), lambda params: None
+  asked = pf.EvaluateSettings(teacher_steps=(1, 2, 4, 128), solvers=("heun", "dpmpp_2m", "sde"))
+  found = samplers.velocity_samplers(method, velocity, {}, asked)
+  assert [one.name for one in found[:4]] == [samplers.teacher_name(n) for n in (1, 2, 4, 128)]
+  assert [(one.solver, one.nfe) for one in found[4:]] == [
+    *[("heun", n) for n in (1, 3, 127)],
+    *[("dpmpp_2m", n) for n in (1, 2, 4, 128)],
+    *[("sde", n) for n in (2, 4, 128)],
+  ]
+  assert not any(one.is_student for one in found)
+  assert len({one.name for one in found}) == len(found)
+
+
+def test_solvers_of_an_evaluation_are_checked():
+  for solvers in (("euler",), ("rk4",)):
+    with pytest.raises(ValueError, match="config.evaluate.solvers: expected some of"):
+      pf.EvaluateSettings(solvers=solvers)
 
 
 def test_student_that_is_its_teacher_is_measured_as_such(teacher_run, tmp_path):

@@ -1,5 +1,6 @@
 """Samples of trained runs."""
 
+import functools
 import shutil
 import types
 
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 from pflow_jax import data
+from pflow_jax.commands.cli import main
+from pflow_jax.core.guidance import guided
+from pflow_jax.core.samplers import sample_teacher
 from pflow_jax.data.prompts.records import MODELS, Fields
 from pflow_jax.evaluation import figures
 from pflow_jax.evaluation.evaluate import evaluate
@@ -20,7 +24,7 @@ from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.training import sample as program
 from pflow_jax.training.experiment import build
 from pflow_jax.training.workdir import load_config
-from tests.programs import quick
+from tests.programs import quick, write_random
 from tests.prompt_folders import write
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -131,6 +135,54 @@ def test_teacher_runs_are_sampled_too(teacher_run, tmp_path):
   sample(load_config(teacher_run), teacher_run, num=2, nfe=3, out=tmp_path / "t")
   with np.load(tmp_path / "t.npz") as arrays:
     assert np.isfinite(arrays["x0_nfe3"]).all()
+
+
+def test_a_teacher_is_sampled_by_the_solver_that_flags_name(tmp_path):
+  """The check of a published teacher, small: an SDE, guided in an interval; each sample from its own key."""
+  config = quick("digits", "teacher")
+  config.objective.cond_dropout = 0.1
+  folder = write_random(config, tmp_path / "run")
+  flags = ["--config.sample.guidance=1.8", "--config.sample.interval=(0,.7)", "--seed=3", f"--workdir={folder}"]
+  drawn = {}
+  for solver, nfe in (("sde", 6), ("heun", 5), ("dpmpp_2m", 6), ("euler", 6)):
+    out = tmp_path / solver
+    command = ["sample", *flags, f"--config.sample.solver={solver}", f"--nfe={nfe}", "--num=5", f"--out={out}"]
+    main([*command, "--config.sample.batch_size=3"])
+    with np.load(f"{out}.npz") as arrays:
+      drawn[solver], noise, labels = arrays[f"x0_nfe{nfe}"], arrays["noise"], arrays["label"]
+  experiment = build(load_config(folder), run=folder)
+  velocity = experiment.method.velocity(experiment.load(folder))
+  teacher = guided(velocity, experiment.dataset.null_cond, scale=1.8, interval=(0.0, 0.7))
+  keys = program.sample_keys(5, 3)
+  for solver, steps in (("sde", 6), ("heun", 3), ("dpmpp_2m", 6), ("euler", 6)):
+    wanted = jax.jit(functools.partial(sample_teacher, teacher, steps=steps, solver=solver))(noise, labels, keys)
+    np.testing.assert_allclose(drawn[solver], wanted, atol=2e-5)
+    others = [drawn[other] for other in drawn if other != solver]
+    assert min(np.abs(drawn[solver] - other).max() for other in others) > 1e-3
+  method, sampling = experiment.method, SampleSettings(guidance=1.8, interval=(0.0, 0.7), solver="heun")
+  path = jax.jit(method.trajectory(sampling, 5))(experiment.load(folder), noise, labels)
+  np.testing.assert_allclose(path[-1], drawn["heun"], atol=2e-5)
+  assert len(path) == len(method.times(5, len(path) - 1)) == 4
+  assert program.evaluations(method, sampling) == (127,)
+  config = load_config(folder)
+  config.sample.update(solver="heun", nfe=(5, 6))
+  with pytest.raises(ValueError, match="odd number, got 6"):
+    sample(config, folder, num=5, out=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    (dict(solver="rk4"), r"solver: expected one of \('euler', 'heun', 'dpmpp_2m', 'sde'\), got 'rk4'"),
+    (dict(solver="heun", h=0.5), "h: expected 0 with solver='heun', got 0.5"),
+    (dict(diffusion="SBDM"), "diffusion: expected one of"),
+    (dict(terminal=1.0), "terminal: expected a flow time"),
+    (dict(interval=(0.7, 0.1)), r"interval: expected flow times .* got \(0.7, 0.1\)"),
+  ],
+)
+def test_settings_of_a_solver_are_checked(settings, message):
+  with pytest.raises(ValueError, match=message):
+    SampleSettings(**settings)
 
 
 def classes(*names, count=None):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from pflow_jax import data
 from pflow_jax.core.guidance import Velocity, guided
 from pflow_jax.core.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.core.samplers import sample_teacher
+from pflow_jax.core.solvers import fitting, steps_of
 from pflow_jax.settings.sample import REFERENCE_STEPS, SampleSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.methods.base import Method, Teachers
@@ -17,7 +20,7 @@ CONVERTED_DROPOUT = 0.1  # stands for the unknown share of a converted model's e
 
 
 class FlowMatchingMethod(Method[FlowMatching]):
-  """A velocity field that learns from data, sampled by Euler steps."""
+  """A velocity field that learns from data, sampled by the steps of a solver."""
 
   @classmethod
   def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, teachers: Teachers):
@@ -45,35 +48,52 @@ class FlowMatchingMethod(Method[FlowMatching]):
     return velocity_of(self.network, params)
 
   def evaluations(self, sampling: SampleSettings) -> tuple[int, ...]:
-    return (REFERENCE_STEPS,)
+    return (fitting(sampling.solver, REFERENCE_STEPS),)
 
   def sampler(self, sampling: SampleSettings, nfe: int):
-    strength, shift = sampling.guidance, self.objective.shift
-    self._check_guidance(strength)
+    field, steps = self._field(sampling), steps_of(sampling.solver, nfe)
 
     def run(params, noise, cond, keys):
-      velocity = self.velocity(params)
-      if strength is not None and strength != 1:
-        velocity = guided(velocity, self.dataset.null_cond, scale=strength)
-      return sample_teacher(velocity, noise, cond, keys, steps=nfe, shift=shift, h=sampling.h)
+      return sample_teacher(
+        field(params),
+        noise,
+        cond,
+        keys,
+        steps=steps,
+        shift=self.objective.shift,
+        h=sampling.h,
+        solver=sampling.solver,
+        diffusion=sampling.diffusion,
+        terminal=sampling.terminal,
+      )
 
     return run
 
   def trajectory(self, sampling: SampleSettings, nfe: int):
+    solver = "euler" if sampling.solver == "sde" else sampling.solver  # the SDE's flow has the same marginals
+    field, steps = self._field(sampling), steps_of(solver, nfe)
+
     def run(params, noise, cond):
-      velocity = self.velocity(params)
-      return sample_teacher(velocity, noise, cond, steps=nfe, shift=self.objective.shift, trajectory=True)
+      shift = self.objective.shift
+      return sample_teacher(field(params), noise, cond, steps=steps, shift=shift, solver=solver, trajectory=True)
 
     return run
+
+  def _field(self, sampling: SampleSettings) -> Callable[[Any], Velocity]:
+    """Returns params -> the velocity field that is sampled, guided where that is asked for."""
+    strength = sampling.guidance
+    if strength is None or strength == 1:
+      return self.velocity
+    self._check_guidance(strength)
+    null, interval = self.dataset.null_cond, sampling.interval
+    return lambda params: guided(self.velocity(params), null, scale=strength, interval=interval)
 
   @property
   def is_student(self) -> bool:
     return False
 
-  def _check_guidance(self, strength: float | None) -> None:
+  def _check_guidance(self, strength: float) -> None:
     """Raises ValueError where there is no empty condition to guide away from."""
-    if strength is None or strength == 1:
-      return
     if not self.objective.cond_dropout:
       raise ValueError(
         f"config.sample.guidance: {strength} needs a model that was trained with the empty condition too "
