@@ -23,7 +23,7 @@ from pflow_jax.training.step import make_program
 
 def seconds(depth: int) -> tuple[float, float]:
   """Measures the seconds of (tracing and lowering, compiling)."""
-  config = read_config_file("configs/imagenet.py:gmflow")
+  config = read_config_file("configs/imagenet.py:gmrepa_1nfe")
   config.model.update(width=384, depth=depth, num_heads=6)
   config.train.batch_size = 8 * jax.device_count()
   config.mesh.fsdp = 1

@@ -53,7 +53,7 @@ TABLES = {
   "imagenet": Table(
     "DiT-XL/2 on ImageNet 256",
     {
-      "π-ID, GMFlow": ("imagenet.py:gmflow", IMAGENET_SLICES),
+      "π-ID, GMFlow": ("imagenet.py:gmrepa_1nfe", IMAGENET_SLICES),
       "ArcFlow, adapters": ("imagenet.py:arc_adapters", IMAGENET_SLICES),
       "AYF-EMD": ("imagenet.py:ayf_emd", IMAGENET_SLICES),
     },

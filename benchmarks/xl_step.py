@@ -1,6 +1,6 @@
 """The π-ID step of DiT-XL/2 on an accelerator: its rate against the chip's, and the share of the policy.
 
-    python benchmarks/xl_step.py [--batch 16] [--remat full] [--attention xla] [--variant gmflow] [--steps 10]
+    python benchmarks/xl_step.py [--batch 16] [--remat full] [--attention xla] [--variant gmrepa_1nfe] [--steps 10]
 
 It trains configs/imagenet.py (bfloat16, float32 masters, 32 x 32 x 4 latents, K = 32, M = 2, a guided teacher) from
 random weights on random latents, over all devices; `--batch` is of one device. It prints
@@ -82,7 +82,7 @@ def policy_seconds(program, batch, count: int) -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--variant", default="gmflow", choices=("gmflow", "gmflow_2nfe"))
+  parser.add_argument("--variant", default="gmrepa_1nfe", choices=("gmrepa_1nfe", "gmrepa_2nfe", "gmdit_1nfe"))
   parser.add_argument("--batch", type=int, default=16, help="examples a device and micro-batch")
   parser.add_argument("--accumulation", type=int, default=1)
   parser.add_argument("--remat", default="full", choices=("none", "full", "dots", "offload"))

@@ -9,7 +9,9 @@ import pytest
 
 from pflow_jax.data import registry
 from pflow_jax.evaluation.sample import sample
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build, layout_of
+from pflow_jax.training.optim import make_ema_decay, make_schedule
 from pflow_jax.training.step import make_program
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import CHECKPOINTS, load_config
@@ -22,7 +24,7 @@ CASES = [(path.stem, variant) for path in CONFIGS for variant in load_module(pat
 # tests/training/test_adversary.py.
 RUN = [
   ("emoji", "teacher"),
-  ("imagenet", "gmflow"),
+  ("imagenet", "gmrepa_1nfe"),
   ("checkerboard", "dx"),
   ("digits", "arc_adapters"),
   ("digits", "ayf_emd"),
@@ -120,6 +122,37 @@ def test_keys_that_nobody_reads_are_refused(path):
       changed[section]["no_such_key"] = 1
       with pytest.raises(ValueError, match="no_such_key"):
         build(changed, abstract=True)
+
+
+# Of configs/piflow_imagenet/*_8gpus.py of LakonLab v0.2.0: guidance, interval, steps, evaluations, factor on the time.
+PUBLISHED = {
+  "gmrepa_1nfe": (3.2, (0.0, 0.7), 140_000, 1, 1.0),
+  "gmrepa_2nfe": (2.8, (0.0, 0.7), 24_000, 2, 1.0),
+  "gmdit_1nfe": (2.7, (0.0, 0.6), 140_000, 1, 1000.0),
+}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_recipes_of_imagenet_are_those_published(variant):
+  settings = Settings.of(load_module(ROOT / "configs" / "imagenet.py").get_config(variant))
+  teacher, objective, train = settings.teacher, settings.objective, settings.train
+  told = teacher.guidance, teacher.interval, train.steps, objective.nfe, settings.model.get("time_scale")
+  assert told == PUBLISHED[variant]
+  assert (teacher.orthogonal, teacher.dtype, settings.model.get("dtype"), train.batch_size) == (
+    *(0, "bfloat16", "bfloat16"),
+    4096,
+  )
+  assert dict(settings.head.options) == {"num_components": 32, "logstd_inner_dim": 1024}
+  assert (objective.num_states, objective.dropout, objective.substeps, objective.loss_scale) == (2, 0.05, 128, 3.0)
+  assert (objective.window, objective.shift, objective.ratio_decay, objective.data_free) == (0, 1, 0, False)
+  o = settings.optimizer
+  assert (o.b1, o.b2, o.weight_decay, o.clip_norm, o.clip_start, o.schedule) == (0.9, 0.95, 0, 50, 400, "constant")
+  rate, kept = make_schedule(o, train.steps), make_ema_decay(settings.ema)
+  steps = (0, 399, 400, 401, train.steps - 1)
+  np.testing.assert_allclose([rate(i) / 5e-5 for i in steps], [0.001, 0.9975025, 1, 1, 1], rtol=1e-6)
+  np.testing.assert_allclose([kept(i) for i in steps[:4]], [0, 0, 0, 0.5**8], rtol=1e-6)
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(build(settings, abstract=True).teacher.shapes))
+  assert parameters == 674_816_272, "DiT-XL/2 with a position table of its own"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

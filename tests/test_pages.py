@@ -62,6 +62,9 @@ PARSED = {
   r"pflow \w+ .*(flux|FLUX\.1|runs/theirs)": (
     "weights of 12 billion parameters; tests/evaluation/test_text_to_image.py goes the same way with tiny ones"
   ),
+  r"pflow (convert|sample) .*runs/repa": (
+    "weights of REPA's teacher; tests/evaluation/test_sample.py samples a small one by the same flags"
+  ),
   r"pflow (sample|convert) .*runs/student .*(--pipeline|--out student$)": "the student of FLUX.1",
   r"pflow push ": "the Hub; tests/conversion/test_push.py pushes to a stand-in",
   r"pflow sample .*gs://BUCKET": "the run of a pod",
@@ -70,6 +73,8 @@ PARSED = {
     "other machines, or processes; tests/test_launch.py runs the scripts"
   ),
 }
+# Recipes of students, by the teachers whose configs are left in place of a conversion.
+STUDENTS = {"FLUX.1-dev/transformer": "flux.py:gm", "repa_imagenet.pth": "imagenet.py:gmrepa_1nfe"}
 # Blocks of Python whose calls are compared with the functions' arguments, and not run, and why.
 PARSED_BLOCKS = {r'pf\.convert\("FLUX': "weights of 12 billion parameters, as for the commands"}
 # Runs that are made of random parameters and their config, and not trained, and why.
@@ -214,8 +219,8 @@ def claimed(config=None, workdir=None, source=None, out=None, **others):
   """Leaves a run with nothing but its config, which later commands read."""
   if config is not None:
     claim(workdir.lstrip("/"), Settings.of(config))  # nothing outside the folder of the test
-  elif source == "FLUX.1-dev/transformer":
-    student = read_config_file(f"{ROOT}/configs/flux.py:gm")
+  elif source in STUDENTS:
+    student = read_config_file(f"{ROOT}/configs/{STUDENTS[source]}")
     values = {"seed": 0, "model": student.model.to_dict(), "data": student.data.to_dict(), "source": {}}
     values |= {"head": {"kind": "velocity"}, "objective": {"kind": "pretrained"}}
     claim(out, Settings.of(values, converted=True))

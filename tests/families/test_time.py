@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,10 @@ from pflow_jax.families.dit.names import NAMES as dit
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.table import flat_shapes
 from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
 from pflow_jax.training.network import make_network
 from tests.conversion.folders import make_torch
+from tests.programs import quick
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -71,6 +74,23 @@ def test_time_that_runs_from_noise_to_data_is_honoured_there_and_back(tmp_path, 
   assert (config["num_timesteps"], config["flip_model_timesteps"]) == (1, True)
   convert(tmp_path / "back", tmp_path / "again")
   assert workdir.load_config(tmp_path / "again").model == workdir.load_config(tmp_path / "sit_run").model
+
+
+def test_a_converted_teacher_fits_its_students_recipe(tmp_path):
+  """π-Flow's layout of REPA's teacher, small: the recipe's network is the file's, and so is its way of telling time."""
+  write_teacher(tmp_path / "repa")
+  convert(tmp_path / "repa" / "teacher.pth", tmp_path / "run")
+  config = quick("imagenet", "gmrepa_1nfe", tmp_path / "run")
+  config.data.num_classes, config.model.width = FIELDS["num_embeds_ada_norm"], 32
+  teacher = build(config).teacher
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(teacher.load())} == {"bfloat16"}
+  for variant, key in (("gmdit_1nfe", "time_scale"), ("gmrepa_1nfe", "norm_eps")):
+    other = quick("imagenet", variant, tmp_path / "run")
+    other.data.num_classes, other.model.width = FIELDS["num_embeds_ada_norm"], 32
+    if key == "norm_eps":
+      other.model.norm_eps = 1e-6
+    with pytest.raises(ValueError, match=rf"model\.{key}: the teacher has"):
+      build(other)
 
 
 def test_a_file_of_sit_that_does_not_tell_its_time_is_refused(tmp_path):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("float32")
 V5E = plan.Slice("v5e:2x4")
 
 
-def config(variant="gmflow", **mesh):
+def config(variant="gmrepa_1nfe", **mesh):
   values = read_config_file(f"configs/imagenet.py:{variant},quicktest")
   values.mesh.update({"data": -1, "min_size": 64} | mesh)
   return values
@@ -237,7 +237,7 @@ def test_a_fast_plan_says_that_it_overestimates(verdicts):
 )
 def test_mistakes_are_named(flags, message, capsys):
   with pytest.raises(SystemExit) as exit_:
-    cli.main(["plan", f"--config={ROOT}/configs/imagenet.py:gmflow,quicktest", *flags])
+    cli.main(["plan", f"--config={ROOT}/configs/imagenet.py:gmrepa_1nfe,quicktest", *flags])
   assert exit_.value.code == 2
   assert message in capsys.readouterr().err
 
@@ -245,6 +245,6 @@ def test_mistakes_are_named(flags, message, capsys):
 def test_the_command_writes_json(tmp_path):
   out = tmp_path / "plan.json"
   flags = ("--topology=v5e-8", "--mesh=data=4,fsdp=2", "--batch=16", "--nosampling", f"--json={out}")
-  run = pflow("plan", "--config=configs/imagenet.py:gmflow,quicktest", "--fast", *flags)
+  run = pflow("plan", "--config=configs/imagenet.py:gmrepa_1nfe,quicktest", "--fast", *flags)
   assert "imitation, gmflow on v5e-8: 8 chips, mesh data 4 x fsdp 2" in run.stdout
   assert json.loads(out.read_text())["batch_size"] == 16

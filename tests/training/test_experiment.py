@@ -165,7 +165,7 @@ def test_segments_without_data_do_not_add_up_in_memory():
   """Three times the segments, of which each keeps its source alone for the backward pass: 1.3 times the memory."""
 
   def temporary_bytes(nfe):
-    config = quick("imagenet", "gmflow", batch_size=8)
+    config = quick("imagenet", "gmrepa_1nfe", batch_size=8)
     config.objective.update(data_free=True, nfe=nfe)
     config.model.update(depth=12, width=64, num_heads=2, remat="full")
     experiment = build(config, abstract=True)
