@@ -186,9 +186,9 @@ def sample_teacher(
     steps: number of steps. Heun's method evaluates the teacher 2 steps - 1 times, the others once a step.
     shift: time shift m, see `shift_time`.
     h: noise level of FlowSDE, which renews noise between Euler's steps; 0 is deterministic.
-    solver: one of `solvers.SOLVERS`: "euler", "heun", "dpmpp_2m" or "sde".
-    diffusion: coefficient of "sde", one of `solvers.DIFFUSIONS`.
-    terminal: flow time at which the last step of "sde" begins, see `solvers.make_scheme`.
+    solver: one of `core.solvers.SOLVERS`: "euler", "heun", "dpmpp_2m" or "sde".
+    diffusion: coefficient of "sde", one of `core.solvers.DIFFUSIONS`.
+    terminal: flow time at which the last step of "sde" begins, see `core.solvers.make_scheme`.
     trajectory: return all states, (steps + 1, B, *space, C), from noise to data.
 
   Returns:

@@ -30,7 +30,7 @@ DIFFUSIONS: dict[str, Callable[[Array], Array]] = {
 """Squared diffusion coefficients w(t) of the SDE dx = (v - w / 2 score) dt + sqrt(w) dW, with SiT's names and norm 1.
 
 SiT's "linear" is "sigma" on this path. Its "SBDM", 2 t / (1 - t), has no value at noise; the noise level h = 1 of
-`samplers.sample_teacher` is that SDE with steps that do.
+`core.samplers.sample_teacher` is that SDE with steps that do.
 """
 
 
@@ -145,7 +145,7 @@ def make_scheme(
   Args:
     solver: one of SOLVERS.
     steps: number of steps; at least 2 for "sde".
-    shift: time shift m of the grid, even in schedule time, see `schedule.shift_time`; may be traced.
+    shift: time shift m of the grid, even in schedule time, see `shift_time`; may be traced.
     dtype: of the times.
     diffusion: of "sde", one of DIFFUSIONS.
     terminal: flow time in (0, 1) at which the last step of "sde" begins: the others are stretched, so that their times

@@ -79,8 +79,8 @@ def sample(
     experiment = build(settings, dataset=call(data.load, "data", settings.data), run=folder)
   method, dataset = experiment.method, experiment.dataset
   numbers = evaluations(method, sampling)
-  samplers = {n: make_sampler(method, sampling, n) for n in numbers}  # raises before any work if one does not fit
   check_room(dataset, num, 1 + len(numbers), "num")
+  samplers = {n: make_sampler(method, sampling, n) for n in numbers}  # raises before any work if one does not fit
   layout = layout_of(settings)
   noise, cond = draw_noise(dataset, num, seed, labels)
   params = experiment.load(folder, which_of(settings, which), layout)

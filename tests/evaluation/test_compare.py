@@ -94,6 +94,13 @@ def test_steps_are_what_the_budget_pays_for():
     affordable_steps(100.0, 101)
 
 
+def test_a_teachers_other_solvers_are_no_euler_steps():
+  rows = [row("teacher, 4 steps", 4, 1.0), row("teacher, heun, 3 NFE", 3, 0.1), row("teacher, dpmpp_2m, 4 NFE", 4, 0.1)]
+  runs = [{"seed": 0, "method": "gmflow", "nfe": [4], "spent": {}, "rows": [*rows[1:], rows[0]]}]
+  table = summarise(runs, {"gmflow": "GMFlow"})
+  assert [(one["method"], one["nfe"], one["alignment_ratio"]["mean"]) for one in table] == [("teacher", 4, 1.0)]
+
+
 def test_every_student_is_trained_with_the_budget_and_the_teacher_with_its_own_steps(programs, tmp_path):
   report = compare(comparison(), tmp_path)
   students = ("gmflow/nfe1", "gmflow/nfe2", "emd/nfe1-2")
