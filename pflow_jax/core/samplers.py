@@ -226,7 +226,8 @@ def _with_renewed_noise(euler: Scheme, h: float) -> Scheme:
   """FlowSDE with the times of Euler's method."""
 
   def step(x, memory, v, row, noise):
-    return flow_sde_step(x, v, noise, *row, h), memory
+    t, t_next = row
+    return flow_sde_step(x, v, noise, t, t_next, h), memory
 
   return dataclasses.replace(euler, step=step, is_stochastic=True)
 

@@ -155,8 +155,8 @@ def _measure(
 ) -> Report:
   if not dataset.has_x0:
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
-  rows = len(settings.teacher_steps) * (1 + len(settings.solvers))
-  check_room(dataset, settings.num_samples, 1 + rows, "config.evaluate.num_samples")
+  copies = 1 + len(settings.teacher_steps) * (1 + len(settings.solvers))
+  check_room(dataset, settings.num_samples, copies, "config.evaluate.num_samples")
   noise, cond = draw_noise(dataset, settings.num_samples, settings.seed)
   labels = labels_of(cond, settings.num_samples)
   # At most ten times as many data as samples; as many as samples for an endless set, or one with texts (large ones).
