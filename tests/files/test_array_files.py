@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pflow_jax.files import array_files
-from pflow_jax.files.array_files import read_npy, read_npz
+from pflow_jax.files.array_files import Npz, read_npy, read_npz
 
 X0 = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
 
@@ -127,7 +127,7 @@ def test_zips_that_are_something_else_are_refused(path):
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("a.npy", npy())
     archive.writestr("a", npy())
-  refused("expected the arrays a, got")
+  refused("expected names of arrays that differ, got")
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("../a.npy", npy())
   refused("expected the arrays a, got \\['../a'\\]")
@@ -137,3 +137,44 @@ def test_zips_that_are_something_else_are_refused(path):
   refused("cannot be read")
   with pytest.raises(ValueError, match="the samples of a teacher cannot be read: File is not a zip file"):
     read_npz(path.read_bytes(), ["a"], name="the samples of a teacher")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_are_read_one_by_one_and_in_parts(path, save):
+  images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
+  save(path, arr_0=images, mu=np.arange(3.0), none=np.zeros((0, 2)))
+  with Npz(path) as file:
+    assert file.members.keys() == {"arr_0", "mu", "none"}
+    assert file.shape("arr_0") == images.shape
+    np.testing.assert_array_equal(file.read(["mu"])["mu"], np.arange(3.0))
+    parts = list(file.rows("arr_0", 4))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate(parts), images)
+    assert list(file.rows("none", 4)) == []
+
+
+def test_a_part_is_all_that_is_in_memory(path, monkeypatch):
+  np.savez_compressed(path, arr_0=np.zeros((2**10, 2**10), np.uint8))
+  monkeypatch.setattr("pflow_jax.files.foreign.machine_memory", lambda: 2**18)
+  with Npz(path) as file:
+    assert sum(len(part) for part in file.rows("arr_0", 16)) == 2**10
+    with pytest.raises(ValueError, match="256 rows of arr_0: takes 512 KiB of memory, this machine has 256 KiB"):
+      next(file.rows("arr_0", 256))
+
+
+def test_parts_of_damaged_arrays_are_refused(path):
+  np.savez(path, a=np.arange(100, dtype=np.uint8).reshape(10, 10), b=np.asfortranarray(X0), c=np.array(3))
+  content = path.read_bytes()
+  path.write_bytes(content.replace(bytes(range(90, 100)), bytes(10)))
+  with Npz(path) as file:
+    with pytest.raises(ValueError, match="a.npz cannot be read: Bad CRC-32"):
+      list(file.rows("a", 3))
+    for name in "bc":
+      with pytest.raises(ValueError, match=f"expected {name} as rows one after another"):
+        next(file.rows(name, 3))
+  path.write_bytes(content)
+  with Npz(path) as file:
+    parts = file.rows("a", 3)
+    next(parts)
+    with pytest.raises(RuntimeError, match="the caller's"):  # which is not said to be the file's
+      parts.throw(RuntimeError("the caller's"))
