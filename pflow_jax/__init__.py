@@ -65,6 +65,9 @@ if TYPE_CHECKING:
   from pflow_jax.data.registry import register_source as register_source
   from pflow_jax.evaluation import plot as plot
   from pflow_jax.evaluation.measure import Report as Report
+  from pflow_jax.evaluation.references import Reference as Reference
+  from pflow_jax.evaluation.references import load_reference as load_reference
+  from pflow_jax.evaluation.references import make_reference as make_reference
   from pflow_jax.evaluation.teacher_check import TeacherReport as TeacherReport
   from pflow_jax.families.autoencoder import Codec as Codec
   from pflow_jax.families.autoencoder import load_autoencoder as load_autoencoder
@@ -151,6 +154,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
   "training.methods": ("Method", "register_objective"),
   "training.teachers": ("Teacher",),
   "evaluation.measure": ("Report",),
+  "evaluation.references": ("Reference", "load_reference", "make_reference"),
   "evaluation.teacher_check": ("TeacherReport",),
   "conversion.cache": ("cache",),
   "conversion.latents": ("encode",),

@@ -1,5 +1,5 @@
-"""The command `pflow`: train, sample, evaluate, plot, merge, compare, plan, data, convert, push, latents, cache,
-demo.
+"""The command `pflow`: train, sample, evaluate, plot, merge, compare, plan, data, convert, push, latents,
+reference, cache, demo.
 
 Exit codes; all but 0 come with one sentence on stderr:
 
@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from pflow_jax.commands import programs
 from pflow_jax.commands.command import USAGE, ConfigSource, fail, one_sentence, run_command
+from pflow_jax.commands.reference import reference
 from pflow_jax.files.output import logged_tracebacks, tolerant_output
 from pflow_jax.files.versions import version_of
 
@@ -118,6 +119,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "convert": _command(programs.convert),
   "push": _command(programs.push, joins=False),
   "latents": _command(programs.latents, joins=False),
+  "reference": _command(reference, joins=False),
   "cache": _command(programs.cache, joins=False),
   "demo": _command(programs.demo, joins=False),
 }

@@ -35,6 +35,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow convert  --source FLUX.1-dev/transformer --out runs/flux             weights from PyTorch, or a run to PyTorch
   pflow push     --folder student --repo USER/NAME                           an export to the Hugging Face Hub
   pflow latents  --images folder:photos --autoencoder taesd/taef1 --out z    encode pictures once
+  pflow reference --images photos --features inception.pt --out photos.npz   what samples are compared with, made once
   pflow cache    --prompts prompts.txt --model minilm --out prompts          embed prompts once
   pflow demo     --workdir runs/student --workdir runs/other                 a page in the browser: runs side by side
 

@@ -63,10 +63,12 @@ def _plain(value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, Made):
       known[id(value)] = _array(value)
     elif isinstance(value, dict):
-      known[id(value)] = made = {}
+      made: dict[Any, Any] = {}
+      known[id(value)] = made
       made.update((key, _plain(inner, known)) for key, inner in value.items())
     else:
-      known[id(value)] = listed = []
+      listed: list[Any] = []
+      known[id(value)] = listed
       listed += [_plain(inner, known) for inner in value]
       known[id(value)] = listed if isinstance(value, list) else tuple(listed)
   return known[id(value)]
@@ -90,7 +92,7 @@ def _array(made: Made) -> np.ndarray:
     raise ValueError(f"expected an array with its bytes, got one of shape {shown(shape)} with {type(data).__name__}")
   if math.prod(shape) * known.itemsize != len(data):
     raise ValueError(f"an array says it is {known} of shape {shown(shape)}, for which there are {len(data)} bytes")
-  return np.ndarray(shape, known, data, order=order)
+  return np.ndarray(shape, known, data, order="F" if order == "F" else "C")
 
 
 def _dtype(made: Any) -> np.dtype:
@@ -99,4 +101,4 @@ def _dtype(made: Any) -> np.dtype:
   if not isinstance(code, str) or not _DTYPE.fullmatch(code):
     raise ValueError(f"expected an array of numbers, got {shown(code)}")
   order = made.state[1] if isinstance(made.state, tuple) and len(made.state) > 1 else "="
-  return np.dtype(code).newbyteorder(order if order in ("<", ">", "|", "=") else "=")
+  return np.dtype(code).newbyteorder(">" if order == ">" else "<" if order == "<" else "=")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import random
 import shutil
 import struct
@@ -243,6 +244,20 @@ def _array_header(rng: random.Random, file: pathlib.Path) -> str:
   return f"header {fields[key][:60]}"
 
 
+def _pickled(rng: random.Random, file: pathlib.Path) -> str:
+  """A pickle of other values, in another protocol."""
+  value = pickle.loads(file.read_bytes())
+  key = rng.choice(list(value))
+  new = copy.deepcopy(rng.choice([*ARRAYS, *VALUES, os.getcwd, {key: value[key]}, [value[key]]]))
+  place = value if rng.random() < 0.8 or not isinstance(value[key], dict) else value[key]
+  place[rng.choice([key, *place])] = new
+  if rng.random() < 0.2:
+    value["loop"] = value
+  protocol = rng.choice([0, 2, 3, 4, 5])
+  file.write_bytes(pickle.dumps(value, protocol))
+  return f"pickle {protocol}, {key!r} {str(new)[:60]!r}"
+
+
 def _tensors_header(rng: random.Random, file: pathlib.Path) -> str:
   """The header of a file of safetensors that says something else."""
   content = file.read_bytes()
@@ -261,5 +276,6 @@ OF_FILES = {
   "jsonl": [_json_lines],
   "npz": [_array, _member, _array_header],
   "npy": [_array_header],
+  "pkl": [_pickled],
   "safetensors": [_tensors_header],
 }

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pathlib
+import pickle
 import shutil
 import tarfile
 import tempfile
@@ -178,6 +179,28 @@ def encoder(folder: pathlib.Path) -> Seed:
   return folder, lambda: (encoder := load_encoder("minilm", folder)).digest() and encoder.text_lengths(["a cat"])
 
 
+def _reference(ending: str) -> Callable[[pathlib.Path], Seed]:
+  """A reference of eight features, as others publish them, and what reads its images too."""
+
+  def seed(folder: pathlib.Path) -> Seed:
+    from pflow_jax.evaluation.references import load_reference
+    from tests.evaluation.stub_network import StubNetwork
+
+    rng, path = np.random.default_rng(0), folder / f"a.{ending}"
+    features = rng.normal(size=(20, 8)).astype(np.float32)
+    mean, cov = features.mean(axis=0), np.cov(features, rowvar=False)
+    if ending == "npz":
+      images = rng.integers(0, 256, (5, 4, 4, 3), np.uint8)
+      np.savez(path, mu=mean, sigma=cov, mu_s=mean, sigma_s=cov, arr_0=images)
+    else:
+      content = {"mean": mean, "cov": cov, "real_feats_np": features, "num_real_feeded": 20}
+      content |= {"fid": {"mu": mean, "sigma": cov}, "all_features": [features], "num_items": 20}
+      path.write_bytes(pickle.dumps(content))
+    return path, lambda: load_reference(path, StubNetwork(8))
+
+  return seed
+
+
 SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "npz_images": npz_images,
   "npz_compressed": npz_compressed,
@@ -197,6 +220,8 @@ SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "prompts_minilm": _prompts_seed("minilm", None),
   "named_images": named_images,
   "emoji_archive": emoji_archive,
+  "reference_npz": _reference("npz"),
+  "reference_pkl": _reference("pkl"),
 }
 # These start TensorFlow Datasets and PyTorch, which takes longer than hundreds of cases of the others.
 SLOW_SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {

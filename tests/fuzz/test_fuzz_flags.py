@@ -22,6 +22,7 @@ COMMANDS = {
   "compare": [f"--config={ROOT}/configs/compare/checkerboard.py:quicktest", "--workdir=new"],
   "plan": [BOARD, "--topology=v5e-1", "--nosampling"],
   "convert": ["--source=missing.safetensors", "--out=out"],
+  "reference": ["--images=missing", "--features=missing.pt", "--out=out.npz"],
   "cache": ["--prompts=missing.txt", "--model=minilm", "--out=out"],
 }
 KEYS = ("train.steps", "train.profile", "sample.nfe", "data.name", "model.width", "optimizer.rates", "seed", "policy")

@@ -54,8 +54,12 @@ def frechet_interval(groups: Sequence[MomentSums], reference: Moments, *, level:
     Busing et al., Statistics and Computing 9 (1999), Eqs. 5 and 6.
     Chong and Forsyth, arXiv:1911.07023 (extrapolation in 1 / N, there of a line through subsets).
   """
-  if len(groups) < 2 or not 0 < level < 1:
-    raise ValueError(f"groups, level: expected 2 groups or more and a level in (0, 1), got {len(groups)} and {level}")
+  filled = sum(group.count > 0 for group in groups)
+  if not 2 <= filled == len(groups) or not 0 < level < 1:
+    raise ValueError(
+      f"groups, level: expected 2 groups of samples or more and a level in (0, 1), got {filled} and "
+      f"{len(groups) - filled} without samples, and {level}"
+    )
   every = MomentSums(len(reference.mean))
   for group in groups:
     every.merge(group)

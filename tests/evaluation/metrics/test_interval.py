@@ -63,7 +63,9 @@ def test_groups_may_differ_in_size():
 def test_too_few_groups_or_samples_are_refused():
   rng = np.random.default_rng(3)
   reference, x = Moments(np.zeros(4), np.eye(4), None), rng.normal(size=(9, 4))
-  with pytest.raises(ValueError, match="expected 2 groups or more and a level in"):
+  with pytest.raises(ValueError, match="expected 2 groups of samples or more and a level in"):
     frechet_interval(_groups(x, 1), reference)
+  with pytest.raises(ValueError, match="got 3 and 1 without samples"):
+    frechet_interval([*_groups(x, 3), MomentSums(4)], reference)
   with pytest.raises(ValueError, match="at least 8 samples"):
     frechet_interval(_groups(x, 3), reference)
