@@ -111,6 +111,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "train": _command(programs.train, _config_file),
   "sample": _command(programs.sample, _OF_RUN),
   "evaluate": _command(programs.evaluate, functools.partial(_config_of_run, converted=False)),
+  "reference": _command(reference, joins=False),
   "plot": _command(programs.plot, joins=False),
   "merge": _command(programs.merge, joins=False),
   "compare": _command(programs.compare, _config_file, joins=False),
@@ -119,7 +120,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "convert": _command(programs.convert),
   "push": _command(programs.push, joins=False),
   "latents": _command(programs.latents, joins=False),
-  "reference": _command(reference, joins=False),
   "cache": _command(programs.cache, joins=False),
   "demo": _command(programs.demo, joins=False),
 }

@@ -42,7 +42,8 @@ def reference(
     raise ValueError(f"out: expected a file that ends with .npz, got {out}")
   if not pathlib.Path(path).absolute().parent.is_dir():
     raise ValueError(f"out: there is no folder for {out}")
-  name = f"folder:{images}" if os.path.isdir(os.path.expanduser(images)) else images
+  is_folder = images not in data.sources() and os.path.isdir(os.path.expanduser(images))
+  name = f"folder:{images}" if is_folder else images
   made = make_reference(data.load(name, split=split, **given), features, keep=keep)
   made.save(path)
   kept = f" and features of {keep:,}" if keep else ""

@@ -98,7 +98,10 @@ def _read_archive(path: str | os.PathLike) -> Found:
   pool = _moments(path, arrays, pair)
   features = checked_features(arrays["features"], len(pool.mean), name=str(path)) if "features" in arrays else None
   spatial = _moments(path, arrays, _SPATIAL) if _SPATIAL[0] in arrays else None
-  return Found(pool, spatial, features, str(arrays.get("network", "")), shape)
+  network = arrays.get("network", np.array(""))
+  if network.shape != () or network.dtype.kind != "U":
+    raise ValueError(f"{path}: expected the name of a feature network, got {network.dtype} {network.shape}")
+  return Found(pool, spatial, features, str(network), shape)
 
 
 def _read_pickle(path: str | os.PathLike, metric: str) -> Found:

@@ -17,6 +17,7 @@ import numpy as np
 from pflow_jax import data
 from pflow_jax.data.records import ArrayRecords, SourceRecords
 from pflow_jax.evaluation.feature_networks import PICTURES_AT_ONCE, FeatureNetwork, open_feature_network
+from pflow_jax.evaluation.figures import to_bytes
 from pflow_jax.evaluation.metrics import SAMPLES_PER_FEATURE, Moments, MomentSums
 from pflow_jax.evaluation.reference_files import IMAGES, read_reference
 from pflow_jax.files.array_files import Npz
@@ -62,7 +63,7 @@ class Reference:
       )
     if self.network and self.network != network.name:
       raise ValueError(
-        f"reference: expected features of {network.name}, got those of {self.network}; make it again, `pflow reference`"
+        f"reference: expected features of {network.name}, got those of {shown(self.network, 100)}; make it again"
       )
 
   def save(self, path: str | os.PathLike) -> None:
@@ -217,5 +218,5 @@ def _as_bytes(name: str, x: np.ndarray) -> np.ndarray:
       raise ValueError(
         f"{name}: expected pixels in [-1, 1], got {shown(float(np.abs(x).max()))}; latents are no pictures"
       )
-    x = np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+    x = to_bytes(x)
   return x if x.shape[-1] == 3 else np.repeat(x, 3, axis=-1)

@@ -129,11 +129,11 @@ def read_npz(
     return file.read(file.members)
 
 
-def read_npy(path: str | os.PathLike) -> np.ndarray:
-  """Reads an .npy file of a plain array; errors as of `read_npz`."""
-  file = regular_file(path)
-  with decoding(f"{path} cannot be read"), file.open("rb") as stream:
-    size = file.stat().st_size
+def read_npy(source: str | os.PathLike | bytes, *, name: str = "") -> np.ndarray:
+  """Reads an .npy file of a plain array; arguments and errors as of `read_npz`."""
+  stream: IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source).open("rb")
+  size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+  with decoding(f"{name or os.fsdecode(source)} cannot be read"), stream:
     check_memory("what it says it holds", 2 * size)  # twice, because arrays are converted
     return _read(stream, size, "it")
 

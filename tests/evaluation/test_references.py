@@ -132,6 +132,7 @@ GOOD = dict(mu=MEAN, sigma=COV, mu_s=MEAN_S, sigma_s=COV_S)
     (GOOD | {"sigma": np.full((6, 6), np.nan)}, "mu and sigma: some of the moments are not finite"),
     (GOOD | {"sigma_s": -COV_S}, "mu_s and sigma_s: the covariance has a variance below 0"),
     (GOOD | {"num_images": np.array([3, 4])}, "expected a number of images, got"),
+    (GOOD | {"network": np.array(["a", "b"])}, "expected the name of a feature network, got <U1"),
     (GOOD | {"features": FEATURES[:, :3]}, r"expected features \(M, 6\) of floating numbers, got float32 \(40, 3\)"),
     (GOOD | {"features": FEATURES * np.inf}, "some of the features are not finite"),
     (dict(x0=MEAN), r"expected moments of features .* or images \(arr_0\), got \['x0'\]"),
@@ -162,7 +163,7 @@ def test_another_feature_network_is_told_by_width_and_by_name(path):
   load_reference(path, StubNetwork())
   with pytest.raises(ValueError, match="expected moments of 8 features, which stub 1 has, got 6: they are of another"):
     load_reference(path, StubNetwork(8))
-  with pytest.raises(ValueError, match="expected features of stub 2, got those of stub 1; make it again"):
+  with pytest.raises(ValueError, match="expected features of stub 2, got those of 'stub 1'; make it again"):
     load_reference(path, StubNetwork(name="stub 2"))
 
 

@@ -178,3 +178,9 @@ def test_parts_of_damaged_arrays_are_refused(path):
     next(parts)
     with pytest.raises(RuntimeError, match="the caller's"):  # which is not said to be the file's
       parts.throw(RuntimeError("the caller's"))
+
+
+def test_a_file_may_be_its_bytes():
+  np.testing.assert_array_equal(read_npy(npy()), X0)
+  with pytest.raises(ValueError, match="a record cannot be read: it says it is int16"):
+    read_npy(npy()[:-1], name="a record")

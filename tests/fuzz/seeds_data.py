@@ -191,7 +191,7 @@ def _reference(ending: str) -> Callable[[pathlib.Path], Seed]:
     mean, cov = features.mean(axis=0), np.cov(features, rowvar=False)
     if ending == "npz":
       images = rng.integers(0, 256, (5, 4, 4, 3), np.uint8)
-      np.savez(path, mu=mean, sigma=cov, mu_s=mean, sigma_s=cov, arr_0=images)
+      np.savez(path, mu=mean, sigma=cov, mu_s=mean, sigma_s=cov, network="stub 1", num_images=20, arr_0=images)
     else:
       content = {"mean": mean, "cov": cov, "real_feats_np": features, "num_real_feeded": 20}
       content |= {"fid": {"mu": mean, "sigma": cov}, "all_features": [features], "num_items": 20}

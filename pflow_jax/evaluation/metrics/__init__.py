@@ -26,6 +26,7 @@ from pflow_jax.evaluation.metrics.neighbours import precision_recall as precisio
 from pflow_jax.evaluation.metrics.paired import PairedEstimate as PairedEstimate
 from pflow_jax.evaluation.metrics.paired import paired_bootstrap as paired_bootstrap
 from pflow_jax.evaluation.metrics.paired import ratio_of_means as ratio_of_means
+from pflow_jax.evaluation.metrics.rows import Joined as Joined
 from pflow_jax.evaluation.metrics.samples import accuracy as accuracy
 from pflow_jax.evaluation.metrics.samples import alignment_errors as alignment_errors
 from pflow_jax.evaluation.metrics.samples import diversity as diversity

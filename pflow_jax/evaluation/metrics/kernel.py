@@ -99,7 +99,7 @@ def _total(x: Rows, y: Rows) -> float:
   for i, rows in _on_device(x):
     for j, columns in _on_device(y, i if x is y else 0):
       both = 2.0 if x is y and j > i else 1.0  # the kernel is symmetric
-      total += both * float(np.sum(_row_sums(rows, columns), dtype=np.float64))
+      total += both * float(np.asarray(_row_sums(rows, columns)).sum(dtype=np.float64))
   return total
 
 

@@ -80,9 +80,11 @@ def prdc(real: ArrayLike, fake: ArrayLike, k: int = 5) -> PRDC:
   fewest = min(len(real_rows), len(fake_rows))
   if not 1 <= k < fewest:
     raise ValueError(f"k: expected 1 <= k < {fewest} (the smaller set), got {k}; lower k or draw more samples")
-  centre = _mean(real_rows)
-  reals, fakes = _Set(real_rows, centre, "real"), _Set(fake_rows, centre, "fake")
-  real_radii, fake_radii = _squared_radii(reals, k), _squared_radii(fakes, k)
+  reals = _Set(real_rows, _mean(real_rows), "real")
+  real_radii = _squared_radii(reals, k)
+  # Around its own mean, so that distances within a set of one mode, far from the real one, are not small beside norms.
+  fake_radii = _squared_radii(_Set(fake_rows, _mean(fake_rows), "fake"), k)
+  fakes = _Set(fake_rows, reals.centre, "fake")
 
   balls = np.zeros(len(fakes), np.int64)  # of real samples, that a fake is inside
   recalled, covered = np.zeros(len(reals), bool), np.zeros(len(reals), bool)
@@ -119,17 +121,18 @@ class _Set:
 
   Args:
     rows: of the set.
-    centre: (F,) float32 or float64, subtracted from every row.
+    centre: (F,) float32, subtracted from every row.
     name: of the set, in errors.
 
   Attributes:
     rows: of the set.
+    centre: see above.
     block: rows of a block, the last of which is filled up with zeros.
     error: bound of the error of a squared distance, in units of the sum of both rows' squared norms.
   """
 
   def __init__(self, rows: Rows, centre: Array, name: str):
-    self.rows, self._centre = rows, centre
+    self.rows, self.centre = rows, centre
     self.block = min(BLOCK, max(8, 1 << (len(rows) - 1).bit_length()))
     # A sum of F products in float32 is off by F u |a| |b| at most in any order (Higham 2002, Eq. 3.5; u = _UNIT), and
     # twice that by F u (|a|² + |b|²). Rows, norms, limits and the sums are rounded: less than 16 u. It is doubled for a
@@ -151,12 +154,12 @@ class _Set:
 
   def chosen(self, rows: Array) -> _Block:
     """Returns a block of some rows (n,), n <= `block`, on the device."""
-    return self._on_device(0, self.rows.take(rows) - self._centre[None, :])
+    return self._on_device(0, self.rows.take(rows) - self.centre[None, :])
 
   def _centred(self) -> Iterator[tuple[int, Array]]:
     for start, x in self.rows.blocks(self.block):
       # One rounding of the difference: the centre is a number of float32 itself.
-      yield start, x - self._centre[None, :]
+      yield start, x - self.centre[None, :]
 
   def _on_device(self, first: int, x: Array) -> _Block:
     values = np.zeros((self.block, self.rows.dim), np.float32)

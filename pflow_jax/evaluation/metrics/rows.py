@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,43 @@ class Rows:
       raise ValueError(f"{self._name}: expected real numbers, got {x.dtype}")
     dtype = np.float64 if x.dtype.itemsize == 8 else np.float32
     return x.reshape(len(x), self.dim).astype(dtype, copy=False)
+
+
+class Joined:
+  """Features of several parts, such as files of shards that are mapped, as one set of rows; nothing is copied.
+
+  All metrics of features take it.
+
+  Args:
+    parts: arrays (n, *axes), in their order.
+
+  Attributes:
+    shape: (N, *axes).
+
+  Raises:
+    ValueError: there is none, or their axes differ.
+  """
+
+  def __init__(self, parts: Sequence[Any]):
+    axes = {tuple(part.shape[1:]) for part in parts}
+    if len(axes) != 1:
+      raise ValueError(f"expected parts (n, *axes) of the same axes, got {sorted(axes) or 'none'}")
+    self._parts = parts
+    self._starts = np.cumsum([0, *(part.shape[0] for part in parts)]).tolist()
+    self.shape = (self._starts[-1], *axes.pop())
+
+  def __getitem__(self, rows: slice) -> Array:
+    start, end, step = rows.indices(self.shape[0])
+    if step != 1:
+      raise ValueError(f"expected rows one after another, got every {step}")
+    pieces: list[Array] = []
+    # The last part that begins there or before.
+    i = bisect.bisect_right(self._starts, start, hi=len(self._parts)) - 1
+    while i < len(self._parts) and (not pieces or self._starts[i] < end):
+      first = self._starts[i]
+      pieces.append(np.asarray(self._parts[i][max(start - first, 0) : max(end - first, 0)]))
+      i += 1
+    return np.concatenate(pieces)
 
 
 def same_features(a: Rows, b: Rows, name: str) -> None:

@@ -85,11 +85,13 @@ def test_float32_alone_would_not_do(rng, monkeypatch):
   assert np.abs(np.subtract(prdc(real, fake, 3), expected)).max() > 0.02
 
 
-def test_few_pairs_are_left_to_the_host(rng, monkeypatch):
-  """The bound is so tight that float32 settles nearly all pairs, of many features too."""
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_few_pairs_are_left_to_the_host(collapsed, rng, monkeypatch):
+  """The bound is so tight that float32 settles nearly all pairs, of many features and of fakes of one mode too."""
   settled, original = [], neighbours._squared_distances
   monkeypatch.setattr(neighbours, "_squared_distances", lambda *a: settled.append(len(a[1])) or original(*a))
   real, fake = rng.normal(size=(2, 512, 1024)).astype(np.float32)
+  fake = 10 + fake / 1000 if collapsed else fake
   got = prdc(real, fake, 3)
   np.testing.assert_allclose(got, _all_pairs(real, fake, 3), atol=1e-12)
   neighbours_looked_at = 2 * 512 * (3 + neighbours._SPARE)

@@ -12,6 +12,9 @@ from pflow_jax.evaluation.metrics import (
   whole_kernel_distance,
 )
 
+# As programs run: without float64 on the devices. A number that is cut to float32 is warned of.
+pytestmark = [pytest.mark.usefixtures("float32"), pytest.mark.filterwarnings("error")]
+
 
 @pytest.fixture(scope="module")
 def features():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pflow_jax.evaluation.metrics import inception_score, kernel, kernel_distance, whole_kernel_distance
+from pflow_jax.evaluation.metrics import Joined, inception_score, kernel, kernel_distance, whole_kernel_distance
 from tests.evaluation.metrics.sliced import Sliced
 
 
@@ -43,6 +43,22 @@ def test_whole_kernel_distance_is_that_of_all_pairs(block, monkeypatch):
   x, y = rng.normal(size=(300, 16)) + 0.3, 1.1 * rng.normal(size=(201, 16))
   np.testing.assert_allclose(whole_kernel_distance(x, y), _mmd(x, y), rtol=1e-5)
   np.testing.assert_allclose(whole_kernel_distance(Sliced(x), Sliced(y)), _mmd(x, y), rtol=1e-5)
+
+
+def test_parts_are_one_set_of_rows(tmp_path):
+  x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+  np.save(tmp_path / "shard.npy", x[30:70])
+  joined = Joined([x[:30], np.load(tmp_path / "shard.npy", mmap_mode="r"), x[70:70], x[70:]])
+  assert joined.shape == x.shape
+  for start, end in ((0, 100), (10, 20), (29, 31), (30, 70), (69, 71), (99, 200), (5, 5), (50, 10)):
+    np.testing.assert_array_equal(joined[start:end], x[start:end])
+  assert kernel_distance(joined, x, subset_size=50) == kernel_distance(x, x, subset_size=50)
+  with pytest.raises(ValueError, match=r"parts \(n, \*axes\) of the same axes, got \[\(2,\), \(3,\)\]"):
+    Joined([x, x[:, :2]])
+  with pytest.raises(ValueError, match="got none"):
+    Joined([])
+  with pytest.raises(ValueError, match="one after another, got every 2"):
+    joined[::2]
 
 
 def test_kernel_distance_has_no_bias():
