@@ -105,7 +105,7 @@ class Call:
     os.mkdir,
     io.BytesIO,
   ],
-  ids=str,
+  ids=lambda value: type(value).__name__,  # the same in all processes
 )
 def test_anything_else_is_refused_and_nothing_runs(path, monkeypatch, hostile, protocol):
   monkeypatch.chdir(path.parent)
