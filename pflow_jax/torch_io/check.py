@@ -13,13 +13,16 @@ _NEAR = 200  # names that are compared with another, which takes time,
 _LENGTH = 120  # and their length; models have fewer and shorter ones
 
 
-def check_tensors(expected: Mapping[str, Shape], got: Mapping[str, Shape], where: str) -> None:
+def check_tensors(
+  expected: Mapping[str, Shape], got: Mapping[str, Shape], where: str, owner: str = "that its config describes"
+) -> None:
   """Refuses tensors of other names or shapes.
 
   Args:
     expected: shapes by name.
     got: shapes by name.
     where: file, for errors.
+    owner: words for whose tensors are expected.
 
   Raises:
     ValueError: tensors are missing, unexpected or of another shape. All are listed, with the nearest names.
@@ -36,7 +39,7 @@ def check_tensors(expected: Mapping[str, Shape], got: Mapping[str, Shape], where
     notes = {name: f" (expected {tuple(expected[name])}, got {tuple(got[name])})" for name in shapes}
     problems.append(f"{len(shapes)} of another shape: {listing(shapes, (), notes)}")
   if problems:
-    raise ValueError(f"{where} does not hold the tensors that its config describes: {'; '.join(problems)}")
+    raise ValueError(f"{where} does not hold the tensors {owner}: {'; '.join(problems)}")
 
 
 def listing(names: Iterable[str], near: Sequence[str], notes: Mapping[str, str] | None = None) -> str:

@@ -1,14 +1,13 @@
-"""State dicts that torch.save wrote (.pth, .pt, .bin), without running what a pickle may ask to run."""
+"""State dicts that PyTorch wrote (.pth, .pt, .bin), without running what a pickle may ask to run, or a program."""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import pathlib
 import pickle
 import pickletools
 import re
-import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,41 +15,57 @@ from typing import Any
 import numpy as np
 
 from pflow_jax.files.foreign import in_bytes, may_pass, regular_file, shown
-from pflow_jax.torch_io.places import DTYPES, NEEDS_TORCH, Place, Tensors, checked_names
-
-MAX_PICKLE = 4 * 2**20  # bytes of the pickle in a file, without the tensors' data: some 20,000 tensors
-_PICKLE = "data.pkl"
-_LENGTHS = 26  # where an entry's header has the lengths of its name and of what follows it, and then ends
+from pflow_jax.torch_io import unloaded
+from pflow_jax.torch_io.places import DTYPES, NEEDS_TORCH, Place, Tensors, checked_names, placed
+from pflow_jax.torch_io.unloaded import MAX_PICKLE, PICKLE
 
 
 def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
-  """Opens the tensors of a state dict; the pickle is read with weights_only, the data stay in the file.
+  """Opens the tensors of a state dict, or of a program of torch.jit.save, whose data stay in the file.
+
+  Args:
+    file: of torch.save, or of torch.jit.save.
+    key: of the state dict in the file, "a.b" for one within another; by default the file itself, or the only dict of
+      tensors in it. A program has none.
+
+  Raises:
+    ValueError: the pickle holds code, the file is none of PyTorch's, or there is no such key.
+    ImportError: PyTorch is not there, which reads what torch.save writes from version 1.6 on.
+  """
+  regular_file(file)
+  with _reading(file):
+    if unloaded.is_old(file):
+      return Tensors(checked_names(file, _open_old(file, key)))
+    if _check_archive(file):
+      places = unloaded.open_program(file)
+      if key or not places:
+        raise ValueError(f"{file}: expected {'no --key' if key else 'tensors'}, as a program of torch.jit.save")
+      return Tensors(checked_names(file, places))
+    return Tensors(checked_names(file, _open_saved(file, key)))
+
+
+def _open_saved(file: pathlib.Path, key: str) -> dict[str, Place]:
+  """Opens a file of torch.save; the pickle is read with weights_only, the data stay in the file.
 
   Nothing is mapped (`mmap=True`): a file that another process cuts short would end a program that reads a mapping of
   it. Nor is memory taken: weights_only lets a pickle call torch.Tensor(n, n), with which a file of a kilobyte may ask
   for gigabytes. FakeTensorMode and _checkpoint_offset are how PyTorch's tutorial on GPUDirect Storage gets at offsets.
-
-  Args:
-    file: of torch.save.
-    key: of the state dict in the file, "a.b" for one within another; by default the file itself, or the only dict of
-      tensors in it.
-
-  Raises:
-    ValueError: the pickle holds code, the format is not torch.save's of version 1.6 on, or there is no such key.
-    ImportError: PyTorch is not there.
   """
   try:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
   except ImportError as error:
     raise ImportError(NEEDS_TORCH) from error
-  size = regular_file(file).stat().st_size
-  with _reading(file):
-    _check_archive(file)
-    with FakeTensorMode():  # shapes and offsets, no data
-      loaded = torch.load(file, map_location="cpu", weights_only=True)
-    found = _choose(file, loaded, key)
-    return Tensors(checked_names(file, {name: _place(file, size, name, tensor) for name, tensor in found.items()}))
+  with FakeTensorMode():  # shapes and offsets, no data
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+  size = file.stat().st_size
+  found = _choose(file, loaded, key, torch.Tensor)
+  return {name: _place(file, size, name, tensor) for name, tensor in found.items()}
+
+
+def _open_old(file: pathlib.Path, key: str) -> dict[str, Place]:
+  loaded, place = unloaded.load_old(file, functools.partial(_refusal, file))
+  return {name: place(name, view) for name, view in _choose(file, loaded, key, unloaded.View).items()}
 
 
 @contextlib.contextmanager
@@ -78,42 +93,42 @@ def _refusal(file: pathlib.Path, asked: str) -> str:
   )
 
 
-def _check_archive(file: pathlib.Path) -> None:
-  """Raises ValueError for another archive than torch.save's, or one whose pickle could take memory beyond its size."""
+def _check_archive(file: pathlib.Path) -> bool:
+  """Returns whether an archive of PyTorch is of torch.jit.save.
+
+  Raises:
+    ValueError: it is another archive, or its pickle could take memory beyond its size.
+  """
   if not zipfile.is_zipfile(file):
-    raise ValueError(
-      f"{file} is no file of torch.save, from 1.6 on, or it is cut short; bring it anew or save it again"
-    )
+    raise ValueError(f"{file} is no file of torch.save or torch.jit.save, or it is cut short; bring it anew")
   with zipfile.ZipFile(file) as archive:
     entries = archive.infolist()
-    names = [entry.filename.rpartition("/")[2] for entry in entries]
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-      raise ValueError(f"{file}: expected an archive without compression, as torch.save writes; save it again")
-    if names.count(_PICKLE) != 1 or len({entry.filename for entry in entries}) != len(entries):
-      raise ValueError(f"{file}: expected an archive with one {_PICKLE} and each name once; save it again")
-    entry = entries[names.index(_PICKLE)]
-    if not entry.file_size == entry.compress_size <= MAX_PICKLE:
-      raise ValueError(f"{file}: expected a pickle of at most {in_bytes(MAX_PICKLE)}; have its state dict saved alone")
-    orders = [_stored(file, other, 8) for other, name in zip(entries, names, strict=True) if name == "byteorder"]
-  if any(order != b"little" for order in orders):
+  names = [entry.filename.rpartition("/")[2] for entry in entries]
+  if names.count(PICKLE) != 1 or len({entry.filename for entry in entries}) != len(entries):
+    raise ValueError(f"{file}: expected an archive with one {PICKLE} and each name once; save it again")
+  entry = entries[names.index(PICKLE)]
+  root = entry.filename.removesuffix(PICKLE)
+  is_program = any(other.filename == root + unloaded.PROGRAM for other in entries)
+  # PyTorch compresses a program's code, which is not read.
+  read = [other for other in entries if not is_program or unloaded.is_needed(other.filename, root)]
+  if any(other.compress_type != zipfile.ZIP_STORED for other in read):
+    raise ValueError(f"{file}: expected an archive without compression, as torch.save writes; save it again")
+  if not entry.file_size == entry.compress_size <= MAX_PICKLE:
+    raise ValueError(f"{file}: expected a pickle of at most {in_bytes(MAX_PICKLE)}; have its state dict saved alone")
+  orders = [other for other, name in zip(entries, names, strict=True) if name == "byteorder" and other in read]
+  if any(unloaded.stored(file, other, 8) != b"little" for other in orders):
     raise ValueError(f"{file}: expected numbers whose lowest byte is first; save it again on such a machine")
-  for opcode, argument, _ in pickletools.genops(_stored(file, entry, MAX_PICKLE)):
-    # torch allows bytearray(n), which takes n bytes of memory.
-    if opcode.name == "GLOBAL" and str(argument).endswith("bytearray"):
-      raise ValueError(_refusal(file, str(argument).replace(" ", ".")))
+  if not is_program:
+    for opcode, argument, _ in pickletools.genops(unloaded.stored(file, entry, MAX_PICKLE)):
+      # torch allows bytearray(n), which takes n bytes of memory.
+      if opcode.name == "GLOBAL" and str(argument).endswith("bytearray"):
+        raise ValueError(_refusal(file, str(argument).replace(" ", ".")))
+  return is_program
 
 
-def _stored(file: pathlib.Path, entry: zipfile.ZipInfo, limit: int) -> bytes:
-  """Returns the bytes of an entry, at most `limit`; its checksum, which torch need not write, is not looked at."""
-  with file.open("rb") as f:
-    f.seek(entry.header_offset + _LENGTHS)
-    f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)
-    return f.read(min(entry.file_size, limit))
-
-
-def _choose(file: pathlib.Path, loaded: Any, key: str) -> Mapping[str, Any]:
-  """Returns the dict of tensors that `key` names, or the only one."""
-  found = dict(_state_dicts(loaded))
+def _choose(file: pathlib.Path, loaded: Any, key: str, kind: type) -> Mapping[str, Any]:
+  """Returns the dict of tensors, of type `kind`, that `key` names, or the only one."""
+  found = dict(_state_dicts(loaded, kind))
   if key in found:
     return found[key]
   if not key and len(found) == 1:
@@ -125,36 +140,29 @@ def _choose(file: pathlib.Path, loaded: Any, key: str) -> Mapping[str, Any]:
   )
 
 
-def _state_dicts(loaded: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _state_dicts(loaded: Any, kind: type) -> Iterator[tuple[str, Mapping[str, Any]]]:
   """Yields paths and dicts with tensors in `loaded`, each dict once, whatever holds it: it may hold itself."""
-  import torch
-
   todo, seen = [("", loaded)], set()
   while todo:
     path, value = todo.pop()
     if not isinstance(value, Mapping) or id(value) in seen:
       continue
     seen.add(id(value))
-    tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, kind)}
     if tensors and all(isinstance(name, str) for name in tensors):
       yield path, tensors
     todo += [(f"{path}.{name}" if path else str(name), inner) for name, inner in value.items()]
 
 
 def _place(file: pathlib.Path, size: int, name: str, tensor: Any) -> Place:
-  storage, itemsize = tensor.untyped_storage(), tensor.element_size()
+  storage, dtype = tensor.untyped_storage(), _dtype(file, name, tensor)
   if not hasattr(storage, "_checkpoint_offset"):
     raise ImportError("this version of torch does not tell where tensors lie in a file; `pip install 'torch>=2.7'`")
   start = storage._checkpoint_offset
   if start is None:
     raise ValueError(f"{file}: {shown(name)} has no data; save it from a device that has them")
-  offset = start + tensor.storage_offset() * itemsize
-  shape, steps = tuple(tensor.shape), tuple(tensor.stride())
-  span = 1 + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) if tensor.numel() else 0
-  inside = 0 <= offset <= offset + span * itemsize <= size and min(steps, default=0) >= 0
-  if not inside or tensor.numel() * itemsize > size:  # more where elements share their bytes
-    raise ValueError(f"{file}: the data of {shown(name)} cannot be in a file of {in_bytes(size)}; bring it anew")
-  return Place(file, offset, shape, _dtype(file, name, tensor), None if tensor.is_contiguous() else steps)
+  offset = start + tensor.storage_offset() * dtype.itemsize
+  return placed(file, size, name, offset, tuple(tensor.shape), tuple(tensor.stride()), dtype)
 
 
 def _dtype(file: pathlib.Path, name: str, tensor: Any) -> np.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pflow_jax.files.foreign import shown
+from pflow_jax.files.foreign import in_bytes, shown
 
 NEEDS_TORCH = "reading PyTorch's files needs `pip install 'pflow-jax[torch]'`"
 
@@ -52,6 +52,40 @@ class Place:
   def nbytes(self) -> int:
     """Size of the tensor."""
     return math.prod(self.shape) * self.dtype.itemsize
+
+
+def placed(
+  file: pathlib.Path,
+  end: int,
+  name: str,
+  offset: int,
+  shape: tuple[int, ...],
+  strides: tuple[int, ...],
+  dtype: np.dtype,
+) -> Place:
+  """Returns the place of a tensor whose file may lie.
+
+  Args:
+    file: that holds it.
+    end: of what may hold it, in bytes from the file's start.
+    name: of the tensor, for errors.
+    offset: of its first element in the file, in bytes.
+    shape: of the tensor.
+    strides: in elements.
+    dtype: of its elements.
+
+  Raises:
+    ValueError: it cannot be there.
+  """
+  count = math.prod(shape)
+  span = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if count else 0
+  inside = 0 <= offset <= offset + span * dtype.itemsize <= end and min(strides, default=0) >= 0
+  if not inside or count * dtype.itemsize > end:  # more where elements share their bytes
+    raise ValueError(f"{file}: the data of {shown(name)} cannot be in a file of {in_bytes(end)}; bring it anew")
+  ordered = all(
+    n == 1 or step == math.prod(shape[i + 1 :]) for i, (n, step) in enumerate(zip(shape, strides, strict=True))
+  )
+  return Place(file, offset, shape, dtype, None if ordered or not count else strides)
 
 
 def checked_names(file: pathlib.Path, places: dict[str, Place]) -> dict[str, Place]:

@@ -120,4 +120,4 @@ def _zip(rng: random.Random, file: pathlib.Path) -> str:
   return f"zip {kind} {name}"
 
 
-OF_PICKLES = {"pth": [_pickle, _zip]}
+OF_PICKLES = {"pth": [_pickle, _zip], "pt": [_zip]}

@@ -28,6 +28,7 @@ from pflow_jax.families.text import load_encoder
 from pflow_jax.settings.defaults import default_config
 from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io import shards
+from pflow_jax.torch_io.tensors import open_tensors
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
 from tests import encoders
@@ -211,6 +212,35 @@ def encoder(model: str) -> Callable[[pathlib.Path], Seed]:
   return seed
 
 
+class _Program(torch.nn.Module):
+  def __init__(self) -> None:
+    super().__init__()
+    self.layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    return self.layers(x)
+
+
+def unloaded(name: str) -> Callable[[pathlib.Path], Seed]:
+  """A file that is read without PyTorch: a program of torch.jit.save, or an old file of torch.save."""
+
+  def seed(folder: pathlib.Path) -> Seed:
+    path = folder / name
+    if name == "program.pt":
+      torch.jit.script(_Program()).save(str(path))
+    else:
+      torch.save(_Program().state_dict(), path, _use_new_zipfile_serialization=False)
+
+    def read() -> None:
+      tensors = open_tensors(path)
+      for one in tensors.places:
+        tensors.read(one)
+
+    return path, read
+
+  return seed
+
+
 SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "flux_shards": shards_of("flux"),
   "qwen_image_shards": shards_of("qwen_image"),
@@ -228,4 +258,6 @@ SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "flux_encoders": encoder("flux"),
   "qwen_image_encoder": encoder("qwen_image"),
   "minilm_encoder": encoder("minilm"),
+  "program": unloaded("program.pt"),
+  "old_pickle": unloaded("old.bin"),
 }

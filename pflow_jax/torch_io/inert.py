@@ -1,0 +1,170 @@
+"""Pickles read without running anything: a small machine of stacks knows the operations and no function or class.
+
+Python's own unpickler looks up what a pickle names, and calls it. Here a name stays a name, and what a pickle wants to
+have called is handed to the caller as a name with its arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickletools
+from collections.abc import Callable
+from typing import Any
+
+from pflow_jax.files.foreign import shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+  """A function or a class that a pickle names, which is not looked up.
+
+  Attributes:
+    name: with its module, "collections.OrderedDict".
+  """
+
+  name: str
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Made:
+  """An object that a pickle would make, and its state.
+
+  Attributes:
+    name: of its class.
+    state: that the class would be given; most often its attributes by name.
+  """
+
+  name: str
+  state: Any = None
+
+
+Make = Callable[[str, tuple[Any, ...]], Any]
+"""Returns what stands for the value of a call or for a new object, by the name of its function or class."""
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_NEW: dict[str, Callable[[], Any]] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+_VALUES = frozenset(  # the argument is the value
+  ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINSTRING")
+)
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_PUT, _GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
+
+
+def read_inert(data: bytes, make: Make, persistent: Callable[[Any], Any]) -> tuple[Any, int]:
+  """Reads the first pickle in `data`, of protocol 2, as PyTorch writes them.
+
+  Args:
+    data: that begins with a pickle.
+    make: returns what stands for an object that the pickle would make.
+    persistent: returns what stands for something outside of the pickle, by its identity.
+
+  Returns:
+    the value, and the number of bytes that the pickle has.
+
+  Raises:
+    ValueError: the pickle is cut short or damaged, or has operations that PyTorch's files do not have.
+  """
+  stream = io.BytesIO(data)
+  machine = _Machine(make, persistent)
+  for opcode, argument, _ in pickletools.genops(stream):
+    if opcode.name == "STOP":
+      return machine.value(), stream.tell()
+    machine.step(opcode.name, argument)
+  raise ValueError("expected a pickle that ends")  # genops has raised
+
+
+class _Machine:
+  """A pickle's stack and its memory of values."""
+
+  def __init__(self, make: Make, persistent: Callable[[Any], Any]):
+    self._make, self._persistent = make, persistent
+    self._stack: list[Any] = []
+    self._below: list[list[Any]] = []  # what lies under each mark
+    self._memory: dict[int, Any] = {}
+
+  def value(self) -> Any:
+    """Returns the one value that is left at the end."""
+    if len(self._stack) != 1 or self._below:
+      raise ValueError(f"expected a pickle of one value, got {len(self._stack)}")
+    return self._stack[0]
+
+  def step(self, name: str, argument: Any) -> None:
+    """Does one operation.
+
+    Args:
+      name: of the operation, as in the library pickletools.
+      argument: that follows it in the pickle.
+
+    Raises:
+      ValueError: the operation is none of those known, or does not fit the stack.
+    """
+    if name == "PROTO":
+      return
+    if name in _VALUES:
+      self._push(argument)
+    elif name in _CONSTANTS:
+      self._push(_CONSTANTS[name])
+    elif name in _NEW:
+      self._push(_NEW[name]())
+    elif name in _PUT:
+      self._memory[argument] = self._top()
+    elif name in _GET:
+      if argument not in self._memory:
+        raise ValueError(f"expected a value in place {argument} of the pickle's memory")
+      self._push(self._memory[argument])
+    elif name == "MARK":
+      self._below.append(self._stack)
+      self._stack = []
+    elif name == "TUPLE":
+      self._push(tuple(self._to_mark()))
+    elif name in _TUPLES:
+      self._push(tuple(self._pop(_TUPLES[name])))
+    elif name in ("APPEND", "APPENDS"):
+      values = self._pop(1) if name == "APPEND" else self._to_mark()
+      self._top_as(list).extend(values)
+    elif name in ("SETITEM", "SETITEMS"):
+      values = self._pop(2) if name == "SETITEM" else self._to_mark()
+      self._top_as(dict).update(zip(values[::2], values[1::2], strict=True))
+    elif name == "GLOBAL":
+      self._push(Named(argument.replace(" ", ".", 1)))
+    elif name == "BINPERSID":
+      self._push(self._persistent(*self._pop(1)))
+    elif name in ("REDUCE", "NEWOBJ"):
+      called, arguments = self._pop(2)
+      if not isinstance(called, Named) or type(arguments) is not tuple:
+        raise ValueError(f"expected a name and arguments to {name}, got {type(called).__name__}")
+      self._push(self._make(called.name, arguments))
+    elif name == "BUILD":
+      (state,) = self._pop(1)
+      if isinstance(made := self._top(), Made):
+        made.state = state
+      elif not isinstance(made, dict):  # an OrderedDict has attributes, of which nothing is needed
+        raise ValueError(f"expected an object that has a state, got {type(made).__name__}")
+    else:
+      raise ValueError(f"expected operations that PyTorch writes, got {shown(name)}")
+
+  def _push(self, value: Any) -> None:
+    self._stack.append(value)  # of the stack that there is now: making the value may have changed it
+
+  def _top(self) -> Any:
+    return self._pop(1, keep=True)[0]
+
+  def _top_as(self, kind: type) -> Any:
+    if type(top := self._top()) is not kind:
+      raise ValueError(f"expected a {kind.__name__} to add to, got {type(top).__name__}")
+    return top
+
+  def _pop(self, count: int, keep: bool = False) -> list[Any]:
+    if len(self._stack) < count:
+      raise ValueError(f"expected {count} values on the pickle's stack, got {len(self._stack)}")
+    values = self._stack[-count:]
+    if not keep:
+      del self._stack[-count:]
+    return values
+
+  def _to_mark(self) -> list[Any]:
+    if not self._below:
+      raise ValueError("expected a mark on the pickle's stack")
+    values, self._stack = self._stack, self._below.pop()
+    return values

@@ -1,0 +1,255 @@
+"""Tensors in files that are read without PyTorch: of torch.jit.save, and of torch.save before version 1.6.
+
+torch.load(weights_only=True) refuses the first, and tells no places of tensors in the second.
+
+An archive of torch.jit.save holds a program beside the tensors, which is not looked at. A file that torch.save wrote
+before version 1.6 is pickles and then the numbers, one storage after the other. Both have their tensors' names, shapes
+and places in a pickle that `torch_io.inert` reads.
+
+References:
+  torch/csrc/jit/serialization/pickler.cpp and torch/serialization.py of PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pflow_jax.files.foreign import decoding, shown
+from pflow_jax.torch_io.inert import Made, Named, read_inert
+from pflow_jax.torch_io.places import Place, placed
+
+MAX_PICKLE = 4 * 2**20  # bytes of the pickle in a file, without the tensors' data: some 20,000 tensors
+PICKLE, PROGRAM = "data.pkl", "constants.pkl"  # the second is there beside a program
+
+_HEADER, _LENGTHS = 30, 26  # bytes of an entry's header, and where in it are the lengths of what follows it
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what torch.save began a file with
+MAGIC_PICKLE = b"\x80\x02\x8a\x0a" + _MAGIC.to_bytes(10, "little") + b"."
+_DTYPES: dict[str, np.dtype] = {
+  f"torch.{name}Storage": np.dtype(dtype)
+  for name, dtype in {
+    **{"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16},
+    **{"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"},
+  }.items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+  """Numbers that tensors are views of.
+
+  Attributes:
+    key: its name in the file.
+    dtype: of the numbers.
+    count: of the numbers.
+  """
+
+  key: str
+  dtype: np.dtype
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """A tensor, as a pickle describes it.
+
+  Attributes:
+    storage: that it is a view of.
+    offset: of its first element in the storage, in elements.
+    shape: of the tensor.
+    strides: in elements.
+  """
+
+  storage: Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+  def at(self, file: pathlib.Path, size: int, name: str, start: int) -> Place:
+    """Returns its place.
+
+    Args:
+      file: that holds it.
+      size: of the file, in bytes.
+      name: of the tensor, for errors.
+      start: of its storage in the file, in bytes.
+
+    Raises:
+      ValueError: it reaches beyond its storage or the file.
+    """
+    offset = start + self.offset * self.storage.dtype.itemsize
+    end = start + self.storage.count * self.storage.dtype.itemsize
+    return placed(file, min(size, end), name, offset, self.shape, self.strides, self.storage.dtype)
+
+
+def open_program(file: pathlib.Path) -> dict[str, Place]:
+  """Returns the places of the tensors in an archive of torch.jit.save, by the names of a state dict.
+
+  Args:
+    file: an archive whose names are each there once, and in which those that `is_needed` are not compressed.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  size = file.stat().st_size
+  with zipfile.ZipFile(file) as archive:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+  root = next(name for name in entries if name.rpartition("/")[2] == PICKLE).removesuffix(PICKLE)
+  with decoding(file):
+    value, _ = read_inert(stored(file, entries[root + PICKLE], MAX_PICKLE), _inert, _storage)
+  places = {}
+  for name, view in _views(value).items():
+    entry = entries.get(f"{root}data/{view.storage.key}")
+    if entry is None or entry.file_size < view.storage.count * view.storage.dtype.itemsize:
+      raise ValueError(f"{file}: the data of {shown(name)} are missing or cut short; bring it anew")
+    places[name] = view.at(file, size, name, data_offset(file, entry))
+  return places
+
+
+def is_needed(name: str, root: str) -> bool:
+  """Returns whether an entry of an archive has tensors or says where they are, rather than a program.
+
+  Args:
+    name: of the entry.
+    root: folder of the archive with all entries, and "/".
+  """
+  return name in (root + PICKLE, root + "byteorder") or name.startswith(f"{root}data/")
+
+
+def stored(file: pathlib.Path, entry: zipfile.ZipInfo, limit: int) -> bytes:
+  """Returns the bytes of an entry, at most `limit`; its checksum, which torch need not write, is not looked at."""
+  with file.open("rb") as f:
+    f.seek(data_offset(file, entry))
+    return f.read(min(entry.file_size, limit))
+
+
+def data_offset(file: pathlib.Path, entry: zipfile.ZipInfo) -> int:
+  """Returns where in the file the bytes of an entry begin."""
+  with file.open("rb") as f:
+    f.seek(entry.header_offset + _LENGTHS)
+    return entry.header_offset + _HEADER + sum(struct.unpack("<HH", f.read(4)))
+
+
+def is_old(file: pathlib.Path) -> bool:
+  """Returns whether torch.save wrote a file before version 1.6, or as it did before."""
+  with file.open("rb") as f:
+    return f.read(len(MAGIC_PICKLE)) == MAGIC_PICKLE
+
+
+def load_old(file: pathlib.Path, refusal: Callable[[str], str]) -> tuple[Any, Callable[[str, View], Place]]:
+  """Reads what torch.save wrote before version 1.6, of which tensors are `View`s.
+
+  Args:
+    file: for which `is_old` holds.
+    refusal: returns words for an error, by the name of what a pickle asks to be called.
+
+  Returns:
+    the object, and a function that places one of its tensors, of a name.
+
+  Raises:
+    ValueError: it holds more than tensors, or is damaged.
+  """
+  size, storages, asked = file.stat().st_size, dict[str, Storage](), list[str]()
+
+  def make(name: str, arguments: tuple[Any, ...]) -> Any:
+    value = _inert(name, arguments)
+    if isinstance(value, Made):
+      asked.append(name)
+    return value
+
+  def storage(identity: Any) -> Storage:
+    found = _storage(identity)
+    if storages.setdefault(found.key, found) != found:
+      raise ValueError(f"storage {shown(found.key)} is described in two ways")
+    return found
+
+  with file.open("rb") as f, decoding(file):
+
+    def following() -> Any:
+      start = f.tell()
+      value, length = read_inert(f.read(MAX_PICKLE), make, storage)
+      f.seek(start + length)
+      return value
+
+    magic, protocol, system, loaded, keys = (following() for _ in range(5))
+    if (magic, protocol) != (_MAGIC, _PROTOCOL) or not isinstance(system, dict) or not isinstance(keys, list):
+      raise ValueError("expected a file of torch.save")
+    if system.get("little_endian") is not True:
+      raise ValueError("expected numbers whose lowest byte is first")
+    starts: dict[str, int] = {}
+    for key in keys:
+      (count,) = struct.unpack("<q", f.read(8))
+      if key not in storages or count != storages[key].count:
+        raise ValueError(f"storage {shown(key)} has another size than its tensors")
+      starts[key] = f.tell()
+      f.seek(count * storages[key].dtype.itemsize, os.SEEK_CUR)
+  if asked:
+    raise ValueError(refusal(asked[0]))
+
+  def place(name: str, view: View) -> Place:
+    if view.storage.key not in starts:
+      raise ValueError(f"{file}: {shown(name)} has no data; save it from a device that has them")
+    return view.at(file, size, name, starts[view.storage.key])
+
+  return loaded, place
+
+
+def _inert(name: str, arguments: tuple[Any, ...]) -> Any:
+  """Stands in for what a pickle of PyTorch calls: tensors become views, everything else what it is made of."""
+  if name == "torch._utils._rebuild_tensor_v2":
+    return _view(*arguments[:4])
+  if name == "torch._utils._rebuild_parameter":
+    return arguments[0]
+  if name == "collections.OrderedDict" and not arguments:
+    return {}
+  return Made(name)
+
+
+def _view(storage: Any, offset: Any, shape: Any, strides: Any) -> View:
+  sizes = _sizes(shape) and _sizes(strides) and _sizes((offset,))
+  if not (isinstance(storage, Storage) and sizes and len(shape) == len(strides)):
+    raise ValueError("a tensor is described by other than a storage, an offset, a shape and strides")
+  return View(storage, offset, shape, strides)
+
+
+def _sizes(values: Any) -> bool:
+  """Returns whether it is a tuple of at most as many whole numbers as an array has axes."""
+  return type(values) is tuple and len(values) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in values)
+
+
+def _storage(identity: Any) -> Storage:
+  if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != "storage":
+    raise ValueError("expected the storage of a tensor outside of the pickle")
+  kind, key, _, count, *view = identity[1:]
+  if not isinstance(kind, Named) or kind.name not in _DTYPES:
+    raise ValueError(f"expected a storage of one of {sorted(_DTYPES)}, got {shown(getattr(kind, 'name', ''))}")
+  if type(key) is not str or type(count) is not int or count < 0 or view not in ([], [None]):
+    raise ValueError("a storage is described by other than its type, its key and its number of elements")
+  return Storage(key, _DTYPES[kind.name], count)
+
+
+def _views(value: Any) -> dict[str, View]:
+  """Returns the tensors of a module's attributes and of those of the modules in it, each module once."""
+  found: dict[str, View] = {}
+  todo, seen = [("", value)], set[int]()
+  while todo:
+    path, module = todo.pop()
+    state: Any = module.state if isinstance(module, Made) else None
+    if not isinstance(state, Mapping) or id(module) in seen:
+      continue
+    seen.add(id(module))
+    for name, inner in state.items():
+      full = f"{path}.{name}" if path else str(name)
+      if isinstance(inner, View):
+        found[full] = inner
+      else:
+        todo.append((full, inner))
+  return found
