@@ -1,14 +1,26 @@
-"""Networks in whose features pictures are compared, behind one protocol."""
+"""Published networks in whose features pictures are compared: Inception today, others by the same protocol.
+
+Features of different networks, or of different weights, are never comparable. So a network has a name that tells its
+weights too, and what is kept of features goes under that name.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
+from pflow_jax.families.inception import network as inception
+from pflow_jax.families.inception.files import digest_of, load_inception
 from pflow_jax.mesh.sharding import Layout
+from pflow_jax.training.sample import in_batches
 
+PICTURES_A_DEVICE = 32  # at a time: of 299 x 299, they take less than a gigabyte of memory in Inception
 PICTURES_AT_ONCE = 1024  # on all devices, which the host has in memory several times
 
 
@@ -41,17 +53,88 @@ class FeatureNetwork(Protocol):
     """Returns the features of pictures (n, H, W, 3), uint8, of any size, which all processes have; n >= 1."""
 
 
-def open_feature_network(path: str | os.PathLike, layout: Layout) -> FeatureNetwork:
+@dataclasses.dataclass(frozen=True)
+class JittedNetwork:
+  """A `FeatureNetwork` of two compiled functions, on batches of one size that are split over a mesh.
+
+  The network itself so compiles once; another size of pictures compiles the scaling alone.
+
+  Attributes:
+    name: see `FeatureNetwork`.
+    num_features: see `FeatureNetwork`.
+    scale: jitted, pictures (b, H, W, 3), uint8, to what the network sees.
+    run: jitted, (parameters, what `scale` returns) -> `Features`.
+    params: of the network, whole on every device.
+    layout: of the mesh.
+    batch_size: pictures at a time.
+  """
+
+  name: str
+  num_features: int
+  scale: Callable[[jax.Array], jax.Array]
+  run: Callable[[Any, jax.Array], Features]
+  params: Any
+  layout: Layout
+  batch_size: int
+
+  def __call__(self, pictures: np.ndarray) -> Features:
+    pictures = checked_pictures(pictures)
+    count = len(pictures)
+    if count < self.batch_size:  # repeated, so that few pictures are no batch of another size
+      pictures = pictures[np.arange(self.batch_size) % count]
+    run = lambda part: self.run(self.params, self.scale(part))
+    features = in_batches(run, self.layout, self.batch_size, pictures, what=("features", "pictures"))
+    return jax.tree.map(lambda x: x[:count], features)
+
+
+def open_feature_network(path: str | os.PathLike, layout: Layout, batch_size: int | None = None) -> FeatureNetwork:
   """Opens a published network by its file.
 
   Args:
-    path: of an Inception file.
+    path: of an Inception file, see `families.inception.files.load_inception`.
     layout: of the mesh that pictures are split over.
+    batch_size: pictures at a time, by default PICTURES_A_DEVICE for each part of a batch and at most PICTURES_AT_ONCE.
 
   Raises:
     ValueError: the file is another, or damaged.
   """
-  from pflow_jax.families.inception import load_inception
+  params = load_inception(path)
+  return JittedNetwork(
+    name=f"Inception-v3 of 2015-12-05, weights {digest_of(params)}",
+    num_features=inception.WIDTH,
+    scale=_inception_scale(),
+    run=_inception_run(),
+    params=jax.tree.map(layout.everywhere, params),
+    layout=layout,
+    batch_size=batch_size or min(PICTURES_A_DEVICE * layout.batch_parts, PICTURES_AT_ONCE),
+  )
 
-  del layout
-  return load_inception(path)
+
+def checked_pictures(pictures: Any) -> np.ndarray:
+  """Returns pictures as feature networks take them.
+
+  Raises:
+    ValueError: they are not (n, H, W, 3), uint8, with n >= 1.
+  """
+  pictures = np.asarray(pictures)
+  if pictures.dtype != np.uint8:
+    raise ValueError(f"pictures: expected bytes, uint8, got {pictures.dtype}; scale [-1, 1] to [0, 255] and round")
+  if pictures.ndim != 4 or pictures.shape[-1] != 3 or not pictures.size:
+    raise ValueError(f"pictures: expected (n, H, W, 3), n >= 1, got {pictures.shape}; repeat the channel of a grey one")
+  return pictures
+
+
+@functools.cache
+def _inception_scale() -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(inception.resized)
+
+
+@functools.cache
+def _inception_run() -> Callable[[Any, jax.Array], Features]:
+  module = inception.Inception()
+
+  def run(params: Any, x: jax.Array) -> Features:
+    outputs: Any = module.apply({"params": params}, x)
+    return Features(*outputs)
+
+  return jax.jit(run)

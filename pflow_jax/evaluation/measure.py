@@ -14,8 +14,9 @@ import numpy as np
 from pflow_jax import data
 from pflow_jax.data.pictures import as_html
 from pflow_jax.evaluation import metrics, plot
+from pflow_jax.evaluation.feature_networks import PICTURES_AT_ONCE, open_feature_network
 from pflow_jax.evaluation.features import Classifier, pixel_features, train_classifier
-from pflow_jax.evaluation.pictures import as_pictures
+from pflow_jax.evaluation.pictures import as_pictures, to_pictures
 from pflow_jax.evaluation.samplers import Sampler, teacher_name
 from pflow_jax.evaluation.tables import html_table, markdown_table
 from pflow_jax.files.progress import Progress, progress
@@ -88,8 +89,10 @@ class Report:
 
   @property
   def columns(self) -> dict[str, str]:
-    """Headings of the measures that there are, by name."""
-    return {key: title for key, title in COLUMNS.items() if any(key in row for row in self.rows)}
+    """Headings of the measures that there are, by name; that of FD says which published network it is of."""
+    network = self.about.get("feature_network")
+    titles = COLUMNS | ({"fd": f"{COLUMNS['fd']} ({network})"} if network else {})
+    return {key: title for key, title in titles.items() if any(key in row for row in self.rows)}
 
   @property
   def table(self) -> str:
@@ -157,6 +160,9 @@ def _measure(
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
   copies = 1 + len(settings.teacher_steps) * (1 + len(settings.solvers))
   check_room(dataset, settings.num_samples, copies, "config.evaluate.num_samples")
+  network = _Seen(settings.features, dataset, layout) if settings.features else None
+  if network:
+    _check_counts(dataset, settings, network.num_features)
   noise, cond = draw_noise(dataset, settings.num_samples, settings.seed)
   labels = labels_of(cond, settings.num_samples)
   # At most ten times as many data as samples; as many as samples for an endless set, or one with texts (large ones).
@@ -170,14 +176,14 @@ def _measure(
       return train_classifier(real, real_labels, dataset.num_classes, steps=settings.classifier_steps)
 
     classifier = kept.classifier(train, dataset, settings.classifier_steps)
-  features = classifier.features if classifier else pixel_features
+  features = network or (classifier.features if classifier else pixel_features)
   real_features = features(real)
-  real_spaces = {"fd": real_features} | ({"fd_pixels": pixel_features(real)} if classifier else {})
-  if isinstance(cond, dict):
+  real_spaces = {"fd": real_features} | ({"fd_pixels": pixel_features(real)} if network or classifier else {})
+  if isinstance(cond, dict) and network is None:
     # A set with texts has pixels alone. They may outnumber the samples: the Fréchet distance is then left out.
     real_spaces = {"fd_pixels": real_features}
   else:
-    _check_count(settings.num_samples, real_features.shape[1])
+    _check_counts(dataset, settings, real_features.shape[1])
   samplers = make_samplers()
   report.total = settings.num_samples * sum(s.nfe for s in samplers)
   report.update(0)
@@ -222,12 +228,28 @@ def _measure(
     "features": f"classifier, {settings.classifier_steps} steps" if classifier else "coordinates",
     "device": jax.devices()[0].device_kind,
   }
+  if network:
+    about |= {"features": network.name, "feature_network": network.name}
   paths = {}
   if dataset.shape == (2,):
     shown = [s for s in samplers if s.is_student or s.name == teacher_name(REFERENCE_STEPS)]
     paths = {s.name: s.path(noise[:64], cond[:64]) for s in shown}
   students = {s.name for s in samplers if s.is_student}
   return Report(rows, about, samples, labels, real, paths, students, dataset)
+
+
+class _Seen:
+  """Features of samples in a published network, which sees them as pictures."""
+
+  def __init__(self, path: str, dataset: data.Dataset, layout: Layout):
+    self._pictures = to_pictures(dataset)
+    self._network = open_feature_network(path, layout)
+    self.name, self.num_features = self._network.name, self._network.num_features
+
+  def __call__(self, x: np.ndarray) -> np.ndarray:
+    """Returns the pooled features of samples (n, *space, C); the pictures are made a part at a time."""
+    starts = range(0, len(x), PICTURES_AT_ONCE)
+    return np.concatenate([self._network(self._pictures(x[i : i + PICTURES_AT_ONCE])).pool for i in starts])
 
 
 def _draw(
@@ -252,10 +274,14 @@ def _frechet(name: str, x: np.ndarray, reference: np.ndarray, real: np.ndarray, 
   return {name: pair.value, f"{name}_ratio": (pair.ratio, pair.standard_error)}
 
 
-def _check_count(count: int, dimension: int) -> None:
+def _check_counts(dataset: data.Dataset, settings: EvaluateSettings, dimension: int) -> None:
+  """Raises ValueError for fewer samples, or data to compare them with, than a Fréchet distance needs."""
   fewest = metrics.SAMPLES_PER_FEATURE * dimension
-  if count < fewest:
-    raise ValueError(
-      f"config.evaluate.num_samples: a Fréchet distance in {dimension} features needs at least {fewest} samples, "
-      f"got {count}"
-    )
+  counts = {"config.evaluate.num_samples": settings.num_samples}
+  if dataset.num_records is not None:
+    counts[f"config.data: {dataset.name}"] = dataset.num_records
+  for where, count in counts.items():
+    if count < fewest:
+      raise ValueError(
+        f"{where}: a Fréchet distance in {dimension} features needs at least {fewest} samples, got {count}"
+      )

@@ -92,6 +92,9 @@ class EvaluateSettings:
     classifier_steps: training steps of the classifier whose features and classes are used (images with classes).
     num_resamples: of the bootstrap errors.
     nearest_k: precision and recall take the ball of a sample to reach to its k-th neighbour.
+    features: file of the network in whose features Fréchet distance, precision and recall are measured, such as
+      StyleGAN's inception-2015-12-05.pt; "" is the classifier, or for data without classes or pictures their
+      coordinates. In 2048 features a resample takes minutes of a CPU's time: set num_resamples to 2.
   """
 
   num_samples: int = 2000
@@ -101,6 +104,7 @@ class EvaluateSettings:
   classifier_steps: int = 600
   num_resamples: int = 50
   nearest_k: int = 5
+  features: str = ""
 
   def __post_init__(self):
     if self.num_samples < 1 or self.classifier_steps < 1 or self.num_resamples < 2:

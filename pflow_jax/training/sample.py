@@ -45,21 +45,37 @@ def make_sampler(method: Method, settings: SampleSettings, nfe: int) -> Callable
   return jax.jit(method.sampler(settings, nfe))
 
 
-def in_batches(run: Callable[..., Any], layout: Layout, batch_size: int, *arrays: Any) -> np.ndarray:
+def in_batches(
+  run: Callable[..., Any],
+  layout: Layout,
+  batch_size: int,
+  *arrays: Any,
+  what: tuple[str, str] = ("sampling", "samples"),
+) -> Any:
   """Calls `run` on slices of pytrees of arrays, split over the mesh; slices have one length, so it compiles once.
 
   What takes longer than SHOWN seconds reports its progress.
+
+  Args:
+    run: returns an array, or a pytree of them, with a row for each of its arguments'.
+    layout: of the mesh.
+    batch_size: rows at a time, rounded up to what the mesh splits evenly.
+    *arrays: arguments of `run`.
+    what: words for the work and for its rows.
+
+  Returns:
+    NumPy arrays as `run` returns them, of all rows, in every process.
   """
   count = len(jax.tree.leaves(arrays)[0])
   size = -(-min(batch_size, count) // layout.batch_parts) * layout.batch_parts
   outputs = []
-  with layout.context(), progress(count, 0, "sampling", not is_first(), unit="samples", delay=SHOWN) as report:
+  with layout.context(), progress(count, 0, what[0], not is_first(), unit=what[1], delay=SHOWN) as report:
     for start in range(0, count, size):
       rows = np.arange(start, start + size) % count  # the last batch wraps and is cut
       part = jax.tree.map(lambda a, rows=rows: layout.spread(a[rows]), arrays)
-      outputs.append(to_host(run(*part)))
+      outputs.append(jax.tree.map(to_host, run(*part)))
       report.update(min(start + size, count))
-  return np.concatenate(outputs)[:count]
+  return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
 
 
 def draw_noise(

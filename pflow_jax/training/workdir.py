@@ -111,7 +111,7 @@ def pinned(workdir: str | os.PathLike | None, settings: Settings) -> Settings:
 
   A student's teachers get absolute folders and the step of a checkpoint: a teacher that trains on would otherwise
   change under a student that is resumed or evaluated. One that has moved with the run is found. The autoencoder of
-  pictures gets an absolute folder. A folder of prompts gets the options of `data.pinned`.
+  pictures and the network of features get absolute paths. A folder of prompts gets the options of `data.pinned`.
 
   Args:
     workdir: of the run; None for a run without one.
@@ -121,6 +121,9 @@ def pinned(workdir: str | os.PathLike | None, settings: Settings) -> Settings:
   if settings.sample.autoencoder:
     autoencoder = expanded(settings.sample.autoencoder, "config.sample.autoencoder")
     settings = settings.changed("sample", autoencoder=absolute_path(autoencoder))
+  if settings.evaluate.features:
+    features = expanded(settings.evaluate.features, "config.evaluate.features")
+    settings = settings.changed("evaluate", features=absolute_path(features))
   inputs, before = None, None
   if workdir is not None and from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir)):
     inputs, before = read_inputs(workdir), load_settings(workdir)

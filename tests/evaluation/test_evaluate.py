@@ -45,6 +45,8 @@ def test_rows_and_files(report, student_run, teacher_run):
   assert names == ["teacher, 4 steps", "teacher, 128 steps", "student, 1 NFE", "student, 2 NFE"]
   table = (folder / "evaluation.md").read_text()
   assert all(name in table for name in names)
+  assert report["features"] == "classifier, 5 steps"
+  assert "* FD: Fréchet distance to the data (classifier, 5 steps)" in table
   assert (folder / "samples.png").stat().st_size > 5000
   assert (teacher_run / "evaluation" / "classifier_5_steps.npz").exists(), "kept with the teacher, for all its students"
 

@@ -1,0 +1,1 @@
+"""Inception, the classifier of ImageNet in whose features images are compared (FID, sFID, Inception score)."""
