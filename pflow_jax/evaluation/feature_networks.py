@@ -20,7 +20,7 @@ from pflow_jax.families.inception.files import digest_of, load_inception
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.training.sample import in_batches
 
-PICTURES_A_DEVICE = 32  # at a time: of 299 x 299, they take less than a gigabyte of memory in Inception
+PICTURES_A_DEVICE = 32  # at a time: in Inception they take a quarter of a gigabyte, more where channels are padded
 PICTURES_AT_ONCE = 1024  # on all devices, which the host has in memory several times
 
 
