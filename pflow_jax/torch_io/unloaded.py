@@ -4,7 +4,7 @@ torch.load(weights_only=True) refuses the first, and tells no places of tensors 
 
 An archive of torch.jit.save holds a program beside the tensors, which is not looked at. A file that torch.save wrote
 before version 1.6 is pickles and then the numbers, one storage after the other. Both have their tensors' names, shapes
-and places in a pickle that `torch_io.inert` reads.
+and places in a pickle that `files.inert` reads.
 
 References:
   torch/csrc/jit/serialization/pickler.cpp and torch/serialization.py of PyTorch.
@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from pflow_jax.files.foreign import decoding, shown
-from pflow_jax.torch_io.inert import Made, Named, read_inert
+from pflow_jax.files.inert import Made, Named, read_inert
 from pflow_jax.torch_io.places import Place, placed
 
 MAX_PICKLE = 4 * 2**20  # bytes of the pickle in a file, without the tensors' data: some 20,000 tensors
