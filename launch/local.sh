@@ -3,6 +3,7 @@
 #
 #   launch/local.sh demo [FOLDER] [SEED]   teacher, students and evaluation on digits: what `make demo` calls
 #   launch/local.sh train FLAGS...         `pflow train` with these flags, started again when it dies, up to RESTARTS times
+#   launch/local.sh PROGRAM FLAGS...       the same of latents, convert, sample or evaluate
 #
 # A run resumes from its workdir, so starting it again loses nothing but the steps since its last checkpoint.
 # Told to end (SIGTERM, SIGHUP, Ctrl-C), it has the run save first; a second Ctrl-C ends it at once.
@@ -10,8 +11,8 @@
 # Codes: 0 done, 2 what another try would only repeat, 130 told to stop, 141 nobody reads what it prints; after any other
 # it is started again.
 #
-# Settings of `train`, from the environment:
-#   PROCESSES=1   processes that train together; lines of all but process 0 begin with the process's number
+# Settings, from the environment; not of `demo`:
+#   PROCESSES=1   processes that work together; lines of all but process 0 begin with the process's number
 #   DEVICES=N     that many fake CPU devices in each process, instead of the machine's devices
 #   RESTARTS=3    how often a run that died is started again
 #   GRACE=60      seconds that the other processes have to end by themselves when one has died
@@ -76,11 +77,11 @@ attempt() {
   for ((i = 0; i < processes; i++)); do
     cluster=("--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$i")
     if ((processes == 1)); then
-      pflow train "$@" &
+      pflow "$@" &
     elif ((i == 0)); then
-      pflow train "$@" "${cluster[@]}" &
+      pflow "$@" "${cluster[@]}" &
     else
-      pflow train "$@" "${cluster[@]}" > >(exec sed -u "s/^/[$i] /") 2> >(exec sed -u "s/^/[$i] /" >&2) &
+      pflow "$@" "${cluster[@]}" > >(exec sed -u "s/^/[$i] /") 2> >(exec sed -u "s/^/[$i] /" >&2) &
     fi
     pids[i]=$!
   done
@@ -110,7 +111,8 @@ attempt() {
   return "$result"
 }
 
-train() {
+# Runs a program of pflow until it is done, or another try would not help.
+keep() { # PROGRAM FLAGS...
   local tries=0 code=0 stopped=0
   local processes=${PROCESSES:-1} restarts=${RESTARTS:-3} grace=${GRACE:-60}
   whole_number PROCESSES "$processes" 1 1000
@@ -132,17 +134,13 @@ train() {
     # 2: another try would fail again. 130: the run was told to stop. 141: the reader of its output went away.
     if ((code == 0 || code == 2 || code == 130 || code == 141 || tries >= restarts)); then exit "$code"; fi
     tries=$((tries + 1))
-    say "training ended with code $code; restart $tries of $restarts"
+    say "pflow $1 ended with code $code; restart $tries of $restarts"
   done
 }
 
-case "${1:-}" in
-  demo | train)
-    command -v pflow >/dev/null || mistake "pflow is not installed here: make demo does it, or pip install -e ."
-    "$@"
-    ;;
-  *)
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' launch/local.sh
-    exit 2
-    ;;
-esac
+if [[ ${1:-} != demo ]] && ! is_program "${1:-}"; then
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' launch/local.sh
+  exit 2
+fi
+command -v pflow >/dev/null || mistake "pflow is not installed here: make demo does it, or pip install -e ."
+if [[ $1 == demo ]]; then "$@"; else keep "$@"; fi

@@ -5,6 +5,9 @@
 # 08 is an error there. So nothing that comes from outside is computed with before `whole` has seen it.
 # shellcheck shell=bash
 
+# Programs of pflow whose processes join each other, and which go on where they were when they are started again.
+PROGRAMS='train latents convert sample evaluate'
+
 # Whether VALUE is a whole number in a range: without a sign, blanks or leading zeros.
 whole() { # VALUE MIN MAX
   [[ $1 =~ ^(0|[123456789][0123456789]{0,8})$ ]] && (($1 >= $2 && $1 <= $3))
@@ -34,6 +37,11 @@ matches() { # VALUE PATTERN
   [[ $1 =~ ^($2)$ ]]
 }
 
+# Whether it is a program of pflow that is run by these scripts.
+is_program() { # WORD
+  matches "$1" "${PROGRAMS// /|}"
+}
+
 # Prints Cloud's name of a slice's type: the planner's v5e-256 (pflow_jax/mesh/chips.py) is v5litepod-256 there.
 accelerator() { # NAME VALUE
   local generation=${2%-*} size=${2##*-} sizes cubes=0
@@ -46,10 +54,14 @@ accelerator() { # NAME VALUE
     # Beyond these, in cubes of 64 chips, of two TensorCores each.
     v4) sizes=$small cubes=8192 ;;
     v5p) sizes=$small cubes=12288 ;;
-    tpu7x) sizes=$small cubes=18432 ;;
+    # https://docs.cloud.google.com/tpu/docs/configure-networking-access: not supported on TPU7x and later.
+    tpu[0-9]* | v7* | ironwood)
+      refuse "$1" "a chip that the Cloud TPU API offers, up to v6e; TPU7x and later are on GKE: launch/gke.yaml and \
+docs/tpu.md" "$2"
+      ;;
     *)
-      refuse "$1" "v5e-N (which is v5litepod-N) or v6e-N with N of $pods; v4-N, v5p-N or tpu7x-N with N of $small or a \
-multiple of 128; v2-N or v3-N" "$2"
+      refuse "$1" "v5e-N (which is v5litepod-N) or v6e-N with N of $pods; v4-N or v5p-N with N of $small or a multiple of \
+128; v2-N or v3-N" "$2"
       ;;
   esac
   if whole "$size" 1 "$cubes" && ((size % 128 == 0)); then sizes+=" $size"; fi

@@ -8,7 +8,8 @@
 #
 # Runs under SLURM: one process a node, which has all of the node's devices. The processes find each other.
 #
-#   sbatch [OPTIONS OF SBATCH] launch/slurm.sh train FLAGS...   `pflow train` with these flags
+#   sbatch [OPTIONS OF SBATCH] launch/slurm.sh train FLAGS...   `pflow train` with these flags; or another PROGRAM in place
+#                                                               of train: latents, convert, sample or evaluate
 #   launch/slurm.sh --dry-run train FLAGS...                    prints what would be run
 #
 # Submit from the project's folder, with a workdir that all nodes see; for example
@@ -35,7 +36,7 @@ mistake() {
 }
 
 usage() {
-  sed -n '/^# Runs/,/^[^#]/s/^# \{0,1\}//p' -- "$0"
+  sed -n '/^# Runs/,/^[^#]/s/^# \{0,1\}//p' launch/slurm.sh
   exit 2
 }
 
@@ -43,11 +44,6 @@ dry=0
 if [[ ${1:-} == --dry-run ]]; then
   dry=1
   shift
-fi
-if [[ ${1:-} != train ]]; then usage; fi
-shift
-if [[ -z ${SLURM_JOB_ID:-} ]] && ((!dry)); then
-  mistake "not inside a SLURM allocation (SLURM_JOB_ID is not set); submit it: sbatch launch/slurm.sh train FLAGS..."
 fi
 
 # sbatch runs a copy of this file from a folder of its own.
@@ -58,6 +54,11 @@ cd -- "$root"
 export PATH="$PWD/.venv/bin:$PATH"
 # shellcheck source=/dev/null
 source launch/settings.sh
+
+is_program "${1:-}" || usage
+if [[ -z ${SLURM_JOB_ID:-} ]] && ((!dry)); then
+  mistake "not inside a SLURM allocation (SLURM_JOB_ID is not set); submit it: sbatch launch/slurm.sh $1 FLAGS..."
+fi
 
 restarts=${RESTARTS:-3}
 whole_number RESTARTS "$restarts" 0 1000000
@@ -100,7 +101,7 @@ step+=(bash -c "$(declare -f task); task \"\$@\"" task)
 
 if ((dry)); then
   if ((gpus)); then echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"; fi
-  printf '%q ' "${step[@]}" "$(left)" pflow train "$@"
+  printf '%q ' "${step[@]}" "$(left)" pflow "$@"
   printf '\n# at the time limit and when preempted: scontrol requeue %s\n' "${SLURM_JOB_ID:-JOB}"
   exit 0
 fi
@@ -128,7 +129,7 @@ job() {
 }
 
 while true; do
-  "${step[@]}" "$(left)" pflow train "$@" &
+  "${step[@]}" "$(left)" pflow "$@" &
   srun=$!
   if [[ $told ]]; then tell "$told"; fi
   # A signal would end `wait` before the run has ended.
@@ -153,5 +154,5 @@ while true; do
   if [[ $told || $state != RUNNING ]]; then exit 130; fi
   if ((code == 130 || code == 141 || tries >= restarts)); then exit "$code"; fi
   tries=$((tries + 1))
-  say "training ended with code $code; restart $tries of $restarts"
+  say "pflow $1 ended with code $code; restart $tries of $restarts"
 done

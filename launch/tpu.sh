@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Runs on Cloud TPU VMs: on one slice, or on several that are one queued resource.
 #
+#   launch/tpu.sh check SETTINGS -- FLAGS says what a run with these FLAGS lacks, before anything costs money
 #   launch/tpu.sh create SETTINGS         creates the TPU and waits until it is ready
 #   launch/tpu.sh setup SETTINGS          copies the committed project to every worker and installs it there, once
 #   launch/tpu.sh run SETTINGS -- FLAGS   `pflow train FLAGS` on every worker; shows its log, restarts it when it dies
 #   launch/tpu.sh SETTINGS run FLAGS      the same
+#                                         FLAGS may begin with another program: latents, convert, sample or evaluate
 #   launch/tpu.sh logs SETTINGS           the log of worker --worker I of slice --slice J, both 0, until the run ends
 #   launch/tpu.sh status SETTINGS         the state of the TPU, and of the program on each worker
 #   launch/tpu.sh stop SETTINGS           has the run save and end
@@ -12,14 +14,19 @@
 #
 # Settings, as flags or as environment variables in upper case (NAME, ZONE, ..., SPOT=1):
 #   --name NAME --zone ZONE    always needed
-#   --type TYPE                v5e-256 (for gcloud: v5litepod-256), v5p-128, v6e-64, ...: needed by create and run
+#   --type TYPE                v5e-256 (for gcloud: v5litepod-256), v5p-128, v6e-64, ...: needed by check, create, run
 #   --project PROJECT          default: gcloud's
 #   --version VERSION          runtime; default: the one for the type
 #   --slices N                 N slices, NAME-0 to NAME-(N-1), as one queued resource; default 1
 #   --queued                   one slice as a queued resource, which waits for capacity instead of failing without
 #   --spot | --reserved        default: on demand
 #   --network N --subnetwork N
-#   --internal-ips             no external addresses; to be called from inside the network
+#   --internal-ips             no external addresses: the workers install through a Cloud NAT, which `check` looks for,
+#                              and this is to be called from inside the network, or with
+#   --iap                      reaches the workers through Identity-Aware Proxy, by gcloud's alpha commands
+#   --service-account EMAIL    whose rights the workers have; default: Compute Engine's
+#   --scopes SCOPES            limits of those rights, comma-separated; default: none
+#   --labels KEY=VALUE,...     of the TPU, as bills show them
 #   --prepare COMMAND          what every worker needs besides the project, for example a bucket with the data:
 #                                --prepare 'mkdir -p data; mountpoint -q data || gcsfuse --implicit-dirs BUCKET data'
 #                              `setup` has bash run it in the home folder of every worker once the project is installed,
@@ -67,15 +74,18 @@ usage() {
 
 name=${NAME:-} zone=${ZONE:-} project=${PROJECT:-} type=${TYPE:-} version=${VERSION:-} slices=${SLICES:-1}
 prepare=${PREPARE:-} network=${NETWORK:-} subnetwork=${SUBNETWORK:-}
+service_account=${SERVICE_ACCOUNT:-} scopes=${SCOPES:-} labels=${LABELS:-}
 internal=$(switch INTERNAL_IPS "${INTERNAL_IPS:-}")
+iap=$(switch IAP "${IAP:-}")
 spot=$(switch SPOT "${SPOT:-}")
 reserved=$(switch RESERVED "${RESERVED:-}")
 queued=$(switch QUEUED "${QUEUED:-}")
 restarts=${RESTARTS:-10} poll=${POLL:-30} grace=${GRACE:-120}
-command='' worker='' slice=0 dry=0 sure=0 flags=()
+command='' worker='' slice=0 dry=0 sure=0 program=train flags=()
 
-valued='--name|--zone|--project|--type|--version|--slices|--network|--subnetwork|--prepare|--worker|--slice'
-plain='--queued|--spot|--reserved|--internal-ips|--dry-run|--yes'
+valued='--name|--zone|--project|--type|--version|--slices|--network|--subnetwork|--prepare|--worker|--slice|--scopes'
+valued+='|--service-account|--labels'
+plain='--queued|--spot|--reserved|--internal-ips|--iap|--dry-run|--yes'
 
 while (($#)); do
   if [[ $1 =~ ^($valued)= ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
@@ -84,9 +94,10 @@ while (($#)); do
     --spot) spot=1 ;;
     --reserved) reserved=1 ;;
     --internal-ips) internal=1 ;;
+    --iap) iap=1 ;;
     --dry-run) dry=1 ;;
     --yes) sure=1 ;;
-    create | setup | run | logs | status | stop | delete)
+    check | create | setup | run | logs | status | stop | delete)
       if [[ $command ]]; then mistake "one command at a time, got '$command' and '$1'"; fi
       command=$1
       # Without a -- all that follows is pflow's.
@@ -105,7 +116,8 @@ while (($#)); do
         mistake "there is no command or setting ${1@Q}; launch/tpu.sh help lists them"
       fi
       (($# > 1)) || mistake "$1 needs a value"
-      printf -v "${1#--}" '%s' "$2"
+      setting=${1#--}
+      printf -v "${setting//-/_}" '%s' "$2"
       shift
       ;;
   esac
@@ -113,24 +125,32 @@ while (($#)); do
 done
 
 if [[ -z $command ]]; then usage; fi
-if [[ $command != run ]] && ((${#flags[@]})); then mistake "${flags[0]@Q}: only run takes flags of pflow"; fi
+if [[ ! $command =~ ^(run|check)$ ]] && ((${#flags[@]})); then
+  mistake "${flags[0]@Q}: only run and check take flags of pflow"
+fi
+if ((${#flags[@]})) && [[ ${flags[0]} != -* ]]; then
+  program=${flags[0]} flags=("${flags[@]:1}")
+  is_program "$program" || refuse "$command" "a program that several workers run together ($PROGRAMS)" "$program"
+fi
 for flag in "${flags[@]}"; do
   if [[ $flag =~ ^--worker(=|$) ]]; then
     worker=$flag
-  elif [[ $flag =~ ^($valued|$plain)(=|$) ]]; then
+  elif [[ ! $flag =~ ^--labels ]] && [[ $flag =~ ^($valued|$plain)(=|$) ]]; then # `pflow sample` has --labels
     mistake "$flag is no flag of pflow; settings go before: launch/tpu.sh run SETTINGS -- FLAGS"
   fi
 done
 case "$command:$worker" in
   logs:?*) whole "$worker" 0 1000000 || refuse --worker 'a number, as status shows it' "$worker" ;;
-  *: | run:all) ;;
-  run:*) mistake "run takes no --worker: a program has to run on all workers of a TPU, else those that have it wait" ;;
+  *: | run:all | check:all) ;;
+  run:* | check:*)
+    mistake "$command takes no --worker: a program has to run on all workers of a TPU, else those that have it wait"
+    ;;
   *) mistake "--worker is a setting of logs" ;;
 esac
 for setting in name zone; do
   if [[ -z ${!setting} ]]; then mistake "--$setting is missing (or ${setting^^} in the environment)"; fi
 done
-if [[ $command == create || $command == run ]] && [[ -z $type ]]; then
+if [[ $command =~ ^(check|create|run)$ && -z $type ]]; then
   mistake "--type is missing (or TYPE in the environment), for example --type v5litepod-16"
 fi
 # Names that gcloud takes; a flag or a path would be read as something else.
@@ -143,6 +163,12 @@ known --project "$project" '[a-z0-9][-a-z0-9.:]{0,100}' "a project's id"
 known --version "$version" '[a-z][-a-z0-9._]{0,100}' 'a runtime version, such as v2-alpha-tpuv6e'
 known --network "$network" '[a-z][-a-z0-9._:/]{0,300}' 'the name of a network'
 known --subnetwork "$subnetwork" '[a-z][-a-z0-9._:/]{0,300}' 'the name of a subnetwork'
+known --service-account "$service_account" '[a-z0-9][-a-z0-9]{0,62}@[a-z0-9][-a-z0-9.]{0,200}\.gserviceaccount\.com' \
+  "an account's address, such as NAME@PROJECT.iam.gserviceaccount.com"
+auth=https://www.googleapis.com/auth/
+scope="($auth)?[a-z][a-z._-]{0,60}" label='[a-z][-a-z0-9_]{0,62}=[-a-z0-9_]{0,63}'
+known --scopes "$scopes" "$scope(,$scope){0,20}" 'names of scopes, such as cloud-platform'
+known --labels "$labels" "$label(,$label){0,63}" 'pairs such as team=vision,run=gm, in lower case'
 if [[ $type ]]; then type=$(accelerator --type "$type"); fi
 whole_number --slices "$slices" 1 256
 whole_number --slice "$slice" 0 $((slices - 1))
@@ -152,6 +178,8 @@ matches "$poll" '(0|[1-9][0-9]{0,5})(\.[0-9]{1,3})?' || refuse POLL 'seconds, su
 # Found here, it costs no TPU.
 bash -n -c -- "$prepare" 2>/dev/null || mistake "--prepare: bash cannot read it: $prepare"
 if ((spot && reserved)); then mistake "--spot and --reserved exclude each other"; fi
+# Unlike those of other machines, a TPU's scopes are written out.
+if [[ $scopes ]]; then scopes=$auth${scopes//$auth/} scopes=${scopes//,/,$auth}; fi
 if ((slices > 1)); then queued=1; fi
 
 nodes=("$name")
@@ -169,7 +197,7 @@ fi
 
 where=("--zone=$zone")
 if [[ $project ]]; then where+=("--project=$project"); fi
-placement=() reach=()
+placement=() reach=() connect=(gcloud compute tpus tpu-vm)
 if ((spot)); then placement+=(--spot); fi
 if ((reserved)); then placement+=(--reserved); fi
 if [[ $network ]]; then placement+=("--network=$network"); fi
@@ -178,10 +206,16 @@ if ((internal)); then
   placement+=(--internal-ips)
   reach=(--internal-ip)
 fi
+if ((iap)); then
+  reach=(--tunnel-through-iap) connect=(gcloud alpha compute tpus tpu-vm)
+fi
+if [[ $service_account ]]; then placement+=("--service-account=$service_account"); fi
+if [[ $scopes ]]; then placement+=("--scopes=$scopes"); fi
+if [[ $labels ]]; then placement+=("--labels=$labels"); fi
 # Without these, a connection to a machine that is gone would never end.
 ssh_flags=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4)
 
-if ((!dry)) && ! command -v gcloud >/dev/null; then
+if ((!dry)) && [[ $command != check ]] && ! command -v gcloud >/dev/null; then
   mistake "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
 fi
 
@@ -209,15 +243,17 @@ call() {
   elif ((internal)); then
     settings+=(--internal-ips)
   fi
+  if ((iap)); then settings+=(--iap); fi
   if [[ $prepare && $1 == setup ]]; then settings+=("--prepare=$prepare"); fi
   words launch/tpu.sh "$1" "${settings[@]}" | sed 's/ $//'
 }
 
 # ---- The TPU.
 
-cloud() {
-  if ((dry)); then words gcloud compute tpus "$@" >&3; else gcloud compute tpus "$@" </dev/null 3>&- 4>&-; fi
+call_cloud() {
+  if ((dry)); then words "$@" >&3; else "$@" </dev/null 3>&- 4>&-; fi
 }
+cloud() { call_cloud gcloud compute tpus "$@"; }
 
 # Prints one property of a tpu-vm or of queued-resources, NOT_FOUND where there is none, or, in a dry run, $4.
 look() {
@@ -260,7 +296,9 @@ await() {
   local now last='' reason
   while true; do
     now=$(condition) || now='waiting UNKNOWN'
-    if [[ $now != "$last" ]] && ((!dry)); then say "$name: ${now#* }"; fi
+    # A dry run fails there when nobody reads it any more.
+    if ((dry)); then return; fi
+    if [[ $now != "$last" ]]; then say "$name: ${now#* }"; fi
     last=$now
     case "$now" in
       ready) return ;;
@@ -309,8 +347,8 @@ worker_script='bash ~/pflow/src/launch/tpu_worker.sh'
 
 # What a worker writes goes through `printable`, both of its outputs.
 remote() { # NODE WORKER COMMAND
-  local what=(tpu-vm ssh "$1" "${where[@]}" "--worker=$2" "${reach[@]}" "${ssh_flags[@]}" "--command=$3")
-  { cloud "${what[@]}" 2>&1 >&5 5>&- | printable >&2; } 5>&1 | printable
+  local what=(ssh "$1" "${where[@]}" "--worker=$2" "${reach[@]}" "${ssh_flags[@]}" "--command=$3")
+  { call_cloud "${connect[@]}" "${what[@]}" 2>&1 >&5 5>&- | printable >&2; } 5>&1 | printable
 }
 
 # Runs a command on all workers, of all slices at once; fails if it fails on one.
@@ -361,7 +399,7 @@ judge() {
 }
 
 install() { # REVISION
-  local node archive=$temporary/pflow.tar.gz
+  local node what archive=$temporary/pflow.tar.gz
   if ((dry)); then
     archive=/tmp/pflow.tar.gz
     words git archive --format=tar.gz --output="$archive" "$1" >&3
@@ -369,7 +407,8 @@ install() { # REVISION
     git archive --format=tar.gz --output="$archive" "$1" || return 1
   fi
   for node in "${nodes[@]}"; do
-    cloud tpu-vm scp "$archive" "$node:pflow.tar.gz" "${where[@]}" --worker=all "${reach[@]}" || return 1
+    what=(scp "$archive" "$node:pflow.tar.gz" "${where[@]}" --worker=all "${reach[@]}")
+    call_cloud "${connect[@]}" "${what[@]}" || return 1
   done
   local unpack='mkdir -p ~/pflow/new && tar -xzf ~/pflow.tar.gz -C ~/pflow/new launch/tpu_worker.sh'
   local steps="bash ~/pflow/new/launch/tpu_worker.sh setup $1"
@@ -426,7 +465,42 @@ restore() {
   settled=1
 }
 
+# Sets `workdir` and `out`, the folders of the run, `fleeting`, the flag of one that goes with the TPU, and `problem`.
+# shellcheck disable=SC2034 # they are read by their names
+workdir='' out='' fleeting='' problem=''
+# shellcheck disable=SC2034
+folders() { # WORKERS
+  local i flag needed=workdir
+  workdir='' out='' fleeting='' problem=''
+  for ((i = 0; i < ${#flags[@]}; i++)); do
+    case "${flags[i]}" in
+      --workdir=* | -workdir=*) workdir=${flags[i]#*=} ;;
+      --workdir | -workdir) workdir=${flags[i + 1]:-} ;;
+      --out=* | -out=*) out=${flags[i]#*=} ;;
+      --out | -out) out=${flags[i + 1]:-} ;;
+    esac
+  done
+  if [[ $program == latents || $program == convert ]]; then needed=out; fi
+  if [[ -z ${!needed} ]]; then
+    problem="--$needed is missing in the flags for pflow: launch/tpu.sh run SETTINGS -- $program ... --$needed gs://..."
+    return
+  fi
+  for flag in workdir out; do
+    if [[ -z ${!flag} || ${!flag} == gs://* ]]; then continue; fi
+    # What --prepare mounts on every worker is there again on a TPU that is made anew.
+    if [[ $flag == out && $out == /* && $prepare ]]; then continue; fi
+    fleeting=$flag
+    if (($1 > 1)); then
+      problem="--$flag=${!flag}: every worker has to see it, so it has to begin with gs://"
+      if [[ $flag == out ]]; then problem+=", or with the path of a folder that --prepare mounts"; fi
+    fi
+  done
+}
+
 # ---- The commands.
+
+# shellcheck source=/dev/null
+source launch/check.sh
 
 create() {
   local now=''
@@ -450,16 +524,9 @@ setup() {
 }
 
 run() {
-  local i workdir='' node count now code=0 told=0 open=0 closed=0 outcome tries=0 settled=1 revision
-  for ((i = 0; i < ${#flags[@]}; i++)); do
-    case "${flags[i]}" in
-      --workdir=* | -workdir=*) workdir=${flags[i]#*=} ;;
-      --workdir | -workdir) workdir=${flags[i + 1]:-} ;;
-    esac
-  done
-  if [[ -z $workdir ]]; then
-    mistake "--workdir is missing in the flags for pflow: launch/tpu.sh run SETTINGS -- --config ... --workdir gs://..."
-  fi
+  local node count now code=0 told=0 open=0 closed=0 outcome tries=0 settled=1 revision
+  folders "$slices"
+  if [[ $problem ]]; then mistake "$problem"; fi
   now=$(condition) || fail "gcloud cannot tell the state of $name"
   if [[ $now != ready ]]; then
     mistake "$name is ${now#* }, not ready: $(call create). A TPU of several slices needs its --slices here too"
@@ -469,13 +536,10 @@ run() {
     whole "$count" 1 100000 || fail "gcloud cannot tell the workers of $node: it answers ${count@Q} for their number"
     workers=$((workers + count))
   done
-  if [[ $workdir != gs://* ]]; then
-    if ((workers > 1 || slices > 1)); then
-      mistake "--workdir=$workdir: every worker has to see it, so it has to begin with gs://"
-    fi
-    say "--workdir=$workdir is on the TPU's own disk: it goes when the TPU goes"
-  fi
-  local start="$worker_script start ${flags[*]@Q}"
+  folders "$workers"
+  if [[ $problem ]]; then mistake "$problem"; fi
+  if [[ $fleeting ]]; then say "--$fleeting=${!fleeting} is on the TPU's own disk: it goes when the TPU goes"; fi
+  local start="$worker_script start $program ${flags[*]@Q}"
   survey || fail "not all $workers workers answer: $(tail -n 3 "$temporary/errors")"
   if ((dry)); then
     everywhere "$start"
@@ -485,7 +549,8 @@ run() {
   fi
   judge
   if ((open)); then mistake "a program runs there already; follow it: $(call logs), or end it: $(call stop)"; fi
-  revision=$(awk '{ print $6 }' "$temporary/survey" | sort -u)
+  # A worker that names no program was set up by an earlier version, which ran `pflow train` alone.
+  revision=$(awk '{ print NF < 7 ? "-" : $6 }' "$temporary/survey" | sort -u)
   if ! matches "$revision" '[0-9a-f]{7,64}'; then mistake "not all workers are set up alike: $(call setup)"; fi
   git cat-file -e "$revision^{commit}" 2>/dev/null ||
     mistake "the workers have commit $revision, which is unknown here: $(call setup)"
@@ -519,11 +584,11 @@ run() {
       if [[ $now == 'gone STOPPED' ]]; then
         fail "$name was stopped, which no preemption does: start it (gcloud compute tpus tpu-vm start), then run again"
       fi
-      if [[ $now == gone* && $workdir != gs://* ]]; then
-        fail "$name is ${now#* }, and --workdir=$workdir with it; only what is in gs:// can be resumed elsewhere"
+      if [[ $now == gone* && $fleeting ]]; then
+        fail "$name is ${now#* }, and --$fleeting=${!fleeting} with it; only what is in gs:// can be resumed elsewhere"
       fi
       tries=$((tries + 1))
-      say "the run ended with code $code, the TPU is ${now#* }; restart $tries of $restarts"
+      say "pflow $program ended with code $code, the TPU is ${now#* }; restart $tries of $restarts"
       if restore "$now"; then break; fi
       sleep "$poll"
       now=$(condition) || now=unknown
@@ -537,7 +602,7 @@ logs() {
 }
 
 status() {
-  local node state host detail mark revision reachable=0
+  local node state host detail mark revision what reachable=0
   if ((queued)); then
     state=$(look queued-resources "$name" 'value(state.state)' ACTIVE) || exit 1
     if ((!dry)); then echo "queued resource $name: $state"; fi
@@ -549,9 +614,9 @@ status() {
   done
   if ((!reachable)); then return; fi
   survey || say "not all workers answer: $(tail -n 3 "$temporary/errors")"
-  while read -r _ host state detail mark revision; do
+  while read -r _ host state detail mark revision what; do
     case "$state" in
-      running) state="runs, process $detail" ;;
+      running) state="runs${what:+ $what}, process $detail" ;;
       ended) state="ended with code $detail" ;;
       died) state="died with its machine" ;;
       idle) state="set up, nothing was started" ;;

@@ -3,8 +3,9 @@
 #
 #   setup REVISION    unpacks ~/pflow.tar.gz into ~/pflow/src, and installs ~/pflow/venv unless it is there
 #   prepare COMMAND   has bash run it in the home folder; until it has succeeded, the worker is not set up
-#   start FLAGS...    `pflow train` with these flags, detached: ~/pflow/log.txt, ~/pflow/pid, at its end ~/pflow/exit
-#   state             one line: pflow-worker HOST idle|running|ended|died PID|CODE|- stopped|- REVISION
+#   start PROGRAM FLAGS...
+#                     `pflow PROGRAM FLAGS...`, detached: ~/pflow/log.txt, ~/pflow/pid, at its end ~/pflow/exit
+#   state             one line: pflow-worker HOST idle|running|ended|died PID|CODE|- stopped|- REVISION PROGRAM|-
 #   follow [+1|N]     the log, from its start or its last N lines, until the program ends
 #   stop [SECONDS]    has the program save and end, and waits for it
 #   kill              ends the program at once
@@ -95,6 +96,7 @@ start() {
   if running; then fail "a program runs here already, process $(cat pid)" 3; fi
   rm -f pid exit stopped
   if [[ -e log.txt ]]; then mv log.txt log.previous.txt; fi
+  echo "$1" >program
   setsid nohup bash "$0" supervise "$@" >log.txt 2>&1 </dev/null &
   for ((i = 0; i < 100; i++)); do
     if [[ -e pid ]]; then return; fi
@@ -110,7 +112,7 @@ supervise() {
   # When the machine is told to end, so is the program: what it ended with is still to be written.
   trap 'interrupted=1' TERM
   cd src
-  "$home/venv/bin/pflow" train "$@" 9>&- &
+  "$home/venv/bin/pflow" "$@" 9>&- &
   cd ..
   echo $! >pid.new
   mv pid.new pid
@@ -118,6 +120,8 @@ supervise() {
     interrupted=0 code=0
     wait $! || code=$?
   done
+  # A program that does not listen for SIGTERM dies of it: it was told to end.
+  if ((code == 143)); then code=130; fi
   echo "$code" >exit.new
   mv exit.new exit
 }
@@ -133,7 +137,8 @@ state() {
     state=died
   fi
   if [[ -e stopped ]]; then stopped=stopped; fi
-  echo "pflow-worker $(hostname) $state $detail $stopped $(cat revision 2>/dev/null || echo -)"
+  echo "pflow-worker $(hostname) $state $detail $stopped $(cat revision 2>/dev/null || echo -)" \
+    "$(cat program 2>/dev/null || echo -)"
 }
 
 follow() {

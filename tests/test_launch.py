@@ -13,6 +13,8 @@ import time
 import pytest
 from packaging.requirements import Requirement
 
+from pflow_jax.commands import cli
+
 ROOT = pathlib.Path(__file__).parents[1]
 STAND_INS = ROOT / "tests" / "launch"
 
@@ -47,6 +49,28 @@ def test_a_killed_run_is_started_again_with_the_same_flags(project):
   assert run.returncode == 0
   assert calls == ["train --workdir w"] * 3
   assert "restart 2" in run.stderr
+
+
+@pytest.mark.parametrize("program", ["latents", "convert", "sample", "evaluate"])
+def test_other_programs_are_started_again_too(project, program):
+  run, calls = project(program, "--out", "a b", codes=[137, 0])
+  assert run.returncode == 0
+  assert calls == [f"{program} --out a b"] * 2
+  assert f"pflow {program} ended with code 137; restart 1" in run.stderr
+
+
+@pytest.mark.parametrize("program", ["plan", "train latents", "-train", "*", "demos", "find_port"])
+def test_what_is_no_program_to_be_started_again_is_refused(project, program):
+  run, calls = project(program)
+  assert (run.returncode, calls) == (2, [])
+  assert "launch/local.sh demo" in run.stdout
+
+
+def test_programs_are_commands_of_pflow():
+  text = (ROOT / "launch" / "settings.sh").read_text()
+  programs = re.search(r"^PROGRAMS='(.*)'$", text, re.M)[1].split()
+  assert programs[0] == "train"
+  assert set(programs) < set(cli.COMMANDS)
 
 
 def test_restarts_end(project):
@@ -145,13 +169,17 @@ class Stage:
     self.put("srun", f'exec bash {STAND_INS / "srun.sh"} "$@"')
     self.put("scontrol", f'exec bash {STAND_INS / "scontrol.sh"} "$@"')
     self.put("gcloud", f'exec {sys.executable} -S -E {STAND_INS / "gcloud.py"} "$@"')
+    self.put("ssh-add", f"exit $(cat {self.state}/agent 2>/dev/null || echo 0)")
     self.write("job", "JobId=7 JobState=RUNNING PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=None")
     inherited = {
       key: value
       for key, value in os.environ.items()
       if key not in ("XLA_FLAGS", "JAX_PLATFORMS", "PROCESSES", "DEVICES") and not key.startswith(("SLURM_", "GIT_"))
     }
-    settings = "NAME ZONE TYPE PROJECT VERSION SLICES SPOT RESERVED QUEUED PREPARE RESTARTS"
+    settings = (
+      "NAME ZONE TYPE PROJECT VERSION SLICES SPOT RESERVED QUEUED PREPARE RESTARTS SERVICE_ACCOUNT SCOPES LABELS"
+    )
+    settings += " INTERNAL_IPS IAP NETWORK SUBNETWORK"
     for key in settings.split():
       inherited.pop(key, None)
     self.env = inherited | {
@@ -338,6 +366,14 @@ def test_slurm_starts_one_task_a_node_with_all_its_devices(stage):
   assert [stage.read(f"pflow/p{i}") for i in range(2)] == [["train --workdir w"]] * 2
 
 
+def test_slurm_runs_other_programs(stage):
+  stage.write("plan/p0", "exit 1", "exit 0")
+  assert stage.run("slurm.sh", "evaluate", "--workdir", "w", **JOB) == 0
+  assert stage.read("pflow/p0") == ["evaluate --workdir w"] * 2
+  assert stage.run("slurm.sh", "plan", "--config", "c", **JOB) == 2
+  assert "sbatch [OPTIONS" in stage.out.read_text()
+
+
 def test_slurm_leaves_arguments_as_they_are(stage):
   stage.put("pflow", f"printf '%s\\0' \"$@\" >{stage.state}/args")
   args = ["--a=b c", "", "it's", '"$HOME" `x` $(x) \\', "*", "--", "two\nlines", "-n"]
@@ -407,7 +443,7 @@ def test_slurm_requeues_a_run_that_was_told_to_save(stage, number, job, env, req
   stage.write("job", job)
   stage.write("plan/p0", "run")
   script = stage.start("slurm.sh", "train", **JOB, **env)
-  until(lambda: stage.read("pids"))
+  until(lambda: "p0 works" in stage.out.read_text())  # it listens by then
   script.send_signal(number)
   assert script.wait(timeout=20) == 130
   assert "p0 saves" in stage.out.read_text().splitlines()
@@ -454,7 +490,8 @@ class Cloud(Stage):
   @property
   def calls(self):
     """What gcloud was called with, without `compute tpus`."""
-    return [line.split("\t")[2:] for line in self.read("calls")]
+    calls = [line.split("\t") for line in self.read("calls")]
+    return [call[call.index("tpus") + 1 :] if "tpus" in call else call for call in calls]
 
   def verbs(self, *hidden):
     verbs = (call[1] for call in self.calls)
@@ -542,6 +579,21 @@ def pod(set_up, tmp_path):
       " --subnetwork=s --internal-ips",
     ),
     (
+      "--type v6e-8 --service-account runs@p.iam.gserviceaccount.com --labels team=a_b,run=7 --scopes"
+      " devstorage.read_write,https://www.googleapis.com/auth/logging.write",
+      "tpu-vm create pod --zone=z --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e"
+      " --service-account=runs@p.iam.gserviceaccount.com"
+      " --scopes=https://www.googleapis.com/auth/devstorage.read_write,https://www.googleapis.com/auth/logging.write"
+      " --labels=team=a_b,run=7",
+    ),
+    (
+      "--type v5p-8 --slices 2 --internal-ips --iap --scopes=cloud-platform --service-account"
+      " 12-compute@developer.gserviceaccount.com",
+      "queued-resources create pod --zone=z --accelerator-type=v5p-8 --runtime-version=v2-alpha-tpuv5"
+      " --node-count=2 --node-prefix=pod --internal-ips --service-account=12-compute@developer.gserviceaccount.com"
+      " --scopes=https://www.googleapis.com/auth/cloud-platform",
+    ),
+    (
       "--type v4-32 --queued --spot",
       "queued-resources create pod --zone=z --accelerator-type=v4-32 --runtime-version=tpu-ubuntu2204-base"
       " --node-id=pod --spot",
@@ -561,15 +613,24 @@ def test_tpu_create(cloud, settings, command):
   # In a dry run the same is shown, and nothing is called.
   calls = len(cloud.calls)
   assert cloud("create", "--dry-run", "--name=pod", "--zone", "z", *settings.split()) == 0
-  assert f"gcloud compute tpus {command} \n" in cloud.out.read_text()
+  assert f"gcloud compute tpus {command} \n" in cloud.out.read_text().replace("'", "")
   assert len(cloud.calls) == calls
 
 
 def test_tpu_create_takes_its_settings_from_the_environment_too(cloud):
-  env = dict(NAME="pod", ZONE="z", TYPE="v5p-8", SLICES="2", SPOT="1")
-  assert cloud("create", **env) == 0, cloud.err.read_text()
+  env = dict(NAME="pod", ZONE="z", TYPE="v5p-8", SLICES="2", SPOT="1", LABELS="a=b", SCOPES="cloud-platform")
+  assert cloud("create", **env, SERVICE_ACCOUNT="a@p.iam.gserviceaccount.com") == 0, cloud.err.read_text()
   created = next(call for call in cloud.calls if call[1] == "create")
-  assert {"--node-count=2", "--node-prefix=pod", "--spot", "--zone=z"} < set(created)
+  assert {"--node-count=2", "--node-prefix=pod", "--spot", "--zone=z", "--labels=a=b"} < set(created)
+  scopes = "--scopes=https://www.googleapis.com/auth/cloud-platform"
+  assert {"--service-account=a@p.iam.gserviceaccount.com", scopes} < set(created)
+
+
+def test_tpu_create_ends_where_nobody_reads_what_it_would_do(cloud):
+  script = cloud.project / "launch" / "tpu.sh"
+  shown = f"bash {script} create {' '.join(POD)} --dry-run | head -n 1"
+  run = subprocess.run(["bash", "-c", shown], env=cloud.env, capture_output=True, text=True, timeout=120)
+  assert run.stdout.startswith("gcloud compute tpus tpu-vm create pod ")
 
 
 def test_tpu_create_waits_in_the_queue_and_says_so(cloud):
@@ -609,7 +670,7 @@ def test_tpu_dry_run_shows_commands_that_can_be_pasted_and_runs_none(cloud):
   line = next(line for line in shown["run"].splitlines() if "tpu_worker.sh start" in line)
   subprocess.run(["bash", "-c", line], env=cloud.env, capture_output=True)
   command = cloud.calls[0][-1].removeprefix("--command=")
-  assert command == "bash ~/pflow/src/launch/tpu_worker.sh start '--config=configs/x.py:y z' '--workdir=gs://b/w'"
+  assert command == "bash ~/pflow/src/launch/tpu_worker.sh start train '--config=configs/x.py:y z' '--workdir=gs://b/w'"
   assert not cloud.read("pflow/pod-w-0")
 
 
@@ -774,10 +835,46 @@ def test_tpu_run_starts_on_every_worker_and_shows_the_first_ones_log(pod):
   for host in ("pod-w-0", "pod-w-1"):
     assert pod.read(f"pflow/{host}") == ["train " + " ".join(RUN)]
     assert (pod.home(host) / "exit").read_text() == "0\n"
+    assert (pod.home(host) / "program").read_text() == "train\n"
   assert pod.out.read_text() == "pod-w-0 works\npod-w-0 warns\n"
   starts = [call for call in pod.calls if "tpu_worker.sh start" in call[-1]]
   assert [call[:5] for call in starts] == [["tpu-vm", "ssh", "pod", "--zone=z", "--worker=all"]]
   assert "create" not in pod.verbs()
+
+
+@pytest.mark.parametrize(
+  ("words", "call"),
+  [
+    (["train", *RUN], f"train {' '.join(RUN)}"),
+    (["latents", "--images=folder:a b", "--out", "gs://b/z"], "latents --images=folder:a b --out gs://b/z"),
+    (["evaluate", "--workdir=gs://b/w", "--also", "it's"], "evaluate --workdir=gs://b/w --also it's"),
+    (["sample", "--workdir", "gs://b/w", "--labels=3,7"], "sample --workdir gs://b/w --labels=3,7"),
+  ],
+)
+def test_tpu_run_runs_each_program_as_it_runs_train(pod, words, call):
+  pod.plan("exit 1", "exit 0")
+  assert pod("run", *POD, "--", *words) == 0, pod.err.read_text()
+  for host in ("pod-w-0", "pod-w-1"):
+    assert pod.read(f"pflow/{host}") == [call] * 2
+  assert pod.out.read_text() == "pod-w-0 works\npod-w-0 warns\n" * 2
+  assert f"pflow {words[0]} ended with code 1, the TPU is ready; restart 1 of 10" in pod.err.read_text()
+
+
+def test_tpu_run_takes_a_program_that_dies_of_the_stop_as_stopped(pod):
+  """Only `pflow train` listens for SIGTERM."""
+  pod.plan("kill TERM")
+  assert pod("run", *POD, "--", "evaluate", "--workdir=gs://b/w") == 130
+  assert len(pod.read("pflow/pod-w-0")) == 1
+  assert pod("status", *POD) == 0
+  assert "pod-w-1: ended with code 130" in pod.out.read_text()
+
+
+def test_tpu_run_writes_into_a_folder_that_is_mounted(cloud):
+  run = ("run", *POD, "--dry-run", "--prepare=mountpoint /data", "--", "latents", "--images=x", "--out=/data/z")
+  cloud.write("workers", "4")
+  assert cloud(*run) == 0, cloud.err.read_text()
+  assert "own disk" not in cloud.err.read_text()
+  assert "start latents --images=x --out=/data/z" in re.sub(r"['\\]", "", cloud.out.read_text())
 
 
 def test_tpu_run_shows_a_line_once_while_other_workers_still_run(pod):
@@ -795,8 +892,23 @@ def test_tpu_run_on_several_slices_and_inside_the_network(cloud):
   assert cloud("--slices=2", "--internal-ips", *POD, "run", *RUN) == 0, cloud.err.read_text()
   for host in ("pod-0-w-0", "pod-0-w-1", "pod-1-w-0", "pod-1-w-1"):
     assert cloud.read(f"pflow/{host}") == ["train " + " ".join(RUN)]
-  assert all("--internal-ip" in call for call in cloud.calls if call[1] in ("ssh", "scp"))
+  reached = [line.split("\t") for line in cloud.read("calls") if re.search(r"\t(ssh|scp)\t", line)]
+  assert all("--internal-ip" in call and call[0] == "compute" for call in reached)
   assert cloud.out.read_text() == "pod-0-w-0 works\npod-0-w-0 warns\n"
+
+
+def test_tpu_run_reaches_internal_addresses_from_outside(cloud):
+  cloud.ready("--internal-ips", "--iap")
+  assert cloud("run", *POD, "--internal-ips", "--iap", "--", *RUN) == 0, cloud.err.read_text()
+  assert cloud.read("pflow/pod-w-1") == ["train " + " ".join(RUN)]
+  reached = [line.split("\t") for line in cloud.read("calls") if re.search(r"\t(ssh|scp)\t", line)]
+  assert len(reached) > 3
+  assert all(call[:2] == ["alpha", "compute"] and "--tunnel-through-iap" in call for call in reached)
+  assert cloud("delete", *POD, "--internal-ips", "--iap", "--dry-run") == 0
+  assert "alpha" not in cloud.out.read_text()
+  cloud.write("tpus/pod", "DELETING")
+  assert cloud("run", *POD, "--internal-ips", "--iap", "--", *RUN) == 2
+  assert "--internal-ips --iap. A TPU" in cloud.err.read_text()
 
 
 @pytest.mark.parametrize(
@@ -806,6 +918,19 @@ def test_tpu_run_on_several_slices_and_inside_the_network(cloud):
     (("--", *RUN, "--worker", "0"), "run on all workers"),
     (("--", "--config=c"), "--workdir is missing"),
     (("--", "--config=c", "--workdir", "runs/w"), "begin with gs://"),
+    (("--prepare=true", "--", "--config=c", "--workdir", "/data/w"), "begin with gs://"),
+    (("--", "latents", "--images=x"), "--out is missing in the flags for pflow"),
+    (
+      ("--", "convert", "--source=gs://b/x", "--out=x"),
+      "begin with gs://, or with the path of a folder that --prepare",
+    ),
+    (("--", "latents", "--out=/data/z"), "begin with gs://"),
+    (("--", "evaluate", "--out=gs://b/x"), "--workdir is missing"),
+    (("--", "evaluate", "--workdir=gs://b/x", "--out", "x"), "begin with gs://"),
+    (("--", "plan", *RUN), "run: expected a program that several workers run together (train latents convert sample"),
+    (("--", "train latents", *RUN), "expected a program"),
+    (("--", "", *RUN), "expected a program"),
+    (("--", "sample", *RUN, "--service-account=x"), "settings go before"),
     (("--", *RUN, "--slices=2"), "settings go before"),
     (("--slices=2", "--", *RUN), "not ready"),
   ],
@@ -828,6 +953,11 @@ def test_tpu_run_refuses_workers_that_are_not_set_up_alike(cloud):
     (cloud.home(host) / "revision").write_text("0123456789\n")
   assert cloud("run", *POD, "--", *RUN) == 2
   assert "0123456789, which is unknown here" in cloud.err.read_text()
+  # So does the script of an earlier version.
+  worker = cloud.home("pod-w-1") / "src" / "launch" / "tpu_worker.sh"
+  worker.write_text(worker.read_text().replace('"$(cat program 2>/dev/null || echo -)"', ""))
+  assert cloud("run", *POD, "--", *RUN) == 2
+  assert "not all workers are set up alike" in cloud.err.read_text()
   assert not cloud.read("pflow/pod-w-0")
 
 
@@ -953,8 +1083,8 @@ def test_tpu_an_interrupt_leaves_the_run_going_and_says_how_to_go_on(pod):
   assert pod("status", *POD) == 0
   status = pod.out.read_text()
   assert status.startswith("pod: READY\n")
-  assert re.search(r"pod-w-0: runs, process \d+ \(commit [0-9a-f]{12}\)", status)
-  assert "pod-w-1: runs" in status
+  assert re.search(r"pod-w-0: runs train, process \d+ \(commit [0-9a-f]{12}\)", status)
+  assert "pod-w-1: runs train" in status
 
   # Another follows; stop has the run save, and both see its end.
   script = pod.start("tpu.sh", "logs", "--worker", "1", *POD)
@@ -1014,12 +1144,13 @@ def test_tpu_worker_knows_what_runs(pod):
 
   assert state() == ["idle", "-", "-"]
   # What a program leaves behind is not the program.
-  pod.plan("leave", "run", "deaf")
-  call("start")
+  pod.plan("leave", "run", "deaf", "kill TERM")
+  call("start", "train")
   until(lambda: state() == ["ended", "0", "-"])
   # Started again, nothing is left of the first.
-  call("start", "--x=1 2")
+  call("start", "latents", "--x=1 2")
   begun = state()
+  assert call("state").split()[6:] == ["latents"]
   until(lambda: len(pod.read("pids")) == 3)
   process = pod.read("pids")[-1]
   assert begun == ["running", process, "-"]
@@ -1032,16 +1163,19 @@ def test_tpu_worker_knows_what_runs(pod):
   until(lambda: state() == ["ended", "130", "-"])
   assert call("follow", "1") == "pod-w-0 saves\n"
   # Without a code, program and supervisor went with the machine.
-  call("start")
+  call("start", "train")
   until(lambda: len(pod.read("pids")) == 4)
   pod.preempt("READY", "pod")
   until(lambda: state() == ["died", "-", "-"])
-  assert pod.read("pflow/pod-w-0") == ["train", "train --x=1 2", "train"]
+  # A program that does not listen when it is told to end has been told all the same.
+  call("start", "sample")
+  until(lambda: state() == ["ended", "130", "-"])
+  assert pod.read("pflow/pod-w-0") == ["train", "latents --x=1 2", "train", "sample"]
 
 
 def test_tpu_worker_does_not_take_for_dead_what_ends_while_it_looks(pod):
   pod.plan("run 0")
-  on_worker(pod, "start")
+  on_worker(pod, "start", "train")
   until(lambda: pod.read("pids"))
   flock = shutil.which("flock")
   end = f"kill -TERM {pod.read('pids')[0]}; {flock} --shared -w 20 lock true"
@@ -1094,7 +1228,16 @@ def test_tpu_delete_asks_first_and_takes_a_queued_resource_with_its_nodes(cloud)
     (("create", *POD, "--prepare=if mount x"), "bash cannot read it: if mount x"),
     (("stop", *POD, "--worker=1"), "--worker is a setting of logs"),
     (("setup", *POD, "--name"), "--name needs a value"),
-    (("setup", *POD, "--", "--workdir=w"), "only run takes flags"),
+    (("setup", *POD, "--", "--workdir=w"), "only run and check take flags"),
+    (("create", *POD, "--type=tpu7x-64"), "up to v6e; TPU7x and later are on GKE: launch/gke.yaml and docs/tpu.md"),
+    (("run", *POD, "--type=ironwood", "--", *RUN), "TPU7x and later are on GKE"),
+    (("create", *POD, "--type=v7x:4x4x4"), "TPU7x and later are on GKE"),
+    (("create", *POD, "--labels=Team=a"), "--labels: expected pairs such as team=vision"),
+    (("create", *POD, "--labels=a=b,c"), "--labels: expected pairs"),
+    (("create", *POD, "--service-account=me@example.com"), "--service-account: expected an account's address"),
+    (("create", *POD, "--scopes=a b"), "--scopes: expected names of scopes"),
+    (("check", *POD[:2]), "--type is missing"),
+    (("check", *POD, "--", "--worker=0"), "takes no --worker"),
   ],
 )
 def test_tpu_mistakes_are_told_with_their_remedy(cloud, args, message):

@@ -17,7 +17,11 @@ EACH = """
 while IFS= read -r -d '' name && IFS= read -r -d '' value; do
   said=$(
     exec 2>&1
-    if [[ $name == --* ]]; then set -- "$@" "$name=$value"; else export "$name=$value"; fi
+    case "$name" in
+      --*) set -- "$@" "$name=$value" ;;
+      run) set -- "$@" "$value" ;;
+      *) export "$name=$value" ;;
+    esac
     source "$0"
   )
   printf '%s\\0%s\\0' "$?" "$said"
@@ -44,6 +48,8 @@ def stage(tmp_path):
     ("slurm.sh", ["--dry-run", "train"], f"RESTARTS REQUEUE {SLURM}", NUMBERS),
     ("tpu.sh", TPU, "GRACE POLL SPOT --slices --slice --worker", NUMBERS),
     ("tpu.sh", TPU, "--name --zone --type --project --version --network", TEXTS),
+    ("tpu.sh", TPU, "--service-account --scopes --labels IAP INTERNAL_IPS", TEXTS),
+    ("tpu.sh", ("run", *TPU[1:], "--"), "run", [text for text in TEXTS if text[0] != "-"]),
   ],
 )
 def test_a_hostile_setting_is_refused_in_one_sentence(stage, tmp_path, script, args, settings, values):
@@ -123,15 +129,16 @@ def test_types_are_those_that_cloud_has_and_the_planner_understands():
     18432,
     18560,
   )
-  types = [f"{name}-{size}" for name in ("v3", "v4", "v5e", "v5litepod", "v5p", "v6e", "tpu7x") for size in sizes]
+  types = [f"{name}-{size}" for name in ("v3", "v4", "v5e", "v5litepod", "v5p", "v6e") for size in sizes]
   taken = dict(zip(types, accelerators(*types), strict=True))
   assert taken["v5e-256"] == taken["v5litepod-256"] == "v5litepod-256"
   known = {type for type, name in taken.items() if name}
-  assert {"v3-2048", "v4-8", "v5e-1", "v5p-128", "v5p-12288", "v6e-64", "tpu7x-64"} < known
-  assert not {"v3-16", "v5e-2", "v5e-7", "v5e-512", "v4-12", "v5p-100", "v6e-2", "tpu7x-18560"} & known
+  assert {"v3-2048", "v4-8", "v5e-1", "v5p-128", "v5p-12288", "v6e-64"} < known
+  assert not {"v3-16", "v5e-2", "v5e-7", "v5e-512", "v4-12", "v5p-100", "v6e-2"} & known
   for type in known:
     assert parse_topology(type) == parse_topology(taken[type])
   wrong = ("v99", "v99-8", "v5e", "v5e-", "-8", "v5e-08", "v5e-8 ", "v5e-1 4", "V5E-8", "v5e-a[$(x)]", "", "v4-0128")
+  wrong += ("tpu7x-64", "tpu7x:4x4x4", "v7x-8", "ironwood")
   assert accelerators(*wrong) == [None] * len(wrong)
   assert accelerators("v2-8", "v5lite-4", "v2-9") == ["v2-8", "v5litepod-4", None]
 

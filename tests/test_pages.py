@@ -85,6 +85,7 @@ UNTRAINED = {
 FLAGS = {"pflow evaluate .*runs/emd": ["--config.sample.nfe=(1, 2)"]}
 # Commands of others, which install, download or sign in.
 NOT_OURS = (r"git clone ", r"hf (auth login|download)", r"tensorboard ", r"\. \.venv/bin/activate")
+NOT_OURS += (r"gcloud ", r"git archive HEAD \| docker build ", r"docker push ", r"kubectl ", r"POOL=")
 
 pytestmark = pytest.mark.usefixtures("float32")
 

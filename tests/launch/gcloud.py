@@ -5,6 +5,10 @@ All is in the folder $STANDIN:
   tpus/NAME         state of a TPU; queued/NAME: of a queued resource, with the names of its TPUs in queued/NAME.nodes
   homes/NAME-w-I    home of worker I, which is gone after a deletion
   workers           workers of a TPU; default 2
+  objects/          what is in buckets, a file each
+What it answers to other questions than those about TPUs, which is that all is well:
+  answers/COMMAND   instead of that, the first word of which is "ERROR:" if it fails
+  forbidden         accounts and what they may not do, "WHO cp", a line each
 To be told what happens next, a line a time:
   states            states that a queued resource goes through, one at each look
   errors            messages that creations fail with
@@ -18,9 +22,10 @@ import sys
 HERE = pathlib.Path(__file__).parent
 STATE = pathlib.Path(os.environ["STANDIN"])
 # What the commands take, from their reference; the first line is of all commands.
-ANY = {"project", "format", "quiet"}
+ANY = {"project", "format", "flatten", "filter", "quiet", "impersonate-service-account"}
 CREATE = {"zone", "accelerator-type", "spot", "reserved", "network", "subnetwork", "internal-ips", "async"}
-FLAGS = {
+CREATE |= {"service-account", "scopes", "labels"}
+TPUS = {
   "tpu-vm create": CREATE | {"version", "preemptible"},
   "tpu-vm describe": {"zone"},
   "tpu-vm delete": {"zone", "async"},
@@ -29,6 +34,29 @@ FLAGS = {
   "queued-resources create": CREATE | {"runtime-version", "node-id", "node-count", "node-prefix", "guaranteed"},
   "queued-resources describe": {"zone"},
   "queued-resources delete": {"zone", "async", "force"},
+}
+ALPHA = {"tpu-vm ssh": {"tunnel-through-iap"}, "tpu-vm scp": {"tunnel-through-iap"}}
+# Commands that `check` calls, what they take, and what they answer where all is well.
+QUOTAS = (("V6E", ""), ("V6EPreemptible", ""), ("V5s", "Litepod"), ("V5sPreemptible", "Litepod"))
+OTHERS = {
+  "auth list": (set(), "you@example.com"),
+  "config get-value": (set(), "p"),
+  "projects describe": (set(), "123"),
+  "services list": ({"enabled"}, "tpu.googleapis.com"),
+  "compute tpus tpu-vm accelerator-types describe": ({"zone"}, "projects/p/locations/z/acceleratorTypes/x"),
+  "compute tpus tpu-vm versions describe": ({"zone"}, "projects/p/locations/z/runtimeVersions/x"),
+  "beta quotas info list": (
+    {"service"},
+    "\n".join(f"TPU{kind}{rest}PerProjectPerZoneForTPUAPI,,,256,us-west4-a;us-east1-d" for kind, rest in QUOTAS),
+  ),
+  "compute regions describe": (set(), "CPUS,24.0,0.0\nIN_USE_ADDRESSES,72.0,1.0\nINSTANCES,8.0,0.0"),
+  "compute routers list": ({"regions"}, "other,0\ndefault,1"),
+  "compute networks subnets describe": ({"region"}, "True"),
+  "storage buckets describe": (set(), "US-WEST4,region"),
+  "storage cp": (set(), None),
+  "storage cat": (set(), None),
+  "storage rm": (set(), None),
+  "iam service-accounts describe": (set(), "an@account"),
 }
 
 
@@ -162,14 +190,60 @@ def scp(source, target, flags):
     shutil.copy(source, STATE / "homes" / host / path)
 
 
+def store(verb, names, flags):
+  """Copies, prints or removes an object in a bucket."""
+  who = flags.get("impersonate-service-account", "you")
+  if f"{who} {verb}" in read("forbidden", "").splitlines():
+    fail(f"HTTPError 403: {who} does not have storage.objects access. Permission denied (or it may not exist).")
+  path = STATE / "objects" / names[-1].replace("/", "%")
+  if verb == "cp":
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pathlib.Path(names[0]).read_bytes())
+  elif not path.exists():
+    fail(f"The following URLs matched no objects or files: {names[-1]}")
+  elif verb == "cat":
+    print(path.read_text(), end="")
+  else:
+    path.unlink()
+
+
+def other(command, names, flags):
+  """Answers a question about something else than TPUs."""
+  answer = read(f"answers/{command}", OTHERS[command][1])
+  if answer is not None and answer.startswith("ERROR:"):
+    fail(answer[7:])
+  if command.startswith("storage ") and answer is None:
+    store(command[8:], names, flags)
+  elif answer:
+    print(answer)
+
+
+def split(words):
+  """A command, the words after it that are no flags, and its flags."""
+  count = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+  known = (i for i in range(count, 0, -1) if " ".join(words[:i]) in OTHERS)
+  size = next(known, 5 if words[0] == "alpha" else 4)
+  rest = words[size:]
+  names = [word for word in rest if not word.startswith("--")]
+  flags = dict(word[2:].split("=", 1) if "=" in word else (word[2:], "") for word in rest if word.startswith("--"))
+  return words[:size], names, flags
+
+
 def main():
   with (STATE / "calls").open("a") as calls:
     calls.write("\t".join(sys.argv[1:]) + "\n")
-  _, _, kind, verb, *rest = sys.argv[1:]
-  names = [word for word in rest if not word.startswith("--")]
-  flags = dict(word[2:].split("=", 1) if "=" in word else (word[2:], "") for word in rest if word.startswith("--"))
-  if unknown := set(flags) - FLAGS[f"{kind} {verb}"] - ANY:
+  command, names, flags = split(sys.argv[1:])
+  known = " ".join(command)
+  kind, verb = command[-2:]
+  if known in OTHERS:
+    takes = OTHERS[known][0]
+  else:
+    takes = TPUS[f"{kind} {verb}"] | (ALPHA[f"{kind} {verb}"] if command[0] == "alpha" else set())
+  if unknown := set(flags) - takes - ANY:
     fail(f"unrecognized arguments: {sorted(unknown)}", 2)
+  if known in OTHERS:
+    other(known, names, flags)
+    return
   if verb == "ssh":
     ssh(names[0], flags)
   elif verb == "scp":
