@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from pflow_jax.commands import programs
 from pflow_jax.commands.command import USAGE, ConfigSource, fail, one_sentence, run_command
+from pflow_jax.commands.evaluate import evaluate
 from pflow_jax.commands.reference import reference
 from pflow_jax.files.output import logged_tracebacks, tolerant_output
 from pflow_jax.files.versions import version_of
@@ -58,15 +59,12 @@ def _config_file() -> ConfigSource:
   return ConfigSource("config", read_config_file, _describe)
 
 
-def _config_of_run(converted: bool) -> ConfigSource:
-  """Source of the config of a run that --workdir names; `converted` allows a teacher that was not trained here."""
+def _config_of_run() -> ConfigSource:
+  """Source of the config of a run that --workdir names."""
   from pflow_jax.training.workdir import load_config, load_settings
 
   def read(folder: str):
-    settings = load_settings(folder)
-    if settings.converted and not converted:
-      raise ValueError(f"{folder} holds a converted teacher, which has no data to compare with; evaluate its student")
-    if not settings.data:
+    if not load_settings(folder).data:
       raise ValueError(f"{folder} was converted before such teachers could be sampled; convert it again")
     return load_config(folder)
 
@@ -106,11 +104,10 @@ def _command(function: Callable, source: Callable[[], ConfigSource] | None = Non
   return functools.partial(run_command, function, source=source, joins=joins)
 
 
-_OF_RUN = functools.partial(_config_of_run, converted=True)
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "train": _command(programs.train, _config_file),
-  "sample": _command(programs.sample, _OF_RUN),
-  "evaluate": _command(programs.evaluate, functools.partial(_config_of_run, converted=False)),
+  "sample": _command(programs.sample, _config_of_run),
+  "evaluate": _command(evaluate, _config_of_run),
   "reference": _command(reference, joins=False),
   "plot": _command(programs.plot, joins=False),
   "merge": _command(programs.merge, joins=False),
@@ -119,7 +116,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "data": _data,
   "convert": _command(programs.convert),
   "push": _command(programs.push, joins=False),
-  "latents": _command(programs.latents, joins=False),
+  "latents": _command(programs.latents),
   "cache": _command(programs.cache, joins=False),
   "demo": _command(programs.demo, joins=False),
 }

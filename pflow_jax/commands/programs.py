@@ -107,26 +107,6 @@ def sample(
     print(f"wrote {num or 16} samples: {picture} and {picture.with_suffix('.npz')}")
 
 
-def evaluate(
-  config: Any,
-  workdir: str,
-  also: Repeated = [],  # noqa: B006
-  out: str | None = None,
-  teacher: str | None = None,
-) -> None:
-  """Measures a student beside its teacher.
-
-  Args:
-    workdir: folder of the run
-    also: workdir of another student of the same teacher; may be repeated
-    out: folder of the results; default: <workdir>/evaluation
-    teacher: workdir of the run's teacher, if it has moved
-  """
-  from pflow_jax.evaluation.evaluate import evaluate as run
-
-  run(config, workdir, others=also, teacher=teacher, out=out)
-
-
 def plot(
   runs: Positional,
   metric: str = "loss",

@@ -66,7 +66,14 @@ def evaluate(
   check_local(out, folder)
   own = out is None
   out = pathlib.Path(checked_folder(f"{folder}/evaluation" if out is None else out, "out"))
-  runs = {str(folder): Settings.of(config)} | {str(other): workdir.load_settings(other) for other in others}
+  runs = {str(folder): Settings.of(config, converted=True)} | {
+    str(other): workdir.load_settings(other) for other in others
+  }
+  if converted := [name for name, one in runs.items() if one.converted]:
+    raise ValueError(
+      f"{converted[0]} holds a converted teacher, which has no data to compare with; evaluate its student, or measure "
+      "it against a reference (pflow evaluate --protocol=adm)"
+    )
   runs = {name: use_teacher(one, teacher) for name, one in runs.items()}
   # An evaluation reads the data; the descriptions in the runs' inputs are not enough.
   experiments = {name: build(one, dataset=call(data.load, "data", one.data), run=name) for name, one in runs.items()}
@@ -118,7 +125,9 @@ class KeptInFolder(Kept):
     teacher, settings = self._experiment.teacher, self._experiment.settings
     if teacher is None:
       return draw()
-    what = f"{_reference(self._experiment)}, in {teacher.settings.dtype}; {settings.evaluate.num_samples} samples of "
+    what = (
+      f"{described_teacher(self._experiment)}, in {teacher.settings.dtype}; {settings.evaluate.num_samples} samples of "
+    )
     what += f"seed {settings.evaluate.seed}, {settings.sample.batch_size} at a time"
     what += f", {jax.devices()[0].device_kind} x {jax.device_count()}"
     # The reference of many evaluations is kept under the name that it has had.
@@ -183,7 +192,7 @@ def _read_samples(path: epath.Path, what: str, shape: tuple[int, ...]) -> tuple[
 
 def _check_teachers(experiments: dict[str, Experiment]) -> None:
   """Raises ValueError unless all runs have one teacher, with one guidance and sampler: the common reference."""
-  references = {name: _reference(one) if one.teacher else f"itself, {name}" for name, one in experiments.items()}
+  references = {name: described_teacher(one) if one.teacher else f"itself, {name}" for name, one in experiments.items()}
   if len(set(references.values())) > 1:
     folders = {name: f" ({_owner(one, name)})" if one.teacher else "" for name, one in experiments.items()}
     listing = "".join(f"\n  {name}: {text}{folders[name]}" for name, text in references.items())
@@ -195,7 +204,7 @@ def _owner(experiment: Experiment, folder: str | os.PathLike) -> str:
   return experiment.teacher.saved["strong"].workdir if experiment.teacher else str(folder)
 
 
-def _reference(experiment: Experiment) -> str:
+def described_teacher(experiment: Experiment) -> str:
   """Text with all that the samples of a run's teacher depend on, except their number and noise."""
   assert experiment.teacher is not None
   t = experiment.teacher.settings

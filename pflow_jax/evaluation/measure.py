@@ -242,7 +242,7 @@ class _Seen:
   """Features of samples in a published network, which sees them as pictures."""
 
   def __init__(self, path: str, dataset: data.Dataset, layout: Layout):
-    self._pictures = to_pictures(dataset)
+    self._pictures = to_pictures(dataset, layout)
     self._network = open_feature_network(path, layout)
     self.name, self.num_features = self._network.name, self._network.num_features
 

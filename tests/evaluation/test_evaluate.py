@@ -227,10 +227,10 @@ def test_kept_samples_belong_to_the_teachers_content(student_run, teacher_run, t
   shutil.copytree(teacher_run, tmp_path / "teacher")
   config = load_config(student_run)
   config.teacher.workdir = str(tmp_path / "teacher")
-  assert program._reference(build(config, run=student_run)) == program._reference(experiment)
-  assert str(teacher_run) not in program._reference(experiment)
+  assert program.described_teacher(build(config, run=student_run)) == program.described_teacher(experiment)
+  assert str(teacher_run) not in program.described_teacher(experiment)
   config.teacher.which = "params"
-  assert program._reference(build(config, run=student_run)) != program._reference(experiment)
+  assert program.described_teacher(build(config, run=student_run)) != program.described_teacher(experiment)
 
 
 SHAPE = (6, 2, 2, 1)

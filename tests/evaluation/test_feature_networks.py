@@ -97,19 +97,21 @@ def dataset(channels=1, count=64, **changes):
 
 def test_samples_become_bytes():
   x = np.array([-1.2, -1, -1 + 1 / 255, 0.999, 1, 3], np.float32).reshape(1, 1, 6, 1)
-  found = to_pictures(dataset())(x)
+  found = to_pictures(dataset(), make_layout({"data": -1}, ()))(x)
   assert (found.dtype, found.shape) == (np.uint8, (1, 1, 6, 3))
-  np.testing.assert_array_equal(found, np.repeat(np.array([0, 0, 0, 255, 255, 255]).reshape(1, 1, 6, 1), 3, axis=-1))
+  np.testing.assert_array_equal(found, np.repeat(np.array([0, 0, 1, 255, 255, 255]).reshape(1, 1, 6, 1), 3, axis=-1))
   every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-  np.testing.assert_array_equal(to_pictures(dataset())(every / np.float32(127.5) - 1)[..., :1], every)
+  np.testing.assert_array_equal(
+    to_pictures(dataset(), make_layout({"data": -1}, ()))(every / np.float32(127.5) - 1)[..., :1], every
+  )
 
 
 def test_samples_that_are_no_pictures_are_refused():
   with pytest.raises(ValueError, match=r"1 or 3 channels.*\(8, 8, 4\); name the autoencoder of its latents"):
-    to_pictures(dataset(channels=4))
+    to_pictures(dataset(channels=4), make_layout({"data": -1}, ()))
   points = pf.data.from_arrays(np.zeros((4, 2), np.float32))
   with pytest.raises(ValueError, match=r"config\.evaluate\.features: expected pictures"):
-    to_pictures(points)
+    to_pictures(points, make_layout({"data": -1}, ()))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_an_evaluation_is_in_the_networks_features_and_says_so(run, monkeypatch)
   assert opened == ["network.pt"]
   assert report.about["features"] == "small 1"
   assert "FD (small 1)" in report.table
-  see = to_pictures(report.dataset)
+  see = to_pictures(report.dataset, make_layout({"data": -1}, ()))
   real = counted.network(see(report.real)).pool
   for row in report.rows:
     own = counted.network(see(report.samples[row["name"]])).pool

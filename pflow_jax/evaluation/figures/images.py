@@ -17,8 +17,8 @@ Array = np.ndarray
 
 
 def to_bytes(x: Array) -> Array:
-  """Images of any shape in [-1, 1] (clipped; not finite becomes mid-grey) as uint8."""
-  return np.rint((np.nan_to_num(np.clip(x, -1, 1), nan=0.0) + 1) * 127.5).astype(np.uint8)
+  """Images of any shape in [-1, 1] (clipped; not finite becomes mid-grey) as uint8, rounded as ADM does."""
+  return np.minimum(np.nan_to_num(np.clip(x, -1, 1), nan=0.0) * 127.5 + 128, 255).astype(np.uint8)
 
 
 def image_grid(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy.special import log_softmax
 
-from pflow_jax.evaluation.metrics.rows import Rows
+from pflow_jax.evaluation.metrics.rows import Rows, Samples
 
 
 class InceptionScore(NamedTuple):
@@ -18,7 +17,7 @@ class InceptionScore(NamedTuple):
   deviation: float
 
 
-def inception_score(logits: ArrayLike, splits: int = 10) -> InceptionScore:
+def inception_score(logits: Samples, splits: int = 10) -> InceptionScore:
   """Inception score, exp E KL(p(class | sample) || p(class)), of parts of the samples in their order.
 
   Published numbers are of the network of 2015 with its last layer's bias left out, and 50,000 samples in ten parts. The

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
 
-from pflow_jax.evaluation.metrics.rows import Array, Rows, same_features
+from pflow_jax.evaluation.metrics.rows import Array, Rows, Samples, same_features
 
 _BLOCK = 2048  # rows whose kernels are held at once
 
@@ -23,7 +22,7 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-  real: ArrayLike, fake: ArrayLike, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+  real: Samples, fake: Samples, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> KernelDistance:
   """Squared maximum mean discrepancy (MMD²) of random subsets, in the kernel (x·y / F + 1)³.
 
@@ -59,7 +58,7 @@ def kernel_distance(
   return KernelDistance(float(np.mean(distances)), float(np.std(distances)))
 
 
-def whole_kernel_distance(real: ArrayLike, fake: ArrayLike) -> float:
+def whole_kernel_distance(real: Samples, fake: Samples) -> float:
   """The distance of `kernel_distance` of all samples: the same expectation, the least variance, and (N + M)² products.
 
   Args:
@@ -75,7 +74,7 @@ def whole_kernel_distance(real: ArrayLike, fake: ArrayLike) -> float:
   return _mmd(real_rows, fake_rows)
 
 
-def _pair(real: ArrayLike, fake: ArrayLike) -> tuple[Rows, Rows]:
+def _pair(real: Samples, fake: Samples) -> tuple[Rows, Rows]:
   real_rows, fake_rows = Rows(real, "real"), Rows(fake, "fake")
   same_features(real_rows, fake_rows, "fake")
   return real_rows, fake_rows

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
 
-from pflow_jax.evaluation.metrics.rows import BLOCK, Array, Rows, same_features
+from pflow_jax.evaluation.metrics.rows import BLOCK, Array, Rows, Samples, same_features
 
 _SPARE = 8  # neighbours beyond the k-th that are looked at in float64 with it
 _PAIRS = 2048  # whose differences are held at once
@@ -47,7 +46,7 @@ class PRDC(NamedTuple):
   coverage: float
 
 
-def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 5) -> PrecisionRecall:
+def precision_recall(real: Samples, fake: Samples, k: int = 5) -> PrecisionRecall:
   """Improved precision and recall: shares of one set inside the other's k-nearest-neighbour balls.
 
   Arguments, errors and sources are those of `prdc`.
@@ -55,7 +54,7 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 5) -> PrecisionR
   return PrecisionRecall(*prdc(real, fake, k)[:2])
 
 
-def prdc(real: ArrayLike, fake: ArrayLike, k: int = 5) -> PRDC:
+def prdc(real: Samples, fake: Samples, k: int = 5) -> PRDC:
   """Precision, recall, density and coverage from the balls around samples to their k-th nearest neighbours.
 
   Balls are closed: what lies on the border is inside. Two draws of one distribution score below 1 in precision, recall

@@ -115,6 +115,10 @@ class Joined:
     return np.concatenate(pieces)
 
 
+Samples = ArrayLike | Joined
+"""What metrics of features take: an array, in memory or in a file, or parts of one."""
+
+
 def same_features(a: Rows, b: Rows, name: str) -> None:
   """Raises ValueError, about `name`, unless rows of `b` are as long as those of `a`."""
   if a.dim != b.dim:

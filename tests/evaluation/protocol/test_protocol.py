@@ -1,0 +1,255 @@
+"""ADM's protocol on tiny runs: what is drawn, what is measured, and going on after being killed."""
+
+import json
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from pflow_jax.commands import cli
+from pflow_jax.evaluation import metrics
+from pflow_jax.evaluation.protocol import Protocol, evaluate, evaluate_by_protocol, kept
+from pflow_jax.evaluation.protocol.draws import drawn_labels, draws
+from pflow_jax.evaluation.protocol.parts import Parts
+from pflow_jax.evaluation.protocol.scores import measured
+from pflow_jax.evaluation.references import Reference
+from pflow_jax.training.workdir import load_config
+from tests.evaluation.stub_network import StubNetwork
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+NUMBER, PART = 70, 32
+SMALL = {"num_samples": NUMBER, "num_paired": 16}
+
+
+class Network(StubNetwork):
+  """A feature network with logits."""
+
+  def __call__(self, pictures):
+    found = super().__call__(pictures)
+    return found._replace(logits=found.pool[:, :4])
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+  monkeypatch.setattr(evaluate, "PART", PART)
+  monkeypatch.setattr(evaluate, "PAIRS_IN_PART", 8)
+  monkeypatch.setattr(evaluate, "open_feature_network", lambda path, layout: Network())
+
+
+def reference_of(folder, count=200, spatial=4, network="stub 1"):
+  rng = np.random.default_rng(3)
+  features = rng.normal(size=(count, 6)).astype(np.float32)
+  places = metrics.Moments.from_features(rng.normal(size=(count, spatial)))
+  made = Reference(metrics.Moments.from_features(features), places, features, network)
+  made.save(folder / "reference.npz")
+  return folder / "reference.npz"
+
+
+def config_of(run):
+  config = load_config(run)
+  config.evaluate.features = "inception.pt"
+  return config
+
+
+def evaluated(run, folder, **settings):
+  path = reference_of(folder)
+  return evaluate_by_protocol(config_of(run), run, path, protocol=Protocol(**{**SMALL, **settings}), out=folder / "adm")
+
+
+@pytest.fixture
+def report(student_run, tmp_path):
+  return evaluated(student_run, tmp_path, keep="npz")
+
+
+def test_the_table_has_the_metrics_of_the_samples_that_are_kept(report, tmp_path):
+  (row,) = report["rows"]
+  folder = tmp_path / "adm"
+  with np.load(folder / "samples_1_nfe.npz") as file:
+    seen, labels = file["arr_0"], file["arr_1"]
+  assert (seen.shape, seen.dtype, labels.shape) == ((NUMBER, 8, 8, 3), np.uint8, (NUMBER,))
+  pool, spatial, logits = Network()(seen)
+  known = np.load(tmp_path / "reference.npz")
+  reference = metrics.Moments(known["mu"], known["sigma"], None)
+  assert row["fid"][0] == pytest.approx(metrics.frechet_distance(pool, reference), rel=1e-6)
+  apart = metrics.Moments(known["mu_s"], known["sigma_s"], None)
+  assert row["sfid"] == pytest.approx(metrics.frechet_distance(spatial, apart), rel=1e-6)
+  assert row["inception_score"] == pytest.approx(metrics.inception_score(logits, 10))
+  assert row["kid"][0] == pytest.approx(1000 * metrics.kernel_distance(known["features"], pool, subset_size=70).mean)
+  near = metrics.prdc(known["features"], pool, 3)._asdict()
+  assert {name: row[name] for name in near} == pytest.approx(near)
+  low, high = map(float, row["fid_interval"].split(" to "))
+  assert low <= row["fid_unbiased"] <= high
+  assert row["alignment"] > 0
+  assert {"alignment_ratio", "diversity_ratio"} <= row.keys()
+  assert json.loads((folder / "adm.json").read_text()) == json.loads(json.dumps(report))
+  text = (folder / "adm.md").read_text()
+  assert "70 samples of random classes, seed 0" in text
+  assert "16 samples more, 8 of a class" in text
+  assert (folder / "1_nfe" / "samples.png").stat().st_size > 1000
+
+
+def test_adms_own_reader_finds_the_samples(report, tmp_path):
+  """It reads arr_0.npy of the archive by itself, a part at a time, and takes headers of NumPy's version 1.0 alone."""
+  with zipfile.ZipFile(tmp_path / "adm" / "samples_1_nfe.npz") as archive, archive.open("arr_0.npy") as file:
+    assert np.lib.format.read_magic(file) == (1, 0)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    assert (shape, fortran, dtype) == ((NUMBER, 8, 8, 3), False, np.uint8)
+    assert len(file.read()) == np.prod(shape)
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_numbers(report, student_run, tmp_path, monkeypatch):
+  (tmp_path / "again").mkdir()
+  write, written = Parts.write, []
+
+  def killed(self, number, *rest, **options):
+    write(self, number, *rest, **options)
+    written.append(number)
+    if len(written) in (2, 4):
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(Parts, "write", killed)
+  for _ in range(2):
+    with pytest.raises(KeyboardInterrupt):
+      evaluated(student_run, tmp_path / "again", keep="npz")
+  again = evaluated(student_run, tmp_path / "again", keep="npz")
+  assert written == [0, 1, 2, 0, 1], "each part once: three of the samples, two of the pairs"
+  without = lambda row: {key: value for key, value in row.items() if key != "images_per_second"}
+  assert [*map(without, again["rows"])] == [*map(without, report["rows"])]
+  a, b = (np.load(folder / "adm" / "samples_1_nfe.npz")["arr_0"] for folder in (tmp_path, tmp_path / "again"))
+  np.testing.assert_array_equal(a, b)
+  assert not list((tmp_path / "again").rglob("pictures.npy"))
+
+
+def test_all_pictures_are_kept_in_one_folder(student_run, tmp_path):
+  evaluated(student_run, tmp_path, keep="png", num_paired=0)
+  files = sorted((tmp_path / "adm" / "samples_1_nfe").iterdir())
+  assert [file.name for file in files] == [f"{i:06}.png" for i in range(NUMBER)]
+  with Image.open(files[-1]) as picture:
+    assert (picture.size, picture.mode) == ((8, 8), "RGB")
+  again = evaluated(student_run, tmp_path, keep="png", num_paired=0)
+  assert "images_per_second" not in again["rows"][0], "nothing was left to draw"
+
+
+def test_a_teacher_is_measured_by_its_own_solver(teacher_run, tmp_path):
+  config = config_of(teacher_run)
+  config.sample.nfe, config.sample.solver = (3,), "heun"
+  settings = Protocol(**SMALL, labels="balanced")
+  report = evaluate_by_protocol(config, teacher_run, reference_of(tmp_path), protocol=settings, out=tmp_path / "adm")
+  (row,) = report["rows"]
+  assert row["nfe"] == 3
+  assert "alignment" not in row
+  labels = np.load(tmp_path / "adm" / "3_nfe" / "part_00000" / "label.npy")
+  assert len(np.unique(labels)) == 10
+
+
+def test_samples_depend_on_their_number_and_the_seed_alone():
+  draw = draws((2, 2, 1), seed=3)
+  noise, keys = draw(np.arange(8))
+  few, few_keys = draw(np.array([5, 2]))
+  np.testing.assert_array_equal(few, noise[np.array([5, 2])])
+  np.testing.assert_array_equal(jax.random.key_data(few_keys), jax.random.key_data(keys)[np.array([5, 2])])
+  assert not np.array_equal(draws((2, 2, 1), seed=4)(np.arange(8))[0], noise)
+
+
+def test_noise_is_standard_normal_and_independent():
+  x = np.asarray(draws((4,), seed=0)(np.arange(20_000))[0], np.float64)
+  assert np.abs(x.mean(axis=0)).max() < 0.03
+  np.testing.assert_allclose(np.cov(x.T), np.eye(4), atol=0.04)
+  neighbours = np.mean(x[1:] * x[:-1])
+  assert abs(neighbours) < 0.02
+
+
+def test_random_classes_are_uniform_and_balanced_ones_equal():
+  own = drawn_labels(Protocol(num_samples=20_000, num_paired=0), 10)
+  counts = np.bincount(own, minlength=10)
+  assert (counts != 2000).any()
+  assert np.sum((counts - 2000) ** 2 / 2000) < 27.9, "chi-square of nine degrees of freedom, 0.1 %"
+  balanced = drawn_labels(Protocol(num_samples=20_000, num_paired=0, labels="balanced"), 10)
+  np.testing.assert_array_equal(np.bincount(balanced), np.full(10, 2000))
+  assert len(np.unique(balanced[::20])) == 10, "in a random order: every 20th has all classes"
+  few = drawn_labels(Protocol(num_samples=20_010, num_paired=0), 10)
+  np.testing.assert_array_equal(few[:20_000], own)
+
+
+def test_pairs_are_several_of_classes_that_lie_apart():
+  labels = drawn_labels(Protocol(num_samples=4, num_paired=512), 1000)[4:]
+  kinds, counts = np.unique(labels, return_counts=True)
+  assert (len(kinds), set(counts)) == (64, {8})
+  assert kinds.max() > 950
+
+
+def test_numbers_without_a_reference_for_them_are_left_out(tmp_path):
+  parts = Parts(tmp_path, {}, count=40, size=16)
+  rng = np.random.default_rng(0)
+  for number in range(len(parts)):
+    parts.write(number, {"pool": rng.normal(size=(len(parts.rows_of(number)), 6)).astype(np.float32)})
+  moments = metrics.Moments(np.zeros(6), np.eye(6), None)
+  row = measured(parts, Reference(moments))
+  assert set(row) == {"fid", "fid_unbiased", "fid_interval"}
+  few = Parts(tmp_path / "few", {}, count=12, size=16)
+  few.write(0, {"pool": rng.normal(size=(12, 6)).astype(np.float32)})
+  assert set(measured(few, Reference(moments))) == {"fid"}, "too few to leave some out"
+
+
+@pytest.mark.parametrize(
+  ("change", "problem"),
+  [
+    ({"num_samples": 11}, "num: a Fréchet distance in 6 features needs at least 12 samples, got 11"),
+    ({"num_samples": 1}, "at least 2 samples"),
+    ({"num_paired": -1}, "at least 2 samples and 0 pairs"),
+  ],
+)
+def test_too_few_samples_are_refused_first(student_run, tmp_path, change, problem):
+  with pytest.raises(ValueError, match=problem):
+    evaluated(student_run, tmp_path, **change)
+  assert not (tmp_path / "adm").exists()
+
+
+def test_a_reference_of_another_network_is_refused(student_run, tmp_path):
+  with pytest.raises(ValueError, match="expected features of stub 1, got those of 'stub 2'"):
+    evaluate_by_protocol(config_of(student_run), student_run, reference_of(tmp_path, network="stub 2"))
+
+
+def test_samples_that_are_not_finite_have_no_score(student_run, tmp_path, monkeypatch):
+  make = evaluate.make_sampler
+  broken = lambda *arguments: lambda *values: make(*arguments)(*values).at[3].set(np.nan)
+  monkeypatch.setattr(evaluate, "make_sampler", broken)
+  with pytest.raises(ValueError, match=r"1 of 32 samples from number 0 on are not finite"):
+    evaluated(student_run, tmp_path)
+
+
+def test_a_disk_without_room_is_told_before_work(student_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(kept, "SPARE", 2**60)
+  with pytest.raises(ValueError, match=r"features and samples take .*, the disk has .* free"):
+    evaluated(student_run, tmp_path)
+
+
+def test_another_evaluation_is_not_mixed_in(report, student_run, tmp_path):
+  with pytest.raises(ValueError, match=r"holds what was made of seed 0, not 1"):
+    evaluated(student_run, tmp_path, keep="npz", seed=1)
+
+
+def test_the_command(student_run, tmp_path, capsys):
+  flags = ["--protocol=adm", "--features=inception.pt", f"--reference={reference_of(tmp_path)}", "--num=64"]
+  cli.main(["evaluate", f"--workdir={student_run}", *flags, "--paired=0", f"--out={tmp_path / 'out'}", "--nfe=2"])
+  assert "| NFE |" in capsys.readouterr().out
+  assert json.loads((tmp_path / "out" / "adm.json").read_text())["rows"][0]["nfe"] == 2
+
+
+@pytest.mark.parametrize(
+  ("flags", "problem"),
+  [
+    (["--num=64"], "are of --protocol=adm"),
+    (["--protocol=adm"], "reference: expected a file of moments"),
+    (["--protocol=adm", "--reference=x.npz", "--also=y"], "also: expected one run"),
+    (["--protocol=adm", "--reference=x.npz"], "features: expected the file of a feature network"),
+  ],
+)
+def test_flags_that_do_not_fit_are_refused(student_run, flags, problem, capsys):
+  with pytest.raises(SystemExit) as ended:
+    cli.main(["evaluate", f"--workdir={student_run}", *flags])
+  assert ended.value.code == 2
+  assert problem in capsys.readouterr().err
