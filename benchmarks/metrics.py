@@ -28,10 +28,12 @@ import jax
 import numpy as np
 
 from pflow_jax.evaluation import metrics
+from pflow_jax.evaluation.protocol.parts import Parts
+from pflow_jax.evaluation.protocol.scores import merged, sums_of_groups
+from pflow_jax.evaluation.protocol.settings import PART
 
 BAR = 6e9  # bytes
 CLASSES, SPATIAL = 1008, 2023  # numbers of logits and of spatial features
-SHARD = 250  # samples whose moments are added at once
 
 
 def resident(name: str) -> int:
@@ -63,37 +65,20 @@ class Table:
     return result
 
 
-def write(file: pathlib.Path, shape: tuple[int, int], seed: int, scale: float = 1.0) -> np.memmap:
-  """Writes features of a spectrum that falls as Inception's does, non-negative, and maps them."""
+def write(folder: pathlib.Path, name: str, shape: tuple[int, int], seed: int, scale: float = 1.0) -> metrics.Joined:
+  """Writes features of a spectrum that falls as Inception's does, non-negative, in parts, and maps them."""
   rng = np.random.default_rng(seed)
   spectrum = (scale * (1 + np.arange(shape[1])) ** -0.5).astype(np.float32)
-  mapped = np.memmap(file, np.float32, "w+", shape=shape)
-  for start in range(0, shape[0], SHARD):
-    block = mapped[start : start + SHARD]
-    block[:] = np.abs(rng.standard_normal(block.shape, np.float32) * spectrum + 0.1)
-  mapped.flush()
-  return np.memmap(file, np.float32, "r", shape=shape)
+  parts = Parts(folder / name, {}, count=shape[0], size=PART)
+  for number in range(len(parts)):
+    rows = (len(parts.rows_of(number)), shape[1])
+    parts.write(number, {name: np.abs(rng.standard_normal(rows, np.float32) * spectrum + 0.1)})
+  return parts.rows(name)
 
 
-def sums_of(features: np.ndarray, groups: int) -> list[metrics.MomentSums]:
-  """Moments of every n-th shard, as a sampler's shards come."""
-  found = [metrics.MomentSums(features.shape[1]) for _ in range(groups)]
-  for i, start in enumerate(range(0, len(features), SHARD)):
-    found[i % groups].update(features[start : start + SHARD])
-  return found
-
-
-def merged(groups: list[metrics.MomentSums]) -> metrics.Moments:
-  """Moments of the samples of all groups."""
-  every = metrics.MomentSums(len(groups[0].mean))
-  for group in groups:
-    every.merge(group)
-  return every.moments()
-
-
-def of_moments(table: Table, fake: np.ndarray, reference: metrics.Moments, num_groups: int) -> None:
+def of_moments(table: Table, fake: metrics.Joined, reference: metrics.Moments, num_groups: int) -> None:
   """Measures what follows from moments of the pooled features."""
-  groups = table.run(f"moments, {num_groups} groups", lambda: sums_of(fake, num_groups))
+  groups = table.run(f"moments, {num_groups} groups", lambda: sums_of_groups(fake, num_groups))
   moments = table.run("merging them", lambda: merged(groups))
   table.run("FID", lambda: metrics.frechet_distance(moments, reference))
   table.run("FID again, root kept", lambda: metrics.frechet_distance(moments, reference))
@@ -111,17 +96,17 @@ def main() -> None:
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(dir=args.folder) as folder:
     root = pathlib.Path(folder)
-    fake = write(root / "fake", (args.samples, args.features), 0)
-    real = write(root / "real", (args.real, args.features), 1, 1.02)
-    spatial = write(root / "spatial", (args.samples, SPATIAL), 2)
-    logits = write(root / "logits", (args.samples, CLASSES), 3, 9)
+    fake = write(root, "pool", (args.samples, args.features), 0)
+    real = write(root, "real", (args.real, args.features), 1, 1.02)[0 : args.real]  # a reference's are in memory
+    spatial = write(root, "spatial", (args.samples, SPATIAL), 2)
+    logits = write(root, "logits", (args.samples, CLASSES), 3, 9)
     kind, start = jax.devices()[0].device_kind, resident("VmRSS") / 1e9
     print(f"{args.samples} x {args.features} fake, {args.real} real, on {kind}; {start:.2f} GB at the start")
     found = metrics.Moments.from_features(real)
     reference = metrics.Moments(found.mean, found.cov, None)  # as of a training set: of more samples than features
     table = Table()
     of_moments(table, fake, reference, args.groups)
-    spatial_moments = table.run("moments of spatial features", lambda: metrics.Moments.from_features(spatial))
+    spatial_moments = table.run("moments of spatial features", lambda: merged(sums_of_groups(spatial, 1)))
     table.run("sFID", lambda: metrics.frechet_distance(spatial_moments, spatial_moments))
     table.run("Inception score", lambda: metrics.inception_score(logits))
     table.run("KID, 100 subsets of 1000", lambda: metrics.kernel_distance(real, fake))

@@ -178,10 +178,10 @@ def plan(
   sweep: bool = False,
   json: str | None = None,
 ) -> None:
-  """Tells whether a run fits on these TPUs, and the cost.
+  """Tells whether a run fits on these TPUs or GPUs, and the cost.
 
   Args:
-    topology: v5e:16x16, v5p:4x4x4, or a Cloud name, v5e-256
+    topology: v5e:16x16, v5p:4x4x4, a Cloud name, v5e-256, or a node of GPUs, h100-8
     slices: slices of that topology
     mesh: sizes, data=4,fsdp=64; default: the config's
     batch: global batch size; default: the config's
@@ -207,7 +207,7 @@ def plan(
     result = planner.sweep(settings, where)
     print(reports.as_table(result))
   else:
-    if planner.has_compiler():
+    if where.chip.platform == "tpu" and planner.has_compiler():
       print(f"planning for {where.num_chips} chips; compiling takes a minute or a few", flush=True)
     result = planner.plan(settings, where, fast=fast, search=search, sampling=sampling)
     print(reports.as_text(result))

@@ -1,4 +1,4 @@
-"""TPU chips: their memory, rates and links, and the names of their slices; the peak rates of GPUs."""
+"""TPU chips and GPUs: their memory, rates and links, and the names of their slices and nodes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip, with both of its TensorCores where it has two.
+  """One chip, with both of its TensorCores where it has two; or one GPU.
 
   Attributes:
-    name: the TPU compiler's, the part of a topology before the colon.
+    name: the part of a topology before the colon; of a TPU it is the compiler's.
     hbm_bytes: main memory that a program may use, the number in the compiler's refusals ("exceeds available HBM"); it
       is less than the chip's memory.
     peak_flops: bfloat16 operations a second, a multiply-add counts 2.
@@ -29,8 +29,9 @@ class Chip:
     devices: JAX devices a chip. 2 where each TensorCore is a device of its own, with half of the memory, of the
       operations and of the bandwidths.
     cores: TensorCores, which the Cloud names of some generations count.
-    dimensions: axes of a slice's torus.
-    max_chips: largest number of chips of a slice.
+    dimensions: axes of a slice's torus; 1 for a node of GPUs, which a switch connects.
+    max_chips: largest number of chips of a slice, or of GPUs of a node.
+    platform: "tpu" or "gpu".
   """
 
   name: str
@@ -44,6 +45,7 @@ class Chip:
   cores: int
   dimensions: int
   max_chips: int
+  platform: str = "tpu"
 
   @property
   def hbm_bytes_per_device(self) -> int:
@@ -57,6 +59,8 @@ class Chip:
 # 1.1 PB/s) over its chips, which for v5e and v6e comes to the same. DCN: /tpu7x for v5p, v6e and tpu7x; /v5e's pod
 # (6.4 Tbit/s, 256 chips); jax-ml.github.io/scaling-book, "How to think about TPUs", for v4; v3's is a guess, one
 # 100 Gbit/s adapter for the four chips of a host.
+# GPUs: data sheets of H100 SXM and H200 SXM, dense operations; memory as nvidia-smi tells it; NVLink 4, one way; an
+# adapter of 400 Gbit/s for each GPU, as in NVIDIA's DGX H100.
 CHIPS: dict[str, Chip] = {
   chip.name: chip
   for chip in (
@@ -66,6 +70,8 @@ CHIPS: dict[str, Chip] = {
     Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 6.0e11, 6, 6.25e9, 1, 2, 3, 8960),
     Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 4.0e11, 4, 12.5e9, 1, 1, 2, 256),
     Chip("tpu7x", int(2 * 94.75 * GIB), 2307e12, 7380e9, 6.0e11, 6, 12.5e9, 2, 2, 3, 9216),
+    Chip("h100", 81559 * 2**20, 989e12, 3350e9, 4.5e11, 1, 5e10, 1, 1, 1, 8, "gpu"),
+    Chip("h200", 143771 * 2**20, 989e12, 4800e9, 4.5e11, 1, 5e10, 1, 1, 1, 8, "gpu"),
   )
 }
 
@@ -106,7 +112,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...], int]:
   Args:
     text: a topology, "v5e:16x16" or "v5p:4x4x4"; or a Cloud name, "v5e-256" (also "v5litepod-256"), "v6e-64" or
       "v5p-128", which stands for the usual shape of that size. It counts TensorCores: one a chip of v5e and v6e,
-      two of v3, v4, v5p and tpu7x.
+      two of v3, v4, v5p and tpu7x. A node of GPUs is "h100-8" or "h200-8".
 
   Raises:
     ValueError: there is no such chip, shape or size.
@@ -137,7 +143,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...], int]:
       f"topology {text!r}: the number counts TensorCores, {chip.cores} a chip of {chip.name}, got {count}"
     )
   number = _checked(chip, count // chip.cores, text)
-  shape_of_size = _square(number) if chip.dimensions == 2 else _cube(number)
+  shape_of_size = {1: _line, 2: _square, 3: _cube}[chip.dimensions](number)
   if shape_of_size is None:
     raise ValueError(
       f"topology {text!r}: {number} chips have no usual shape; name the one you mean, such as '{chip.name}:"
@@ -186,6 +192,11 @@ def _checked(chip: Chip, number: int, text: str) -> int:
       "several slices"
     )
   return number
+
+
+def _line(number: int) -> tuple[int, ...] | None:
+  """Shape of a node of `number` GPUs."""
+  return (number,)
 
 
 def _square(number: int) -> tuple[int, ...] | None:

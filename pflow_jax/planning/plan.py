@@ -81,8 +81,10 @@ class Slice:
     """Devices that can be compiled for, and nothing else.
 
     Raises:
-      NoCompiler: the compiler is not installed.
+      NoCompiler: the compiler is not installed, or needs a GPU.
     """
+    if self.chip.platform == "gpu":
+      raise NoCompiler("XLA compiles for a GPU where there is one, so what follows is counted, not compiled.")
     os.environ |= _compiler_environment()
     from jax.experimental import topologies
 

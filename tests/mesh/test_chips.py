@@ -47,8 +47,8 @@ def test_names_of_slices(name, chip, shape):
 @pytest.mark.parametrize(
   ("name", "problem"),
   [
-    ("v9:4x4", r"expected one of the chips \['tpu7x', 'v3', 'v4', 'v5e', 'v5p', 'v6e'\], got 'v9'"),
-    ("h100-8", "expected one of the chips"),
+    ("v9:4x4", r"expected one of the chips \['h100', 'h200', 'tpu7x', 'v3', 'v4', 'v5e', 'v5p', 'v6e'\], got 'v9'"),
+    ("h100-16", "at most 8 chips of h100 in a slice, got 16; use several slices"),
     ("16x16", "expected a chip and a shape"),
     ("v5e:4x4x4", "expected 2 sides for v5e, as in 'v5e:4x4', got 3"),
     ("v5p:4x4", "expected 3 sides for v5p"),
@@ -79,12 +79,19 @@ def test_the_table_fits_together():
   assert CHIPS["v3"].hbm_bytes_per_device == CHIPS["v3"].hbm_bytes // 2
   for name, chip in CHIPS.items():
     assert chip.name == name
-    assert chip.ici_links == 2 * chip.dimensions
-    # From the fastest to the slowest; a link of any of them carries 45 to 100 GB/s.
-    assert chip.hbm_bandwidth > chip.ici_bandwidth > 10 * chip.dcn_bandwidth
-    assert 4.5e10 <= chip.ici_bandwidth / chip.ici_links <= 1e11
+    # From the fastest to the slowest.
+    assert chip.hbm_bandwidth > chip.ici_bandwidth > 8 * chip.dcn_bandwidth
+    if chip.platform == "tpu":
+      assert chip.ici_links == 2 * chip.dimensions
+      # A link of any of them carries 45 to 100 GB/s.
+      assert 4.5e10 <= chip.ici_bandwidth / chip.ici_links <= 1e11
     # Operations a byte of memory that make a product worth its reads: a few hundred for all of them.
     assert 100 < chip.peak_flops / chip.hbm_bandwidth < 600
+
+
+def test_nodes_of_gpus():
+  assert parse_topology("h200-8") == parse_topology("h200:8") == ("h200", (8,), 8)
+  assert CHIPS["h100"].peak_flops == peak_flops("NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,7 @@ def test_an_axis_has_two_links_where_it_closes(topology, links):
 def test_peak_rates_are_those_of_a_device():
   """Names as JAX has them; a device of v3 or tpu7x is half a chip. H100 by NVIDIA's data sheet without sparsity."""
   assert [peak_flops(kind) for kind in ("TPU v5 lite", "TPU v4", "TPU v3")] == [197e12, 275e12, 61.5e12]
-  assert set(TPUS.values()) == set(CHIPS)
+  assert set(TPUS.values()) == {name for name, chip in CHIPS.items() if chip.platform == "tpu"}
   kinds = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA GH200 480GB")
   assert [peak_flops(kind) / 1e12 for kind in kinds] == [989, 756, 835, 989, 989]
   assert [peak_flops(kind) for kind in ("NVIDIA A100-SXM4-40GB", "Tesla T4", "NVIDIA L4")] == [312e12, 65e12, 121e12]

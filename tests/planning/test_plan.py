@@ -223,6 +223,15 @@ def test_a_fast_plan_says_that_it_overestimates(verdicts):
   assert "overestimated" not in as_text(report) + as_table([report])
 
 
+def test_a_node_of_gpus_is_counted(capsys):
+  config = f"--config={ROOT}/configs/imagenet.py:gmrepa_1nfe,quicktest"
+  cli.main(["plan", config, "--topology=h100-8", "--config.mesh.fsdp=2"])
+  told = capsys.readouterr().out
+  assert "imitation, gmflow on h100-8: 8 chips, mesh data 4 x fsdp 2" in told
+  assert "what follows is counted, not compiled" in told
+  assert "a step takes at least" in told
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [

@@ -56,7 +56,7 @@ def measured(parts: Parts, reference: Reference) -> dict[str, Any]:
   Features stay in their files. What the reference has nothing for is left out.
   """
   pool = parts.rows("pool")
-  groups, spatial = _sums(pool, GROUPS), reference.spatial
+  groups, spatial = sums_of_groups(pool, GROUPS), reference.spatial
   # Without one of its groups a distance still needs samples enough.
   least = parts.count - max(group.count for group in groups)
   row: dict[str, Any] = {}
@@ -65,10 +65,10 @@ def measured(parts: Parts, reference: Reference) -> dict[str, Any]:
     row["fid"] = (found.value, found.standard_error)
     row["fid_unbiased"], row["fid_interval"] = found.unbiased, f"{found.low:.3g} to {found.high:.3g}"
   else:
-    row["fid"] = metrics.frechet_distance(_whole(groups), reference.pool)
+    row["fid"] = metrics.frechet_distance(merged(groups), reference.pool)
   del groups
   if spatial is not None and parts.has("spatial"):
-    row["sfid"] = metrics.frechet_distance(_whole(_sums(parts.rows("spatial"), 1)), spatial)
+    row["sfid"] = metrics.frechet_distance(merged(sums_of_groups(parts.rows("spatial"), 1)), spatial)
   if parts.has("logits"):
     row["inception_score"] = tuple(metrics.inception_score(parts.rows("logits"), min(SPLITS, parts.count)))
   if reference.features is not None:
@@ -115,8 +115,8 @@ def as_markdown(report: Mapping[str, Any], protocol: Protocol) -> str:
   return f"# {report['workdir']}\n\n{table(rows)}\n{'; '.join(told)}.\n"
 
 
-def _sums(features: metrics.Joined, groups: int) -> list[metrics.MomentSums]:
-  """Sums of groups of the rows, of which each has every n-th."""
+def sums_of_groups(features: metrics.Joined, groups: int) -> list[metrics.MomentSums]:
+  """Returns sums of groups of the rows, of which each has every n-th."""
   sums = [metrics.MomentSums(math.prod(features.shape[1:])) for _ in range(groups)]
   size = groups * 512  # a product of matrices, of which each group has enough rows to be fast
   for start in range(0, features.shape[0], size):
@@ -126,7 +126,8 @@ def _sums(features: metrics.Joined, groups: int) -> list[metrics.MomentSums]:
   return [one for one in sums if one.count]
 
 
-def _whole(groups: list[metrics.MomentSums]) -> metrics.Moments:
+def merged(groups: list[metrics.MomentSums]) -> metrics.Moments:
+  """Returns the moments of the samples of all groups."""
   every = metrics.MomentSums(len(groups[0].mean))
   for group in groups:
     every.merge(group)
