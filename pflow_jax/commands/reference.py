@@ -16,6 +16,7 @@ def reference(
   out: str,
   size: Count | None = None,
   keep: Annotated[int, 0, None] = 0,
+  width: Count = 2048,
   split: str = "train",
   option: Repeated = [],  # noqa: B006
 ) -> None:
@@ -27,6 +28,7 @@ def reference(
     out: file for the reference, a .npz
     size: side of the pictures in pixels, to which a folder's and those of tfds are cut and scaled
     keep: pictures whose features are kept, for precision and recall; ADM's protocol has 10000
+    width: of the features, 64, 192, 768 or 2048; papers have 2048, and a distance needs twice as many pictures
     split: of the data set
     option: key=value of the data set, held_out=500, say; may be repeated
   """
@@ -44,7 +46,7 @@ def reference(
     raise ValueError(f"out: there is no folder for {out}")
   is_folder = images not in data.sources() and os.path.isdir(os.path.expanduser(images))
   name = f"folder:{images}" if is_folder else images
-  made = make_reference(data.load(name, split=split, **given), features, keep=keep)
+  made = make_reference(data.load(name, split=split, **given), features, width=width, keep=keep)
   made.save(path)
   kept = f" and features of {keep:,}" if keep else ""
   print(f"wrote {path}: moments of {made.num_images:,} pictures{kept}, {made.network}")

@@ -87,23 +87,29 @@ class JittedNetwork:
     return jax.tree.map(lambda x: x[:count], features)
 
 
-def open_feature_network(path: str | os.PathLike, layout: Layout, batch_size: int | None = None) -> FeatureNetwork:
+def open_feature_network(
+  path: str | os.PathLike, layout: Layout, width: int = inception.WIDTH, batch_size: int | None = None
+) -> FeatureNetwork:
   """Opens a published network by its file.
 
   Args:
     path: of an Inception file, see `families.inception.files.load_inception`.
     layout: of the mesh that pictures are split over.
+    width: of its features; of Inception one of `families.inception.network.WIDTHS`. Papers have 2048.
     batch_size: pictures at a time, by default PICTURES_A_DEVICE for each part of a batch and at most PICTURES_AT_ONCE.
 
   Raises:
-    ValueError: the file is another, or damaged.
+    ValueError: the file is another, or damaged, or has no features of that width.
   """
+  if width not in inception.WIDTHS:
+    raise ValueError(f"width: expected one of {inception.WIDTHS}, the features of Inception, got {width}")
   params = load_inception(path)
+  fewer = "" if width == inception.WIDTH else f", {width} features"
   return JittedNetwork(
-    name=f"Inception-v3 of 2015-12-05, weights {digest_of(params)}",
-    num_features=inception.WIDTH,
+    name=f"Inception-v3 of 2015-12-05, weights {digest_of(params)}{fewer}",
+    num_features=width,
     scale=_inception_scale(),
-    run=_inception_run(),
+    run=_inception_run(width),
     params=jax.tree.map(layout.everywhere, params),
     layout=layout,
     batch_size=batch_size or min(PICTURES_A_DEVICE * layout.batch_parts, PICTURES_AT_ONCE),
@@ -130,8 +136,8 @@ def _inception_scale() -> Callable[[jax.Array], jax.Array]:
 
 
 @functools.cache
-def _inception_run() -> Callable[[Any, jax.Array], Features]:
-  module = inception.Inception()
+def _inception_run(width: int) -> Callable[[Any, jax.Array], Features]:
+  module = inception.Inception(width)
 
   def run(params: Any, x: jax.Array) -> Features:
     outputs: Any = module.apply({"params": params}, x)

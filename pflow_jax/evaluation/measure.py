@@ -160,7 +160,7 @@ def _measure(
     raise ValueError(f"{dataset.name} has prompts alone: there is no data to compare samples with; see `pflow sample`")
   copies = 1 + len(settings.teacher_steps) * (1 + len(settings.solvers))
   check_room(dataset, settings.num_samples, copies, "config.evaluate.num_samples")
-  network = _Seen(settings.features, dataset, layout) if settings.features else None
+  network = _Seen(settings, dataset, layout) if settings.features else None
   if network:
     _check_counts(dataset, settings, network.num_features)
   noise, cond = draw_noise(dataset, settings.num_samples, settings.seed)
@@ -241,9 +241,9 @@ def _measure(
 class _Seen:
   """Features of samples in a published network, which sees them as pictures."""
 
-  def __init__(self, path: str, dataset: data.Dataset, layout: Layout):
+  def __init__(self, settings: EvaluateSettings, dataset: data.Dataset, layout: Layout):
     self._pictures = to_pictures(dataset, layout)
-    self._network = open_feature_network(path, layout)
+    self._network = open_feature_network(settings.features, layout, settings.width)
     self.name, self.num_features = self._network.name, self._network.num_features
 
   def __call__(self, x: np.ndarray) -> np.ndarray:

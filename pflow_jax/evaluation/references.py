@@ -112,13 +112,14 @@ def load_reference(path: str | os.PathLike, network: Network | None = None, *, m
 
 
 def make_reference(
-  dataset: data.Dataset, network: Network, *, keep: int = 0, seed: int = 0, quiet: bool = False
+  dataset: data.Dataset, network: Network, *, width: int = 2048, keep: int = 0, seed: int = 0, quiet: bool = False
 ) -> Reference:
   """Makes a reference of all pictures of a data set, a part at a time, in their order.
 
   Args:
     dataset: pictures (H, W, 3), or (H, W, 1), whose channel is repeated.
     network: that makes the features, or its file.
+    width: of the features of a file, see `open_feature_network`.
     keep: pictures whose features are kept for precision and recall, drawn without replacement; ADM's protocol has
       10,000, and 0 keeps none.
     seed: of that draw.
@@ -134,7 +135,7 @@ def make_reference(
     raise ValueError(
       f"{name}: its pictures have no order; load it anew, pf.data.load(**data.options) for that of a run"
     )
-  opened = _opened(network)
+  opened = _opened(network, width)
   count, width = records.num_records, opened.num_features
   if not 0 <= keep <= count:
     raise ValueError(f"keep: expected 0 <= keep <= {count}, the number of pictures, got {keep}")
@@ -148,10 +149,10 @@ def make_reference(
   return _made(_pictures(name, records), count, opened, kept, quiet)
 
 
-def _opened(network: Network) -> FeatureNetwork:
+def _opened(network: Network, width: int = 2048) -> FeatureNetwork:
   """Returns a network, opened on all devices where it is a file."""
   if isinstance(network, (str, os.PathLike)):
-    return open_feature_network(network, make_layout(MeshSettings().sizes, ()))
+    return open_feature_network(network, make_layout(MeshSettings().sizes, ()), width)
   return network
 
 

@@ -95,6 +95,7 @@ class EvaluateSettings:
     features: file of the network in whose features Fréchet distance, precision and recall are measured, such as
       StyleGAN's inception-2015-12-05.pt; "" is the classifier, or for data without classes or pictures their
       coordinates. In 2048 features a resample takes minutes of a CPU's time: set num_resamples to 2.
+    width: of its features, 64, 192, 768 or 2048: a distance needs twice as many samples. Papers have 2048.
   """
 
   num_samples: int = 2000
@@ -105,6 +106,7 @@ class EvaluateSettings:
   num_resamples: int = 50
   nearest_k: int = 5
   features: str = ""
+  width: int = 2048
 
   def __post_init__(self):
     if self.num_samples < 1 or self.classifier_steps < 1 or self.num_resamples < 2:

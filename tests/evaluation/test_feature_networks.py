@@ -127,7 +127,9 @@ SETTINGS = dict(num_samples=32, teacher_steps=(4, 128), classifier_steps=5, num_
 def test_an_evaluation_is_in_the_networks_features_and_says_so(run, monkeypatch):
   counted = Counted(16)
   opened = []
-  monkeypatch.setattr(measure, "open_feature_network", lambda path, layout: opened.append(path) or counted.network)
+  monkeypatch.setattr(
+    measure, "open_feature_network", lambda path, layout, width: opened.append(path) or counted.network
+  )
   report = run.evaluate(features="network.pt", **SETTINGS)
   assert opened == ["network.pt"]
   assert report.about["features"] == "small 1"

@@ -245,7 +245,7 @@ def test_few_pictures_are_enough_for_kept_features():
 @pytest.fixture
 def command(tmp_path, monkeypatch):
   """`pflow reference` with a stub in place of the network's file."""
-  monkeypatch.setattr(references, "open_feature_network", lambda path, layout: StubNetwork(name=f"stub of {path}"))
+  monkeypatch.setattr(references, "open_feature_network", lambda path, *_: StubNetwork(name=f"stub of {path}"))
   (tmp_path / "photos").mkdir()
   for i, image in enumerate(pictures()[0]):
     Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")

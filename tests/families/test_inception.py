@@ -107,8 +107,8 @@ def features(folder):
   """Returns a function: the features of all pictures in the network of a file, and its name."""
   layout = make_layout({}, (), jax.devices()[:1])
 
-  def run(name):
-    network = open_feature_network(folder / name, layout, batch_size=1)
+  def run(name, width=2048):
+    network = open_feature_network(folder / name, layout, width, batch_size=1)
     found = [network(one) for one in pictures()]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found), network.name
 
@@ -128,11 +128,25 @@ def test_features_are_those_of_torch_fidelity_and_pytorch_fid(params, features, 
   assert name == f"Inception-v3 of 2015-12-05, weights {digest_of(params('scaled.pth'))}"
 
 
+@pytest.mark.parametrize("width", [64, 192, 768])
+def test_narrower_features_are_those_of_torch_fidelity(features, golden, width):
+  found, name = features("scaled.pth", width)
+  assert error_of(found.pool, golden("inception")[f"pool_{width}"]) < 1e-5
+  assert found.logits is None
+  assert (found.spatial is None) == (width < 768)
+  assert name.endswith(f", {width} features")
+
+
+def test_another_width_is_refused(folder):
+  with pytest.raises(ValueError, match=r"width: expected one of \(64, 192, 768, 2048\)"):
+    open_feature_network(folder / "scaled.pth", make_layout({}, (), jax.devices()[:1]), 128)
+
+
 def test_features_are_those_of_stylegans_program(features, golden):
   """Its resizing, by grid_sample, is that of TensorFlow up to rounding."""
   found, _ = features("program.pt")
   assert error_of(found.pool, golden("inception")["stylegan_pool"]) < 1e-5
-  assert feature_networks._inception_run()._cache_size() == 1, "compiled once for all files and sizes"
+  assert feature_networks._inception_run(2048)._cache_size() == 1, "compiled once for all files and sizes"
 
 
 def test_a_network_is_the_same_from_each_kind_of_file(params):

@@ -91,7 +91,7 @@ def evaluate_by_protocol(
       "is `pflow evaluate` without a protocol, by a small classifier"
     )
   pictures = to_pictures(dataset, layout)
-  network = open_feature_network(settings.evaluate.features, layout)
+  network = open_feature_network(settings.evaluate.features, layout, settings.evaluate.width)
   known = load_reference(reference, network)
   check_counts(protocol, known, network.num_features)
   which = which_of(settings, which)

@@ -23,7 +23,8 @@ from einops import rearrange
 from flax import linen as nn
 
 SIDE = 299  # pixels of the pictures that the network sees
-WIDTH, CLASSES = 2048, 1008  # of the pooled features, and of the logits
+WIDTHS = (64, 192, 768, 2048)  # of the features that are pooled: after both maxima, of mixed_7, and of the last block
+WIDTH, CLASSES = WIDTHS[-1], 1008  # of the published features, and of the logits
 SPATIAL = 7  # channels of the features that keep their places
 
 
@@ -31,15 +32,16 @@ class Outputs(NamedTuple):
   """Features of n pictures, float32.
 
   Attributes:
-    pool: (n, 2048), the mean over the picture of the last block's output, pool_3 in the graph.
+    pool: (n, width), the mean over the picture of a layer's output; of 2048, pool_3 in the graph.
     spatial: (n, 2023), the first 7 channels of mixed_6/conv in the graph, after its ReLU, at 17 x 17 places in reading
-      order, the channels of a place together: the order of ADM's evaluator, which sFID's references have.
-    logits: (n, 1008), without the bias of their layer, as the Inception score takes them.
+      order, the channels of a place together: the order of ADM's evaluator, which sFID's references have. None where
+      the network ends before.
+    logits: (n, 1008), without the bias of their layer, as the Inception score takes them; None where it ends before.
   """
 
   pool: jax.Array
-  spatial: jax.Array
-  logits: jax.Array
+  spatial: jax.Array | None
+  logits: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +193,9 @@ GRAPH: Layers = (
   *(_e("mixed_9", average), _e("mixed_10", largest)),
 )
 
+# Layers up to the features of a width: the two maxima of the stem, the last block of 17 x 17 places, all.
+_ENDS = dict(zip(WIDTHS, (4, 7, 15, len(GRAPH)), strict=True))
+
 
 def kernel_shapes(layers: Layers = GRAPH, channels: int = 3, block: str = "") -> tuple[dict[str, Kernel], int]:
   """Returns the shapes (height, width, channels, features) of kernels by path, "mixed_6/tower_conv_1".
@@ -221,23 +226,26 @@ class Inception(nn.Module):
   """Maps pictures as `resized` makes them to features, in float32.
 
   Attributes:
+    width: of the pooled features, one of WIDTHS: the network ends where it has so many. Few samples have moments of few
+      features alone; pytorch-fid calls them its dims.
     precision: of products. By default they are computed in float32 everywhere. In bfloat16, a TPU's own way, features
       are not those that references were made with.
   """
 
+  width: int = WIDTH
   precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
 
   @nn.compact
   def __call__(self, x: jax.Array) -> Outputs:
     """Maps x (n, 299, 299, 3)."""
-    spatial = None
-    for layer in GRAPH:
+    spatial, logits = None, None
+    for layer in GRAPH[: _ENDS[self.width]]:
       x = _apply(layer, x, self.precision)
       if isinstance(layer, Fork) and layer.name == "mixed_6":
         spatial = rearrange(x[..., :SPATIAL], "n h w c -> n (h w c)")  # its branch "conv" comes first
     pool = x.mean(axis=(1, 2))
-    logits = nn.Dense(CLASSES, use_bias=False, dtype=jnp.float32, precision=self.precision, name="output")(pool)
-    assert spatial is not None
+    if self.width == WIDTH:
+      logits = nn.Dense(CLASSES, use_bias=False, dtype=jnp.float32, precision=self.precision, name="output")(pool)
     return Outputs(pool, spatial, logits)
 
 

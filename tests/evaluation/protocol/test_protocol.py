@@ -36,7 +36,7 @@ class Network(StubNetwork):
 def small_parts(monkeypatch):
   monkeypatch.setattr(evaluate, "PART", PART)
   monkeypatch.setattr(evaluate, "PAIRS_IN_PART", 8)
-  monkeypatch.setattr(evaluate, "open_feature_network", lambda path, layout: Network())
+  monkeypatch.setattr(evaluate, "open_feature_network", lambda path, layout, width: Network())
 
 
 def reference_of(folder, count=200, spatial=4, network="stub 1"):
