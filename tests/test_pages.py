@@ -68,6 +68,7 @@ PARSED = {
   r"pflow (sample|convert) .*runs/student .*(--pipeline|--out student$)": "the student of FLUX.1",
   r"pflow push ": "the Hub; tests/conversion/test_push.py pushes to a stand-in",
   r"pflow sample .*gs://BUCKET": "the run of a pod",
+  r"pflow latents .*/data/": "ImageNet; tests/conversion/test_latents.py and its neighbours encode a few pictures",
   r"pflow demo ": "listens until it is stopped; tests/outside/test_page.py opens it in a browser",
   r"(sbatch .*launch/slurm.sh|PROCESSES=2 launch/local.sh|launch/tpu.sh run --) .*--config": (
     "other machines, or processes; tests/test_launch.py runs the scripts"

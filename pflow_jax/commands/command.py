@@ -141,6 +141,15 @@ def one_sentence() -> Iterator[None]:
     fail(*_verdict(error))
 
 
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+  """Context of work that the same command goes on with, and says so when it is stopped."""
+  try:
+    yield
+  except KeyboardInterrupt as stopped:
+    raise KeyboardInterrupt("stopped; the same command goes on where it was") from stopped
+
+
 def _verdict(error: Exception) -> tuple[int, str]:
   """Returns the exit code for an error, and the sentence."""
   text, more = str(error), "(set PFLOW_TRACEBACK=1 for the traceback)"

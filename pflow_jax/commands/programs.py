@@ -8,7 +8,7 @@ from __future__ import annotations
 import pathlib
 from typing import Annotated, Any, Literal
 
-from pflow_jax.commands.command import fail, mesh_sizes, options, stop, whole_numbers
+from pflow_jax.commands.command import fail, mesh_sizes, options, resumable, stop, whole_numbers
 from pflow_jax.commands.flags import Count, Positional, Repeated, Seed
 
 Which = Literal["ema", "params"]
@@ -275,38 +275,53 @@ def convert(
   from pflow_jax.conversion.program import convert as run
 
   options: dict[str, Any] = dict(base=base, teacher=teacher, which=which, dtype=dtype, max_shard_gb=max_shard_gb)
-  try:
+  with resumable():
     run(source, out, key=key, mesh=mesh_sizes(mesh), **options)
-  except KeyboardInterrupt as stopped:
-    raise KeyboardInterrupt("stopped; the same command goes on where it was") from stopped
 
 
 def latents(
   images: str,
-  autoencoder: str,
   out: str,
+  autoencoder: str | None = None,
   split: str = "train",
   option: Repeated = [],  # noqa: B006
+  size: Count | None = None,
+  moments: bool = False,
+  mean: bool = False,
+  mirror: bool = False,
+  dtype: Dtype = "float32",
+  batch_size: Count | None = None,
+  seed: Seed = 0,
+  max_bad: Annotated[int, 0, None] = 100,
+  shard_records: Count = 4096,
 ) -> None:
   """Encodes pictures once.
 
   Args:
-    images: a data set of pictures by its name, folder:photos or emoji, say
+    images: a folder of pictures, or a data set of them, tfds:imagenet2012, parquet:hub, webdataset:tars or emoji, say
+    out: folder for the latents, which the data set latents:<out> reads; the same command goes on with one
     autoencoder: folder of a published autoencoder, or of a tiny one, taesd/taef2
-    out: new folder for the latents, which the data set latents:<out> reads
     split: of the data set
-    option: key=value of the data set, size=64, say; may be repeated
+    option: key=value of the data set, held_out=100, say; may be repeated
+    size: side that image files are scaled and cut to, as ADM does; default: 256, or as the data set is
+    moments: store mean and standard deviation, of which training draws anew each time, in place of one draw
+    mean: store the mean in place of one draw
+    mirror: store the same of the mirror image
+    dtype: to compute in
+    batch_size: pictures at a time in a process; default: 16 a device
+    seed: of the draws
+    max_bad: pictures that cannot be read, after which it stops
+    shard_records: pictures in a file
   """
-  from pflow_jax import data
-  from pflow_jax.conversion.latents import encode
+  from pflow_jax.conversion.latents import make
 
-  given = options(option)
-  if not given.keys().isdisjoint(("name", "split")):
-    raise ValueError("option: name and split have flags of their own, --images and --split")
-  encoded = encode(data.load(images, split=split, **given), autoencoder, out=out)
-  print(
-    f"wrote {encoded.num_records:,} latents of {encoded.shape} in {out}; train with --config.data.name=latents:{out}"
-  )
+  given: dict[str, Any] = {"split": split, "autoencoder": autoencoder, "size": size, "options": options(option)}
+  given |= {"mirror": mirror, "dtype": dtype, "batch_size": batch_size, "seed": seed}
+  if moments and mean:
+    raise ValueError("moments, mean: expected one of them")
+  store = "moments" if moments else "mean" if mean else "draw"
+  with resumable():
+    make(images, out, store=store, max_bad=max_bad, shard_records=shard_records, **given)
 
 
 def push(folder: str, repo: str, private: bool = False) -> None:
@@ -358,7 +373,5 @@ def cache(
 
   options: dict[str, Any] = dict(encoders=encoders, batch_size=batch_size, max_length=max_length)
   options |= dict(shard_records=shard_records, dtype=dtype, field=field)
-  try:
+  with resumable():
     run(prompts, model, out, latents=latents, images=images, height=height, width=width, **options)
-  except KeyboardInterrupt as stopped:
-    raise KeyboardInterrupt("stopped; the same command goes on where it was") from stopped

@@ -6,22 +6,20 @@ and the folder becomes what it would have been. Its index, written last, makes i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from pflow_jax import data
 from pflow_jax.data.prompts.files import Prompts
-from pflow_jax.data.prompts.records import INDEX, NULL, SHARDS, TABLE, Index, prompt_hashes, read_index, without_x0
-from pflow_jax.data.shards import num_records
+from pflow_jax.data.prompts.records import INDEX, NULL, TABLE, Index, prompt_hashes, read_index, without_x0
+from pflow_jax.data.shards import PARTIAL, check_room, disk_bytes, in_decimals, is_complete, shard_name, writing
 from pflow_jax.families.autoencoder import load_autoencoder
 from pflow_jax.families.text import Encoder, load_encoder
 from pflow_jax.files.array_files import read_npy
@@ -33,10 +31,7 @@ from pflow_jax.files.progress import progress
 
 ReadX0 = Callable[[Sequence[pathlib.Path]], np.ndarray]  # files -> x0 (n, *space, C), floating
 
-PARTIAL = ".partial"  # ends the name of what is not complete
 SHARD_BYTES = 4 * 2**30  # at most, unless told otherwise
-# What array_record adds to a file, to a record and to a byte, rounded up.
-_PER_SHARD, _PER_RECORD, _PER_BYTE = 192 * 1024, 100, 1 / 2048
 _COUNTED = 10_000  # prompts whose tokens are counted at a time
 
 
@@ -235,38 +230,19 @@ def _described(folder: pathlib.Path, index: Index, record_bytes: np.ndarray) -> 
   arrays = [f"text of {index.longest} x {fields.text_width}"] if fields.text_width else []
   arrays += [f"pooled {fields.pooled_width}"] if fields.pooled_width else []
   arrays += [f"x0 {fields.shape}"] if fields.shape else []
-  size = _disk_bytes(record_bytes, index.num_shards)
-  return f"{index.num_records:,} records ({', '.join(arrays)}) in {index.num_shards:,} shards, {_size(size)}"
+  size = in_decimals(_disk_bytes(record_bytes, index.num_shards))
+  return f"{index.num_records:,} records ({', '.join(arrays)}) in {index.num_shards:,} shards, {size}"
 
 
 def _disk_bytes(record_bytes: np.ndarray, num_shards: int) -> int:
-  """At most what records take on disk."""
-  return int(record_bytes.sum() * (1 + _PER_BYTE)) + _PER_RECORD * len(record_bytes) + _PER_SHARD * num_shards
-
-
-def _size(count: int) -> str:
-  for unit in ("B", "kB", "MB", "GB"):
-    if count < 1000:
-      return f"{count:.3g} {unit}"
-    count /= 1000  # type: ignore[assignment]
-  return f"{count:,.3g} TB"
-
-
-def _shard(folder: pathlib.Path, number: int) -> pathlib.Path:
-  return folder / f"{number:05d}{SHARDS.removeprefix('*')}"
+  return disk_bytes(int(record_bytes.sum()), len(record_bytes), num_shards)
 
 
 def _check_room(folder: pathlib.Path, index: Index, record_bytes: np.ndarray) -> None:
   starts = range(0, index.num_records, index.shard_records)
-  todo = [start for number, start in enumerate(starts) if not _shard(folder, number).exists()]
+  todo = [start for number, start in enumerate(starts) if not (folder / shard_name(number)).exists()]
   needed = sum(_disk_bytes(record_bytes[start : start + index.shard_records], 1) for start in todo)
-  free = shutil.disk_usage(folder).free
-  print(f"{folder}: {_described(folder, index, record_bytes)}; {_size(needed)} to write, {_size(free)} free")
-  if needed > free:
-    raise ValueError(
-      f"{folder} needs {_size(needed)}, and its disk has {_size(free)} left; give a folder on another, fewer prompts "
-      "or a smaller max_length."
-    )
+  check_room(folder, needed, _described(folder, index, record_bytes), "fewer prompts or a smaller max_length")
 
 
 def _write_shards(
@@ -280,13 +256,13 @@ def _write_shards(
 ) -> None:
   starts = list(enumerate(range(0, index.num_records, index.shard_records)))
   sizes = {number: min(index.shard_records, index.num_records - start) for number, start in starts}
-  todo = [(number, start) for number, start in starts if not _is_complete(_shard(folder, number), sizes[number])]
+  todo = [(number, start) for number, start in starts if not is_complete(folder / shard_name(number), sizes[number])]
   done = index.num_records - sum(sizes[number] for number, _ in todo)
   if done and todo:
     print(f"going on after {done:,} prompts")
   with progress(index.num_records, done, "cache", unit="prompts") as report:
     for number, start in todo:
-      with _writing(_shard(folder, number), sizes[number]) as write:
+      with writing(folder / shard_name(number)) as write:
         # Batches begin with the shard, so that one made anew is the same.
         for first in range(start, start + sizes[number], batch_size):
           rows = slice(first, min(first + batch_size, start + sizes[number]))
@@ -330,27 +306,3 @@ def _x0(found: Prompts, read_x0: ReadX0, rows: slice, shape: tuple[int, ...] | N
     row = int(np.flatnonzero(~finite)[0])
     raise ValueError(f"{where[row]}: {paths[row]} has values that are not finite, or not in float16.")
   return x0
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path, count: int) -> Iterator[Callable[[bytes], None]]:
-  """Writes a shard of `count` records, which has its name only when it is complete."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  partial = pathlib.Path(f"{path}{PARTIAL}")
-  # Not compressed: embeddings hardly shrink, and so the size is known beforehand.
-  writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-  try:
-    yield writer.write
-  finally:
-    writer.close()
-  if not _is_complete(partial, count):
-    raise RuntimeError(f"{partial}: {count} records were written and are not there; is the disk full?")
-  os.replace(partial, path)
-
-
-def _is_complete(path: pathlib.Path, count: int) -> bool:
-  try:
-    return num_records(path) == count
-  except ValueError:
-    return False

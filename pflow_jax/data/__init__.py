@@ -10,7 +10,7 @@ from pflow_jax.data.emoji import fetch_emoji as fetch_emoji
 from pflow_jax.data.fingerprint import Fingerprint as Fingerprint
 from pflow_jax.data.fingerprint import changes as changes
 from pflow_jax.data.fingerprint import fingerprint as fingerprint
-from pflow_jax.data.latents import write_latents as write_latents
+from pflow_jax.data.latent_shards import write_latents as write_latents
 from pflow_jax.data.pipeline import batches as batches
 from pflow_jax.data.pipeline import examples as examples
 from pflow_jax.data.prompts.buckets import BucketRecords as BucketRecords

@@ -59,6 +59,21 @@ class Embedding:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.leaves().values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+  """The scale of latents z = (latent - shift) * scale.
+
+  Attributes:
+    shift: of the autoencoder, a number a channel; empty where it is not known.
+    scale: likewise.
+    std: standard deviation of all numbers of z, as it was measured; None where it was not.
+  """
+
+  shift: tuple[float, ...] = ()
+  scale: tuple[float, ...] = ()
+  std: float | None = None
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Dataset:
   """A named set of examples, images or points, with classes, with prompts, or with neither.
@@ -74,6 +89,7 @@ class Dataset:
     has_x0: False for prompts alone, on which training is data-free.
     autoencoder: folder of the autoencoder that x0 are latents of, with which pictures are shown; "" for none.
     options: arguments of `load` that give it again; for arrays in memory, the name IN_MEMORY.
+    scaling: the scale of x0 that are latents, or None.
 
   Raises:
     ValueError: for sizes below 1, more classes than MAX_CLASSES, or an example that the machine cannot hold.
@@ -89,6 +105,7 @@ class Dataset:
   has_x0: bool = True
   autoencoder: str = ""
   options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": IN_MEMORY}, compare=False)
+  scaling: Scaling | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     if not self.shape or min(self.shape) < 1:

@@ -10,7 +10,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from pflow_jax.data.dataset import Dataset, Embedding
+from pflow_jax.data.dataset import Dataset, Embedding, Scaling
 from pflow_jax.data.records import Batch, Records
 from pflow_jax.data.registry import load
 
@@ -27,6 +27,7 @@ class Description:
     has_x0: as of `Dataset`.
     autoencoder: as of `Dataset`; another one may show the pictures.
     embedding: arguments of an `Embedding` without the empty prompt's arrays, or None.
+    scaling: as of `Dataset`.
   """
 
   options: dict[str, Any]
@@ -36,6 +37,7 @@ class Description:
   has_x0: bool = True
   embedding: EmbeddingShapes | None = None
   autoencoder: str = dataclasses.field(default="", compare=False)
+  scaling: Scaling | None = dataclasses.field(default=None, compare=False)
 
   @classmethod
   def of(cls, dataset: Dataset, options: Mapping[str, Any]) -> Description:
@@ -44,7 +46,7 @@ class Description:
     shapes = EmbeddingShapes(own.lengths, own.text_width, own.masked, own.pooled_width) if own else None
     names = tuple(dataset.class_names)
     shape, classes = tuple(dataset.shape), dataset.num_classes
-    return cls(dict(options), shape, classes, names, dataset.has_x0, shapes, dataset.autoencoder)
+    return cls(dict(options), shape, classes, names, dataset.has_x0, shapes, dataset.autoencoder, dataset.scaling)
 
   def dataset(self) -> Dataset:
     """The data set; its records are read when they are asked for.
@@ -66,6 +68,7 @@ class Description:
       has_x0=self.has_x0,
       autoencoder=self.autoencoder,
       options=self.options,
+      scaling=self.scaling,
     )
 
 

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -154,13 +153,13 @@ def _(source: TfdsSource) -> Fingerprint:
 @_of_source.register
 def _(source: FolderSource) -> Fingerprint:
   names, content = _Hash(), _Hash()
-  names.text(*(f"{label}/{path.name}" for path, label in source.files))
+  names.text(*(f"{label}/{os.path.basename(path)}" for path, label in source.files))
   for row in _spread(len(source.files)):
     _add_file(content, source.files[int(row)][0])
   return {"names": names.digest(), "content": content.digest()}
 
 
-def _add_file(content: _Hash, path: pathlib.Path) -> None:
+def _add_file(content: _Hash, path: str) -> None:
   """Adds the size of a file and the bytes at its two ends."""
   with regular_file(path).open("rb") as file:
     size = file.seek(0, os.SEEK_END)

@@ -13,8 +13,10 @@ from pflow_jax.data.emoji import emoji
 from pflow_jax.data.folder import folder
 from pflow_jax.data.images import digits, mnist5k, synthetic
 from pflow_jax.data.latents import latents
+from pflow_jax.data.parquet_source import parquet
 from pflow_jax.data.points import checkerboard
 from pflow_jax.data.prompts.dataset import prompts, synthetic_prompts
+from pflow_jax.data.tar_source import webdataset
 from pflow_jax.data.tfds_source import tfds_images
 from pflow_jax.files.foreign import check_arguments
 from pflow_jax.files.nearest import did_you_mean
@@ -32,6 +34,8 @@ _SOURCES: dict[str, Callable[..., Dataset]] = {
 _OPEN_SOURCES: dict[str, Callable[..., Dataset]] = {
   "tfds:<name>": tfds_images,
   "folder:<path>": folder,
+  "parquet:<path>": parquet,
+  "webdataset:<path>": webdataset,
   "npz:<path>": npz,
   "latents:<path>": latents,
   "prompts:<path>": prompts,
@@ -43,7 +47,7 @@ def load(name: str, *, split: str = "train", **options: Any) -> Dataset:
 
   Args:
     name: "digits", "mnist5k", "emoji", "checkerboard", "synthetic", "synthetic_prompts", `tfds:<name>`,
-      `folder:<path>`, `npz:<path>`, `latents:<path>` or `prompts:<path>`.
+      `folder:<path>`, `parquet:<path>`, `webdataset:<path>`, `npz:<path>`, `latents:<path>` or `prompts:<path>`.
     split: "train" or "test"; for tfds any split that it understands. See `held_out` of the sources.
     **options: keyword arguments of the source's function in this package.
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pflow_jax.data.dataset import Dataset, check_classes
-from pflow_jax.data.pixels import MODES, check_image_options, to_pixels, to_unit
+from pflow_jax.data.pixels import MODES, Crop, center_crop, check_image_options, to_pixels, to_unit
 from pflow_jax.data.records import Record, SourceRecords
 from pflow_jax.files.foreign import MAX_JSON, decoding, in_bytes, open_image, read_json, regular_file, shown
 from pflow_jax.files.nearest import nearest
@@ -35,30 +35,44 @@ class TfdsSource:
     label_key: str | None,
     shape: tuple[int, int, int],
     num_classes: int,
+    crop: Crop = "fit",
   ):
     """Takes the two features and the serialized examples; messages begin with `name`."""
     self.name, self.source, self.features = name, source, features
     self.image_key, self.label_key = image_key, label_key
-    self.shape, self.num_classes = shape, num_classes
+    self.shape, self.num_classes, self.crop = shape, num_classes, crop
 
   def __len__(self) -> int:
     return len(self.source)
 
+  def key(self, row: int) -> str:
+    """Returns the number of a record, see `data.image_source.Pictures`."""
+    return str(row)
+
   def __getitem__(self, row: SupportsIndex) -> Record:
+    pixels, label = self.read(int(row))
+    return {"x0": to_unit(pixels), "label": np.asarray(label, np.int32)}
+
+  def read(self, row: int) -> tuple[np.ndarray, int]:
+    """Returns the pixels of an image, (H, W, C) uint8, and its class.
+
+    Raises:
+      ValueError: the record is broken.
+    """
     import tensorflow_datasets as tfds
 
-    with decoding(f"{self.name}: record {int(row)} cannot be read"):
+    with decoding(f"{self.name}: record {row} cannot be read"):
       is_image = isinstance(self.features[self.image_key], tfds.features.Image)
       decoders = {self.image_key: tfds.decode.SkipDecoding()} if is_image else None
-      record = self.features.deserialize_example_np(self.source[int(row)], decoders=decoders)
+      record = self.features.deserialize_example_np(self.source[row], decoders=decoders)
       image = record[self.image_key]
       label = 0 if self.label_key is None else int(record[self.label_key])
       if not 0 <= label < max(self.num_classes, 1):
         raise ValueError(f"its label is {shown(label)}, not in [0, {max(self.num_classes, 1)})")
       if not isinstance(image, bytes):
-        return {"x0": to_unit(self._fitted(_image(np.asarray(image)))), "label": np.asarray(label, np.int32)}
-    with open_image(image, f"of {self.name}, record {int(row)}") as opened:
-      return {"x0": to_unit(self._fitted(opened)), "label": np.asarray(label, np.int32)}
+        return self._fitted(_image(np.asarray(image))), label
+    with open_image(image, f"of {self.name}, record {row}") as opened:
+      return self._fitted(opened), label
 
   def _fitted(self, image: Image.Image) -> np.ndarray:
     height, width, channels = self.shape
@@ -66,6 +80,8 @@ class TfdsSource:
       return np.asarray(image).reshape(self.shape)
     if channels not in MODES:
       raise ValueError(f"expected {width} x {height} pixels of {channels} channels, got {image.size} of {image.mode}")
+    if self.crop == "adm":
+      return center_crop(image, height, channels)
     return to_pixels(image, (height, width), channels)
 
 
@@ -81,6 +97,7 @@ def tfds_images(
   image_size: int | None = None,
   image_key: str = "image",
   label_key: str | None = "label",
+  crop: Crop = "fit",
 ) -> Dataset:
   """A set of TensorFlow Datasets: (H, W, C) or (image_size, image_size, C), classes of its label.
 
@@ -94,6 +111,7 @@ def tfds_images(
     image_size: crop to the centred square and resize; None keeps images that have one size.
     image_key: the feature with the image.
     label_key: the feature with the label; None for no classes.
+    crop: "adm" cuts and scales to image_size as the published work on ImageNet does, see `data.pixels.center_crop`.
 
   Raises:
     ValueError: for an unknown set, split or feature, for images of varying size without image_size, and for data
@@ -106,6 +124,8 @@ def tfds_images(
     features = builder.info.features
     if not isinstance(features, tfds.features.FeaturesDict):
       raise ValueError(f"expected features by name, got {type(features).__name__}")
+  if crop == "adm" and image_size is None:
+    raise ValueError(f"tfds:{name}: crop='adm' scales to a square; give image_size=<pixels>, e.g. 256.")
   shape = _image_shape(name, features, image_key, image_size)
   class_names: tuple[str, ...] = ()
   if label_key is not None:
@@ -120,7 +140,7 @@ def tfds_images(
         "data_dir, or prepare it with file_format='array_record'."
       ) from error
     wanted = tfds.features.FeaturesDict({key: features[key] for key in (image_key, label_key) if key is not None})
-  source = TfdsSource(f"tfds:{name}", source, wanted, image_key, label_key, shape, len(class_names))
+  source = TfdsSource(f"tfds:{name}", source, wanted, image_key, label_key, shape, len(class_names), crop)
   return Dataset(f"tfds:{name}", shape, len(class_names), class_names, SourceRecords(source))
 
 

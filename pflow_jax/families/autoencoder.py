@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from pflow_jax.data.dataset import Dataset
+from pflow_jax.data.dataset import Dataset, Scaling
 from pflow_jax.data.pixels import read_pixels, to_unit
 from pflow_jax.families.names import TorchNames
 from pflow_jax.families.registry import FAMILIES
@@ -40,11 +41,11 @@ def classes() -> dict[str, TorchNames]:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Codec:
-  """An autoencoder with its parameters; one picture at a time, so that its memory does not grow with their number.
+  """An autoencoder with its parameters; by default one picture at a time, so that its memory is bounded.
 
   Attributes:
     module: Flax module with the methods `encode` and `decode`, and the attributes `down_factor`, `latent_channels` and
-      `dtype`.
+      `dtype`; one whose latents are distributions is a `networks.vae.Autoencoder`.
     params: its parameters.
     folder: that it was read from, absolute; "" for none.
   """
@@ -63,30 +64,48 @@ class Codec:
     """Pixels of a picture for one pixel of its latents, along each axis."""
     return self.module.down_factor
 
-  def decode(self, z: np.ndarray) -> np.ndarray:
+  @property
+  def has_variance(self) -> bool:
+    """Returns whether its latents are distributions, which can be drawn from."""
+    return getattr(self.module, "has_variance", False)
+
+  @property
+  def normalisation(self) -> Scaling:
+    """Shift and scale of its latents; none of an autoencoder that imitates those of another, already scaled."""
+    if not self.has_variance:
+      return Scaling()
+    channels, (shift, scale) = self.module.latent_channels, self.module.normalisation()
+    wide = lambda x: tuple(np.broadcast_to(np.asarray(x, np.float64).reshape(-1), channels).tolist())
+    return Scaling(wide(shift), wide(scale))
+
+  def decode(self, z: np.ndarray, batch_size: int = 1) -> np.ndarray:
     """Decodes latents to pictures (B, H, W, 3), about [-1, 1], float32.
 
     Args:
       z: latents (B, h, w, C), as the network makes them.
+      batch_size: latents at a time, of which memory and speed depend.
     """
-    return self._each("decoding", self._decode, z)
+    return self._in_batches("decoding", self._decode, z, batch_size)
 
-  def encode(self, x: np.ndarray) -> np.ndarray:
+  def encode(self, x: np.ndarray, batch_size: int = 1) -> np.ndarray:
     """Encodes pictures to latents (B, h, w, C), of about unit variance; to their mean, not to a draw.
 
     Args:
       x: pictures (B, H, W, 3) in [-1, 1].
+      batch_size: pictures at a time, of which memory and speed depend.
     """
-    return self._each("encoding", self._encode, x)
+    return self._in_batches("encoding", self._encode, x, batch_size)
 
-  def _each(self, word: str, run: Callable[..., Any], values: np.ndarray) -> np.ndarray:
-    """Runs one method on one picture after the other; what takes long reports its progress."""
+  def _in_batches(self, word: str, run: Callable[..., Any], values: np.ndarray, batch_size: int) -> np.ndarray:
+    """Runs one method on batches of one length, so that it compiles once; what takes long reports its progress."""
+    count, size = len(values), max(min(batch_size, len(values)), 1)
     parts = []
-    with progress(len(values), 0, word, unit="pictures", delay=SHOWN) as report:
-      for one in values:
-        parts.append(np.asarray(run(self.params, one[None])))
-        report.update(len(parts))
-    return np.concatenate(parts)
+    with progress(count, 0, word, unit="pictures", delay=SHOWN) as report:
+      for start in range(0, count, size):
+        rows = np.arange(start, start + size) % count  # the last batch wraps and is cut
+        parts.append(np.asarray(run(self.params, values[rows])))
+        report.update(min(start + size, count))
+    return np.concatenate(parts)[:count]
 
   def save(self, folder: str | os.PathLike) -> pathlib.Path:
     """Writes it as diffusers does, to the folder "vae" of a pipeline; `load_autoencoder` reads it.
@@ -112,6 +131,13 @@ class Codec:
     if not target.is_complete():
       target.write(tensors.__getitem__)
     return path
+
+  def digest(self) -> str:
+    """Returns a hash of its parameters and attributes, those of computation left out."""
+    state = hashlib.sha256(f"{type(self.module).__name__} {self.normalisation}".encode())
+    for path, leaf in sorted(flatten_dict(self.params, sep="/").items()):
+      state.update(path.encode() + np.asarray(leaf).tobytes())
+    return state.hexdigest()[:16]
 
   @functools.cached_property
   def _decode(self) -> Any:
@@ -174,7 +200,7 @@ def codec_of(dataset: Dataset) -> Codec | None:
     dataset: with `autoencoder`.
 
   Raises:
-    ValueError: it cannot be read, or makes other latents.
+    ValueError: it cannot be read, or makes latents of other channels or of another scale.
   """
   if not dataset.autoencoder:
     return None
@@ -184,7 +210,26 @@ def codec_of(dataset: Dataset) -> Codec | None:
       f"{dataset.autoencoder} makes latents of {codec.module.latent_channels} channels, {dataset.name} has "
       f"{dataset.shape[-1]}; give the one of its model in config.sample.autoencoder"
     )
+  if problem := other_scale(codec.normalisation, dataset.scaling):
+    raise ValueError(
+      f"{dataset.autoencoder} makes latents of another scale than {dataset.name} has: {problem}; give the one of its "
+      "model in config.sample.autoencoder"
+    )
   return codec
+
+
+def other_scale(own: Scaling, data: Scaling | None) -> str:
+  """Returns the differences of an autoencoder's scale from that of data, in words; "" where one is not known.
+
+  Args:
+    own: shift and scale of the autoencoder.
+    data: those of the data.
+  """
+  if data is None or not own.scale or not data.scale:
+    return ""
+  pairs = {"shift": (own.shift, data.shift), "scale": (own.scale, data.scale)}
+  differing = [name for name, pair in pairs.items() if len({*map(len, pair)}) > 1 or not np.allclose(*pair, rtol=1e-3)]
+  return "; ".join(f"{name} {shown(pairs[name][0])}, the data's {shown(pairs[name][1])}" for name in differing)
 
 
 @functools.lru_cache(maxsize=2)

@@ -144,13 +144,23 @@ def agreed(compute: Callable[[], Any]) -> Any:
   raise raised or _KINDS[(*answer["raised"], "RuntimeError")[0]](answer["text"])
 
 
+def together(what: str) -> None:
+  """Waits for all processes, however long, until they have come to the same point of a program.
+
+  Args:
+    what: name of the point.
+  """
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"pflow_jax: {what}")
+
+
 def finish() -> None:
   """Waits for all processes, however long.
 
   At the end of a program the first one writes while the others are idle, and JAX takes a process that waits SHUTDOWN
   seconds for dead.
   """
-  multihost_utils.sync_global_devices("pflow_jax: finished")
+  together("finished")
 
 
 def _give_up(what: str, timeout: int) -> None:

@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -212,14 +212,20 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-  """Base of the autoencoders; a subclass makes `encoder`, `decoder`, `quant_conv` and `post_quant_conv`."""
+  """Base of the autoencoders; a subclass makes `encoder`, `decoder`, `quant_conv` and `post_quant_conv`.
+
+  Attributes:
+    has_variance: whether latents are distributions, with a shift and a scale of their own.
+  """
+
+  has_variance: ClassVar[bool] = True
 
   @property
   def down_factor(self) -> int:
     """Pixels of an image for a pixel of its latent, along each axis."""
     raise NotImplementedError
 
-  def _normalisation(self) -> tuple[Any, Any]:
+  def normalisation(self) -> tuple[Any, Any]:
     """Shift and scale of z = (latent - shift) * scale: numbers, or one for each channel."""
     raise NotImplementedError
 
@@ -261,7 +267,7 @@ class Autoencoder(nn.Module):
     latent, logvar = self.moments(x)
     if key is not None:
       latent += jnp.exp(logvar / 2) * jax.random.normal(key, latent.shape, latent.dtype)
-    shift, scale = self._normalisation()
+    shift, scale = self.normalisation()
     return (latent - shift) * scale
 
   def decode(self, z: jax.Array) -> jax.Array:
@@ -273,7 +279,7 @@ class Autoencoder(nn.Module):
     channels = self.latent_channels  # type: ignore[attr-defined]
     if z.ndim != 4 or z.shape[-1] != channels or 0 in z.shape[1:3]:
       raise ValueError(f"z: expected latents of shape (B, h, w, {channels}), got {z.shape}")
-    shift, scale = self._normalisation()
+    shift, scale = self.normalisation()
     latent = z.astype(accumulation_dtype(z.dtype)) / scale + shift
     x = self.decoder(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
     return x.astype(accumulation_dtype(x.dtype))
@@ -325,5 +331,5 @@ class AutoencoderKL(Autoencoder):
     self.quant_conv = nn.Conv(2 * latent, (1, 1), dtype=dtype) if self.use_quant_conv else None
     self.post_quant_conv = nn.Conv(latent, (1, 1), dtype=dtype) if self.use_post_quant_conv else None
 
-  def _normalisation(self) -> tuple[Any, Any]:
+  def normalisation(self) -> tuple[Any, Any]:
     return self.shift, self.scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import pickle
@@ -18,6 +19,8 @@ from pflow_jax.files.foreign import in_bytes, may_pass, regular_file, shown
 from pflow_jax.torch_io import unloaded
 from pflow_jax.torch_io.places import DTYPES, NEEDS_TORCH, Place, Tensors, checked_names, placed
 from pflow_jax.torch_io.unloaded import MAX_PICKLE, PICKLE
+
+_MOST_KNOWN = 4096  # layouts of files that are remembered
 
 
 def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
@@ -66,6 +69,38 @@ def _open_saved(file: pathlib.Path, key: str) -> dict[str, Place]:
 def _open_old(file: pathlib.Path, key: str) -> dict[str, Place]:
   loaded, place = unloaded.load_old(file, functools.partial(_refusal, file))
   return {name: place(name, view) for name, view in _choose(file, loaded, key, unloaded.View).items()}
+
+
+class PickledAlike:
+  """Opens many files of torch.save, such as the records of a set, of which few are laid out in different ways.
+
+  A file whose pickle and whose table of contents are those of one that was opened before has its tensors at the same
+  places; `open_pickled` takes milliseconds for each of the others.
+  """
+
+  def __init__(self) -> None:
+    self._known: dict[Any, Tensors] = {}
+
+  def open(self, file: pathlib.Path) -> Tensors:
+    """Opens a file; errors are those of `open_pickled`."""
+    if not zipfile.is_zipfile(regular_file(file)):
+      return open_pickled(file)
+    with _reading(file), zipfile.ZipFile(file) as archive:
+      entries = archive.infolist()
+      # The folder in an archive is named as the file; where an entry's bytes begin depends on the length of its name.
+      contents = tuple(
+        (entry.filename.partition("/")[2], len(entry.filename), entry.header_offset, entry.file_size)
+        for entry in entries
+      )
+      found = [entry for entry in entries if entry.filename.endswith(f"/{PICKLE}")]
+      pickles = tuple(unloaded.stored(file, entry, MAX_PICKLE) for entry in found)
+    layout = file.stat().st_size, contents, pickles
+    known = self._known.get(layout)
+    if known is None:
+      known = open_pickled(file)
+      if len(self._known) < _MOST_KNOWN:
+        self._known[layout] = known
+    return Tensors({name: dataclasses.replace(place, file=file) for name, place in known.places.items()})
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import posixpath
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,9 @@ CONFIG, CHECKPOINTS = "config.json", "checkpoints"  # names in a workdir, see `w
 VERSION = 1  # of the fingerprints: different versions are not compared
 LEAVES = 64  # number of leaves of which values are read for a fingerprint
 _BLOCK = 4096  # values read of each
+UNUSUAL_SCALE, OTHER_SCALE = 5 / 3, 3.0  # ratios of standard deviations of latents that are told, and refused
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +259,34 @@ def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def check_scale(folder: str, expected: float, dataset: Dataset) -> None:
+  """Compares the scale of latents, as it was measured, with the one that a converted teacher was trained on.
+
+  Args:
+    folder: of the teacher, for errors.
+    expected: standard deviation of a teacher's data, about.
+    dataset: that a student is trained on.
+
+  Raises:
+    ValueError: the standard deviation is another by far; one that is somewhat other is a warning.
+  """
+  std = dataset.scaling.std if dataset.scaling else None
+  if not std:
+    return
+  ratio, text = max(std / expected, expected / std), f"{dataset.name} has a standard deviation of {std:.3g}"
+  if ratio > OTHER_SCALE:
+    raise ValueError(
+      f"config.data.name: {text}, the teacher in {folder} takes latents of about {expected:g}; write them with the "
+      "scale of its autoencoder (`pflow latents`), or give that of moments, config.data.scale and shift"
+    )
+  if ratio > UNUSUAL_SCALE:
+    logger.warning(
+      "%s, the teacher in %s takes latents of about %g: are they of its autoencoder?", text, folder, expected
+    )
+
+
 def paths_of_data(options: Mapping[str, Any]) -> Iterator[str]:
   """Keys of the section `data` that are places of the data alone."""
-  if str(options.get("name")).partition(":")[0] in ("folder", "npz", "latents", "prompts"):
+  if str(options.get("name")).partition(":")[0] in ("folder", "parquet", "webdataset", "npz", "latents", "prompts"):
     yield "data.name"
   yield from ("data.embeddings", "data.cache_dir", "data.data_dir")

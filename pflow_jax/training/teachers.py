@@ -22,7 +22,7 @@ from pflow_jax.settings.sections import call
 from pflow_jax.settings.teacher import TeacherSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
-from pflow_jax.training.inputs import Inputs, is_run, locate, paths_of_data, read_inputs
+from pflow_jax.training.inputs import Inputs, check_scale, is_run, locate, paths_of_data, read_inputs
 from pflow_jax.training.network import COMPUTED, Network, head_class, make_network, velocity_of
 from pflow_jax.training.origins import Saved, inputs_of, use_teacher
 
@@ -275,6 +275,9 @@ def check_fit(
       f"config.teacher.workdir: {folder} holds a {own.head.kind!r}; a policy's output layer starts from that of a "
       "teacher with head.kind='velocity'"
     )
+  if own.converted:
+    kind = head_class(own.head)
+    check_scale(folder, own.head.get("sigma_data", getattr(kind, "sigma_data", 1.0)), dataset)
   if is_guided and not asked.autoguided:
     _check_knows_nothing(own, dataset, asked)
   sections = ("model",) if has_policy else ("model", "head")

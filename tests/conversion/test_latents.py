@@ -1,7 +1,16 @@
 """Pictures as latents: what is written is read back, and a run on them shows pictures."""
 
+import dataclasses
+import io
 import json
 import logging
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
 
 import jax
 import numpy as np
@@ -11,16 +20,26 @@ from PIL import Image
 import pflow_jax as pf
 from pflow_jax import data
 from pflow_jax.commands.cli import main
+from pflow_jax.conversion import cache, latent_writing
+from pflow_jax.conversion.latents import encode, make, picture_set
 from pflow_jax.data import Description
+from pflow_jax.data.dataset import Scaling
+from pflow_jax.data.latents import read_info
+from pflow_jax.data.pixels import read_pixels
+from pflow_jax.data.prompts.dataset import with_embeddings
 from pflow_jax.evaluation.pictures import as_pictures
 from pflow_jax.evaluation.sample import preview_size, save_picture
 from pflow_jax.families.autoencoder import Codec, codec_of, load_autoencoder
 from pflow_jax.families.taesd.network import TinyAutoencoder
+from pflow_jax.networks.vae import AutoencoderKL
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import pinned
-from tests.programs import quick
+from tests.data.adm_pictures import encoded, pixels
+from tests.data.test_tfds_source import prepare
+from tests.encoders import StubEncoder
+from tests.programs import ROOT, environment, quick, write_pretrained
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -53,6 +72,7 @@ def test_latents_in_memory_and_in_a_folder_are_those_of_the_pictures(tmp_path, a
     encoded = pf.encode(pictures, codec if out is None else autoencoder, out=out)
     assert (encoded.shape, encoded.num_classes, encoded.class_names) == ((8, 8, 4), 3, ("a", "b", "c"))
     assert (encoded.texts, encoded.autoencoder) == (TEXTS, str(autoencoder))
+    np.testing.assert_allclose(encoded.scaling.std, expected.std(), rtol=1e-3)
     batch = encoded.records.take(np.arange(70))
     np.testing.assert_allclose(batch["x0"], expected, atol=2e-3)  # float16 in the folder
     np.testing.assert_array_equal(batch["cond"], np.arange(70) % 3)
@@ -70,23 +90,57 @@ def test_latents_in_memory_and_in_a_folder_are_those_of_the_pictures(tmp_path, a
 def test_what_is_no_picture_is_refused(autoencoder, change, message):
   with pytest.raises(ValueError, match=message):
     pf.encode(data.from_arrays(**change), autoencoder)
+  with pytest.raises(ValueError, match=r"store: expected one of \('draw', 'mean', 'moments'\), got 'moment'"):
+    pf.encode(data.from_arrays(PIXELS), autoencoder, store="moment")
+  with pytest.raises(ValueError, match="moments and mirror images are drawn of while they are read; give out="):
+    pf.encode(data.from_arrays(PIXELS), autoencoder, mirror=True)
 
 
-def test_an_encoding_that_failed_says_so_at_once_and_its_folder_is_told_to_be_unfinished(
-  tmp_path, autoencoder, pictures, capsys
-):
-  broken = Codec(MODULE, load_autoencoder(autoencoder).params)
-  whole = broken.encode(PIXELS[:1].astype(np.float32))
-  answers = iter([np.repeat(whole, 64, axis=0), np.repeat(whole, 6, axis=0) * np.float32(1e9)])
-  object.__setattr__(broken, "encode", lambda x: next(answers))
+def test_an_encoding_that_failed_says_so_at_once_and_is_gone_on_with(tmp_path, autoencoder, pictures, capsys):
+  x0 = PIXELS.astype(np.float32) / 127.5 - 1
+  x0[60] *= 1e9
   out = tmp_path / "latents"
-  with pytest.raises(ValueError, match="float16") as error:  # which keeps the frames that it came through
-    pf.encode(pictures, broken, out=out)
+  with pytest.raises(ValueError, match=r"latents of '60': .*not in float16") as error:  # which keeps its frames
+    pf.encode(data.from_arrays(x0), autoencoder, out=out, batch_size=8)
   assert "stopped" in capsys.readouterr().out, error
-  with pytest.raises(ValueError, match=r"holds shards already of a run that did not end, without info\.json"):
+  with pytest.raises(ValueError, match=r"there is no info\.json"):
+    data.load(f"latents:{out}")
+  with pytest.raises(ValueError, match="holds other latents(.*\n)*  content: it has"):
     pf.encode(pictures, autoencoder, out=out)
   with pytest.raises(ValueError, match="mount the bucket"):
     pf.encode(pictures, autoencoder, out="gs://bucket/latents")
+  assert pf.encode(pictures, autoencoder, out=tmp_path / "whole").num_records == 70
+  capsys.readouterr()
+  assert pf.encode(pictures, autoencoder, out=tmp_path / "whole").num_records == 70
+  assert "is complete" in capsys.readouterr().out
+  others = data.from_arrays(255 - PIXELS, np.arange(70) % 3, class_names=("a", "b", "c"), texts=TEXTS)
+  with pytest.raises(ValueError, match="holds other latents(.*\n)*  content: it has"):
+    pf.encode(others, autoencoder, out=tmp_path / "whole")
+
+
+def test_embeddings_of_texts_stay_the_condition(tmp_path, autoencoder, pictures, monkeypatch):
+  monkeypatch.setattr(cache, "load_encoder", lambda *args, **options: StubEncoder("minilm"))
+  pf.encode(pictures, autoencoder, out=tmp_path / "plain")
+  names = str(tmp_path / "names")
+  cache.cache(f"data:latents:{tmp_path}/plain", "minilm", names)
+  described = dataclasses.replace(with_embeddings(pictures, names), options={"name": "mine", "embeddings": names})
+  for out in (None, tmp_path / "z"):
+    encoded = pf.encode(described, autoencoder, out=out)
+    assert (encoded.num_classes, encoded.class_names, encoded.texts) == (0, (), TEXTS)
+    assert encoded.embedding.pooled_width == described.embedding.pooled_width
+    pooled = encoded.records.take(np.array([7, 2]))["cond"]["pooled"]
+    np.testing.assert_array_equal(pooled, described.records.take(np.array([7, 2]))["cond"]["pooled"])
+  with pytest.raises(ValueError, match="embeddings are for what is in memory; leave out embeddings="):
+    pf.encode(described, autoencoder, out=tmp_path / "more", mirror=True)
+
+
+def test_other_records_of_tfds_are_not_taken_for_the_rest_of_those_that_were_begun(tmp_path, autoencoder):
+  prepare(tmp_path, "array_record")
+  load = lambda split: picture_set("tfds:tiny_colours", 8, split=split, data_dir=str(tmp_path))
+  assert encode(load("train[:5]"), autoencoder, out=tmp_path / "z").num_records == 5
+  encode(load("train[:5]"), autoencoder, out=tmp_path / "z")
+  with pytest.raises(ValueError, match="holds other latents(.*\n)*  content: it has"):
+    encode(load("train[5:10]"), autoencoder, out=tmp_path / "z")
 
 
 def test_the_data_of_a_loaded_run_are_told_to_be_loaded_anew(pictures, autoencoder):
@@ -127,7 +181,9 @@ def test_the_command_encodes_a_folder_of_pictures(tmp_path, autoencoder, capsys)
       f"{tmp_path}/z",
     ]
   )
-  assert "wrote 2 latents of (4, 4, 4)" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "wrote 2 latents of (4, 4, 4)" in said
+  assert "latents of 2 pictures, 4 x 4 x 4, in 1 shards, " in said
   assert data.load(f"latents:{tmp_path}/z").class_names == ("cat", "dog")
 
 
@@ -188,3 +244,265 @@ def test_an_autoencoder_of_previews_is_refused_before_a_training_or_kept_by_its_
   monkeypatch.chdir(autoencoder.parent)
   settings = Settings.of(quick("digits", "teacher")).changed("sample", autoencoder=autoencoder.name)
   assert pinned(None, settings).sample.autoencoder == str(autoencoder)
+
+
+# ---- Image files
+
+KL = AutoencoderKL(widths=(4,), depth=1, groups=2, latent_channels=3, scale=0.5, shift=0.25, mid_attention=False)
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory):
+  """Folder of a small autoencoder whose latents have a variance."""
+  folder = tmp_path_factory.mktemp("kl")
+  Codec(KL, jax.jit(KL.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]).save(folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """Pictures of different sizes in two class folders, four of them broken."""
+  root = tmp_path_factory.mktemp("photos")
+  for number in range(20):
+    path = root / ("cat" if number % 2 else "dog") / f"{number:02d}.png"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(encoded(Image.fromarray(pixels(20 + number, 31 - number))))
+  whole = (root / "cat" / "01.png").read_bytes()
+  (root / "cat" / "03.png").write_bytes(whole[: len(whole) // 2])
+  bomb = bytearray((root / "cat" / "07.png").read_bytes())
+  bomb[16:24] = struct.pack(">II", 40_000, 40_000)  # says that it has 1.6 billion pixels
+  bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
+  (root / "cat" / "07.png").write_bytes(bytes(bomb))
+  (root / "dog" / "04.png").write_bytes(b"no picture")
+  (root / "dog" / "06.png").write_bytes(b"")
+  return root
+
+
+BROKEN = ("cat/03.png", "cat/07.png", "dog/04.png", "dog/06.png")
+
+
+def contents(folder):
+  """Every file of a folder by name, its bytes."""
+  return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_image_files_are_cropped_as_adm_does_and_what_cannot_be_read_is_told_at_the_end(tmp_path, photos, kl, capsys):
+  out = tmp_path / "z"
+  words = ["latents", "--images", str(photos), "--size", "8", "--autoencoder", str(kl), "--out", str(out)]
+  words += ["--moments", "--mirror", "--batch_size", "8", "--shard_records", "6"]
+  with pytest.raises(SystemExit) as end:
+    main(words)
+  said = capsys.readouterr()
+  assert end.value.code == 2
+  assert f"4 pictures could not be read and are left out; {out}/unreadable.txt names them" in said.err
+  assert "wrote 16 latents of (8, 8, 3)" in said.out
+  assert "moments of 20 pictures and of their mirror images, 8 x 8 x 3, in 4 shards, " in said.out
+  listed = (out / "unreadable.txt").read_text().splitlines()
+  assert tuple(line.split(": ")[0] for line in listed) == BROKEN
+  assert "1600000000 pixels" in listed[1]
+  names = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.png"))
+  kept = [name for name in names if name not in BROKEN]
+  dataset = data.load(f"latents:{out}")
+  assert (dataset.class_names, dataset.num_records) == (("cat", "dog"), 16)
+  np.testing.assert_array_equal(dataset.records.take(np.arange(16))["cond"], [name.startswith("dog") for name in kept])
+  x = np.stack([read_pixels(photos / name, 8, 3, "adm") for name in kept]).astype(np.float32) / 127.5 - 1
+  expected = load_autoencoder(kl).encode(x, batch_size=16)
+  np.testing.assert_allclose(dataset.records.take(np.arange(16))["x0"], expected, rtol=5e-3, atol=5e-3)
+  info = read_info(str(out))
+  assert (info.shift, info.scale, info.made["crop"], info.made["pictures"]) == (
+    (0.25,) * 3,
+    (0.5,) * 3,
+    "adm",
+    [8, 8, 3],
+  )
+  assert (info.made["store"], info.made["dtype"], info.unreadable) == ("moments", "float32", 4)
+
+
+def test_too_many_that_cannot_be_read_stop_it_and_it_goes_on_with_a_larger_number(tmp_path, photos, kl, capsys):
+  dataset, out = picture_set(str(photos), 8), tmp_path / "z"
+  options = dict(out=out, batch_size=8, shard_records=6)
+  for _ in range(2):  # those of shards that are complete count too
+    with pytest.raises(
+      ValueError, match=r"max_bad: more than 2 pictures cannot be read, such as 'cat/03\.png' \(cannot"
+    ):
+      encode(dataset, kl, max_bad=2, **options)
+    assert len((out / "unreadable.txt").read_text().splitlines()) == 4
+  capsys.readouterr()
+  encode(dataset, kl, max_bad=4, **options)
+  assert "going on after 12 pictures" in capsys.readouterr().out
+  assert len((out / "unreadable.txt").read_text().splitlines()) == 4
+  encode(dataset, kl, out=tmp_path / "whole", batch_size=8, shard_records=6)
+  assert contents(out) == contents(tmp_path / "whole")
+  kept = encode(dataset, kl)
+  stored = data.load(f"latents:{out}").records.take(np.arange(16))["x0"]
+  np.testing.assert_allclose(kept.records.take(np.arange(16))["x0"], stored, rtol=2e-3, atol=1e-4)
+  with pytest.raises(ValueError, match="more than 0 pictures cannot be read"):
+    encode(dataset, kl, max_bad=0)
+
+
+def test_a_picture_that_was_there_before_is_left_out(tmp_path, kl, capsys):
+  for name in ("a", "b"):
+    with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+      for i in range(3):
+        content = encoded(Image.fromarray(pixels(9, 8 + i)))
+        member = tarfile.TarInfo(f"{i}.png")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+  info = make(f"webdataset:{tmp_path}", f"{tmp_path}/z", autoencoder=str(kl), size=8, store="mean")
+  said = capsys.readouterr().out
+  assert "3 pictures (3 repeated left out)" in said
+  assert "wrote 3 latents of (8, 8, 3), 3 repeated pictures left out, in " in said
+  assert info.num_records == 3
+  for name in "cdefg":
+    (tmp_path / f"{name}.tar").write_bytes((tmp_path / "a.tar").read_bytes())
+  with pytest.raises(ValueError, match="expected names that tell pictures apart, 18 of 21 are repeated, such as '0'"):
+    make(f"webdataset:{tmp_path}", f"{tmp_path}/other", autoencoder=str(kl), size=8)
+
+
+def test_draws_of_the_same_pictures_are_the_same_whatever_lies_beside_them(tmp_path, photos, kl):
+  """The noise is seeded by a picture's name in its folder."""
+  few = tmp_path / "few"
+  for name in ("cat/05.png", "dog/08.png"):
+    (few / name).parent.mkdir(parents=True)
+    (few / name).write_bytes((photos / name).read_bytes())
+  x0 = encode(picture_set(str(few), 8), kl).records.x0
+  whole = encode(picture_set(str(photos), 8), kl, batch_size=16).records.x0
+  names = [
+    name for name in sorted(str(path.relative_to(photos)) for path in photos.rglob("*.png")) if name not in BROKEN
+  ]
+  rows = [names.index("cat/05.png"), names.index("dog/08.png")]
+  np.testing.assert_allclose(x0, whole[rows], rtol=2e-3, atol=2e-3)
+  other = encode(picture_set(str(few), 8), kl, seed=1).records.x0
+  mean = encode(picture_set(str(few), 8), kl, store="mean").records.x0
+  assert np.abs(other - x0).mean() > 0.01
+  assert np.abs(mean - x0).mean() > 0.01
+
+
+KILLED = """
+import os, sys, threading
+from pflow_jax.commands.cli import main
+from pflow_jax.data.folder import FolderSource
+calls, lock, read = [0], threading.Lock(), FolderSource.read
+def counted(self, row):
+  with lock:
+    calls[0] += 1
+    if calls[0] == int(sys.argv[1]):
+      os._exit(9)
+  return read(self, row)
+FolderSource.read = counted
+main(sys.argv[2:])
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, photos, kl):
+  """Two kills in real processes: as the first shard is written, and after it."""
+  words = ["latents", f"--images={photos}", "--size=8", f"--autoencoder={kl}", "--batch_size=2", "--shard_records=6"]
+  run = lambda at, out: subprocess.run(
+    [sys.executable, "-c", KILLED, str(at), *words, f"--out={out}"],
+    cwd=ROOT,
+    env=environment(1),
+    capture_output=True,
+    text=True,
+  )
+  out, whole = tmp_path / "z", tmp_path / "whole"
+  assert run(3, out).returncode == 9
+  assert run(18, out).returncode == 9
+  assert (out / "00000.array_record").exists()
+  assert not (out / "info.json").exists()
+  kept = (out / "00000.array_record").stat().st_mtime_ns
+  done = run(0, out)
+  assert (done.returncode, "going on after " in done.stdout) == (2, True), done.stderr
+  assert (out / "00000.array_record").stat().st_mtime_ns == kept
+  assert run(0, whole).returncode == 2
+  assert contents(out) == contents(whole)
+  assert sorted(contents(out)) == [
+    *(f"{number:05d}.array_record" for number in range(4)),
+    "info.json",
+    "unreadable.txt",
+  ]
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, photos, kl):
+  """A shell's limit on the size of files stands for it."""
+  words = [f"--images={photos}", "--size=8", f"--autoencoder={kl}", "--batch_size=2", "--shard_records=6"]
+  words = [
+    sys.executable,
+    "-c",
+    "from pflow_jax.commands.cli import main; main()",
+    "latents",
+    *words,
+    f"--out={tmp_path}/z",
+  ]
+  limited = ["bash", "-c", 'ulimit -f 32; exec "$@"', "bash", *words]
+  full = subprocess.run(limited, cwd=ROOT, env=environment(1), capture_output=True, text=True)
+  assert full.returncode == 1, full.stderr
+  assert "Traceback" not in full.stderr
+  assert not list((tmp_path / "z").glob("*.array_record*"))
+  assert not (tmp_path / "z" / "lock.json").exists()
+  done = subprocess.run(words, cwd=ROOT, env=environment(1), capture_output=True, text=True)
+  assert (done.returncode, "wrote 16 latents" in done.stdout) == (2, True), done.stderr
+
+
+def test_another_writer_is_refused(tmp_path, photos, kl, monkeypatch):
+  dataset = picture_set(str(photos), 8)
+  real = latent_writing._write_shards
+
+  def other(*args):
+    with pytest.raises(ValueError, match="is being written by 'pflow latents'"):
+      encode(dataset, kl, out=tmp_path / "z")
+    real(*args)
+
+  monkeypatch.setattr(latent_writing, "_write_shards", other)
+  encode(dataset, kl, out=tmp_path / "z")
+
+
+def test_names_of_pictures(photos, monkeypatch):
+  assert picture_set(str(photos), 8).records.source.form.crop == "adm"
+  assert picture_set(f"folder:{photos}").shape == (256, 256, 3)
+  own = picture_set(f"folder:{photos}", image_size=12)
+  assert (own.shape, own.records.source.form.crop) == ((12, 12, 3), "fit"), "as the data set does it"
+  with pytest.raises(ValueError, match="size: is for image files, digits has a size of its own"):
+    picture_set("digits", 8)
+  with pytest.raises(ValueError, match="there is no data set 'nothing'"):
+    picture_set("nothing")
+  with pytest.raises(ValueError, match="autoencoder: pictures need one; give its folder"):
+    make(str(photos), "z")
+
+
+def test_latents_of_another_scale_than_the_autoencoder_are_told(tmp_path, kl, photos, caplog):
+  dataset = encode(picture_set(str(photos), 8), kl, out=tmp_path / "z")
+  assert codec_of(dataset).normalisation == Scaling((0.25,) * 3, (0.5,) * 3)
+  other = data.Dataset(**{**vars(dataset), "scaling": Scaling((0.25,) * 3, (0.13,) * 3)})
+  with pytest.raises(
+    ValueError, match=r"makes latents of another scale than latents:.* has: scale \(0\.5, .*, the data's"
+  ):
+    codec_of(other)
+  with caplog.at_level(logging.WARNING):
+    assert as_pictures(other, np.zeros((1, 8, 8, 3), np.float32)).shape == (1, 8, 8, 3)
+  assert "latents are shown by their first channels" in caplog.text
+
+
+def test_latents_of_another_scale_than_a_converted_teacher_takes_are_told(tmp_path, caplog):
+  config = quick("imagenet", "gmrepa_1nfe", tmp_path / "teacher")
+  config.data = dict(name=f"latents:{tmp_path}/z")
+  rng = np.random.default_rng(0)
+
+  def latents(std):
+    shutil.rmtree(tmp_path / "z", ignore_errors=True)
+    x0 = std * rng.normal(size=(32, 8, 8, 4)).astype(np.float32)
+    data.write_latents(f"{tmp_path}/z", [(x0, np.arange(32) % 10)], num_classes=10)
+
+  latents(1.0)
+  write_pretrained(config, tmp_path / "teacher")
+  with caplog.at_level(logging.WARNING):
+    build(config)
+    assert "takes latents of about" not in caplog.text
+    latents(0.5)
+    build(config)
+  assert re.search(r"has a standard deviation of 0\.[45].*, the teacher in ", caplog.text)
+  assert "takes latents of about 1: are they of its autoencoder?" in caplog.text
+  latents(5.49)  # as those of Stable Diffusion before they are scaled
+  with pytest.raises(
+    ValueError, match=r"config.data.name: latents:.* has a standard deviation of 5\.[45].*, the teacher in"
+  ):
+    build(config)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_of_many_files_a_few_are_opened(tmp_path, monkeypatch):
   source = dataset.records.source
   source.files = source.files * 1000
   opened = []
-  monkeypatch.setattr(MODULE, "regular_file", lambda path: opened.append(path) or path)
+  monkeypatch.setattr(MODULE, "regular_file", lambda path: opened.append(path) or pathlib.Path(path))
   assert data.fingerprint(dataset)["records"] == len(source.files)
   assert len(opened) == MODULE.RECORDS
 

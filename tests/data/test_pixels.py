@@ -1,10 +1,14 @@
 """Crop, resize, transparency and channels."""
 
+import io
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from pflow_jax.data.pixels import read_pixels, to_pixels
+from pflow_jax.data.pixels import center_crop, read_pixels, to_pixels
+from tests.data.adm_pictures import PICTURES, encoded
 
 
 def test_transparency_is_composited_over_white():
@@ -92,3 +96,39 @@ def test_what_is_cut_short_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     with pytest.raises(ValueError, match="cannot read the image"):
       read_pixels(path, 4, 3)
+
+
+@pytest.mark.parametrize("name", PICTURES())
+def test_the_crop_of_adm_is_that_of_its_code(golden, name):
+  """To the bit: grey, palette, CMYK become RGB, transparency is dropped, EXIF's orientation is not looked at."""
+  content, size = PICTURES()[name]
+  np.testing.assert_array_equal(read_pixels(content, size, 3, "adm"), golden("adm_center_crop")[name])
+
+
+def test_the_crop_of_adm_differs_from_ours_where_it_says_so():
+  content, size = PICTURES()["exif_turned"]
+  assert np.abs(read_pixels(content, size, 3).astype(int) - read_pixels(content, size, 3, "adm")).mean() > 10
+  grey = read_pixels(*PICTURES()["grey"], 1, "adm")
+  np.testing.assert_array_equal(np.repeat(grey, 3, axis=2), read_pixels(*PICTURES()["grey"], 3, "adm"))
+
+
+def test_16_bits_are_scaled_where_adm_would_clip_them():
+  deep = Image.fromarray(np.full((9, 9), 128 * 257, np.uint16))
+  np.testing.assert_array_equal(read_pixels(encoded(deep), 4, 3, "adm"), np.full((4, 4, 3), 128))
+  with pytest.raises(ValueError, match="expected 8 or 16 bits a channel, got Pillow mode 'F'"):
+    center_crop(Image.new("F", (4, 4)), 2)
+
+
+def test_a_strip_that_would_be_scaled_to_gigabytes_is_refused():
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    with pytest.raises(ValueError, match=r"expected at most [\d,]+ pixels when scaled, got 256 x 5120000"):
+      read_pixels(encoded(Image.new("L", (1, 20000))), 256, 3, "adm")
+
+
+def test_bytes_that_are_cut_short_are_named():
+  whole = encoded(Image.new("RGB", (64, 64), "red"))
+  with pytest.raises(ValueError, match="cannot read the image n01/7: .*(truncated|broken)"):
+    read_pixels(whole[: len(whole) // 2], 16, 3, "adm", name="n01/7")
+  with pytest.raises(ValueError, match=r"cannot read the image n01/7: expected one of"):
+    read_pixels(io.BytesIO(b"not a picture").getvalue(), 16, 3, "adm", name="n01/7")

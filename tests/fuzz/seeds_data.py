@@ -10,6 +10,7 @@ import pickle
 import shutil
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from PIL import Image
 
 from pflow_jax import data
 from pflow_jax.data import emoji
-from pflow_jax.data.latents import write_latents
+from pflow_jax.data.latent_shards import LatentFolder, write_latents
+from pflow_jax.data.latents import Info
 from pflow_jax.data.pixels import read_pixels
 from pflow_jax.files.array_files import read_npy
 from tests import prompt_folders
@@ -123,6 +125,63 @@ def latents(folder: pathlib.Path) -> Seed:
   return folder, lambda: whole(data.load(f"latents:{folder}"))
 
 
+def moments(folder: pathlib.Path) -> Seed:
+  rng = np.random.default_rng(0)
+  info = Info((2, 2, 3), 4, moments=True, mirrored=True, shift=(0.0,) * 3, scale=(0.5,) * 3)
+  written = LatentFolder(folder, info, 7, shard_records=4)
+  written.claim()
+  for number in written.todo():
+    with written.writing(number) as shard:
+      count = len(written.rows(number))
+      shard.add(rng.random((count, *info.stored)).astype(np.float16), rng.integers(0, 4, count))
+  written.finish()
+  return folder, lambda: whole(data.load(f"latents:{folder}"))
+
+
+def tar_archive(folder: pathlib.Path) -> Seed:
+  """As WebDataset has them."""
+  _image(folder / "0.png")
+  with tarfile.open(folder / "a.tar", "w") as tar:
+    for number in range(4):
+      tar.add(folder / "0.png", f"n/{number}.png")
+      member = tarfile.TarInfo(f"n/{number}.cls")
+      member.size = 1
+      tar.addfile(member, io.BytesIO(b"%d" % (number % 2)))
+  (folder / "0.png").unlink()
+  return folder / "a.tar", lambda: whole(data.load(f"webdataset:{folder}", image_size=4, crop="adm"))
+
+
+def parquet_file(folder: pathlib.Path) -> Seed:
+  """As the Hugging Face Hub has them."""
+  import pyarrow
+  from pyarrow import parquet
+
+  _image(folder / "0.png")
+  rows = [{"bytes": (folder / "0.png").read_bytes(), "path": f"{number}.png"} for number in range(4)]
+  (folder / "0.png").unlink()
+  parquet.write_table(pyarrow.table({"image": rows, "label": [0, 1, 0, 1]}), folder / "a.parquet", row_group_size=2)
+  return folder / "a.parquet", lambda: whole(data.load(f"parquet:{folder}", image_size=4))
+
+
+def foreign_latents(folder: pathlib.Path) -> Seed:
+  """As EDM2's dataset_tool.py encodes them."""
+  from pflow_jax.conversion.foreign_latents import EDM2
+
+  with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+    for number in range(3):
+      buffer = io.BytesIO()
+      np.save(buffer, np.ones((8, 2, 2), np.float32))
+      archive.writestr(f"{number}.npy", buffer.getvalue())
+    archive.writestr("dataset.json", json.dumps({"labels": [[f"{number}.npy", number] for number in range(3)]}))
+
+  def read() -> None:
+    found = EDM2(f"{folder}/a.zip")
+    for row in range(len(found)):
+      found.read(row)
+
+  return folder / "a.zip", read
+
+
 def _prompts_seed(model: str, shape: tuple[int, ...] | None) -> Callable[[pathlib.Path], Seed]:
   def seed(folder: pathlib.Path) -> Seed:
     path = prompt_folders.write(folder / "prompts", model, shape=shape)
@@ -215,6 +274,9 @@ SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "prompts_jsonl": prompts_jsonl,
   "prompts_csv": prompts_csv,
   "latents": latents,
+  "moments": moments,
+  "tar_archive": tar_archive,
+  "foreign_latents": foreign_latents,
   "prompts_qwen_image": _prompts_seed("qwen_image", prompt_folders.SHAPE),
   "prompts_flux": _prompts_seed("flux", None),
   "prompts_minilm": _prompts_seed("minilm", None),
@@ -223,9 +285,10 @@ SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "reference_npz": _reference("npz"),
   "reference_pkl": _reference("pkl"),
 }
-# These start TensorFlow Datasets and PyTorch, which takes longer than hundreds of cases of the others.
+# These start TensorFlow Datasets, PyTorch and pyarrow, which takes longer than hundreds of cases of the others.
 SLOW_SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "tfds_array_record": _tfds_seed("array_record"),
   "tfds_parquet": _tfds_seed("parquet"),
   "encoder": encoder,
+  "parquet_file": parquet_file,
 }

@@ -156,7 +156,7 @@ class QwenVAE(vae.Autoencoder):
           f"{name}: expected one number for each of latent_channels {self.latent_channels}, got {getattr(self, name)}"
         )
 
-  def _normalisation(self) -> tuple[Any, Any]:
+  def normalisation(self) -> tuple[Any, Any]:
     wide = accumulation_dtype(self.dtype)
     mean, std = (jnp.asarray(values, wide).reshape(1, 1, 1, -1) for values in (self.latent_mean, self.latent_std))
     return mean, 1 / std

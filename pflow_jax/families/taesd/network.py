@@ -8,7 +8,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +130,8 @@ class TinyAutoencoder(Autoencoder):
     dtype: compute dtype. Parameters, norms and outputs stay float32.
   """
 
+  has_variance: ClassVar[bool] = False  # its latents imitate those of another, already scaled
+
   channels: int = 3
   latent_channels: int = 4
   stem: tuple[int, ...] = ()
@@ -164,7 +166,7 @@ class TinyAutoencoder(Autoencoder):
   def decode(self, z: jax.Array) -> jax.Array:
     return 2 * super().decode(z) - 1
 
-  def _normalisation(self) -> tuple[Any, Any]:
+  def normalisation(self) -> tuple[Any, Any]:
     return self.shift, self.scale
 
 
