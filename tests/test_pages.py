@@ -62,6 +62,9 @@ PARSED = {
   r"pflow \w+ .*(flux|FLUX\.1|runs/theirs)": (
     "weights of 12 billion parameters; tests/evaluation/test_text_to_image.py goes the same way with tiny ones"
   ),
+  r"pflow convert .*(last\.pt|SiT-XL-2|_imagenet|runs/sit )": (
+    "weights of 675 million parameters; tests/conversion/test_authors.py converts tiny ones"
+  ),
   r"pflow (convert|sample) .*runs/repa": (
     "weights of REPA's teacher; tests/evaluation/test_sample.py samples a small one by the same flags"
   ),

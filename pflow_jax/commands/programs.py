@@ -258,25 +258,29 @@ def convert(
   key: str = "",
   mesh: list[str] = [],  # noqa: B006
   teacher: str | None = None,
+  convention: Literal["repa", "sit", "flowdit"] | None = None,
+  format: Literal["diffusers", "timm"] = "diffusers",
 ) -> None:
   """Converts weights from PyTorch, or a run to PyTorch.
 
   Args:
-    source: workdir, folder of diffusers, or .safetensors or .pth
+    source: workdir, folder of diffusers, or .safetensors, .pth or .pt
     out: new workdir, or for a run the new folder for PyTorch
     base: workdir of the teacher of an adapter from PyTorch
     which: averaged or last parameters of a run
     dtype: default: as it is stored
     max_shard_gb: size of a file for PyTorch, in 10^9 bytes; default: one file for a policy, else 5
-    key: of the state dict in a .pth file that has several
+    key: of the state dict in a .pth file that has several; default: ema, if there is one
     mesh: fsdp=16: parts that lie together in the checkpoint
     teacher: workdir of the run's teacher, if it has moved
+    convention: time and sign of a DiT, where its files do not tell them
+    format: of a run's names for PyTorch: timm is of the code of SiT and REPA
   """
   from pflow_jax.conversion.program import convert as run
 
   options: dict[str, Any] = dict(base=base, teacher=teacher, which=which, dtype=dtype, max_shard_gb=max_shard_gb)
   with resumable():
-    run(source, out, key=key, mesh=mesh_sizes(mesh), **options)
+    run(source, out, key=key, mesh=mesh_sizes(mesh), convention=convention, format=format, **options)
 
 
 def latents(

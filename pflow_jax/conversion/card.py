@@ -18,6 +18,7 @@ import yaml
 
 from pflow_jax.conversion.origin import README, Origin, data_name, origin_of, plain
 from pflow_jax.evaluation.tables import markdown_table
+from pflow_jax.families.dit.authors import SIT
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically
@@ -115,7 +116,7 @@ def card(
     _table(_about(settings, config, origin, policy)),
     _evaluation(folder, step),
     _training(settings, which, step),
-    _use(settings, policy),
+    _use(settings, policy, config["_class_name"]),
     f"## Versions\n\npflow_jax {version_of('pflow-jax')}, jax {version_of('jax')}, "
     f"flax {version_of('flax')}, Python {platform.python_version()}.\n",
   ]
@@ -216,7 +217,7 @@ def _training(settings: Settings, which: str, step: int | None) -> str:
   return f"## Training\n\n{_table(rows)}"
 
 
-def _use(settings: Settings, policy: str | None) -> str:
+def _use(settings: Settings, policy: str | None, name: str) -> str:
   """Blocks of code, for every program that reads the files."""
   adapters, kind = bool(settings.adapters.table), settings.model.kind
   text = "text" in network_kind(kind).conditions
@@ -235,7 +236,9 @@ def _use(settings: Settings, policy: str | None) -> str:
       "x0.npy\n```\n"
     )
   if policy is None:
-    blocks.append("With diffusers: its class has the name of the network above.\n")
+    timm = "With the code of SiT, or of REPA: the tensors are the state dict of its `SiT`, without projectors.\n"
+    diffusers = "With diffusers: its class has the name of the network above.\n"
+    blocks.append(timm if name == SIT else diffusers)
   elif (kind, policy) in _PIPELINES and adapters:
     blocks.append(_pipeline(settings, policy))
   return "## Use\n\n" + "\n".join(blocks)

@@ -18,11 +18,12 @@ from flax.traverse_util import unflatten_dict
 from pflow_jax.checkpoints.stream import save_leaves
 from pflow_jax.conversion import students
 from pflow_jax.conversion.leaves import TensorLeaf
-from pflow_jax.conversion.models import Model, model_of_torch, read_config
+from pflow_jax.conversion.models import Model, model_of_torch, read_config, recognise
 from pflow_jax.conversion.origin import told_by_folder
 from pflow_jax.conversion.progress import digest, in_words, megabytes
 from pflow_jax.conversion.runs import read_run
 from pflow_jax.core.objectives import PRETRAINED, FlowMatching
+from pflow_jax.families.names import Source
 from pflow_jax.families.registry import FAMILIES, sharding_rules
 from pflow_jax.files import foreign
 from pflow_jax.files.lock import Lock
@@ -33,9 +34,10 @@ from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.sections import call
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.check import check_tensors
+from pflow_jax.torch_io.pickled import CHOSEN
 from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.table import is_lora, strip_prefix
-from pflow_jax.torch_io.tensors import open_tensors
+from pflow_jax.torch_io.tensors import WEIGHTS, open_tensors
 from pflow_jax.training import workdir
 from pflow_jax.training.network import head_class
 from pflow_jax.training.teachers import inputs_of_import
@@ -52,7 +54,7 @@ class _Import:
     state: of the checkpoint, by part and path.
     settings: of the run.
     title: of what is converted, for messages.
-    notes: that are printed.
+    notes: that are printed, after those of the source.
   """
 
   state: dict[str, dict[str, TensorLeaf]]
@@ -68,6 +70,7 @@ def to_jax(
   dtype: np.dtype | None,
   key: str,
   mesh: Mapping[str, int] | None,
+  convention: str | None,
   options: Mapping[str, Any],
 ) -> bool:
   """Writes a model of PyTorch as a workdir, see `conversion.program.convert`.
@@ -79,14 +82,15 @@ def to_jax(
     dtype: of floating leaves; None is the tensors'.
     key: of the state dict in a file that holds several.
     mesh: sizes of the mesh whose devices' parts lie together.
+    convention: of a DiT's time, where its files do not tell it.
     options: that tell this conversion from another of the same source.
 
   Returns:
     Whether anything was left to do.
   """
-  config = read_config(path)
-  tensors = open_tensors(path, key)
-  tensors = tensors.renamed(strip_prefix(tensors.places))
+  given = open_source(path, key, convention, base is not None)
+  source = recognise(given)
+  config, tensors = source.config, source.tensors
   model = model_of_torch(config, tensors.metadata, tensors)
   name = (path if path.is_dir() else path.parent).resolve().name
   if not head_class(model.head).has_policy:
@@ -94,10 +98,10 @@ def to_jax(
       raise ValueError("base: expected adapters, the source is a model of its own; leave it out")
     plan = _import_teacher(path, model, tensors, config, dtype, name)
   else:
-    plan = _import_student(path, model, tensors, base, dtype, name)
-  identity = {"tensors": tensors.identity(), "base": base and os.path.abspath(base), "mesh": mesh and dict(mesh)}
-  source = digest({"config": config, **identity, **options})
-  if _is_finished(epath.Path(out), source):
+    plan = _import_student(path, model, tensors, base, dtype, f"{given.published} {name}")
+  identity = {"tensors": given.tensors.identity(), "base": base and os.path.abspath(base), "mesh": mesh and dict(mesh)}
+  made_of = digest({"config": given.config, **identity, **options})
+  if _is_finished(epath.Path(out), made_of):
     if is_first():
       print(f"{out} holds this model already")
     return False
@@ -109,7 +113,7 @@ def to_jax(
   total = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
   if is_first():
     print(f"{plan.title}: {len(tensors.places)} tensors, {in_words(tensors.nbytes)} -> {out}, {in_words(total)}")
-    for note in plan.notes:
+    for note in (*source.notes, *plan.notes):
       print(note)
   state = {
     part: unflatten_dict({tuple(p.split("/")): leaf for p, leaf in tree.items()}) for part, tree in plan.state.items()
@@ -118,7 +122,7 @@ def to_jax(
   try:
     with Lock(out, "pflow convert", active=is_first()), megabytes(total, "convert") as report:
       if is_first():
-        mark.write_text(_mark(source))
+        mark.write_text(_mark(made_of))
       try:
         save_leaves(f"{out}/{workdir.CHECKPOINTS}", state, layout=layout, resume=True, report=report)
       except ValueError:  # of the tensors: a source that has been mended is another
@@ -133,6 +137,26 @@ def to_jax(
       mark.parent.rmdir()
     raise
   return True
+
+
+def open_source(path: pathlib.Path, key: str = "", convention: str | None = None, has_base: bool = False) -> Source:
+  """Opens the files of a model, as they came; the arguments are those of `to_jax`.
+
+  Raises:
+    ValueError: a file is damaged, or its config.json is of no known class.
+  """
+  config, tensors = read_config(path), open_tensors(path, key)
+  chosen = tensors.metadata.get(CHOSEN)
+  notes = () if chosen is None else (f"of its state dicts {chosen!r} is taken; --key names another",)
+  tensors = tensors.renamed(strip_prefix(tensors.places))
+  return Source(tensors, config, str(path), _published(path), convention, has_base, notes)
+
+
+def _published(path: pathlib.Path) -> str:
+  """Returns the name by which a published model is known: its file's, or its folder's where all files have one name."""
+  if path.is_file() and not path.stem.startswith(WEIGHTS.partition(".")[0]):
+    return path.stem
+  return (path.parent if path.is_file() else path).absolute().name
 
 
 def _import_teacher(
@@ -158,14 +182,7 @@ def _import_teacher(
     sample=SampleSettings(**walk),
     source=source,
   )
-  notes = tuple(filter(None, [model.names.time_note(config, path.name)]))
-  if model.learns_variance:
-    channels = model.attributes["channels"]
-    notes += (
-      f"its variance is learned: of every sub-pixel's {model.attributes['out_channels']} outputs the first {channels} "
-      "are kept; a model trained so predicts noise (DDPM), not a velocity, and is no teacher as it is",
-    )
-  return _Import({"params": leaves}, own, str(config["_class_name"]), notes)
+  return _Import({"params": leaves}, own, str(config["_class_name"]))
 
 
 def _import_student(

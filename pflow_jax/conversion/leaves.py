@@ -107,6 +107,7 @@ class Exporter:
     dtype: of the tensors; None is the leaves'.
     scale: of leaves, by path, where it is not 1.
     unused: layers, (path, index), that are left out.
+    constants: tensors that no leaf has, by name.
   """
 
   def __init__(
@@ -116,8 +117,9 @@ class Exporter:
     dtype: np.dtype | None = None,
     scale: Mapping[str, float] | None = None,
     unused: Collection[tuple[str, int]] = (),
+    constants: Mapping[str, np.ndarray] | None = None,
   ):
-    self._leaves, self._rows, self._scale = leaves, rows, scale or {}
+    self._leaves, self._rows, self._scale, self._constants = leaves, rows, scale or {}, constants or {}
     self._pieces: dict[str, _Piece] = {}
     self.planned: list[Planned] = []
     self._held: dict[Any, np.ndarray] = {}
@@ -131,9 +133,12 @@ class Exporter:
         for i, name in enumerate(row.at(layer)):
           self._pieces[name] = _Piece(path, layer, 0 if row.tied else i, row.joined)
           self.planned.append(Planned(name, shapes[name], dtype or leaf.dtype))
+    self.planned += [Planned(name, value.shape, dtype or value.dtype) for name, value in self._constants.items()]
 
   def tensor(self, name: str, dtype: np.dtype) -> np.ndarray:
     """A tensor in C order, made in one buffer beside a chunk of the checkpoint."""
+    if name in self._constants:
+      return np.asarray(self._constants[name], dtype, order="C")
     piece = self._pieces[name]
     row, leaf, scale = self._rows[piece.path], self._leaves[piece.path], self._scale.get(piece.path, 1)
     size = leaf.shape[-1] // piece.parts if leaf.shape else 0
@@ -145,6 +150,7 @@ class Exporter:
     while start < (piece.part + 1) * size:
       stop = min((start // step + 1) * step, (piece.part + 1) * size)
       columns = self._columns(piece, start, stop)
+      columns = -columns if row.negate else columns
       first = start - piece.part * size
       out[first : first + stop - start] = (columns if scale == 1 else columns.astype(np.float32) * scale).T
       start = stop

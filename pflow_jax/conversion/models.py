@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from pflow_jax.data import ArrayRecords, Dataset, Embedding
-from pflow_jax.families.dit import names as dit
 from pflow_jax.families.metadata import head_of_config
-from pflow_jax.families.names import NetworkNames
+from pflow_jax.families.names import NetworkNames, Source
 from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.files import foreign
 from pflow_jax.networks.heads import Head
 from pflow_jax.settings.tree import Choice, Settings
+from pflow_jax.torch_io.check import listing
 from pflow_jax.torch_io.fields import check_sizes, read_fields
 from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.table import Row, flat_shapes, is_lora, torch_shapes_of
@@ -24,7 +24,8 @@ from pflow_jax.torch_io.tensors import CONFIG
 from pflow_jax.training.network import head_class, make_network
 
 # Attributes of our modules that a config takes from its data, and what is no attribute at all.
-_FROM_DATA = ("channels", "num_classes", "sample_size", "out_channels")
+_FROM_DATA = ("channels", "num_classes", "sample_size", "out_channels", "per_block")
+DIFFUSERS = "diffusers"  # the format that is written by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +36,13 @@ class Model:
     kind: as config.model.kind.
     attributes: of its module, see the modules' `model_from_config`.
     head: its output layer.
+    names: of its weights in PyTorch.
   """
 
   kind: str
   attributes: Mapping[str, Any]
   head: Choice
-
-  @property
-  def names(self) -> NetworkNames:
-    """Names of its weights in PyTorch."""
-    names = FAMILIES[self.kind].names
-    assert names is not None
-    return names
+  names: NetworkNames
 
   @property
   def output(self) -> Head:
@@ -69,9 +65,9 @@ class Model:
     return self.names.config_from_model(self.attributes, self.output)
 
   @property
-  def learns_variance(self) -> bool:
-    """Returns whether it is a PyTorch model with channels that are not wanted here."""
-    return "out_channels" in self.attributes
+  def constants(self) -> dict[str, np.ndarray]:
+    """Tensors of PyTorch's class that no parameter makes, by name."""
+    return self.names.constants(self.attributes)
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """Shapes of our network's parameters by path, without making any."""
@@ -96,28 +92,44 @@ class Model:
 
 
 def read_config(source: pathlib.Path) -> dict[str, Any]:
-  """Reads the config.json of a model.
+  """Reads the config.json of a model; returns an empty one where there is none.
 
   Args:
     source: folder of the model, or a file with config.json beside it.
 
   Raises:
-    ValueError: there is none, or its class is not known.
+    ValueError: its class is not known.
   """
-  folder = source if source.is_dir() else source.parent
-  known = [name for names in _converted().values() for name in names.classes]
-  path = folder / CONFIG
+  path = (source if source.is_dir() else source.parent) / CONFIG
   if not path.exists():
-    raise ValueError(
-      f"{folder}: expected {CONFIG} with the class and the sizes of the model, as diffusers writes it; for π-Flow's "
-      f'teachers on ImageNet {{"_class_name": "{dit.FLOW}"}} is enough, with "num_timesteps": 1 too for those of REPA '
-      f'and SiT, and "flip_model_timesteps": true for that of SiT'
-    )
+    return {}
   config = foreign.read_json(path)
-  name = config.get("_class_name")
-  if name not in known:
-    raise ValueError(f"{path}: _class_name must be one of {known}, got {foreign.shown(name)}")
+  if "_class_name" in config and config["_class_name"] not in list(_classes()):
+    raise ValueError(
+      f"{path}: _class_name must be one of {list(_classes())}, got {foreign.shown(config['_class_name'])}"
+    )
   return config
+
+
+def recognise(source: Source) -> Source:
+  """Returns a source with a whole config.json, and with no tensors but those of the model.
+
+  Args:
+    source: files of a model; of a published DiT they need no config.json.
+
+  Raises:
+    ValueError: they are of no known model, or do not tell enough of it.
+  """
+  for family in FAMILIES.values():
+    for names in filter(None, (family.names, *family.formats.values())):
+      found = names.recognise(source)
+      if found is not None:
+        return found
+  raise ValueError(
+    f"{source.file}: expected {CONFIG} beside the weights, with the class and the sizes of the model, as diffusers "
+    "writes it; without one only files of DiT, SiT, REPA and π-Flow's release on ImageNet are known by their tensors, "
+    f"and these are {listing(source.tensors.places, ())}"
+  )
 
 
 def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tensors: Tensors | None = None) -> Model:
@@ -132,7 +144,7 @@ def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tenso
     ValueError: this package's network does not do what the config says, or its tensors cannot have such sizes.
   """
   name = config["_class_name"]
-  kind, names = next((k, n) for k, n in _converted().items() if name in n.classes)
+  kind, names = _classes()[name]
   schema = names.schema(name)
   full = read_fields(config, schema)
   head = head_of_config(names.classes[name], full | {"_class_name": name}, metadata)
@@ -143,11 +155,14 @@ def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tenso
   if tensors is not None:
     of_head = [field.name for field in dataclasses.fields(owner.torch_schema())]
     check_sizes(full, schema, tensors, of_head if any(map(is_lora, tensors.places)) else None)
-  return Model(kind, attributes, head)
+  return Model(kind, attributes, head, names)
 
 
 def model_of_run(
-  settings: Settings, shapes: Mapping[str, tuple[int, ...]], data: Mapping[str, Any] | None = None
+  settings: Settings,
+  shapes: Mapping[str, tuple[int, ...]],
+  data: Mapping[str, Any] | None = None,
+  format: str = DIFFUSERS,
 ) -> Model:
   """Returns the model that a run of ours trained.
 
@@ -156,13 +171,17 @@ def model_of_run(
     shapes: of the parameters in its checkpoint, by path; those of the output layers at least.
     data: what a DiT takes from its data and its parameters do not tell: "sample_size", and "num_classes" where they do
       not have the table of them.
+    format: of the names in PyTorch, DIFFUSERS or one of those of its family.
 
   Raises:
-    ValueError: PyTorch has no class for the network.
+    ValueError: PyTorch has no class for the network, or no such format.
   """
   kind, head = settings.model.kind, settings.head
   if kind not in _converted():
     raise ValueError(f"config.model.kind: PyTorch has no class for {kind!r}, expected one of {list(_converted())}")
+  formats = {DIFFUSERS: _converted()[kind], **FAMILIES[kind].formats}
+  if format not in formats:
+    raise ValueError(f"format: expected one of {list(formats)} for a {kind}, got {format!r}")
   attributes = {**network_kind(kind).defaults, **settings.model.options}
   missing = [name for name in _required(kind) if attributes.get(name) is None]
   if missing:
@@ -184,12 +203,22 @@ def model_of_run(
         "config.data.num_classes: PyTorch's DiT is conditioned on classes, and neither the run's config nor its "
         "checkpoint tells how many there are; set it, unless the run is conditioned on texts"
       )
-  return Model(kind, attributes, head)
+  return Model(kind, attributes, head, formats[format])
 
 
 def _converted() -> dict[str, NetworkNames]:
   """Returns the names in PyTorch of the families that have some."""
   return {name: family.names for name, family in FAMILIES.items() if family.names is not None}
+
+
+def _classes() -> dict[str, tuple[str, NetworkNames]]:
+  """Returns the network and the names of every class in PyTorch."""
+  return {
+    name: (kind, names)
+    for kind, family in FAMILIES.items()
+    for names in filter(None, (family.names, *family.formats.values()))
+    for name in names.classes
+  }
 
 
 def _required(kind: str) -> list[str]:

@@ -127,7 +127,7 @@ def base_of(folder: str, model: Model) -> Model:
   teacher = model_of_run(settings, shapes)
   check_leaves(teacher, shapes, f"base: {folder}")
   # How it is computed may differ, and the scale and the direction of time are not in PyTorch's files.
-  free = (*COMPUTED, "dtype", "out_channels", "sample_size", "time_scale", "flip_time")
+  free = (*COMPUTED, "dtype", "out_channels", "per_block", "sample_size", "time_scale", "flip_time")
   theirs, ours = ({k: _plain(v) for k, v in one.attributes.items() if k not in free} for one in (teacher, model))
   ours = {k: _plain(v) for k, v in network_kind(model.kind).defaults.items() if k not in free} | ours
   differing = [
@@ -167,7 +167,7 @@ def student_settings(
 ) -> Settings:
   """Returns the settings of a run that has this student.
 
-  What the files do not tell is taken from the releases' recipes, and from the name of the folder, such as
+  What the files do not tell is taken from the releases' recipes, and from the names of file and folder, such as
   "gmflux_k8_piid_8step"; the data are random ones of the network's shapes. All can be changed when it is used.
 
   Args:
@@ -175,7 +175,7 @@ def student_settings(
     base: workdir of its teacher.
     adapters: that it is, or None.
     metadata: of its files.
-    name: of its folder.
+    name: of its file and its folder; the first number of steps in it counts.
     dtype: that it computes in.
   """
   recipe = FAMILIES[model.kind].students.get(head_class(model.head), {})

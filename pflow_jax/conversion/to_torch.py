@@ -44,6 +44,7 @@ def to_torch(
   which: str,
   dtype: np.dtype | None,
   max_bytes: int | None,
+  format: str,
   options: Mapping[str, Any],
   known: Settings,
 ) -> bool:
@@ -55,6 +56,7 @@ def to_torch(
     which: "ema" or "params".
     dtype: of floating tensors; None is the leaves'.
     max_bytes: of a file; None is one file for a student with a policy, and SHARD_BYTES for any other network.
+    format: of the names, see `conversion.models.model_of_run`.
     options: that tell this conversion from another of the same source.
     known: settings of the run with what it carries of its data.
 
@@ -70,7 +72,7 @@ def to_torch(
   step = newest_step(checkpoints)
   leaves = open_leaves(checkpoints, which=which, step=step)
   shapes = {path: leaf.shape for path, leaf in leaves.items()}
-  model = model_of_run(settings, shapes, _data_of(known))
+  model = model_of_run(settings, shapes, _data_of(known), format)
   check_leaves(model, shapes, folder)
   torch_config = model.torch_config
   rows = rows_for(model.rows, leaves)
@@ -85,7 +87,7 @@ def to_torch(
     metadata = policy_metadata(model.output, objective.max_segment, objective.shift)
     grid = objective.nfe, objective.final_scale, objective.shift
     metadata |= sampling_metadata(*grid, sampling.temperature_of_segments, sampling.method)
-  exporter = Exporter(leaves, rows, dtype, _scales(leaves, settings.adapters.rows), _unused(leaves))
+  exporter = Exporter(leaves, rows, dtype, _scales(leaves, settings.adapters.rows), _unused(leaves), model.constants)
   identity = {"folder": os.path.abspath(folder), "step": step, "sums": _sums(checkpoints, step)}
   config = foreign.read_json(epath.Path(folder) / workdir.CONFIG)
   if max_bytes is None:  # the readers of policies open one file, and no index

@@ -26,6 +26,7 @@ class Family:
     teacher: what its released models are sampled with, keys of `SampleSettings`, and the time "shift".
     students: the same of its released students, by head: "nfe", "final_scale", "shift", and "temperature" where it is
       not 1.
+    formats: other names of its weights in PyTorch, by the name of the format.
   """
 
   name: str
@@ -36,3 +37,4 @@ class Family:
   side: int = 128
   teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   students: Mapping[type[Head], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  formats: Mapping[str, NetworkNames] = dataclasses.field(default_factory=dict)

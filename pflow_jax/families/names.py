@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 from flax import linen as nn
 
 from pflow_jax.networks.heads import HEADS, Head, VelocityHead, head_options_of
 from pflow_jax.torch_io.fields import joined, read_fields, schema_of
+from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.table import Row
 
 TEACHER = VelocityHead()
 _HIDDEN = ("head", "dtype", "remat", "attention", "scan_unroll")  # attributes that say nothing of which network it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Files of a model, and what is known of them.
+
+  Attributes:
+    tensors: of the model.
+    config: content of its config.json; empty where there is none.
+    file: where it is, for errors.
+    published: name by which it may be known, of its file or of its folder.
+    convention: name of the convention of its time and its velocity, where the user gave one.
+    has_base: whether a teacher of ours is given too, which knows that convention.
+    notes: on what was assumed and left out.
+  """
+
+  tensors: Tensors
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  file: str = ""
+  published: str = ""
+  convention: str | None = None
+  has_base: bool = False
+  notes: tuple[str, ...] = ()
+
+  def noted(self, note: str, **fields: Any) -> Source:
+    """Returns this source with one more note.
+
+    Args:
+      note: a sentence.
+      fields: of config.json, that it is about.
+    """
+    return dataclasses.replace(self, config={**self.config, **fields}, notes=(*self.notes, note))
 
 
 class TorchNames:
@@ -128,10 +163,11 @@ class NetworkNames(TorchNames):
     Raises:
       ValueError: there is none.
     """
-    if head.torch_prefix is None:
+    found = () if head.torch_prefix is None else self._class_names(head.torch_prefix)
+    if not found:
       known = sorted(set(self.classes.values()))
       raise ValueError(f"config.head.kind: no PyTorch class has {head_options_of(head)[0]!r}, only {known}")
-    return self._class_names(head.torch_prefix)[0]
+    return found[0]
 
   def rows(self, model: Mapping[str, Any], head: Head = TEACHER) -> tuple[Row, ...]:
     """Returns the table of names of all parameters.
@@ -174,18 +210,33 @@ class NetworkNames(TorchNames):
     own = {name: model[name] for name in _names(self._own) if name in model}
     return {"_class_name": self.class_of(head), **own, **head.torch_fields()}
 
-  def time_note(self, config: Mapping[str, Any], name: str) -> str:
-    """Returns words on what is assumed of a teacher's time where its config.json does not say, or "".
+  def recognise(self, source: Source) -> Source | None:
+    """Returns a source with a whole config.json, and without tensors that the network does not need.
 
     Args:
-      config: a config.json.
-      name: of its file.
+      source: files of any model.
+
+    Returns:
+      The same, or None where it is no model of these names.
 
     Raises:
-      ValueError: an assumption would be wrong.
+      ValueError: it is one, and is damaged, or cannot be used, or does not tell enough.
     """
-    del config, name
-    return ""
+    name = source.config.get("_class_name")
+    if name not in self.classes:
+      return None
+    if source.convention is not None:
+      raise ValueError(f"convention: only the files of a DiT leave it open, this is a {name}; leave it out")
+    return source
+
+  def constants(self, model: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns tensors of PyTorch's class that no parameter of ours makes, by name.
+
+    Args:
+      model: attributes of the network.
+    """
+    del model
+    return {}
 
 
 def _names(schema: type) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS, Fields, read_index
 from pflow_jax.families import kl_names
+from pflow_jax.families.dit import authors as dit_authors
 from pflow_jax.families.dit import names as dit_names
 from pflow_jax.families.family import Family
 from pflow_jax.families.flux import names as flux_names
@@ -86,7 +87,9 @@ def _key(family: Family) -> type | None:
   return family.network.module if family.network is not None else family.encoder
 
 
-register_family(Family("dit", NETWORKS["dit"], dit_names.NAMES, students=_OF_CLASSES))
+register_family(
+  Family("dit", NETWORKS["dit"], dit_names.NAMES, students=_OF_CLASSES, formats={"timm": dit_authors.NAMES})
+)
 register_family(
   Family(
     "flux",

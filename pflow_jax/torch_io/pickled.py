@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
+import math
 import pathlib
 import pickle
 import pickletools
@@ -21,6 +23,8 @@ from pflow_jax.torch_io.places import DTYPES, NEEDS_TORCH, Place, Tensors, check
 from pflow_jax.torch_io.unloaded import MAX_PICKLE, PICKLE
 
 _MOST_KNOWN = 4096  # layouts of files that are remembered
+ARGUMENTS, CHOSEN = "args of torch.save", "key of torch.save"  # in `Tensors.metadata`
+_TOLD = ("ema", "state_dict", "model")  # state dicts of a training's checkpoint, the best first
 
 
 def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
@@ -29,7 +33,11 @@ def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
   Args:
     file: of torch.save, or of torch.jit.save.
     key: of the state dict in the file, "a.b" for one within another; by default the file itself, or the only dict of
-      tensors in it. A program has none.
+      tensors in it, or, of several, "ema", "state_dict" or "model". A program has none.
+
+  Returns:
+    The tensors. Their metadata have CHOSEN, the key, where one of several state dicts was taken, and ARGUMENTS, the
+    plain values of the arguments of a training as JSON, where the file has them in "args".
 
   Raises:
     ValueError: the pickle holds code, the file is none of PyTorch's, or there is no such key.
@@ -38,16 +46,18 @@ def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
   regular_file(file)
   with _reading(file):
     if unloaded.is_old(file):
-      return Tensors(checked_names(file, _open_old(file, key)))
-    if _check_archive(file):
-      places = unloaded.open_program(file)
-      if key or not places:
+      found = _open_old(file, key)
+    elif _check_archive(file):
+      found = Tensors(unloaded.open_program(file))
+      if key or not found.places:
         raise ValueError(f"{file}: expected {'no --key' if key else 'tensors'}, as a program of torch.jit.save")
-      return Tensors(checked_names(file, places))
-    return Tensors(checked_names(file, _open_saved(file, key)))
+    else:
+      found = _open_saved(file, key)
+    checked_names(file, found.places)
+    return found
 
 
-def _open_saved(file: pathlib.Path, key: str) -> dict[str, Place]:
+def _open_saved(file: pathlib.Path, key: str) -> Tensors:
   """Opens a file of torch.save; the pickle is read with weights_only, the data stay in the file.
 
   Nothing is mapped (`mmap=True`): a file that another process cuts short would end a program that reads a mapping of
@@ -59,16 +69,42 @@ def _open_saved(file: pathlib.Path, key: str) -> dict[str, Place]:
     from torch._subclasses.fake_tensor import FakeTensorMode
   except ImportError as error:
     raise ImportError(NEEDS_TORCH) from error
-  with FakeTensorMode():  # shapes and offsets, no data
+  arguments = torch.serialization.safe_globals([(_Arguments, "argparse.Namespace")])
+  with arguments, FakeTensorMode():  # shapes and offsets, no data
     loaded = torch.load(file, map_location="cpu", weights_only=True)
   size = file.stat().st_size
-  found = _choose(file, loaded, key, torch.Tensor)
-  return {name: _place(file, size, name, tensor) for name, tensor in found.items()}
+  found, metadata = _choose(file, loaded, key, torch.Tensor)
+  places = {name: _place(file, size, name, tensor) for name, tensor in found.items()}
+  return Tensors(places, metadata | _arguments(loaded))
 
 
-def _open_old(file: pathlib.Path, key: str) -> dict[str, Place]:
+def _open_old(file: pathlib.Path, key: str) -> Tensors:
   loaded, place = unloaded.load_old(file, functools.partial(_refusal, file))
-  return {name: place(name, view) for name, view in _choose(file, loaded, key, unloaded.View).items()}
+  found, metadata = _choose(file, loaded, key, unloaded.View)
+  return Tensors({name: place(name, view) for name, view in found.items()}, metadata)
+
+
+class _Arguments:
+  """Stands for argparse.Namespace, in which training scripts save their arguments: plain values alone are kept."""
+
+  values: Mapping[str, Any] = {}
+
+  def __setstate__(self, state: Any) -> None:
+    self.values = dict(state) if isinstance(state, dict) else {}
+
+
+def _arguments(loaded: Any) -> dict[str, str]:
+  """Returns the plain values of the arguments in a checkpoint, as an entry of the metadata."""
+  found = loaded.get("args") if isinstance(loaded, Mapping) else None
+  values = found.values if isinstance(found, _Arguments) else found if isinstance(found, Mapping) else {}
+  plain = {name: value for name, value in values.items() if isinstance(name, str) and _is_plain(value)}
+  return {ARGUMENTS: json.dumps(plain)} if plain else {}
+
+
+def _is_plain(value: Any) -> bool:
+  if isinstance(value, int):  # bool too
+    return abs(value) < 2**63
+  return value is None or isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
 
 
 class PickledAlike:
@@ -161,13 +197,15 @@ def _check_archive(file: pathlib.Path) -> bool:
   return is_program
 
 
-def _choose(file: pathlib.Path, loaded: Any, key: str, kind: type) -> Mapping[str, Any]:
-  """Returns the dict of tensors, of type `kind`, that `key` names, or the only one."""
+def _choose(file: pathlib.Path, loaded: Any, key: str, kind: type) -> tuple[Mapping[str, Any], dict[str, str]]:
+  """Returns the dict of tensors, of type `kind`, that `key` names, or the only one, or the best, and what is CHOSEN."""
   found = dict(_state_dicts(loaded, kind))
-  if key in found:
-    return found[key]
   if not key and len(found) == 1:
-    return next(iter(found.values()))
+    return next(iter(found.values())), {}
+  if key in found:
+    return found[key], {}
+  if not key and (best := next((name for name in _TOLD if name in found), None)):
+    return found[best], {CHOSEN: best}
   raise ValueError(
     f"{file}: expected --key for one of the state dicts in it, {shown(sorted(found), 300)}, got {shown(key)}"
     if found

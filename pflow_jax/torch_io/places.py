@@ -6,7 +6,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -88,7 +88,7 @@ def placed(
   return Place(file, offset, shape, dtype, None if ordered or not count else strides)
 
 
-def checked_names(file: pathlib.Path, places: dict[str, Place]) -> dict[str, Place]:
+def checked_names(file: pathlib.Path, places: Mapping[str, Place]) -> Mapping[str, Place]:
   """Returns `places`, whose names go into messages and paths.
 
   Raises:
@@ -143,6 +143,10 @@ class Tensors:
   def renamed(self, names: Mapping[str, str]) -> Tensors:
     """Returns the same tensors by other names, {new: old}."""
     return dataclasses.replace(self, places={new: self.places[old] for new, old in names.items()})
+
+  def without(self, names: Collection[str]) -> Tensors:
+    """Returns these tensors but for some."""
+    return dataclasses.replace(self, places={name: at for name, at in self.places.items() if name not in names})
 
   def identity(self) -> list[list[Any]]:
     """Returns paths, sizes and times of change, which tell these files from others without reading them."""

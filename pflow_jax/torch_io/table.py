@@ -1,8 +1,8 @@
 """Tables of names: which PyTorch tensors make which Flax leaf, and how they are turned, both ways.
 
 A model's table is a tuple of rows, read from left to right to import and from right to left to export. Tensors are
-only transposed, reshaped, joined and copied, never computed with: there and back is exact to the bit. Adapters of
-`networks.lora` have no rows of their own, see `lora_rows`.
+only transposed, reshaped, joined, copied and turned in sign, never computed with otherwise: there and back is exact to
+the bit. Adapters of `networks.lora` have no rows of their own, see `lora_rows`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Row:
     patch_size: side of the patches, for layout "patch".
     take: (n, m): of every m elements of the leaf's last axis only the first n are wanted, as of an output layer with
       more channels than the network has; there is no way back, what is exported has n.
+    negate: the leaf is the tensor with the other sign, as of an output layer whose velocity is x0 - eps.
   """
 
   torch: str | tuple[str, ...]
@@ -58,6 +59,7 @@ class Row:
   tied: bool = False
   patch_size: int = 1
   take: tuple[int, int] | None = None
+  negate: bool = False
 
   def __post_init__(self) -> None:
     if self.layout not in _AXES:
@@ -141,7 +143,7 @@ def lora_rows(row: Row) -> tuple[Row, Row]:
 
   several = not isinstance(row.torch, str)
   return (
-    dataclasses.replace(row, torch=names("A"), flax=f"{stem}/lora_a", layout="linear", tied=several),
+    dataclasses.replace(row, torch=names("A"), flax=f"{stem}/lora_a", layout="linear", tied=several, negate=False),
     dataclasses.replace(row, torch=names("B"), flax=f"{stem}/lora_b"),
   )
 
@@ -164,7 +166,7 @@ def turn(row: Row, tensor: np.ndarray) -> np.ndarray:
   if row.take:
     kept, of = row.take
     x = x.reshape(*x.shape[:-1], -1, of)[..., :kept].reshape(*x.shape[:-1], -1)
-  return x
+  return -x if row.negate else x
 
 
 def turn_back(row: Row, x: np.ndarray) -> np.ndarray:
@@ -176,6 +178,7 @@ def turn_back(row: Row, x: np.ndarray) -> np.ndarray:
     x = x.reshape(row.patch_size, row.patch_size, -1, x.shape[-1])
   if row.layout in _ONES:
     x = x.reshape(-1, *(1,) * _ONES[row.layout])
+  x = -x if row.negate else x
   return x if axes is None else x.transpose(np.argsort(axes))
 
 

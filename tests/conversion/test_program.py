@@ -206,8 +206,11 @@ def test_embeddings_that_differ_among_the_blocks_are_refused(tmp_path):
 
 def test_of_a_learned_variance_the_first_channels_are_kept(tmp_path, capsys):
   write_torch(tmp_path / "torch", "dit", shard="1GB", out_channels=8)
-  convert(tmp_path / "torch", tmp_path / "run")
-  assert "predicts noise" in capsys.readouterr().out
+  with pytest.raises(ValueError, match="predicts the noise of 1000 discrete steps .*--convention flowdit"):
+    convert(tmp_path / "torch", tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  convert(tmp_path / "torch", tmp_path / "run", convention="flowdit")
+  assert "of every sub-pixel's 8 outputs the first 4 are kept" in capsys.readouterr().out
   before = load_file(tmp_path / "torch" / WEIGHTS)["proj_out_2.weight"].numpy()
   kept = before.reshape(4, 8, 32)[:, :4].reshape(16, 32)
   np.testing.assert_array_equal(params_of(tmp_path / "run")["head"]["proj_out"]["kernel"], kept.T)
@@ -359,7 +362,7 @@ def test_a_state_dict_of_the_releases_teacher_is_read(tmp_path):
   torch.save({"state_dict": state, "meta": {"step": 3}}, tmp_path / "teacher.pth")
   fields = {"_class_name": "DiTTransformer2DModelMod", "num_timesteps": 1, "sample_size": 8}
   fields |= dict(num_layers=2, num_attention_heads=2, attention_head_dim=16, num_embeds_ada_norm=5)
-  with pytest.raises(ValueError, match="DiTTransformer2DModelMod"):
+  with pytest.raises(ValueError, match="put .*num_attention_heads.* in a config.json"):
     convert(tmp_path / "teacher.pth", tmp_path / "run")
   (tmp_path / "config.json").write_text(json.dumps(fields))
   convert(tmp_path / "teacher.pth", tmp_path / "run")

@@ -78,7 +78,7 @@ def test_other_sources_are_refused(tmp_path):
     convert(tmp_path / "none", tmp_path / "out")
   write_torch(tmp_path / "torch", "dit", shard="1GB")
   convert(tmp_path / "torch", tmp_path / "run")
-  with pytest.raises(ValueError, match="^base, mesh: expected a model of PyTorch"):
+  with pytest.raises(ValueError, match="^base, mesh, convention: expected a model of PyTorch"):
     convert(tmp_path / "run", tmp_path / "out", mesh={"fsdp": 2})
   edit(tmp_path / "torch", lambda tensors: tensors.update({"a.lora_A.weight": torch.zeros(1)}))
   with pytest.raises(ValueError, match="fuse them"):

@@ -368,7 +368,7 @@ def test_an_unknown_field_is_refused(name, value):
 
 
 WRONG = [None, True, False, "x", "3", 2.5, [], [3], {}, {"a": 1}, -1, 0, 10**8, 10**30, 1e-300, ["x", None]]
-CLASSES = {name: names for names in models._converted().values() for name in names.classes}
+CLASSES = {name: names for name, (_, names) in models._classes().items()}
 
 
 def message_of(config):

@@ -11,7 +11,6 @@ from diffusers.models.embeddings import Timesteps
 from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.conversion import models
 from pflow_jax.conversion.program import convert
-from pflow_jax.families.dit.names import NAMES as dit
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.torch_io.table import flat_shapes
 from pflow_jax.training import workdir
@@ -94,14 +93,20 @@ def test_a_converted_teacher_fits_its_students_recipe(tmp_path):
 
 
 def test_a_file_of_sit_that_does_not_tell_its_time_is_refused(tmp_path):
-  for name in ("sit_imagenet.pth", "SiT-XL-2.pth"):
-    write_teacher(tmp_path / "torch", name)
-    with pytest.raises(ValueError, match=r'SiT counts time from noise to data.*"flip_model_timesteps": true') as error:
-      convert(tmp_path / "torch" / name, tmp_path / "run")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
-  assert dit.time_note(FIELDS | {"flip_model_timesteps": False}, "sit_imagenet.pth") == ""
-  assert dit.time_note({"_class_name": "DiTTransformer2DModel"}, "sit") == ""
+  """But for the published one, which is known by its name."""
+  write_teacher(tmp_path / "torch", "SiT-XL-2.pth")
+  with pytest.raises(
+    ValueError, match=r"do not tell how .*sit \(time from noise, 0, to data, 1, vel.*eps - x0"
+  ) as error:
+    convert(tmp_path / "torch" / "SiT-XL-2.pth", tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+  write_teacher(tmp_path / "torch", "sit_imagenet.pth")
+  convert(tmp_path / "torch" / "sit_imagenet.pth", tmp_path / "run")
+  assert workdir.load_config(tmp_path / "run").model.flip_time
+  write_teacher(tmp_path / "told", "sit_imagenet.pth", flip_model_timesteps=False)
+  convert(tmp_path / "told" / "sit_imagenet.pth", tmp_path / "other")
+  assert not workdir.load_config(tmp_path / "other").model.flip_time
 
 
 @pytest.mark.parametrize(

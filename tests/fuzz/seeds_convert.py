@@ -31,7 +31,8 @@ from pflow_jax.torch_io import shards
 from pflow_jax.torch_io.tensors import open_tensors
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
-from tests import encoders
+from tests import authors, encoders
+from tests.conftest import GOLDEN
 from tests.conversion.folders import make_torch, write_torch
 
 Seed = tuple[pathlib.Path, Callable[[], Any]]
@@ -111,6 +112,17 @@ def pickled(folder: pathlib.Path) -> Seed:
   fields |= {"_class_name": "DiTTransformer2DModelMod", "num_timesteps": 1, "flip_model_timesteps": True}
   (path / "config.json").write_text(json.dumps(fields))
   return path, lambda: read_source(path / "teacher.pth")
+
+
+def checkpoint(folder: pathlib.Path) -> Seed:
+  """A training's checkpoint by the names of SiT's code, which tells its time, and not its heads."""
+  path = folder / "model"
+  path.mkdir()
+  with np.load(GOLDEN / "authors_sit.npz") as file:
+    state = authors.tensors(dict(file))
+  torch.save({"state_dict": state, "args": authors.ARGS["sit"]}, path / "0400000.pth")
+  (path / "config.json").write_text('{"num_attention_heads": 2}')
+  return path, lambda: read_source(path / "0400000.pth")
 
 
 def student_config(kind: str, teacher: pathlib.Path, table: tuple[Any, ...]) -> Any:
@@ -246,6 +258,7 @@ SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "qwen_image_shards": shards_of("qwen_image"),
   "pipeline": pipeline,
   "pickled": pickled,
+  "checkpoint": checkpoint,
   "full_student": full_student,
   "adapter": adapter,
   "base": base,

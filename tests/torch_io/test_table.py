@@ -1,5 +1,7 @@
 """Rows: what each layout means, that it is undone to the bit, and what is said of shapes without data."""
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -30,6 +32,7 @@ TABLE = (
   *conv("conv", "conv"),
   *conv("conv3d", "conv3d", layout="conv3d"),
   Row("patch.weight", "patch/kernel", "patch", patch_size=2),
+  *(dataclasses.replace(row, negate=True) for row in dense("turned", "turned")),
   Row(("first.table", "second.table"), "table", tied=True),
 )
 
@@ -44,7 +47,7 @@ def tensors(dtype):
   """Random tensors for all rows of TABLE."""
   shapes = {"norm.weight": (6, 4), "norm.bias": (6,), "no_bias.weight": (3, 5), "first.table": (7, 2)}
   shapes |= {"conv.weight": (3, 4, 5, 6), "conv.bias": (3,), "conv3d.weight": (2, 3, 4, 5, 6), "conv3d.bias": (2,)}
-  shapes |= {"patch.weight": (5, 3, 2, 2)}
+  shapes |= {"patch.weight": (5, 3, 2, 2), "turned.weight": (3, 5), "turned.bias": (3,)}
   for i in range(3):
     for name in ("layer", "q", "k", "v"):
       shapes |= {f"block.{i}.{name}.weight": (3, 4), f"block.{i}.{name}.bias": (3,)}

@@ -1,5 +1,6 @@
 """Files of tensors: what is read, and that none is believed which says what cannot be."""
 
+import argparse
 import json
 import os
 import struct
@@ -11,6 +12,7 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
+from pflow_jax.torch_io.pickled import ARGUMENTS, CHOSEN
 from pflow_jax.torch_io.tensors import INDEX, WEIGHTS, open_tensors
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -162,14 +164,57 @@ def test_a_pickled_state_dict_is_read_exactly(tmp_path):
 def test_a_state_dict_within_is_chosen_by_its_key(tmp_path):
   torch.save({"state_dict": TENSORS, "step": 3}, tmp_path / "one.pt")
   assert_holds(open_tensors(tmp_path / "one.pt"), TENSORS)
-  torch.save({"model": {"net": {"a": torch.ones(1)}}, "ema": {"a": torch.zeros(1)}}, tmp_path / "two.pt")
-  with pytest.raises(ValueError, match=r"\['ema', 'model.net'\]"):
+  torch.save({"net": {"b": {"a": torch.ones(1)}}, "teacher": {"a": torch.zeros(1)}}, tmp_path / "two.pt")
+  with pytest.raises(ValueError, match=r"\['net.b', 'teacher'\]"):
     open_tensors(tmp_path / "two.pt")
-  assert open_tensors(tmp_path / "two.pt", "model.net").read("a") == 1
-  assert open_tensors(tmp_path / "two.pt", "ema").read("a") == 0
+  assert open_tensors(tmp_path / "two.pt", "net.b").read("a") == 1
+  assert open_tensors(tmp_path / "two.pt", "teacher").read("a") == 0
   torch.save([1, 2], tmp_path / "three.pt")
   with pytest.raises(ValueError, match="expected a dict of tensors"):
     open_tensors(tmp_path / "three.pt")
+
+
+def test_of_a_trainings_checkpoint_the_average_is_taken(tmp_path):
+  """Beside it are the weights as they are, the optimizer's moments, and arguments, whose plain values are kept."""
+  step = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4}]}
+  args = argparse.Namespace(model="SiT-XL/2", seed=2**40, rate=1e-4, ema=True, none=None, far=float("inf"), sizes=[1])
+  whole = {"model": {"a": torch.ones(1)}, "ema": {"a": torch.zeros(1)}, "opt": step, "args": args, "steps": 7}
+  torch.save(whole, tmp_path / "ema.pt")
+  tensors = open_tensors(tmp_path / "ema.pt")
+  assert tensors.read("a") == 0
+  assert tensors.metadata[CHOSEN] == "ema"
+  plain = {"model": "SiT-XL/2", "seed": 2**40, "rate": 1e-4, "ema": True, "none": None}
+  assert json.loads(tensors.metadata[ARGUMENTS]) == plain
+  assert open_tensors(tmp_path / "ema.pt", "model").read("a") == 1
+  assert open_tensors(tmp_path / "ema.pt", "opt.state.0").read("exp_avg").tolist() == [1, 1]
+  del whole["ema"]
+  torch.save(whole, tmp_path / "model.pt")
+  assert open_tensors(tmp_path / "model.pt").metadata[CHOSEN] == "model"
+  with pytest.raises(ValueError, match=r"expected --key for one of .*'opt.state.0'.*got 'ema'"):
+    open_tensors(tmp_path / "model.pt", "ema")
+
+
+class Arguments(argparse.Namespace):
+  """Arguments with the state of something else, or whose making calls something."""
+
+  def __init__(self, how):
+    self.how = how
+
+  def __reduce__(self):
+    if self.how == "state":
+      return argparse.Namespace, (), [1, 2]
+    return argparse.Namespace, (torch.ones(1),)
+
+
+@pytest.mark.parametrize("how", ["state", "call"])
+def test_arguments_are_data_and_nothing_else(tmp_path, how):
+  torch.save({"ema": {"a": torch.zeros(1)}, "args": Arguments(how)}, tmp_path / "odd.pt")
+  if how == "state":
+    assert ARGUMENTS not in open_tensors(tmp_path / "odd.pt").metadata
+  else:
+    with pytest.raises(ValueError, match="cannot be read"):
+      open_tensors(tmp_path / "odd.pt")
+  assert "argparse" not in str(torch.serialization.get_safe_globals())
 
 
 class Code:

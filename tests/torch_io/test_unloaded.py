@@ -75,10 +75,11 @@ def test_old_files_are_read_exactly(old, monkeypatch):
 
 def test_a_state_dict_within_an_old_file_is_chosen_by_its_key(tmp_path):
   path = tmp_path / "two.pt"
-  torch.save({"model": {"a": BASE}, "ema": {"a": BASE + 1}}, path, _use_new_zipfile_serialization=False)
-  with pytest.raises(ValueError, match=r"--key for one of .*\['ema', 'model'\]"):
-    open_tensors(path)
-  np.testing.assert_array_equal(open_tensors(path, "ema").read("a"), BASE + 1)
+  torch.save({"net": {"a": BASE}, "ema": {"a": BASE + 1}}, path, _use_new_zipfile_serialization=False)
+  np.testing.assert_array_equal(open_tensors(path, "net").read("a"), BASE)
+  np.testing.assert_array_equal(open_tensors(path).read("a"), BASE + 1)
+  with pytest.raises(ValueError, match=r"--key for one of .*\['ema', 'net'\]"):
+    open_tensors(path, "nets")
 
 
 def test_code_in_an_old_file_is_refused_and_does_not_run(tmp_path):
