@@ -69,6 +69,11 @@ PARSED = {
     "weights of REPA's teacher; tests/evaluation/test_sample.py samples a small one by the same flags"
   ),
   r"pflow (sample|convert) .*runs/student .*(--pipeline|--out student$)": "the student of FLUX.1",
+  r"pflow evaluate .*--protocol adm": (
+    "weights of Inception; tests/test_imagenet_way.py and tests/evaluation/protocol evaluate with others"
+  ),
+  r"pflow reference ": "weights of Inception; tests/evaluation/test_references.py makes references",
+  r"pflow train .*runs/repa": "latents of ImageNet; tests/test_imagenet_way.py goes the same way with digits",
   r"pflow push ": "the Hub; tests/conversion/test_push.py pushes to a stand-in",
   r"pflow sample .*gs://BUCKET": "the run of a pod",
   r"pflow latents .*/data/": "ImageNet; tests/conversion/test_latents.py and its neighbours encode a few pictures",
@@ -224,8 +229,8 @@ def claimed(config=None, workdir=None, source=None, out=None, **others):
   """Leaves a run with nothing but its config, which later commands read."""
   if config is not None:
     claim(workdir.lstrip("/"), Settings.of(config))  # nothing outside the folder of the test
-  elif source in STUDENTS:
-    student = read_config_file(f"{ROOT}/configs/{STUDENTS[source]}")
+  elif student := next((STUDENTS[name] for name in STUDENTS if source.endswith(name)), None):
+    student = read_config_file(f"{ROOT}/configs/{student}")
     values = {"seed": 0, "model": student.model.to_dict(), "data": student.data.to_dict(), "source": {}}
     values |= {"head": {"kind": "velocity"}, "objective": {"kind": "pretrained"}}
     claim(out, Settings.of(values, converted=True))
