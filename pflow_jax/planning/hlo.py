@@ -1,8 +1,8 @@
-"""Traffic of a compiled program between devices and to memory, read from XLA's own text.
+"""Traffic of a compiled program between devices, read from XLA's own text; `hlo_memory` has that to memory.
 
 That is `jax.stages.Compiled.as_text()`. XLA's cost analysis counts the body of a loop once and says nothing of
 communication; here loops count their length. The CPU's and the TPU's compiler write the text in different forms: see
-`_groups`, `_collective`, `_is_running`.
+`_groups`, `_collective`, `is_running`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,15 +20,6 @@ KINDS = (
   *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
   *("ragged-all-to-all", "collective-broadcast", "send"),
 )
-
-# Instructions that move no bytes.
-_FREE = frozenset(
-  (
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "domain"),
-    *("opt-barrier", "partition-id", "replica-id", "recv"),
-  )
-)
-_FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +81,6 @@ def collectives(text: str, devices_per_slice: int | None = None) -> Collectives:
   return Collectives(split[False], split[True], unknown)
 
 
-def memory_traffic(text: str) -> int:
-  """Estimate of the bytes that one execution of a compiled program moves to and from a device's main memory.
-
-  Every instruction that is not inside a fusion reads its operands and writes its result; loops multiply. If a fusion
-  only slices an operand, the slice counts; of a dynamic-update-slice, which XLA does in place, the update counts.
-  Arrays in a TPU's on-chip memory (S(1) and the like in the layout) are free, and others have the size that their
-  tiling pads them to.
-
-  Limits: the estimate misses reads that hit a cache (CPU, GPU), the tiles that a fused product reads again, and the
-  traffic of a kernel (custom call) beyond its operands and results. Gathers count their results, scatters whole
-  operands; a loop of unknown length counts once, a conditional its largest branch. Without loops and on-chip memory it
-  agrees with XLA's "bytes accessed", except for the ends of copies, which XLA counts again; no profile was compared.
-  """
-  module = Module(text)
-  return _memory(Scope(module, module.entry, {}))
-
-
 # Collectives.
 
 _Totals = dict[tuple[str, bool], Traffic]  # (kind, whether it leaves the slice) -> traffic
@@ -144,7 +117,7 @@ def _collective(
 ) -> tuple[str, bool, Traffic] | None:
   """(kind, whether it leaves the slice, traffic) of an instruction that starts a collective, else None."""
   kind = ins.opcode.removesuffix("-start")
-  if kind not in KINDS or _is_running(computation, ins):
+  if kind not in KINDS or is_running(computation, ins):
     return None
   taken = sum(a.logical for name in ins.operands for a in computation.instructions[name].arrays)
   if kind == "send":
@@ -181,7 +154,7 @@ def _num_slices(attributes: str) -> int:
   return len({device // 100_000 for device in _integers(groups[0])})
 
 
-def _is_running(computation: Computation, ins: Instruction) -> bool:
+def is_running(computation: Computation, ins: Instruction) -> bool:
   """Returns whether a collective in a fusion was started in another one.
 
   The TPU's compiler spreads one asynchronous collective over fusions that compute at the same time: each repeats it,
@@ -260,103 +233,3 @@ def _iota(form: str) -> np.ndarray:
 
 def _integers(text: str) -> list[int]:
   return [int(n) for n in re.findall(r"\d+", text)]
-
-
-# Memory.
-
-
-def _memory(scope: Scope) -> int:
-  """Bytes that one execution of a computation moves."""
-  total = 0
-  for ins in scope.computation.instructions.values():
-    if ins.opcode in ("fusion", "fusion-start"):
-      total += _fusion_memory(scope.module, scope.computation, ins)
-    elif ins.calls:
-      parts = []
-      for name in ins.calls:
-        trips, below = scope.called(ins, name)
-        parts.append((1 if trips is None else trips) * _memory(below))
-      total += max(parts, default=0) if ins.opcode == "conditional" else sum(parts)
-    elif ins.opcode not in _FREE and not ins.opcode.endswith(("-done", "-update")) and ins.target not in _FREE_TARGETS:
-      total += sum(_moved(scope.computation, ins))
-  return total
-
-
-def _moved(computation: Computation, ins: Instruction) -> Iterator[int]:
-  """Bytes of one instruction on its own: its reads, then its writes."""
-  operands = [computation.instructions[name] for name in ins.operands]
-  kind, results = ins.opcode.removesuffix("-start"), ins.arrays
-  if kind != ins.opcode and kind not in ("all-reduce", "send"):
-    # A start returns its operands again, the result, and flags; copy-start has the result in front.
-    place = 0 if kind == "copy" else sum(len(operand.arrays) for operand in operands)
-    results = results[place : place + max(1, place)] if kind in KINDS else results[place : place + 1]
-  if kind in ("dynamic-slice", "slice", "gather"):
-    if any(a.in_memory for a in operands[0].arrays):
-      yield from (result.size for result in results)
-  elif kind == "dynamic-update-slice":
-    update = operands[1].arrays
-    yield from (a.size for a in update if a.in_memory)
-    yield from (a.size for a in update if results[0].in_memory)
-    return
-  else:
-    yield from (a.size for operand in operands for a in operand.arrays if a.in_memory)
-  yield from (a.size for a in results if a.in_memory)
-
-
-# In a fusion these pass their operand on element by element: an element that nobody needs is not read.
-_VIEWS = frozenset(("bitcast", "copy", "convert", "reshape", "transpose"))
-
-
-def _fusion_memory(module: Module, computation: Computation, ins: Instruction) -> int:
-  """Bytes that a fusion moves; the results inside of it are never in memory."""
-  fused = module[ins.calls[0]]
-  total = 0
-  for i, name in enumerate(ins.operands):
-    size = sum(a.size for a in computation.instructions[name].arrays if a.in_memory)
-    total += math.ceil(size * _share(module, fused, fused.parameters[i])) if size else 0
-  root = fused.root
-  if root.opcode == "custom-call":  # an asynchronous collective; its start returns operand, result and flags
-    return total + sum(a.size for a in ins.arrays[1:2] if a.in_memory and root.target == "AsyncCollectiveStart")
-  roots = [fused.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
-  spaces = ins.arrays if len(ins.arrays) == len(roots) else [r.arrays[0] for r in roots]
-  return total + sum(
-    _written(module, fused, part) for space, part in zip(spaces, roots, strict=True) if space.in_memory
-  )
-
-
-def _share(module: Module, fused: Computation, source: Instruction, of_result: float = 1.0) -> float:
-  """Share of the elements of `source` that a fusion reads, if `of_result` of its own result is read."""
-  elements, total = sum(a.elements for a in source.arrays), 0.0
-  if source is fused.root:
-    return of_result
-  for user in fused.users(source.name):
-    first = user.operands[0] == source.name
-    if first and user.opcode in ("dynamic-slice", "slice", "gather"):
-      total += sum(a.elements for a in user.arrays) / max(elements, 1)
-    elif user.opcode in _VIEWS:
-      total += _share(module, fused, user, of_result)
-    elif user.opcode == "fusion":
-      inner, below = module[user.calls[0]], _share(module, fused, user, of_result)
-      places = [i for i, name in enumerate(user.operands) if name == source.name]
-      total += sum(_share(module, inner, inner.parameters[i], below) for i in places)
-    elif first and user.opcode == "dynamic-update-slice":
-      continue  # written in place
-    elif source.opcode == "parameter" and user.opcode in ("tuple", "custom-call"):
-      continue  # passed on
-    elif not _is_running(fused, user):
-      return 1.0
-  return min(total, 1.0)
-
-
-def _written(module: Module, fused: Computation, root: Instruction) -> int:
-  """Bytes that a fusion writes of the result that `root` makes."""
-  if root.opcode == "parameter" or _is_running(fused, root):
-    return 0
-  inner = root
-  while inner.opcode in _VIEWS:
-    inner = fused.operand(inner, 0)
-  if inner.opcode == "dynamic-update-slice":
-    return sum(a.size for a in fused.operand(inner, 1).arrays)
-  if inner.opcode == "fusion" and module[inner.calls[0]].root.opcode != "tuple":
-    return _written(module, module[inner.calls[0]], module[inner.calls[0]].root)
-  return sum(a.size for a in root.arrays)

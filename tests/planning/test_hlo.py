@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from pflow_jax.planning import hlo
 from pflow_jax.planning.hlo import Traffic
+from pflow_jax.planning.hlo_memory import memory_traffic
 
 BYTES = 64 * 32 * 4  # of the arrays below, float32
 
@@ -130,9 +131,9 @@ def alone():
 def test_memory_of_a_product_and_what_is_fused_into_it(alone):
   n = 256
   product = 3 * n * n * 4
-  assert hlo.memory_traffic(alone(jnp.matmul, (n, n), (n, n))) == product
+  assert memory_traffic(alone(jnp.matmul, (n, n), (n, n))) == product
   pointwise = alone(lambda x: jnp.sin(x) * 2 + 1, (n, n))
-  assert hlo.memory_traffic(pointwise) == pytest.approx(2 * n * n * 4, rel=1e-3)
+  assert memory_traffic(pointwise) == pytest.approx(2 * n * n * 4, rel=1e-3)
 
 
 def test_memory_of_a_scan_counts_the_slice_that_each_turn_reads_and_writes(alone):
@@ -143,7 +144,7 @@ def test_memory_of_a_scan_counts_the_slice_that_each_turn_reads_and_writes(alone
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, ws)
 
   one = n * n * 4
-  found = hlo.memory_traffic(alone(f, (n, n), (turns, n, n)))
+  found = memory_traffic(alone(f, (n, n), (turns, n, n)))
   # The slice and its copy, the product, the tanh, the write of the state: 8 to 12 moves of a matrix.
   assert 8 * turns * one <= found <= 13 * turns * one
 
@@ -227,7 +228,7 @@ ENTRY %main (p: f32[32,128]) -> f32[8,128] {
 }
 """)
   assert hlo.collectives(text).ici == {"reduce-scatter": Traffic(1, 4 * X, 3 * X)}
-  assert hlo.memory_traffic(text) == 4 * X + X
+  assert memory_traffic(text) == 4 * X + X
 
 
 def test_a_collective_that_runs_inside_several_fusions_counts_once():
@@ -269,7 +270,7 @@ ENTRY %main (p: bf16[8,128], w: bf16[32,128]) -> bf16[32,128] {
 """).replace("GATHER", gather)
   assert hlo.collectives(text).ici == {"all-gather": Traffic(1, 4 * H, 3 * H)}
   # The gather reads its shard, into on-chip memory; what is computed meanwhile reads %w and writes %o.
-  assert hlo.memory_traffic(text) == H + (4 * H + H)
+  assert memory_traffic(text) == H + (4 * H + H)
 
 
 def test_starts_count_and_their_ends_do_not():
@@ -290,7 +291,7 @@ ENTRY %main (p: f32[8,128]) -> f32[32,128] {
 }
 """)
   assert hlo.collectives(text).ici == {"collective-permute": Traffic(1, X, X), "all-gather": Traffic(1, 4 * X, 3 * X)}
-  assert hlo.memory_traffic(text) == 2 * X + (X + 4 * X)
+  assert memory_traffic(text) == 2 * X + (X + 4 * X)
 
 
 def test_what_the_hosts_carry_between_slices():
@@ -361,7 +362,7 @@ ENTRY %main (p: bf16[16,72]) -> bf16[16,72] {
 }
 """)
   # Read: 72 columns in a tile of 128. Written with the rows innermost: 16 of them in a tile of 128, 72 in nine of 8.
-  assert hlo.memory_traffic(text) == 16 * 128 * 2 + 72 * 128 * 2
+  assert memory_traffic(text) == 16 * 128 * 2 + 72 * 128 * 2
 
 
 def test_unknown_forms_are_refused():
