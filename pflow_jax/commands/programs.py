@@ -176,6 +176,7 @@ def plan(
   search: bool = True,
   sampling: bool = True,
   sweep: bool = False,
+  bytes: bool = False,
   json: str | None = None,
 ) -> None:
   """Tells whether a run fits on these TPUs or GPUs, and the cost.
@@ -189,6 +190,7 @@ def plan(
     search: if it does not fit, look for changes that make it fit
     sampling: plan the sampler as well
     sweep: compare all sizes of fsdp, compiled with --fast
+    bytes: list what a step moves to and from main memory, by kind of work and by operation
     json: file for the report
   """
   from pflow_jax.files.folders import checked_file
@@ -196,6 +198,8 @@ def plan(
   from pflow_jax.planning import report as reports
   from pflow_jax.settings.tree import Settings
 
+  if bytes and sweep:
+    raise ValueError("--bytes: a sweep compares meshes and lists no operations; leave --sweep out")
   settings, where = Settings.of(config), planner.Slice(topology, slices)
   settings = settings.changed("mesh", **(({"slice": slices} if slices > 1 else {}) | mesh_sizes(mesh)))
   if batch:
@@ -214,6 +218,8 @@ def plan(
   if json:
     reports.write_json(json, result)
     print(f"wrote {json}")
+  if bytes:
+    print(f"\n{reports.as_bytes(result)}")
 
 
 def demo(

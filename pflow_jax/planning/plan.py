@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from pflow_jax.files import foreign
 from pflow_jax.mesh.chips import Chip, chip_of, compiler_topology, links_of_axis, parse_topology
 from pflow_jax.mesh.sharding import Layout, mesh_shape
-from pflow_jax.planning import hlo, hlo_memory
+from pflow_jax.planning import hlo, hlo_memory, operations
 from pflow_jax.planning.report import EFFICIENCY
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import sample
@@ -251,11 +251,13 @@ def _step(
     return report, program
   text = compiled.as_text()
   collectives = hlo.collectives(text, where.num_devices // where.slices)
-  traffic = hlo_memory.memory_traffic(text)
+  moves = hlo_memory.memory_moves(text)
+  traffic = sum(move.bytes for move in moves)
   report["traffic"] = {
     "ici": {kind: dataclasses.asdict(t) for kind, t in collectives.ici.items() if t.count},
     "dcn": {kind: dataclasses.asdict(t) for kind, t in collectives.dcn.items() if t.count},
     "hbm": traffic,
+    "moved": operations.as_dict(operations.operations(moves, (state.params, program.frozen), program.layout)),
     "unknown_loops": collectives.unknown_loops,
   }
   chip, per = where.chip, where.chip.devices

@@ -76,6 +76,33 @@ def as_text(report: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def as_bytes(report: dict[str, Any]) -> str:
+  """Writes the bytes that a step moves to and from main memory as two tables, by kind of work and by operation.
+
+  Raises:
+    ValueError: the report is of a step that was not compiled.
+  """
+  moved = report.get("traffic", {}).get("moved")
+  if moved is None:
+    why = "the TPU compiler is not installed" if "note" in report else "the step does not fit"
+    raise ValueError(f"--bytes: expected a compiled step, whose bytes can be listed, but {why}")
+  total = report["traffic"]["hbm"]
+  kinds = sorted(moved["kinds"].items(), key=lambda kind: -kind[1])
+  rows = [("", "GB", "share"), *((kind, f"{n / 1e9:.2f}", f"{n / total:.1%}") for kind, n in kinds if n)]
+  rows.append(("all", f"{total / 1e9:.2f}", "100.0%"))
+  listed: list[tuple[str, ...]] = [("operation", "GB", "times", "kind", "first result")]
+  for one in moved["operations"]:
+    listed.append((one["name"], f"{one['bytes'] / 1e9:.2f}", str(one["count"]), one["kind"], one["shape"]))
+  per = "chip" if report["devices"] == report["chips"] else "device"
+  head = [f"to and from the main memory of a {per} in a step, by the compiled program (no profile was compared)", ""]
+  return "\n".join([*head, *_aligned(rows), "", *_aligned(listed)])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def as_table(reports: Sequence[dict[str, Any]]) -> str:
   """Writes reports of several meshes as a table, the fastest that fit first."""
 
@@ -95,8 +122,7 @@ def as_table(reports: Sequence[dict[str, Any]]) -> str:
     fits = {True: "yes", False: "no"}.get(m.get("fits"), "?")
     peak = _size(m["peak"]) if "peak" in m else "?"
     rows.append((mesh, peak, fits, _size(sent) if traffic else "?", *times, estimate["limit"] if estimate else ""))
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+  lines = _aligned(rows)
   notes = [report["note"] for report in reports if "note" in report]
   notes += [FAST for report in reports if report.get("compiled") == "fast"]
   return "\n".join([*lines, *dict.fromkeys(notes)])

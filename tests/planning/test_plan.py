@@ -8,7 +8,7 @@ import pytest
 
 from pflow_jax.commands import cli
 from pflow_jax.planning import plan
-from pflow_jax.planning.report import as_table, as_text
+from pflow_jax.planning.report import as_bytes, as_table, as_text
 from pflow_jax.settings.config_file import read_config_file
 from tests.programs import ROOT, pflow
 
@@ -93,6 +93,20 @@ def test_a_compiled_plan_has_memory_traffic_and_the_sampler(compiler):
   for part in ("fits: peak", "all-gather", "chip-hours", "sampling, 1 NFE", "mesh data 2 x fsdp 4"):
     assert part in text
   json.dumps(report)
+  moved = traffic["moved"]
+  assert sum(moved["kinds"].values()) == traffic["hbm"]
+  assert moved["kinds"]["attention"] > 0
+  assert moved["kinds"]["MLP"] > 0
+  assert moved["kinds"]["optimizer"] > 0
+  sizes = [one["bytes"] for one in moved["operations"]]
+  assert sizes == sorted(sizes, reverse=True)
+  lines = as_bytes(report).splitlines()
+  assert any(line.startswith("all ") and line.endswith(f"{traffic['hbm'] / 1e9:.2f}  100.0%") for line in lines)
+
+
+def test_bytes_of_a_step_that_was_not_compiled_are_not_known(no_compiler):
+  with pytest.raises(ValueError, match="--bytes: expected a compiled step.*the TPU compiler is not installed"):
+    as_bytes(plan.plan(config(), V5E))
 
 
 def test_several_slices_send_over_the_slow_network(compiler):
