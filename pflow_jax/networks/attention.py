@@ -2,7 +2,10 @@
 
 "xla" runs everywhere and has derivatives of every order and mode. The fused kernels never hold the scores, and are
 reverse mode only, so a program whose objective differentiates forward (jvp) asks `supports_jvp` first: "cudnn" for
-NVIDIA GPUs, "splash" for TPUs.
+NVIDIA GPUs, "splash" and "pallas" for TPUs. "pallas" is this package's own, see `networks.short_attention`: it reads
+and writes tokens as the layers around it have them, where splash has them transposed and padded. It is for attention
+of tokens on themselves, without a mask, where an example fits in on-chip memory, see `is_short`; other calls of it are
+splash's.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from pflow_jax.core.batches import BATCH, current_mesh
+from pflow_jax.mesh.sharding import constrain
+from pflow_jax.networks.short_attention import is_short, short_attention
 
 # Implementation -> whether jvp works. The fused kernels have a custom_vjp and nothing else.
-IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False}
-PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}  # JAX's names of the devices that have them
+IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False, "pallas": False}
+# Implementation -> JAX's names of the devices that have it.
+PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",), "pallas": ("tpu",)}
 
 LANES = 128  # lanes of a TPU register; the blocks of splash are multiples of it
 BLOCKS = (512, 384, 256, 128)  # sizes of splash's blocks, the largest that divides a sequence first
@@ -49,6 +55,7 @@ def check_platform(implementation: str, platform: str) -> None:
     )
 
 
+@jax.named_scope("attention")
 def attention(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *, implementation: str = "xla"
 ) -> jax.Array:
@@ -59,7 +66,8 @@ def attention(
     k: keys, (B, S, H, D).
     v: values, (B, S, H, D).
     mask: True for the keys that are attended to, (B, S) bool, at least one an example; None is all.
-    implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, float16 or bfloat16 inputs only; "splash" on TPUs.
+    implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, float16 or bfloat16 inputs only; "splash" or "pallas" on
+      TPUs.
 
   Returns:
     (B, T, H, D) in the dtype of `q`.
@@ -68,7 +76,14 @@ def attention(
     ValueError: the implementation is unknown.
   """
   _check(implementation)
-  if implementation == "splash":
+  if (
+    implementation == "pallas"
+    and mask is None
+    and q.shape == k.shape
+    and is_short(q.shape[1], math.prod(q.shape[2:]), q.dtype)
+  ):
+    return _short(tuple(a.reshape(*a.shape[:2], -1) for a in (q, k, v)), q.shape[2]).reshape(q.shape)
+  if implementation in ("splash", "pallas"):
     return _splash(q, k, v, mask)
   if implementation == "cudnn":
     keys = None if mask is None else mask[:, None, None, :]
@@ -81,6 +96,45 @@ def attention(
     scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
   weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1).astype(v.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@jax.named_scope("attention")
+def self_attention(qkv: jax.Array, num_heads: int, *, implementation: str = "xla") -> jax.Array:
+  """Attention of the tokens of an example on themselves, from the output of one layer.
+
+  Args:
+    qkv: queries, keys and values of all heads, one after the other, (B, T, 3 * H * D).
+    num_heads: H.
+    implementation: see `attention`.
+
+  Returns:
+    (B, T, H * D) in the dtype of `qkv`.
+
+  Raises:
+    ValueError: the implementation is unknown.
+  """
+  mesh = current_mesh()
+  whole = mesh is None or mesh.shape["tensor"] == 1
+  if implementation == "pallas" and whole and is_short(qkv.shape[1], qkv.shape[2] // 3, qkv.dtype):
+    return _short((qkv,), num_heads)
+  heads = qkv.reshape(*qkv.shape[:2], 3, num_heads, -1)
+  heads = constrain(heads, BATCH, None, None, "tensor", None)
+  q, k, v = (heads[:, :, i] for i in range(3))
+  return attention(q, k, v, implementation=implementation).reshape(*qkv.shape[:2], -1)
+
+
+def _short(qkv: tuple[jax.Array, ...], num_heads: int, interpret: bool = False) -> jax.Array:
+  """Calls this package's kernel on each device's examples, and heads where there is an array for each part."""
+  mesh = current_mesh()
+  if mesh is None:
+    return short_attention(qkv, num_heads, interpret)
+  columns = "tensor" if len(qkv) > 1 else None
+  spec, own = PartitionSpec(BATCH, None, columns), num_heads // (mesh.shape["tensor"] if columns else 1)
+
+  def local(*qkv: jax.Array) -> jax.Array:
+    return short_attention(qkv, own, interpret)
+
+  return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * len(qkv), out_specs=spec, check_vma=False)(*qkv)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, interpret: bool = False) -> jax.Array:

@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.networks import attention as module
-from pflow_jax.networks.attention import IMPLEMENTATIONS, attention, check_platform, supports_jvp
+from pflow_jax.networks.attention import IMPLEMENTATIONS, attention, check_platform, self_attention, supports_jvp
+from pflow_jax.networks.short_attention import is_short, short_attention
 
 
 def reference(q, k, v):
@@ -125,25 +126,140 @@ def test_splash_lowers_for_tpus():
   assert text.count("tpu_custom_call") == 3
 
 
+@pytest.fixture
+def short(monkeypatch):
+  """This package's kernel in Pallas' interpreter, and the shapes of its calls."""
+  shapes = []
+
+  def interpreted(qkv, num_heads, interpret):
+    shapes.append([a.shape for a in qkv])
+    return short_attention(qkv, num_heads, True)
+
+  monkeypatch.setattr(module, "short_attention", interpreted)
+  return shapes
+
+
+def of_one_layer(qkv, heads, implementation):
+  """Output of attention on the output of one layer, and its gradients."""
+
+  def f(qkv):
+    out = self_attention(qkv, heads, implementation=implementation)
+    return jnp.sum(jnp.cos(out.astype(jnp.float32))), out
+
+  gradient, out = jax.jit(jax.grad(f, has_aux=True))(qkv)
+  return np.asarray(out, np.float64), np.asarray(gradient, np.float64)
+
+
+# Heads of DiT-XL/2; tokens that fill whole tiles of a TPU's registers, and some that do not.
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(64, 3, 72), (77, 2, 72), (16, 2, 128)])
+def test_pallas_is_the_formula_with_its_gradients(short, tokens, heads, width):
+  qkv = 2 * jax.random.normal(jax.random.key(0), (2, tokens, 3 * heads * width), jnp.float32)
+  got, want = (of_one_layer(qkv, heads, name) for name in ("pallas", "xla"))
+  assert short[0] == [qkv.shape], "the layer's output as it is"
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.usefixtures("float32", "short")
+def test_pallas_errs_no_more_in_bfloat16_than_xla():
+  qkv = jax.random.normal(jax.random.key(1), (2, 77, 3 * 2 * 72), jnp.bfloat16)
+  exact = of_one_layer(qkv.astype(jnp.float32), 2, "xla")
+  errors = {
+    name: [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(of_one_layer(qkv, 2, name), exact, strict=True)]
+    for name in ("pallas", "xla")
+  }
+  for got, usual, scale in zip(errors["pallas"], errors["xla"], exact, strict=True):
+    assert 0 < got < 1.1 * usual < 0.01 * np.abs(scale).max()
+
+
+@pytest.mark.usefixtures("float32")
+def test_pallas_takes_queries_keys_and_values_apart(short):
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 40, 2, 24), jnp.float32)
+
+  def gradients(implementation):
+    loss = lambda *qkv: jnp.sum(jnp.cos(attention(*qkv, implementation=implementation)))
+    return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+  for a, b in zip(gradients("pallas"), gradients("xla"), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+  assert short[0] == [(2, 40, 48)] * 3
+
+
+@pytest.mark.usefixtures("float32", "interpreted")
+def test_pallas_leaves_masks_and_long_sequences_to_splash(short, ragged, monkeypatch):
+  q, k, v, mask = ragged
+  want = attention(q, k, v, mask)
+  np.testing.assert_allclose(attention(q, k, v, mask, implementation="pallas"), want, atol=2e-6)
+  monkeypatch.setattr(module, "is_short", lambda *size: False)
+  np.testing.assert_allclose(attention(q, k, v, implementation="pallas"), attention(q, k, v), atol=2e-6)
+  assert not short
+
+
+def test_sequences_are_short_that_fit_on_the_chip():
+  assert is_short(256, 1152, jnp.float32)
+  assert is_short(512, 1152, jnp.bfloat16)
+  assert not is_short(1024, 1152, jnp.bfloat16), "latents of 512 x 512 pixels"
+  assert not is_short(4608, 3072, jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize(
+  ("sizes", "calls"),
+  [(dict(data=4, fsdp=2), [(1, 24, 48)]), (dict(data=2, fsdp=2, tensor=2), [(2, 24, 8)] * 3)],
+)
+def test_pallas_stays_where_its_examples_and_heads_are(short, sizes, calls):
+  """On a mesh, under the vmap of a guidance pair too."""
+  layout = make_layout(sizes, ())
+  qkv = np.asarray(jax.random.normal(jax.random.key(0), (8, 24, 3 * 2 * 8), jnp.float32))
+
+  def pair(qkv, implementation="pallas"):
+    return jax.vmap(lambda x: self_attention(x, 2, implementation=implementation), out_axes=1)(
+      jnp.stack([qkv, qkv[:, ::-1]])
+    )
+
+  with layout.context():
+    program = jax.jit(pair).lower(layout.spread(qkv)).compile()
+    got = program(layout.spread(qkv))
+  np.testing.assert_allclose(got, pair(qkv, "xla"), atol=2e-6)
+  assert short[0] == calls
+  if "tensor" not in sizes:
+    assert not re.search(r"all-gather|all-reduce|all-to-all|permute", program.as_text())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_pallas_lowers_for_tpus(dtype):
+  """The kernel as a TPU gets it, forward and backward, at the size of DiT-XL/2."""
+  qkv = jax.ShapeDtypeStruct((2, 256, 3 * 1152), dtype)
+  loss = lambda qkv: jnp.sum(self_attention(qkv, 16, implementation="pallas").astype(jnp.float32))
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    text = jax.jit(jax.value_and_grad(loss)).trace(qkv).lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count("tpu_custom_call") == 2
+
+
 def test_support_table():
   assert supports_jvp("xla")
   assert not supports_jvp("cudnn")
   assert not supports_jvp("splash")
+  assert not supports_jvp("pallas")
 
 
 @pytest.mark.parametrize("call", [supports_jvp, lambda name: attention(*[None] * 3, implementation=name)])
 def test_unknown_name_lists_the_choices(call):
-  with pytest.raises(ValueError, match=r"expected one of \['cudnn', 'splash', 'xla'\], got 'flash'"):
+  with pytest.raises(ValueError, match=r"expected one of \['cudnn', 'pallas', 'splash', 'xla'\], got 'flash'"):
     call("flash")
-  assert sorted(IMPLEMENTATIONS) == ["cudnn", "splash", "xla"]
+  assert sorted(IMPLEMENTATIONS) == ["cudnn", "pallas", "splash", "xla"]
 
 
 def test_kernels_are_refused_where_they_are_not():
   check_platform("xla", "cpu")
   check_platform("splash", "tpu")
+  check_platform("pallas", "tpu")
   check_platform("cudnn", "gpu")
   with pytest.raises(ValueError, match=r"'splash' is for TPUs, and this runs on gpu; .* one of \['xla', 'cudnn'\]"):
     check_platform("splash", "gpu")
+  with pytest.raises(ValueError, match=r"'pallas' is for TPUs, and this runs on cpu; .* one of \['xla'\]"):
+    check_platform("pallas", "cpu")
   with pytest.raises(ValueError, match=r"'cudnn' is for GPUs, and this runs on cpu; .* one of \['xla'\]"):
     check_platform("cudnn", "cpu")
 
