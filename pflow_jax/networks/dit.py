@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from flax import linen as nn
 
 from pflow_jax.core.batches import BATCH
 from pflow_jax.mesh.sharding import constrain
-from pflow_jax.networks.attention import attention
+from pflow_jax.networks.attention import self_attention
 from pflow_jax.networks.layers import (
   Dtype,
   FinalNorm,
@@ -43,10 +44,11 @@ _zeros = nn.initializers.zeros
 
 
 class Block(nn.Module):
-  """One adaLN-zero transformer block, on tokens flattened to two axes.
+  """One adaLN-zero transformer block.
 
-  Every Dense sees (B * T, D): its weight gradient is then one 2-D matmul, about three times as
-  fast on a CPU as the contraction over two batch axes.
+  Every Dense sees (B * T, D): its weight gradient is then one 2-D matmul, about three times as fast on a CPU as the
+  contraction over two batch axes. All else sees (B, T, D), to which what belongs to an example, (B, 1, D), is broadcast
+  where it is used; broadcast to (B * T, D) it would lie in a TPU's main memory.
   """
 
   num_heads: int
@@ -57,34 +59,35 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, condition: jax.Array) -> tuple[jax.Array, None]:
-    """Maps x (B * T, D) and condition (B, D) = SiLU(embedding) to (x, None), a scan's carry and output."""
-    batch, width = condition.shape[0], x.shape[1]
+    """Maps x (B, T, D) and condition (B, D) = SiLU(embedding) to (x, None), a scan's carry and output.
 
-    def dense(features: int, name: str, *split: Any) -> nn.Dense:
-      return nn.Dense(features, dtype=self.dtype, kernel_init=_xavier, dot_general=gathered(*split), name=name)
+    Norms, modulation and gates are float32 or wider, whatever the dtype of `x`; the sums have that of `x`.
+    """
+    batch, tokens, width = x.shape
+    wide = accumulation_dtype(self.dtype)
 
-    x = constrain(x, BATCH, None)
+    def dense(name: str, features: int, *split: Any) -> Callable[[jax.Array], jax.Array]:
+      layer = nn.Dense(features, dtype=self.dtype, kernel_init=_xavier, dot_general=gathered(*split), name=name)
+      return lambda h: layer(h.reshape(batch * tokens, -1)).reshape(batch, tokens, features)
+
+    x = constrain(x, BATCH, None, None)
     split = gathered("fsdp", None)
-    adaln = nn.Dense(6 * width, dtype=x.dtype, kernel_init=_zeros, dot_general=split, name="adaln")(condition)
-    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaln, 6, axis=-1)
+    adaln = nn.Dense(6 * width, dtype=wide, kernel_init=_zeros, dot_general=split, name="adaln")
+    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaln(condition), 6, axis=-1)
 
     def norm(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-      tokens = layer_norm(x, epsilon).reshape(batch, -1, width)
-      return modulate(tokens, shift, scale).reshape(-1, width)
+      return modulate(layer_norm(x.astype(wide), epsilon), shift, scale)
 
-    def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
-      return (h.astype(x.dtype).reshape(batch, -1, width) * gate[:, None, :]).reshape(-1, width)
+    def added(x: jax.Array, h: jax.Array, gate: jax.Array) -> jax.Array:
+      return (x.astype(wide) + h.astype(wide) * gate[:, None, :]).astype(x.dtype)
 
-    qkv = dense(3 * width, "qkv", "fsdp", "tensor")(norm(x, shift1, scale1))
-    heads = qkv.reshape(batch, -1, 3, self.num_heads, width // self.num_heads)
-    heads = constrain(heads, BATCH, None, None, "tensor", None)
-    q, k, v = (heads[:, :, i] for i in range(3))
-    h = attention(q, k, v, implementation=self.attention).reshape(-1, width)
-    x = x + gated(dense(width, "proj", "tensor", "fsdp")(h), gate1)
+    qkv = dense("qkv", 3 * width, "fsdp", "tensor")(norm(x, shift1, scale1))
+    h = self_attention(qkv, self.num_heads, implementation=self.attention)
+    x = added(x, dense("proj", width, "tensor", "fsdp")(h), gate1)
 
-    h = dense(int(width * self.mlp_ratio), "mlp_in", "fsdp", "tensor")(norm(x, shift2, scale2, self.norm_eps))
-    h = dense(width, "mlp_out", "tensor", "fsdp")(nn.gelu(h, approximate=True))
-    return constrain(x + gated(h, gate2), BATCH, None), None
+    h = dense("mlp_in", int(width * self.mlp_ratio), "fsdp", "tensor")(norm(x, shift2, scale2, self.norm_eps))
+    h = dense("mlp_out", width, "tensor", "fsdp")(nn.gelu(h, approximate=True))
+    return constrain(added(x, h, gate2), BATCH, None, None), None
 
 
 class DiT(nn.Module):
@@ -196,6 +199,6 @@ class DiT(nn.Module):
     h = self.patch_embed(tokens.reshape(-1, tokens.shape[-1])).astype(wide)
     h = h.reshape(batch, -1, self.width) + positions[None]
     embedding = self.embed_condition(t, cond, s, guidance)
-    h, _ = self.blocks(h.reshape(-1, self.width), nn.silu(embedding))
-    h = self.final_norm(h.reshape(batch, -1, self.width), embedding)
+    h, _ = self.blocks(h, nn.silu(embedding))
+    h = self.final_norm(h, embedding)
     return self.head(h, embedding, grid)
