@@ -40,6 +40,7 @@ class _ModelSection:
   flip_time: bool | None = None
   guidance: _Number = None
   dtype: str | None = None
+  residual_dtype: str | None = None
   remat: str | None = None
   attention: str | None = None
   scan_unroll: Depth | None = None

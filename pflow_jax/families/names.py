@@ -15,7 +15,8 @@ from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.table import Row
 
 TEACHER = VelocityHead()
-_HIDDEN = ("head", "dtype", "remat", "attention", "scan_unroll")  # attributes that say nothing of which network it is
+# Attributes that say nothing of which network it is.
+_HIDDEN = ("head", "dtype", "residual_dtype", "remat", "attention", "scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)

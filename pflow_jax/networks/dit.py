@@ -105,7 +105,8 @@ class DiT(nn.Module):
     head: module of `pflow_jax.networks.heads`; its parameters are under "head".
     pooled_width: width of the vector (B, P) in cond["pooled"] that takes the place of a class; None for classes.
     mlp_ratio: width of the MLPs over that of a token.
-    dtype: compute dtype. Parameters, residual stream, norms and outputs stay float32.
+    dtype: compute dtype. Parameters, norms and outputs stay float32.
+    residual_dtype: of the sum that the blocks add to, "bfloat16" as under PyTorch's autocast; no narrower than `dtype`.
     remat: "none", "full" (keep only each block's input), "dots" (keep the matmul outputs) or "offload" (keep those in
       the host's memory; for TPU and GPU).
     attention: implementation name, see `pflow_jax.networks.attention`.
@@ -126,6 +127,7 @@ class DiT(nn.Module):
   pooled_width: int | None = None
   mlp_ratio: float = 4.0
   dtype: Dtype = jnp.float32
+  residual_dtype: str = "float32"
   remat: str = "none"
   attention: str = "xla"
   norm_eps: float = 1e-6
@@ -197,7 +199,7 @@ class DiT(nn.Module):
     positions = jnp.asarray(position_table(grid, self.width), wide)
     tokens = patchify(x, self.patch_size)
     h = self.patch_embed(tokens.reshape(-1, tokens.shape[-1])).astype(wide)
-    h = h.reshape(batch, -1, self.width) + positions[None]
+    h = (h.reshape(batch, -1, self.width) + positions[None]).astype(jnp.promote_types(self.dtype, self.residual_dtype))
     embedding = self.embed_condition(t, cond, s, guidance)
     h, _ = self.blocks(h, nn.silu(embedding))
     h = self.final_norm(h, embedding)

@@ -33,7 +33,7 @@ SIZES = {
   **dict.fromkeys(("logstd_inner_dim", "text_width", "pooled_width", "time_scale"), 1_000_000),
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-COMPUTED = ("remat", "attention", "scan_unroll")
+COMPUTED = ("remat", "attention", "scan_unroll", "residual_dtype")
 """Options that change a network's computation and leave the network the same."""
 
 
@@ -129,8 +129,9 @@ def make_network(
     for key, value in check_arguments(made, given, where=f"config.{section}").items():
       if key in SIZES and not (0 if key == "num_blocks" else 1) <= value <= SIZES[key]:
         raise ValueError(f"config.{section}.{key}: expected > 0 and at most {SIZES[key]:,}, got {value}")
-  if model.get("dtype", "float32") not in DTYPES:
-    raise ValueError(f"config.model.dtype: expected one of {DTYPES}, got {model.get('dtype')!r}")
+  for key in ("dtype", "residual_dtype"):
+    if model.get(key, "float32") not in DTYPES:
+      raise ValueError(f"config.model.{key}: expected one of {DTYPES}, got {model.get(key)!r}")
   if not kind.has_head and owner.has_policy:
     raise ValueError(
       f"config.head.kind: the network {model.kind!r} has an output layer of its own, which makes a velocity, expected "

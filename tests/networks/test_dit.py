@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pflow_jax.networks import attention as module_of_attention
 from pflow_jax.networks.dit import DIT_SIZES, DiT
 from pflow_jax.networks.heads import GMFlowHead, VelocityHead
 from pflow_jax.networks.layers import patchify, position_table, sinusoid, unpatchify
+from pflow_jax.networks.short_attention import short_attention
 
 
 def network(**fields):
@@ -185,6 +187,79 @@ def test_remat_engages_and_keeps_the_gradient():
   for remat in ("dots", "full", "offload"):
     for got, want in zip(*(jax.tree.leaves(gradients[r]) for r in (remat, "none")), strict=True):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def gradient_of(module):
+  """Function (params, inputs) -> loss, and gradients as one vector."""
+
+  def loss(params, inputs):
+    return jnp.mean(jnp.square(module.apply({"params": params}, *inputs)))
+
+  gradient = jax.jit(jax.value_and_grad(loss))
+
+  def run(params, inputs):
+    value, gradients = gradient(params, inputs)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients))
+    return float(value), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)])
+
+  return run
+
+
+def error(got, want):
+  return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The TPU kernel in Pallas' interpreter."""
+  kernel = lambda qkv, num_heads, _: short_attention(qkv, num_heads, True)
+  monkeypatch.setattr(module_of_attention, "short_attention", kernel)
+
+
+@pytest.mark.usefixtures("float32", "interpreted")
+def test_the_fast_settings_are_the_same_network_in_float32():
+  inputs = batch((2, 8, 8, 2))
+  params = perturbed_params(network(), *inputs)
+  value, gradient = gradient_of(network())(params, inputs)
+  fast = network(attention="pallas", residual_dtype="bfloat16")  # no narrower than float32
+  got, gradients = gradient_of(fast)(params, inputs)
+  assert got == pytest.approx(value, rel=1e-6)
+  assert error(gradients, gradient) < 1e-6
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_residual_stream_in_bfloat16_errs_little_more_than_the_rest_does():
+  """Against float32, over several draws: a stream is rounded once a sum, the rest of a block oftener."""
+  exact, plain, half = (
+    gradient_of(network(**fields))
+    for fields in ({}, dict(dtype="bfloat16"), dict(dtype="bfloat16", residual_dtype="bfloat16"))
+  )
+  errors = []
+  for key in range(4):
+    inputs = batch((2, 8, 8, 2), key)
+    params = perturbed_params(network(), *inputs)
+    value, gradient = exact(params, inputs)
+    pair = [program(params, inputs) for program in (plain, half)]
+    errors.append([(abs(got - value) / value, error(gradients, gradient)) for got, gradients in pair])
+  (plain_loss, plain_gradient), (loss, gradient) = np.mean(errors, axis=0)
+  assert 1e-4 < plain_gradient < 0.03
+  assert plain_gradient != gradient
+  assert gradient < 1.5 * plain_gradient
+  assert loss < 2 * plain_loss + 1e-3
+
+
+def test_the_residual_stream_has_its_dtype():
+  inputs = batch()
+  for dtype, expected in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16)):
+    half = network(dtype="bfloat16", residual_dtype=dtype)
+    params = perturbed_params(half, *inputs)
+    traced = jax.make_jaxpr(half.apply)({"params": params}, *inputs)
+    (scan,) = [e for e in traced.eqns if e.primitive.name == "scan"]
+    streams = [v.aval for v in scan.outvars if v.aval.shape == (3, 6, 16)]
+    assert [a.dtype for a in streams] == [expected]
+    exponentials = [e.outvars[0].aval for e in equations(traced.jaxpr) if e.primitive.name in ("exp", "rsqrt")]
+    assert exponentials
+    assert all(a.dtype == jnp.float32 for a in exponentials), "softmax and norms"
 
 
 @pytest.mark.parametrize("unroll", [1, 3])

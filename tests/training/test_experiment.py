@@ -45,6 +45,14 @@ def test_misspelt_keys_name_the_nearest(teacher_run, tmp_path):
     build(config)
 
 
+def test_an_unknown_dtype_of_the_residual_stream_is_refused():
+  config = quick("digits", "teacher")
+  with config.model.unlocked():
+    config.model.residual_dtype = "bf16"
+  with pytest.raises(ValueError, match=r"config\.model\.residual_dtype: expected one of .*'bfloat16'.*, got 'bf16'"):
+    build(config)
+
+
 def test_sections_that_do_not_belong_together_are_refused(teacher_run, student_run):
   def refused(match, variant="gmflow", teacher=teacher_run, **sections):
     config = quick("digits", variant, teacher)
