@@ -25,6 +25,7 @@ from pflow_jax.networks.layers import (
   check_head,
   gathered,
   grid_of,
+  kept,
   layer_norm,
   modulate,
   patchify,
@@ -68,12 +69,12 @@ class Block(nn.Module):
 
     def dense(name: str, features: int, *split: Any) -> Callable[[jax.Array], jax.Array]:
       layer = nn.Dense(features, dtype=self.dtype, kernel_init=_xavier, dot_general=gathered(*split), name=name)
-      return lambda h: layer(h.reshape(batch * tokens, -1)).reshape(batch, tokens, features)
+      return lambda h: kept(layer(h.reshape(batch * tokens, -1))).reshape(batch, tokens, features)
 
     x = constrain(x, BATCH, None, None)
     split = gathered("fsdp", None)
     adaln = nn.Dense(6 * width, dtype=wide, kernel_init=_zeros, dot_general=split, name="adaln")
-    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(adaln(condition), 6, axis=-1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(kept(adaln(condition)), 6, axis=-1)
 
     def norm(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.Array:
       return modulate(layer_norm(x.astype(wide), epsilon), shift, scale)
@@ -82,7 +83,7 @@ class Block(nn.Module):
       return (x.astype(wide) + h.astype(wide) * gate[:, None, :]).astype(x.dtype)
 
     qkv = dense("qkv", 3 * width, "fsdp", "tensor")(norm(x, shift1, scale1))
-    h = self_attention(qkv, self.num_heads, implementation=self.attention)
+    h = kept(self_attention(qkv, self.num_heads, implementation=self.attention))
     x = added(x, dense("proj", width, "tensor", "fsdp")(h), gate1)
 
     h = dense("mlp_in", int(width * self.mlp_ratio), "fsdp", "tensor")(norm(x, shift2, scale2, self.norm_eps))
@@ -107,8 +108,8 @@ class DiT(nn.Module):
     mlp_ratio: width of the MLPs over that of a token.
     dtype: compute dtype. Parameters, norms and outputs stay float32.
     residual_dtype: of the sum that the blocks add to, "bfloat16" as under PyTorch's autocast; no narrower than `dtype`.
-    remat: "none", "full" (keep only each block's input), "dots" (keep the matmul outputs) or "offload" (keep those in
-      the host's memory; for TPU and GPU).
+    remat: "none", "full" (keep only each block's input), "dots" (keep the matmul outputs), "layers" (keep the outputs
+      of the layers and of the attention) or "offload" (keep the matmul outputs in the host's memory; for TPU and GPU).
     attention: implementation name, see `pflow_jax.networks.attention`.
     norm_eps: added to the variance by the norms before the MLPs, as in diffusers; the other norms have 1e-6.
     time_scale: factor on t before its sinusoid.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from pflow_jax.core.batches import BATCH
 from pflow_jax.mesh.sharding import constrain, gather
@@ -33,13 +34,25 @@ SHARDING = (
   ("class_embed/embedding|.*/(bias|scale)", ()),
 )
 
-# Values of a block that the backward pass keeps: all, none, the matmul outputs, or those in the host's memory.
+# Values of a block that the backward pass keeps: all, none, the matmul outputs, those marked with `kept`, or the matmul
+# outputs in the host's memory.
+_KEPT = "layer"
 REMAT_POLICIES: dict[str, Any] = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "layers": jax.checkpoint_policies.save_only_these_names(_KEPT),
   "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
+
+
+def kept(value: jax.Array) -> jax.Array:
+  """Marks the output of a layer or of the attention, which remat="layers" keeps.
+
+  All that is between two of them is elementwise or a norm, and is computed again where a product reads it. A matmul's
+  output before its bias, which "dots" keeps, is an array more.
+  """
+  return checkpoint_name(value, _KEPT)
 
 
 def scanned(block: Any, depth: int, remat: str = "none", unroll: int = 1) -> Any:

@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from pflow_jax.networks.layers import (
   gathered,
   grid_of,
   in_parts,
+  kept,
   layer_norm,
   modulate,
   scanned,
@@ -89,14 +91,19 @@ class _Block(nn.Module):
   def width(self) -> int:
     return self.num_heads * self.head_dim
 
-  def _dense(self, features: int, name: str, *split: Any) -> nn.Dense:
-    return nn.Dense(features, dtype=self.dtype, dot_general=gathered(*split), name=name)
+  def _dense(self, features: int, name: str, *split: Any) -> Callable[[jax.Array], jax.Array]:
+    layer = nn.Dense(features, dtype=self.dtype, dot_general=gathered(*split), name=name)
+    return lambda x: kept(layer(x))
+
+  def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attention of heads (B, T, H, D), as tokens (B, T, H D)."""
+    return kept(attention(q, k, v, mask, implementation=self.attention).reshape(*q.shape[:2], self.width))
 
   def _modulation(self, condition: jax.Array, parts: int, name: str) -> list[jax.Array]:
     """Makes shifts, scales and gates (B, D) from SiLU(embedding); zero at the start."""
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * self.width, dtype=self.dtype, kernel_init=zeros, dot_general=in_parts, name=name)
-    return jnp.split(dense(condition), parts, axis=-1)
+    return jnp.split(kept(dense(condition)), parts, axis=-1)
 
   def _norm(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     wide = accumulation_dtype(self.dtype)
@@ -140,8 +147,7 @@ class DoubleBlock(_Block):
       for x, mod, prefix, rope in zip(tokens, mods, prefixes, ropes, strict=True)
     ]
     q, k, v = (jnp.concatenate([txt, img], axis=1) for img, txt in zip(*heads, strict=True))
-    mixed = attention(q, k, v, mask, implementation=self.attention)
-    mixed = mixed.reshape(*mixed.shape[:2], self.width)
+    mixed = self._attend(q, k, v, mask)
     length = tokens[1].shape[1]
     out = []
     for x, part, mod, prefix in zip(tokens, (mixed[:, length:], mixed[:, :length]), mods, prefixes, strict=True):
@@ -161,8 +167,8 @@ class SingleBlock(_Block):
     x = constrain(x, BATCH, None, None)
     shift, scale, gate = self._modulation(condition, 3, "mod")
     h = self._norm(x, shift, scale)
-    mixed = attention(*self._heads(h, "", rope), mask, implementation=self.attention)
-    both = jnp.concatenate([mixed.reshape(x.shape), self._mlp_in(h, "")], axis=-1)
+    mixed = self._attend(*self._heads(h, "", rope), mask)
+    both = jnp.concatenate([mixed, self._mlp_in(h, "")], axis=-1)
     return constrain(
       x + gate[:, None] * self._dense(self.width, "out", "tensor", "fsdp")(both), BATCH, None, None
     ), None

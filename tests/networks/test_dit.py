@@ -175,7 +175,7 @@ def loss_gradient(remat, unroll=1):
 
 def test_remat_engages_and_keeps_the_gradient():
   compiled, gradients = {}, {}
-  for remat in ("none", "dots", "full", "offload"):
+  for remat in ("none", "dots", "layers", "full", "offload"):
     traced, params = loss_gradient(remat)
     assert ("remat" in str(traced.jaxpr)) == (remat != "none")
     compiled[remat] = traced.lower().compile()
@@ -183,8 +183,10 @@ def test_remat_engages_and_keeps_the_gradient():
     assert ("<host>" in str(traced.jaxpr)) == (remat == "offload"), "kept in the host's memory"
   memory = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
   assert memory["full"] < 0.8 * memory["dots"]
+  assert memory["full"] < 0.8 * memory["layers"]
   assert memory["dots"] < 0.9 * memory["none"]
-  for remat in ("dots", "full", "offload"):
+  assert memory["layers"] < 0.9 * memory["none"]
+  for remat in ("dots", "layers", "full", "offload"):
     for got, want in zip(*(jax.tree.leaves(gradients[r]) for r in (remat, "none")), strict=True):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
@@ -221,7 +223,7 @@ def test_the_fast_settings_are_the_same_network_in_float32():
   inputs = batch((2, 8, 8, 2))
   params = perturbed_params(network(), *inputs)
   value, gradient = gradient_of(network())(params, inputs)
-  fast = network(attention="pallas", residual_dtype="bfloat16")  # no narrower than float32
+  fast = network(attention="pallas", remat="layers", residual_dtype="bfloat16")  # no narrower than float32
   got, gradients = gradient_of(fast)(params, inputs)
   assert got == pytest.approx(value, rel=1e-6)
   assert error(gradients, gradient) < 1e-6
@@ -330,7 +332,7 @@ def test_any_size_that_the_patch_divides():
     ({}, (3, 4, 2), r"expected shape \(B, H, W, 2\), got \(3, 4, 2\)"),
     ({"num_heads": 3}, (3, 4, 4, 2), "num_heads 3, got 16"),
     ({"width": 6}, (3, 4, 4, 2), "multiple of 4"),
-    ({"remat": "all"}, (3, 4, 4, 2), r"\['dots', 'full', 'none', 'offload'\], got 'all'"),
+    ({"remat": "all"}, (3, 4, 4, 2), r"\['dots', 'full', 'layers', 'none', 'offload'\], got 'all'"),
     ({"attention": "flash"}, (3, 4, 4, 2), "got 'flash'"),
     ({"head": VelocityHead(channels=2, patch_size=4)}, (3, 4, 4, 2), r"\(2, 2\), got \(2, 4\)"),
   ],

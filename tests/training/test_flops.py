@@ -113,3 +113,4 @@ def test_rematerialisation_runs_blocks_again(family):
   kept = traced(family, "arc", True)
   assert traced(family, "arc", True, remat="full") == kept + blocks + attention
   assert traced(family, "arc", True, remat="dots") == kept + attention
+  assert traced(family, "arc", True, remat="layers") == kept + attention // 2, "the scores alone"
