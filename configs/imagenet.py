@@ -96,6 +96,9 @@ def policy(guidance: float, interval: tuple[float, float] = (0.0, 0.7), time_sca
     **head: the section of that name.
   """
   config = base("imitation", time_scale)
+  # With these, and model.attention="pallas" on TPUs, a step moves a third of the bytes: docs/tpu.md. The stream in
+  # bfloat16 is as under PyTorch's autocast.
+  config.model.update(residual_dtype="bfloat16", remat="layers")
   config.head = head
   config.teacher.update(guidance=guidance, interval=interval, orthogonal=0.0, dtype="bfloat16")
   config.objective.update(num_states=2, substeps=128, loss_scale=3.0)
