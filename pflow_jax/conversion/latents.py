@@ -157,7 +157,7 @@ def make(
   elif autoencoder is None:
     raise ValueError("autoencoder: pictures need one; give its folder")
   else:
-    dataset = picture_set(images, size, split=split, **options)
+    dataset = picture_set(images, size, split=split, options=options)
     encode(dataset, autoencoder, out=out, shard_records=shard_records, max_bad=max_bad, **encoding)
     found = read_info(checked_folder(out, "out"))
     assert found is not None
@@ -173,14 +173,17 @@ def make(
   return info
 
 
-def picture_set(images: str, size: int | None = None, *, split: str = "train", **options: Any) -> data.Dataset:
+def picture_set(
+  images: str, size: int | None = None, *, split: str = "train", options: Mapping[str, Any] | None = None
+) -> data.Dataset:
   """Loads the pictures that `pflow latents --images` names.
 
   Args:
     images: a folder of pictures, or the name of a data set.
-    size: side that image files are scaled and cut to, as ADM does; by default 256, unless options say a size.
+    size: side that image files are scaled and cut to, as ADM does; by default 256, unless options say a size. Of a set
+      with an option of that name it is that option.
     split: of the data set.
-    **options: of the data set.
+    options: of the data set, by name.
 
   Raises:
     ValueError: there is no such data set, or it has a size of its own.
@@ -190,8 +193,11 @@ def picture_set(images: str, size: int | None = None, *, split: str = "train", *
     kind, images = "folder", f"folder:{images}"
   source = data.sources().get(kind) if colon or kind in data.sources() else None
   known = inspect.signature(source).parameters if source else {}
+  options = dict(options or {})
   if "crop" in known and options.get("image_size") is None:
     options |= {"image_size": 256 if size is None else size, "crop": "adm"}
+  elif size is not None and "size" in known:
+    options["size"] = size
   elif size is not None:
     raise ValueError(f"size: is for image files, {images} has a size of its own; see the options of the data set")
   if "check" in known:  # what cannot be read is told at the end

@@ -22,7 +22,7 @@ from pflow_jax import data
 from pflow_jax.commands.cli import main
 from pflow_jax.conversion import cache, latent_writing
 from pflow_jax.conversion.latents import encode, make, picture_set
-from pflow_jax.data import Description
+from pflow_jax.data import Description, registry
 from pflow_jax.data.dataset import Scaling
 from pflow_jax.data.latents import read_info
 from pflow_jax.data.pixels import read_pixels
@@ -136,7 +136,7 @@ def test_embeddings_of_texts_stay_the_condition(tmp_path, autoencoder, pictures,
 
 def test_other_records_of_tfds_are_not_taken_for_the_rest_of_those_that_were_begun(tmp_path, autoencoder):
   prepare(tmp_path, "array_record")
-  load = lambda split: picture_set("tfds:tiny_colours", 8, split=split, data_dir=str(tmp_path))
+  load = lambda split: picture_set("tfds:tiny_colours", 8, split=split, options={"data_dir": str(tmp_path)})
   assert encode(load("train[:5]"), autoencoder, out=tmp_path / "z").num_records == 5
   encode(load("train[:5]"), autoencoder, out=tmp_path / "z")
   with pytest.raises(ValueError, match="holds other latents(.*\n)*  content: it has"):
@@ -459,7 +459,7 @@ def test_another_writer_is_refused(tmp_path, photos, kl, monkeypatch):
 def test_names_of_pictures(photos, monkeypatch):
   assert picture_set(str(photos), 8).records.source.form.crop == "adm"
   assert picture_set(f"folder:{photos}").shape == (256, 256, 3)
-  own = picture_set(f"folder:{photos}", image_size=12)
+  own = picture_set(f"folder:{photos}", options={"image_size": 12})
   assert (own.shape, own.records.source.form.crop) == ((12, 12, 3), "fit"), "as the data set does it"
   with pytest.raises(ValueError, match="size: is for image files, digits has a size of its own"):
     picture_set("digits", 8)
@@ -506,3 +506,13 @@ def test_latents_of_another_scale_than_a_converted_teacher_takes_are_told(tmp_pa
     ValueError, match=r"config.data.name: latents:.* has a standard deviation of 5\.[45].*, the teacher in"
   ):
     build(config)
+
+
+def test_the_size_of_a_set_that_has_one_is_its_option(monkeypatch):
+  def squares(*, split="train", size=32):
+    return pf.data.from_arrays(np.zeros((4, size, size, 3), np.float32), np.zeros(4, int))
+
+  monkeypatch.setitem(registry._SOURCES, "squares", squares)
+  assert picture_set("squares").shape == (32, 32, 3)
+  assert picture_set("squares", 16).shape == (16, 16, 3)
+  assert picture_set("squares", options={"size": 8}).shape == (8, 8, 3)
