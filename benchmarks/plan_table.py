@@ -76,6 +76,8 @@ def fitting(config_name: str, where: plan.Slice, most: int, fast: bool) -> dict:
   config = read_config_file(f"configs/{config_name}")
   # Parameters are in parts over at most 16 chips: smaller parts save little memory.
   config.mesh.update(data=-1, fsdp=min(16, where.num_devices))
+  if config.model.kind == "dit" and config.objective.kind == "imitation":  # a flow map needs a forward derivative
+    config.model.attention = "pallas"
   config.train.accumulation = max(1, config.train.batch_size // (where.num_devices * most))
   while True:
     report = plan.plan(copy.deepcopy(config), where, fast=fast, search=False, sampling=False)

@@ -44,7 +44,7 @@ def base(objective: str, time_scale: float = 1.0) -> ConfigDict:
   # A student has its teacher's network: π-Flow's release reads all of its teachers with 1e-5 (1e-6 in the files of REPA
   # and SiT themselves), and of them SiT's alone counts time the other way round.
   config.model.update(time_scale=time_scale, norm_eps=1e-5, flip_time=False)
-  config.model.update(dtype="bfloat16", remat="full", attention="xla")
+  config.model.update(dtype="bfloat16", residual_dtype="float32", remat="full", attention="xla")
   config.head = dict(kind="velocity")
   config.train.update(log_every=100, checkpoint_every=1000, keep_every=20_000)
   config.mesh.update(data=-1, fsdp=16)
