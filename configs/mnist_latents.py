@@ -15,7 +15,7 @@ from pflow_jax.settings.defaults import default_config, pick
 def base(objective: str) -> ConfigDict:
   """Returns the settings that all variants share."""
   config = default_config(objective)
-  config.data = dict(name="latents:runs/way/latents")
+  config.data = dict(name="latents:runs/way/latents", shape=(8, 8, 32), num_classes=10)
   config.model = dict(kind="dit", patch_size=2, width=192, depth=6, num_heads=3, scan_unroll=6)
   config.model.update(time_scale=1.0, norm_eps=1e-6, flip_time=True, dtype="float32", remat="none", attention="xla")
   config.train.update(batch_size=128, log_every=50, checkpoint_every=200)

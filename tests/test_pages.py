@@ -69,6 +69,7 @@ PARSED = {
     "weights of REPA's teacher; tests/evaluation/test_sample.py samples a small one by the same flags"
   ),
   r"pflow (sample|convert) .*runs/student .*(--pipeline|--out student$)": "the student of FLUX.1",
+  r"pflow plan .*--bytes": "the TPU compiler; tests/planning/test_operations.py lists those of a program of the CPU",
   r"pflow evaluate .*--protocol adm": (
     "weights of Inception; tests/test_imagenet_way.py and tests/evaluation/protocol evaluate with others"
   ),
