@@ -3,7 +3,7 @@
     git clone https://github.com/madebyollin/taesd
     python benchmarks/imagenet_way.py --folder runs/way --autoencoder taesd/taef2 [--inception inception-2015-12-05.pt]
 
-5,000 digits of MNIST as files → latents of a tiny autoencoder → a teacher, as a file of SiT's authors → converted →
+Digits of MNIST as files → latents of a tiny autoencoder → a teacher, as a file of SiT's authors → converted →
 students of 1 and 2 evaluations → `pflow evaluate --protocol=adm`. Without --inception the feature network has random
 weights, of which numbers compare with each other alone. Without --autoencoder so has the autoencoder. Prints the table,
 and the seconds of every program. A program is killed (SIGKILL) as soon as it has written something, and started again.
@@ -117,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/way"))
   parser.add_argument("--autoencoder", help="folder of one; default: random weights")
   parser.add_argument("--inception", help="file of one; default: random weights")
-  parser.add_argument("--pictures", type=int, default=5000)
+  parser.add_argument("--pictures", type=int, default=2500)
   parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-  parser.add_argument("--samples", type=int, default=5000)
-  parser.add_argument("--paired", type=int, default=256)
+  parser.add_argument("--samples", type=int, default=1000)
+  parser.add_argument("--paired", type=int, default=128)
   parser.add_argument("--quicktest", action="store_true", help="networks and trainings of a smoke test")
   parser.add_argument("--nokill", action="store_true", help="let all programs end by themselves")
   args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ def base(objective: str) -> ConfigDict:
   config.data = dict(name="latents:runs/way/latents", shape=(8, 8, 32), num_classes=10)
   config.model = dict(kind="dit", patch_size=2, width=192, depth=6, num_heads=3, scan_unroll=6)
   config.model.update(time_scale=1.0, norm_eps=1e-6, flip_time=True, dtype="float32", remat="none", attention="xla")
-  config.train.update(batch_size=128, log_every=50, checkpoint_every=200)
+  config.train.update(batch_size=128, log_every=50, checkpoint_every=100)
   config.optimizer.update(learning_rate=1e-3, schedule="cosine")
   config.sample.batch_size = 256
   config.evaluate.update(width=192, nearest_k=3)
@@ -31,7 +31,7 @@ def teacher() -> ConfigDict:
   config.head = dict(kind="velocity")
   config.objective.cond_dropout = 0.1
   config.optimizer.warmup_steps = 100
-  config.train.steps = 1600
+  config.train.steps = 800
   return config
 
 
@@ -42,7 +42,7 @@ def gm_1nfe() -> ConfigDict:
   config.teacher.update(guidance=1.5, interval=(0.0, 0.8))
   config.objective.update(num_states=2, dropout=0.05, substeps=64)
   config.optimizer.warmup_steps = 50
-  config.train.update(steps=600, batch_size=64)
+  config.train.update(steps=200, batch_size=64)
   return config
 
 
@@ -50,7 +50,7 @@ def gm_2nfe() -> ConfigDict:
   """The same for 2 evaluations."""
   config = gm_1nfe()
   config.objective.nfe = 2
-  config.train.steps = 400
+  config.train.steps = 150
   return config
 
 
