@@ -65,7 +65,7 @@ PARSED = {
   r"pflow convert .*(last\.pt|SiT-XL-2|_imagenet|runs/sit )": (
     "weights of 675 million parameters; tests/conversion/test_authors.py converts tiny ones"
   ),
-  r"pflow (convert|sample) .*runs/repa": (
+  r"pflow (convert|sample) .*runs/(repa|released)": (
     "weights of REPA's teacher; tests/evaluation/test_sample.py samples a small one by the same flags"
   ),
   r"pflow (sample|convert) .*runs/student .*(--pipeline|--out student$)": "the student of FLUX.1",
@@ -85,6 +85,8 @@ PARSED = {
 }
 # Recipes of students, by the teachers whose configs are left in place of a conversion.
 STUDENTS = {"FLUX.1-dev/transformer": "flux.py:gm", "repa_imagenet.pth": "imagenet.py:gmrepa_1nfe"}
+# Released students, by the recipes whose configs are left in place of a conversion.
+RELEASED = {"gmrepa_k32_imagenet_piid_1step": "imagenet.py:gmrepa_1nfe"}
 # Blocks of Python whose calls are compared with the functions' arguments, and not run, and why.
 PARSED_BLOCKS = {r'pf\.convert\("FLUX': "weights of 12 billion parameters, as for the commands"}
 # Runs that are made of random parameters and their config, and not trained, and why.
@@ -226,10 +228,14 @@ def parse(words, leave):
   run_command(read_only, flags, source=source, joins=joins)
 
 
-def claimed(config=None, workdir=None, source=None, out=None, **others):
+def claimed(config=None, workdir=None, source=None, out=None, base=None, **others):
   """Leaves a run with nothing but its config, which later commands read."""
   if config is not None:
     claim(workdir.lstrip("/"), Settings.of(config))  # nothing outside the folder of the test
+  elif recipe := next((RELEASED[name] for name in RELEASED if source.endswith(name)), None):
+    config = read_config_file(f"{ROOT}/configs/{recipe}")
+    config.teacher.workdir = base
+    claim(out, Settings.of(config))
   elif student := next((STUDENTS[name] for name in STUDENTS if source.endswith(name)), None):
     student = read_config_file(f"{ROOT}/configs/{student}")
     values = {"seed": 0, "model": student.model.to_dict(), "data": student.data.to_dict(), "source": {}}

@@ -33,7 +33,8 @@ def evaluate(
     out: folder of the results; default: <workdir>/evaluation, or <workdir>/adm
     teacher: workdir of the run's teacher, if it has moved
     features: file of the feature network, such as StyleGAN's inception-2015-12-05.pt
-    protocol: adm: 50,000 samples against a reference, in parts; what follows is of it alone
+    protocol: adm: 50,000 samples against a reference, in parts; keep, labels, nfe, num, paired, reference, seed and
+      which are of it alone
     reference: file of moments and features, such as VIRTUAL_imagenet256_labeled.npz, or of pflow reference
     num: number of samples; default: 50000
     nfe: network evaluations; default: those of the config
@@ -41,7 +42,7 @@ def evaluate(
     labels: classes drawn one by one, or all equally often; default: random
     which: averaged or last parameters; default: ema
     keep: samples as a file that ADM's evaluator reads, or as a folder of pictures; default: none
-    paired: samples more, for alignment and diversity, that the teacher draws too in 128 steps; default: 512
+    paired: more samples, which the teacher draws too, for alignment and diversity; default: 512
   """
   from pflow_jax.settings.tree import Settings
 
