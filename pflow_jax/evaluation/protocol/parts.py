@@ -105,12 +105,15 @@ class Parts:
     """Returns an array of all rows, which stays in the files.
 
     Raises:
-      ValueError: parts are missing.
+      ValueError: parts are missing, or their array was removed.
     """
     parts = [self._open(number) for number in range(len(self))]
     if missing := [number for number, part in enumerate(parts) if part is None]:
       raise ValueError(f"{self.folder}: parts {shown(missing)} are missing; the same command makes them")
-    return Joined([part[name] for part in parts if part is not None])
+    found = [part[name] for part in parts if part is not None and name in part]
+    if len(found) < len(parts):
+      raise ValueError(f"{self.folder}: some parts have no {name} any more; name another folder")
+    return Joined(found)
 
   def has(self, name: str) -> bool:
     """Returns whether the parts have an array of this name."""

@@ -32,6 +32,14 @@ def test_what_is_missing_is_told_until_it_is_made(tmp_path):
   assert filled(tmp_path, [0, 2]).missing() == []
 
 
+def test_what_was_removed_is_told(tmp_path):
+  parts = filled(tmp_path, [0, 1, 2])
+  parts.remove("x")
+  assert parts.missing() == []
+  with pytest.raises(ValueError, match="some parts have no x any more; name another folder"):
+    parts.rows("x")
+
+
 def test_a_part_that_is_cut_short_is_missing(tmp_path):
   parts = filled(tmp_path, [0, 1, 2])
   file = tmp_path / "part_00001" / "x.npy"
