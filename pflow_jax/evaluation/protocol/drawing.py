@@ -65,9 +65,9 @@ class Drawing:
           with lock.writing():
             keep = functools.partial(save_pngs, seen, rows.start) if self._protocol.keep == "png" else None
             kept = {"pictures": seen} if self._protocol.keep == "npz" else {}
-            parts.write(number, {"label": self._labels[rows.start : rows.stop], **features, **kept}, keep)
-            if number == 0:
+            if number == 0:  # before the part is there: it is not drawn again
               save_picture(seen[:SHOWN], parts.folder / "samples.png")
+            parts.write(number, {"label": self._labels[rows.start : rows.stop], **features, **kept}, keep)
         report.update(done := done + len(rows))
         if started is None:  # the first part compiles
           started, first = time.perf_counter(), done

@@ -46,7 +46,8 @@ def check_disk(
 
 
 def save_picture(seen: np.ndarray, path: pathlib.Path) -> None:
-  """Writes the first samples as one picture."""
+  """Writes the first samples as one picture, into a folder that is made."""
+  path.parent.mkdir(parents=True, exist_ok=True)
   figures.save(figures.image_grid({"": seen / np.float32(127.5) - 1}, columns=math.isqrt(SHOWN)), path)
 
 
