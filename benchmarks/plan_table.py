@@ -136,7 +136,9 @@ def main() -> None:
   effort = ""
   if not args.full:
     effort = """Compiled with little effort (`pflow plan --fast`), which moves more through main memory than a
-compilation in full: π-ID on v5e-256 takes an estimated 0.16 to 0.38 s there, see [TPU pods](tpu.md).
+compilation in full: π-ID on v5e-256 takes an estimated 0.14 to 0.25 s there, see [TPU pods](tpu.md).
+"""
+  kernel = """Policy students have `model.attention="pallas"`, a flow map's needs a forward derivative and is XLA's.
 """
   text = f"""# {table.title}: does it fit, and what would it cost
 
@@ -145,7 +147,7 @@ TPU at hand. Memory, operations and bytes sent are of the compiled program. Seco
 has confirmed: the lower end of a step is what its slowest part (matrix products, main memory or links, at their
 published rates) takes alone, the upper end all of them in turn; the lower end of the hours is that of the step, the
 upper end {EFFICIENCY:.0%} of such a rate. Hours are those of all steps of the config.
-{effort}{smallest(reports)}
+{effort}{kernel if args.table == "imagenet" else ""}{smallest(reports)}
 """ + "\n".join(lines)
   pathlib.Path(args.out or f"docs/plan_{args.table}.md").write_text(text + "\n")
 
