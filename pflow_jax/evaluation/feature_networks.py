@@ -49,6 +49,14 @@ class FeatureNetwork(Protocol):
   def num_features(self) -> int:
     """Width of `Features.pool`."""
 
+  @property
+  def num_spatial(self) -> int:
+    """Width of `Features.spatial`; 0 where the network has none."""
+
+  @property
+  def num_logits(self) -> int:
+    """Width of `Features.logits`; 0 where the network has none."""
+
   def __call__(self, pictures: np.ndarray) -> Features:
     """Returns the features of pictures (n, H, W, 3), uint8, of any size, which all processes have; n >= 1."""
 
@@ -79,12 +87,26 @@ class JittedNetwork:
 
   def __call__(self, pictures: np.ndarray) -> Features:
     pictures = checked_pictures(pictures)
-    count = len(pictures)
-    if count < self.batch_size:  # repeated, so that few pictures are no batch of another size
-      pictures = pictures[np.arange(self.batch_size) % count]
     run = lambda part: self.run(self.params, self.scale(part))
-    features = in_batches(run, self.layout, self.batch_size, pictures, what=("features", "pictures"))
-    return jax.tree.map(lambda x: x[:count], features)
+    return in_batches(run, self.layout, self.batch_size, pictures, what=("features", "pictures"), whole=True)
+
+  @property
+  def num_spatial(self) -> int:
+    return _width(self._shapes.spatial)
+
+  @property
+  def num_logits(self) -> int:
+    return _width(self._shapes.logits)
+
+  @functools.cached_property
+  def _shapes(self) -> Features:
+    """Shapes of the features of a picture."""
+    picture = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+    return jax.eval_shape(lambda x: self.run(self.params, self.scale(x)), picture)
+
+
+def _width(features: Any) -> int:
+  return 0 if features is None else features.shape[1]
 
 
 def open_feature_network(

@@ -17,6 +17,7 @@ from pflow_jax.families.autoencoder import codec_of
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.training.sample import in_batches
 
+FAR, MOST_FAR = 2.0, 0.02  # share of numbers beyond FAR from which samples are no pixels; of latents it is 0.05
 DECODED_A_DEVICE = 4  # pictures at a time: Stable Diffusion's decoder takes a gigabyte for one of 256 x 256
 
 logger = logging.getLogger(__name__)
@@ -53,23 +54,41 @@ def to_pictures(dataset: Dataset, layout: Layout) -> Callable[[np.ndarray], np.n
     layout: of the mesh that they are decoded on.
 
   Raises:
-    ValueError: they are no pictures, or latents without an autoencoder that can be read.
+    ValueError: they are no pictures, or latents without an autoencoder that can be read. The function raises it where
+      decoded pictures are not finite.
   """
   shape = dataset.shape
   codec = codec_of(dataset)
-  if len(shape) != 3 or (codec is None and shape[-1] not in (1, 3)):
+  if len(shape) != 3 or (codec is None and (shape[-1] not in (1, 3) or dataset.scaling is not None)):
+    what = "latents" if dataset.scaling is not None else "samples"
     hint = "; name the autoencoder of its latents in config.sample.autoencoder" if len(shape) == 3 else ""
     raise ValueError(
-      f"config.evaluate.features: expected pictures of 1 or 3 channels, {dataset.name} has samples of {shape}{hint}"
+      f"config.evaluate.features: expected pictures of 1 or 3 channels, {dataset.name} has {what} of {shape}{hint}"
     )
 
   @jax.jit
-  def run(params: Any, x: jax.Array) -> jax.Array:
+  def run(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     if codec is not None:
       x = codec.module.apply({"params": params}, x, method="decode")
-    x = jnp.minimum(jnp.nan_to_num(jnp.clip(x, -1, 1), nan=0.0) * 127.5 + 128, 255).astype(jnp.uint8)
-    return x if x.shape[-1] == 3 else jnp.repeat(x, 3, axis=-1)
+    finite = jnp.isfinite(x).all(axis=(1, 2, 3))
+    x = jnp.minimum(jnp.clip(x, -1, 1) * 127.5 + 128, 255).astype(jnp.uint8)
+    return x if x.shape[-1] == 3 else jnp.repeat(x, 3, axis=-1), finite
 
   params = () if codec is None else jax.tree.map(layout.everywhere, codec.params)
-  one = functools.partial(run, params)
-  return lambda x: in_batches(one, layout, DECODED_A_DEVICE * layout.batch_parts, x, what=("decoding", "pictures"))
+  one, size = functools.partial(run, params), DECODED_A_DEVICE * layout.batch_parts
+
+  def pictures(x: np.ndarray) -> np.ndarray:
+    if codec is None and np.mean(np.abs(x) > FAR) > MOST_FAR:
+      _warn(
+        f"{dataset.name}: more than {MOST_FAR:.0%} of the samples' numbers lie beyond {FAR:g}, and pixels in [-1, 1]; "
+        "if they are latents, name their autoencoder in config.sample.autoencoder"
+      )
+    seen, finite = in_batches(one, layout, size, x, what=("decoding", "pictures"), whole=True)
+    if bad := int(np.sum(~finite)):
+      raise ValueError(
+        f"{bad} of {len(x)} pictures are not finite, of samples that lie in [{x.min():.3g}, {x.max():.3g}]; those that "
+        "an autoencoder overflows on have no score: look at the run's parameters, and at the scale of its latents"
+      )
+    return seen
+
+  return pictures

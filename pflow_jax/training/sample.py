@@ -51,6 +51,7 @@ def in_batches(
   batch_size: int,
   *arrays: Any,
   what: tuple[str, str] = ("sampling", "samples"),
+  whole: bool = False,
 ) -> Any:
   """Calls `run` on slices of pytrees of arrays, split over the mesh; slices have one length, so it compiles once.
 
@@ -62,12 +63,13 @@ def in_batches(
     batch_size: rows at a time, rounded up to what the mesh splits evenly.
     *arrays: arguments of `run`.
     what: words for the work and for its rows.
+    whole: repeat rows that are fewer than a batch, where another size of it would be compiled for them alone.
 
   Returns:
     NumPy arrays as `run` returns them, of all rows, in every process.
   """
   count = len(jax.tree.leaves(arrays)[0])
-  size = -(-min(batch_size, count) // layout.batch_parts) * layout.batch_parts
+  size = -(-(batch_size if whole else min(batch_size, count)) // layout.batch_parts) * layout.batch_parts
   outputs = []
   with layout.context(), progress(count, 0, what[0], not is_first(), unit=what[1], delay=SHOWN) as report:
     for start in range(0, count, size):

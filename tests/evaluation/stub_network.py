@@ -11,11 +11,16 @@ class StubNetwork:
   Attributes:
     name: see `FeatureNetwork`.
     num_features: see `FeatureNetwork`.
+    num_spatial: see `FeatureNetwork`.
+    num_logits: see `FeatureNetwork`.
     most: the most pictures that it was given at once.
   """
 
+  num_logits = 0
+
   def __init__(self, num_features=6, spatial=4, name="stub 1"):
     self.name, self.num_features, self.most = name, num_features, 0
+    self.num_spatial = spatial
     rng = np.random.default_rng(num_features)
     self._pool, self._spatial = (
       rng.normal(size=(12, n)).astype(np.float32) if n else None for n in (num_features, spatial)

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import pflow_jax as pf
+from pflow_jax.data.dataset import Scaling
 from pflow_jax.evaluation import feature_networks, measure, metrics
+from pflow_jax.evaluation import pictures as pictures_of_samples
 from pflow_jax.evaluation.feature_networks import Features, JittedNetwork
 from pflow_jax.evaluation.pictures import to_pictures
+from pflow_jax.families.autoencoder import Codec
 from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.workdir import pinned
@@ -112,6 +116,40 @@ def test_samples_that_are_no_pictures_are_refused():
   points = pf.data.from_arrays(np.zeros((4, 2), np.float32))
   with pytest.raises(ValueError, match=r"config\.evaluate\.features: expected pictures"):
     to_pictures(points, make_layout({"data": -1}, ()))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_latents_of_few_channels_are_no_pixels(channels):
+  latents = dataclasses.replace(dataset(channels), scaling=Scaling((0.0,), (1.0,), 1.0))
+  with pytest.raises(ValueError, match=r"has latents of \(8, 8, .\); name the autoencoder of its latents"):
+    to_pictures(latents, make_layout({"data": -1}, ()))
+
+
+def test_samples_that_look_like_latents_are_told(caplog):
+  see = to_pictures(dataset(name="mine"), make_layout({"data": -1}, ()))
+  see(np.clip(np.random.default_rng(0).normal(size=(20, 8, 8, 1)), -1.5, 1.5).astype(np.float32))
+  assert not caplog.records
+  see(np.random.default_rng(0).normal(size=(20, 8, 8, 1)).astype(np.float32))
+  assert "mine: more than 2% of the samples' numbers lie beyond 2" in caplog.text
+
+
+def test_pictures_that_an_autoencoder_overflows_on_have_no_score(monkeypatch):
+  class Overflows(nn.Module):
+    def decode(self, x):
+      return jnp.exp(100 * x) - jnp.exp(100 * x)
+
+  monkeypatch.setattr(pictures_of_samples, "codec_of", lambda dataset: Codec(Overflows(), {}))
+  see = to_pictures(dataset(3), make_layout({"data": -1}, ()))
+  x = np.zeros((10, 8, 8, 3), np.float32)
+  assert (see(x) == 128).all()
+  x[[2, 7], 1] = 3.0
+  with pytest.raises(ValueError, match=r"2 of 10 pictures are not finite, of samples that lie in \[0, 3\]"):
+    see(x)
+
+
+def test_the_widths_of_a_networks_features_are_known_before_any_are_made():
+  network = Counted(16).network
+  assert (network.num_features, network.num_spatial, network.num_logits) == (6, 0, 3)
 
 
 @pytest.fixture(scope="module")
