@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -150,29 +149,6 @@ class MomentSums:
     if self.count < 2:
       raise ValueError(f"features: expected at least 2 samples for a covariance, got {self.count}")
     return Moments(self.mean.copy(), (self.scatter + self.scatter.T) / (2 * (self.count - 1)), self.count)
-
-  def arrays(self) -> dict[str, Array]:
-    """Returns all of it as arrays, for a file; `from_arrays` reads them."""
-    return {"count": np.array(self.count, np.int64), "mean": self.mean, "scatter": self.scatter}
-
-  @classmethod
-  def from_arrays(cls, arrays: Mapping[str, Array], *, name: str) -> MomentSums:
-    """Returns the sums that `arrays` gave.
-
-    Args:
-      arrays: count, mean and scatter.
-      name: of the file, in errors.
-
-    Raises:
-      ValueError: they are no such sums.
-    """
-    count, mean, scatter = (np.asarray(arrays[key]) for key in ("count", "mean", "scatter"))
-    if count.shape != () or count.dtype.kind not in "iu" or count < 0:
-      raise ValueError(f"{name}: expected a number of samples, got {count.dtype} {count.shape}")
-    checked = Moments.from_arrays(mean, scatter, None, name=name)
-    sums = cls(len(checked.mean))
-    sums.count, sums.mean, sums.scatter = int(count), checked.mean, checked.cov
-    return sums
 
   def _add(self, count: int, mean: Array, deviations: Array) -> None:
     """Adds `count` samples with this mean, whose `deviations` from it, (n, F), are yet to be summed."""

@@ -118,16 +118,6 @@ def test_a_part_of_sums_can_be_taken_out_again(rng):
     every.without(every)
 
 
-def test_sums_come_back_from_their_arrays(rng):
-  sums = _sums(rng.normal(size=(40, 3)))
-  again = MomentSums.from_arrays(sums.arrays(), name="shard")
-  again.update(np.ones((2, 3)))
-  sums.update(np.ones((2, 3)))
-  np.testing.assert_array_equal(again.moments().cov, sums.moments().cov)
-  with pytest.raises(ValueError, match="shard: expected a number of samples"):
-    MomentSums.from_arrays(sums.arrays() | {"count": np.float64(3)}, name="shard")
-
-
 def test_features_are_read_a_block_at_a_time(rng, tmp_path):
   x = rng.normal(size=(2 * BLOCK + 100, 3)).astype(np.float32)
   expected = Moments.from_features(x)
