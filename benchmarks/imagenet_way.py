@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   total = sum(way.seconds.values())
   print("\n" + "\n".join(f"{name:20} {seconds:7.0f} s" for name, seconds in way.seconds.items()))
   print(f"{'all':20} {total:7.0f} s\n")
-  from pflow_jax.evaluation.protocol.scores import table
+  from pflow_jax.evaluation.protocol.report import table
 
   rows = [json.loads((f / f"student{n}/adm/adm.json").read_text())["rows"][0] for n in (1, 2)]
   rows = [{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows]

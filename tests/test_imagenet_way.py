@@ -38,6 +38,6 @@ def test_the_way_from_pictures_to_the_table(tmp_path, monkeypatch, capsys):
     assert (row["nfe"], report["num_samples"]) == (n, 128)
     assert {"fid", "kid", "precision", "recall", "density", "coverage", "alignment", "diversity_ratio"} <= row.keys()
     assert report["network"].endswith(", 64 features")
-    with np.load(tmp_path / f"student{n}" / "adm" / f"samples_{n}_nfe.npz") as file:
+    with np.load(tmp_path / f"student{n}" / "adm" / f"{n}_nfe" / "samples.npz") as file:
       assert file["arr_0"].shape == (128, 32, 32, 3)
   assert told.rstrip().splitlines()[-4].startswith("| NFE |")

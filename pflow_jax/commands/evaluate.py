@@ -22,6 +22,7 @@ def evaluate(
   seed: Seed | None = None,
   labels: Literal["random", "balanced"] | None = None,
   which: Which | None = None,
+  step: Annotated[int, 0, None] | None = None,
   keep: Literal["none", "npz", "png"] | None = None,
   paired: Annotated[int, 0, None] | None = None,
 ) -> None:
@@ -33,14 +34,15 @@ def evaluate(
     out: folder of the results; default: <workdir>/evaluation, or <workdir>/adm
     teacher: workdir of the run's teacher, if it has moved
     features: file of the feature network, such as StyleGAN's inception-2015-12-05.pt
-    protocol: adm: 50,000 samples against a reference, in parts; keep, labels, nfe, num, paired, reference, seed and
-      which are of it alone
+    protocol: adm: 50,000 samples against a reference, in parts; keep, labels, nfe, num, paired, reference, seed,
+      step and which are of it alone
     reference: file of moments and features, such as VIRTUAL_imagenet256_labeled.npz, or of pflow reference
     num: number of samples; default: 50000
     nfe: network evaluations; default: those of the config
     seed: of noise and classes; default: 0
     labels: classes drawn one by one, or all equally often; default: random
     which: averaged or last parameters; default: ema
+    step: of the checkpoint; default: that of an evaluation which was killed, or the newest
     keep: samples as a file that ADM's evaluator reads, or as a folder of pictures; default: none
     paired: more samples, which the teacher draws too, for alignment and diversity; default: 512
   """
@@ -59,11 +61,11 @@ def evaluate(
       raise ValueError(f"{problem} for --protocol=adm")
     if nfe is not None:
       settings = settings.changed("sample", nfe=(nfe,))
-    common: dict[str, Any] = dict(protocol=Protocol(**own), which=which or "ema", teacher=teacher, out=out)
-    evaluate_by_protocol(settings, workdir, reference, **common)
+    common: dict[str, Any] = dict(protocol=Protocol(**own), which=which or "ema", step=step)
+    evaluate_by_protocol(settings, workdir, reference, **common, teacher=teacher, out=out)
     return
-  if own or not (reference is nfe is which is None):
-    raise ValueError("num, nfe, seed, labels, which, keep, paired, reference: are of --protocol=adm; give it too")
+  if own or not (reference is nfe is which is step is None):
+    raise ValueError("num, nfe, seed, labels, which, step, keep, paired, reference: are of --protocol=adm; give it too")
   from pflow_jax.evaluation.evaluate import evaluate as run
 
   run(settings, workdir, others=also, teacher=teacher, out=out)

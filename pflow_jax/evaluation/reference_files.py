@@ -48,6 +48,11 @@ class Found(NamedTuple):
   network: str = ""
   shape: tuple[int, ...] | None = None
 
+  @property
+  def lacks_features(self) -> bool:
+    """Returns whether there are images, whose features are yet to be made."""
+    return self.shape is not None and self.features is None
+
 
 def read_reference(path: str | os.PathLike, metric: str) -> Found:
   """Reads a file of a reference, without its images.

@@ -103,7 +103,7 @@ def load_reference(path: str | os.PathLike, network: Network | None = None, *, m
   reference = found.pool and Reference(found.pool, found.spatial, found.features, found.network)
   if reference and network:
     reference.check_network(network)
-  if reference and (network is None or found.shape is None or found.features is not None):
+  if reference and (network is None or not found.lacks_features):
     return reference
   if network is None or found.shape is None:
     raise ValueError(f"{path}: holds images and no moments; give the feature network that makes them")

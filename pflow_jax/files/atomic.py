@@ -1,4 +1,4 @@
-"""Atomic writing: a file is there whole or not at all, whenever a process is killed."""
+"""Atomic writing: a file is there whole or not at all, whenever a process is killed; and waiting for the disk."""
 
 from __future__ import annotations
 
@@ -29,3 +29,17 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     with contextlib.suppress(OSError):  # the first error is the one to raise
       partial.unlink(missing_ok=True)
     raise
+
+
+def sync(path: str | os.PathLike) -> None:
+  """Waits until a file of this machine, or the names in a folder, are on the disk.
+
+  Raises:
+    OSError: a file cannot be written. A storage that does not sync folders is left to its own ways.
+  """
+  number = os.open(path, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError) if os.path.isdir(path) else contextlib.nullcontext():
+      os.fsync(number)
+  finally:
+    os.close(number)

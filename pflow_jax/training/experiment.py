@@ -132,7 +132,12 @@ class Experiment:
       )
 
   def load(
-    self, folder: str | os.PathLike, which: str = "ema", layout: Layout | None = None, frozen: Params | None = None
+    self,
+    folder: str | os.PathLike,
+    which: str = "ema",
+    layout: Layout | None = None,
+    frozen: Params | None = None,
+    step: int | None = None,
   ) -> Params:
     """Loads all parameters of the network as the run in `folder` saved them, to the devices as `layout` says.
 
@@ -141,11 +146,13 @@ class Experiment:
       which: "ema" or "params".
       layout: by default the first device.
       frozen: result of `load_frozen`, if it has been called: its leaves are shared. Adapters alone need it.
+      step: of the checkpoint; None for the newest intact one.
 
     Raises:
       ValueError: the checkpoint is of another network than the settings describe.
     """
-    trained = load_params(f"{folder}/{workdir.CHECKPOINTS}", which=which, layout=layout)  # type: ignore[arg-type]
+    place = f"{folder}/{workdir.CHECKPOINTS}"
+    trained = load_params(place, which=which, step=step, layout=layout)  # type: ignore[arg-type]
     if others := differing(trained, self._trained_shapes()):
       raise ValueError(
         f"{folder}: its checkpoint holds another network than its config describes; parameters that differ: "

@@ -38,7 +38,9 @@ def drawn_labels(protocol: Protocol, num_classes: int) -> np.ndarray:
 
 def _keys(seed: int, number: jax.Array) -> jax.Array:
   """Keys of a sample, (3,): of its noise, of stochastic steps, and of its class."""
-  return jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 3)
+  # Named, because the default is a setting of JAX, and another generator draws other numbers for another batch.
+  key = jax.random.key(seed, impl="threefry2x32")
+  return jax.random.split(jax.random.fold_in(key, number), 3)
 
 
 def from_numbers(run: Callable[..., Any], draw: Callable[..., Any]) -> Callable[..., Any]:

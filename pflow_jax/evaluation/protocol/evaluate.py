@@ -10,9 +10,8 @@ same command, killed at any moment, goes on with the part it was at, and ends wi
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -20,26 +19,24 @@ from typing import Any
 
 import jax
 
-from pflow_jax.checkpoints.steps import newest_step
-from pflow_jax.evaluation.evaluate import described_teacher
-from pflow_jax.evaluation.feature_networks import FeatureNetwork, open_feature_network
+from pflow_jax.checkpoints.steps import newest_agreed, steps_of
+from pflow_jax.evaluation.feature_networks import open_feature_network
 from pflow_jax.evaluation.pictures import to_pictures
-from pflow_jax.evaluation.protocol.drawing import Drawing, drawn_pairs
-from pflow_jax.evaluation.protocol.kept import check_disk, gather
-from pflow_jax.evaluation.protocol.parts import Parts
-from pflow_jax.evaluation.protocol.scores import NEAREST, as_markdown, check_counts, measured, paired_measures, table
+from pflow_jax.evaluation.protocol import about, report
+from pflow_jax.evaluation.protocol.drawing import Drawing, Finished, teacher_samplers
+from pflow_jax.evaluation.protocol.draws import drawn_labels, draws
+from pflow_jax.evaluation.protocol.kept import bytes_of_samples, check_disk, gather
+from pflow_jax.evaluation.protocol.parts import FORMAT, Parts
+from pflow_jax.evaluation.protocol.reference import open_reference
+from pflow_jax.evaluation.protocol.scores import NEAREST, check_count, measured, paired_measures
 from pflow_jax.evaluation.protocol.settings import PAIRS_IN_PART, PART, Protocol
-from pflow_jax.evaluation.references import load_reference
 from pflow_jax.evaluation.sample import check_local
-from pflow_jax.families.autoencoder import codec_of
-from pflow_jax.files.atomic import write_atomically
-from pflow_jax.files.folders import checked_folder, expanded
+from pflow_jax.files.folders import absolute, checked_folder, expanded
 from pflow_jax.files.lock import Lock
 from pflow_jax.mesh.distributed import agreed, is_first
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
-from pflow_jax.training.experiment import Experiment, build, layout_of
-from pflow_jax.training.inputs import digest_of_parameters
+from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.origins import use_teacher
 from pflow_jax.training.sample import evaluations, make_sampler
 from pflow_jax.training.teachers import which_of
@@ -52,12 +49,14 @@ def evaluate_by_protocol(
   *,
   protocol: Protocol | None = None,
   which: str = "ema",
+  step: int | None = None,
   teacher: str | os.PathLike | None = None,
   out: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
   """Measures the run in `folder` against a reference; writes adm.json, adm.md and samples of each sampler.
 
-  A student is sampled with config.sample.nfe evaluations, a teacher by config.sample.solver and guidance. The features
+  Rows of the same samples with other numbers of evaluations, or against other references, stay in both files. A
+  student is sampled with config.sample.nfe evaluations, a teacher by config.sample.solver and guidance. The features
   are those of the network in config.evaluate.features.
 
   Args:
@@ -66,6 +65,7 @@ def evaluate_by_protocol(
     reference: file of moments and features, see `evaluation.references.load_reference`.
     protocol: number and kind of samples; by default those of ADM.
     which: "ema" or "params".
+    step: of the checkpoint; by default that of an evaluation in `out` which was not finished, else the newest.
     teacher: workdir of its teacher, if that has moved.
     out: folder of the results and of parts; by default <folder>/adm.
 
@@ -74,7 +74,7 @@ def evaluate_by_protocol(
 
   Raises:
     ValueError: the reference is of another network, there are too few samples for a metric, samples are not finite, the
-      disk has no room, or `out` holds parts of another evaluation.
+      disk has no room, there is no such checkpoint, or `out` holds another evaluation.
   """
   protocol = protocol or Protocol()
   settings = use_teacher(Settings.of(config, converted=True), teacher)
@@ -92,83 +92,95 @@ def evaluate_by_protocol(
     )
   pictures = to_pictures(dataset, layout)
   network = open_feature_network(settings.evaluate.features, layout, settings.evaluate.width)
-  known = load_reference(reference, network)
-  check_counts(protocol, known, network.num_features)
+  check_count(protocol.num_samples, network.num_features)
   which = which_of(settings, which)
-  about = _about(experiment, folder, which, network, protocol)
   numbers = evaluations(experiment.method, settings.sample)
   samplers = {n: make_sampler(experiment.method, settings.sample, n) for n in numbers}  # raises before any work
   lock = Lock(path, "pflow evaluate", active=is_first())
   with lock:
-    count = protocol.num_samples
-    parts = {n: Parts(path / f"{n}_nfe", {**about, "nfe": n}, count=count, size=PART) for n in numbers}
-    paired = None
+    step = _step(folder, step, path)
+    own = about.of_sampler(experiment, folder, step, which, protocol)
+    of_samples = {"format": FORMAT, **own, **about.of_features(experiment, network, protocol)}
+    rows = [*map(report.with_pairs, agreed(functools.partial(report.known_rows, path, of_samples)))]
+    parts = {n: _parts(path / f"{n}_nfe", {**of_samples, "nfe": n}, protocol.num_samples, PART) for n in numbers}
+    pairs, beside = dict[int, Parts](), None
     if protocol.num_paired and experiment.teacher is not None:
-      of_pairs = {**about, "students": list(numbers), "teacher": described_teacher(experiment)}
-      paired = Parts(path / "pairs", of_pairs, count=protocol.num_paired, size=PAIRS_IN_PART)
-    for one in (*parts.values(), *([] if paired is None else [paired])):
-      agreed(one.check)
-    agreed(functools.partial(check_disk, path, dataset, network, protocol, len(numbers)))
-    params = experiment.load(folder, which, layout)
-    runs = {n: functools.partial(run, params) for n, run in samplers.items()}
-    rows = []
-    for n in numbers:
-      drawn = Drawing(runs[n], dataset, protocol, layout, settings.sample.batch_size, pictures, network)
-      speed = drawn.fill(parts[n], lock, f"{n} NFE")
-      row = _row(agreed(functools.partial(measured, parts[n], known)))
-      rows.append({"nfe": n, **row, **({} if speed is None else {"images_per_second": speed})})
+      common, sizes = {**own, **about.of_pairs(protocol)}, (protocol.num_paired, PAIRS_IN_PART)
+      pairs = {n: _parts(path / "pairs" / f"{n}_nfe", {**common, "nfe": n}, *sizes) for n in numbers}
+      beside = _parts(path / "pairs" / "teacher", about.of_teacher(experiment, protocol), *sizes)
+
+    def check_room() -> None:
+      needed = bytes_of_samples([*parts.values()], dataset, network, protocol.keep)
+      arrays = [(one, 1) for one in pairs.values()] + ([(beside, 2)] if beside else [])
+      needed += sum(4 * math.prod(dataset.shape) * count * one.num_missing() for one, count in arrays)
+      check_disk(path, needed)
+
+    agreed(check_room)
+    known = open_reference(reference, network, protocol.num_samples, path, lock)
+    if is_first() and known.notes:
+      print("\n".join(known.notes), flush=True)
+
+    def score(nfe: int) -> report.Row:
+      assert known.reference is not None, "the first process measures"
+      return measured(parts[nfe], known.reference)
+
+    def write(finished: bool) -> dict[str, Any]:
+      device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+      content = {**of_samples, "workdir": str(folder), "nearest_k": NEAREST, "device": device}
+      content |= {"finished": finished, "rows": rows}
       if is_first():
         with lock.writing():
-          gather(parts[n], path / f"samples_{n}_nfe", protocol.keep)
-    if paired is not None:
-      drawn_pairs(experiment, paired, protocol, layout, runs, lock)
-      for row in rows:
-        row |= _row(agreed(functools.partial(paired_measures, paired, row["nfe"])))
-    report = {
-      **about,
-      "workdir": str(folder),
-      "reference": os.fspath(reference),
-      "reference_images": known.num_images,
-      "nearest_k": NEAREST,
-      "num_paired": 0 if paired is None else protocol.num_paired,
-      "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-      "rows": rows,
-    }
+          report.write(path, content)
+      return content
+
+    write(finished=False)
+    params = experiment.load(folder, which, layout, step=step)
+    runs = {n: functools.partial(run, params) for n, run in samplers.items()}
+    labels = drawn_labels(protocol, dataset.num_classes)
+    drawing = Drawing(layout, settings.sample.batch_size, draws(dataset.shape, protocol.seed), labels, lock)
+    finish = Finished(pictures, network, labels, protocol.keep)
+    for n in numbers:
+      speed = drawing.fill(parts[n], f"{n} NFE", {"x": runs[n]}, finish)
+      row = report.row_of(rows, n, known.digest)
+      if row is None:
+        row = agreed(functools.partial(score, n))
+        row |= {"reference_images": known.num_images, "notes": list(known.notes)}
+      speeds = [speed, *(one.get("images_per_second") for one in rows if one["nfe"] == n)]
+      found = [one for one in speeds if one is not None]
+      row |= {"nfe": n, "reference": os.fspath(reference), "reference_digest": known.digest}
+      rows = report.joined(rows, report.with_pairs(row | ({"images_per_second": found[0]} if found else {})))
+      write(finished=False)
+    if beside is not None:
+      first = protocol.num_samples
+      if agreed(beside.missing):
+        drawing.fill(beside, "pairs, teacher", teacher_samplers(experiment, layout), first=first)
+      for n, one in pairs.items():
+        drawing.fill(one, f"pairs, {n} NFE", {"x": runs[n]}, first=first)
+        row = agreed(functools.partial(paired_measures, one, beside)) | {"num_paired": protocol.num_paired}
+        rows = report.joined(rows, {**(report.row_of(rows, n, known.digest) or {}), **report.with_pairs(row)})
+    content = write(finished=True)
     if is_first():
       with lock.writing():
-        write_atomically(path / "adm.json", json.dumps(report, indent=2) + "\n")
-        write_atomically(path / "adm.md", as_markdown(report, protocol))
-      print(table(rows))
+        for told in filter(None, [gather(one, protocol.keep) for one in parts.values()]):
+          print(told)
+      print(report.table([row for row in rows if row["nfe"] in numbers and row["reference_digest"] == known.digest]))
       print(f"wrote {path}/adm.md and adm.json")
-  return report
+  return content
 
 
-def _about(
-  experiment: Experiment, folder: str, which: str, network: FeatureNetwork, protocol: Protocol
-) -> dict[str, Any]:
-  """Returns all that samples and their features depend on."""
-  settings = experiment.settings
-  step = newest_step(f"{folder}/{workdir.CHECKPOINTS}")
-  plain = settings.plain()
-  sampling = dataclasses.asdict(settings.sample)
-  for name in ("nfe", "batch_size", "autoencoder"):
-    del sampling[name]
-  codec = codec_of(experiment.dataset)
-  return {
-    "parameters": digest_of_parameters(folder, step, which),
-    "step": step,
-    "which": which,
-    "model": plain["model"],
-    "sample": sampling,
-    "autoencoder": "" if codec is None else codec.folder,
-    "network": network.name,
-    "num_samples": protocol.num_samples,
-    "seed": protocol.seed,
-    "labels": protocol.labels,
-    "keep": protocol.keep,
-  }
+def _parts(folder: pathlib.Path, of: Mapping[str, Any], count: int, size: int) -> Parts:
+  """Returns parts, where they are not of something else."""
+  parts = Parts(folder, of, count=count, size=size)
+  agreed(parts.check)
+  return parts
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-  """Returns a row with pairs of a value and its error as tuples, which another process gets as lists."""
-  return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+def _step(folder: str, asked: int | None, out: pathlib.Path) -> int | None:
+  """Returns the step of the checkpoint to evaluate, for all processes: a run may train on and save others meanwhile."""
+  checkpoints = absolute(f"{folder}/{workdir.CHECKPOINTS}")
+  begun = agreed(functools.partial(report.begun_step, out))
+  if asked is None and begun in agreed(functools.partial(steps_of, checkpoints)):
+    asked = begun
+    if is_first():
+      print(f"going on with the evaluation of step {begun} in {out}; for another give --step and --out", flush=True)
+  return newest_agreed(checkpoints, asked)[0]

@@ -7,17 +7,45 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from pflow_jax.evaluation.metrics import Joined
-from pflow_jax.files.atomic import write_atomically
+from pflow_jax.files.atomic import sync, write_atomically
 from pflow_jax.files.foreign import read_json, shown
 
 ABOUT = "about.json"
+FORMAT = 2  # of what is kept of an evaluation; raised where samples, features, metrics or files change
 _PARTIAL = ".partial"
+Extra = Callable[[pathlib.Path], None]
+
+
+def check_same(folder: pathlib.Path, there: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+  """Raises ValueError where a folder holds what was made of something else.
+
+  Args:
+    folder: named in the error.
+    there: its description, perhaps with more than that.
+    about: the description that it should have.
+  """
+  fix = "name another folder, or remove this one"
+  if there.get("format") != FORMAT:
+    raise ValueError(f"{folder} holds an evaluation of another version of pflow_jax; {fix}")
+  before, now = (_flat(one, about) for one in (there, json.loads(json.dumps(about))))
+  told = lambda key: f"{key} {shown(before.get(key), 80)}, not {shown(now.get(key), 80)}"
+  if differing := [told(key) for key in sorted({*before, *now}) if before.get(key) != now.get(key)]:
+    raise ValueError(f"{folder} holds what was made of {'; '.join(differing)}; {fix}")
+
+
+def _flat(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+  """Returns the values of some keys, those of sections by "section.key"."""
+  flat: dict[str, Any] = {}
+  for key in values.keys() & keys:
+    section = values[key]
+    flat |= {f"{key}.{name}": value for name, value in section.items()} if isinstance(section, dict) else {key: section}
+  return flat
 
 
 class Parts:
@@ -39,7 +67,7 @@ class Parts:
 
   def __init__(self, folder: str | os.PathLike, about: Mapping[str, Any], *, count: int, size: int):
     self.folder, self.count, self.size = pathlib.Path(folder), count, size
-    self._about = {**json.loads(json.dumps(about)), "rows": count, "rows of a part": size}
+    self._about = {"format": FORMAT, **about, "rows": count, "rows of a part": size}
 
   def __len__(self) -> int:
     return -(-self.count // self.size)
@@ -47,12 +75,7 @@ class Parts:
   def check(self) -> None:
     """Raises ValueError where the folder has parts of something else."""
     if (path := self.folder / ABOUT).exists():
-      there = read_json(path)
-      keys = [key for key in sorted({*there, *self._about}) if there.get(key) != self._about.get(key)]
-      if keys:
-        told = lambda key: f"{key} {shown(there.get(key), 80)}, not {shown(self._about.get(key), 80)}"
-        differing = "; ".join(map(told, keys))
-        raise ValueError(f"{self.folder} holds what was made of {differing}; name another folder, or remove this one")
+      check_same(self.folder, read_json(path), self._about)
 
   def rows_of(self, number: int) -> range:
     """Rows of a part."""
@@ -62,11 +85,15 @@ class Parts:
     """Numbers of the parts that are yet to be made."""
     return [number for number in range(len(self)) if self._open(number) is None]
 
+  def num_missing(self) -> int:
+    """Number of the rows that are yet to be made."""
+    return sum(len(self.rows_of(number)) for number in self.missing())
+
   def write(
     self,
     number: int,
     arrays: Mapping[str, np.ndarray],
-    extra: Callable[[pathlib.Path], None] | None = None,
+    extra: Extra | None = None,
   ) -> None:
     """Writes a part, whole or not at all.
 
@@ -95,7 +122,9 @@ class Parts:
       if extra is not None:
         extra(partial)
       shutil.rmtree(path, ignore_errors=True)  # a damaged one
+      sync(partial)
       partial.rename(path)
+      sync(self.folder)
     except BaseException:
       with contextlib.suppress(OSError):  # the first error is the one to raise
         shutil.rmtree(partial)
@@ -116,8 +145,8 @@ class Parts:
     return Joined(found)
 
   def has(self, name: str) -> bool:
-    """Returns whether the parts have an array of this name."""
-    return (self._path(0) / f"{name}.npy").exists()
+    """Returns whether all parts have an array of this name."""
+    return all((path / f"{name}.npy").exists() for path in self.paths())
 
   def remove(self, name: str) -> None:
     """Removes an array from all parts."""

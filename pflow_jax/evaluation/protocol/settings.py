@@ -8,6 +8,7 @@ from typing import Literal
 PART = 1024  # samples of a part
 PAIRS_IN_PART = 128  # of those that the teacher draws too, in a hundred times as many evaluations
 OF_A_CLASS = 8  # of those
+Keep = Literal["none", "npz", "png"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Protocol:
     seed: of noise and classes.
     labels: "random", each class drawn by itself, or "balanced", all classes equally often in a random order.
     keep: what is kept of the samples: "none", "npz", a file that ADM's own evaluator reads, or "png", a folder.
-    num_paired: samples more, OF_A_CLASS of a class, that a student's teacher draws too, for alignment and diversity.
+    num_paired: samples more, OF_A_CLASS of a class, that a student's teacher draws too, for alignment and diversity; 0
+      leaves them out.
 
   Raises:
     ValueError: numbers out of range.
@@ -28,12 +30,13 @@ class Protocol:
   num_samples: int = 50_000
   seed: int = 0
   labels: Literal["random", "balanced"] = "random"
-  keep: Literal["none", "npz", "png"] = "none"
+  keep: Keep = "none"
   num_paired: int = 512
 
   def __post_init__(self):
-    if self.num_samples < 2 or self.num_paired < 0 or self.num_samples + self.num_paired >= 2**31:
+    paired = self.num_paired
+    if self.num_samples < 2 or paired < 0 or paired == 1 or self.num_samples + paired >= 2**31:
       raise ValueError(
-        f"num, paired: expected at least 2 samples and 0 pairs, fewer than 2^31 together, got {self.num_samples} and "
-        f"{self.num_paired}"
+        "num, paired: expected at least 2 samples, and 0 pairs or at least 2, fewer than 2^31 together, got "
+        f"{self.num_samples} and {paired}"
       )

@@ -123,6 +123,10 @@ class Method(abc.ABC, Generic[Objective]):
     Every evaluation has as many of the steps, even in schedule time; `times` has theirs. `temperature` as of `sampler`.
     """
 
+  def strength(self, sampling: SampleSettings) -> float | None:
+    """Returns the strength of guidance that `sampler` draws with; None is none."""
+    return sampling.guidance
+
   def times(self, nfe: int, steps: int) -> np.ndarray:
     """Flow times (steps + 1,) of the states of a trajectory, from 1 to 0.
 

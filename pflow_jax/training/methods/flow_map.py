@@ -90,6 +90,12 @@ class FlowMapMethod(Method[FlowMap]):
       precise=jump(precise, jax.lax.stop_gradient(params)) if precise else None,
     )
 
+  def strength(self, sampling: SampleSettings = SampleSettings()) -> float:
+    """Returns the strength of guidance that it is sampled with, by default the teacher's."""
+    if sampling.guidance is not None:
+      return sampling.guidance
+    return self.teacher.settings.guidance if self.objective.guided and self.teacher else self.objective.guidance[0]
+
   def jump(self, params, strength: float | None = None):
     """Returns (x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's.
 
@@ -97,8 +103,7 @@ class FlowMapMethod(Method[FlowMap]):
       ValueError: the network was not trained for that strength.
     """
     guided, (low, high) = self.objective.guided, self.objective.guidance
-    if strength is None:
-      strength = self.teacher.settings.guidance if guided and self.teacher else low
+    strength = self.strength() if strength is None else strength
     if not low <= strength <= high:
       raise ValueError(
         f"config.sample.guidance (where that is not set, config.teacher.guidance): expected a strength in [{low}, "
@@ -121,14 +126,14 @@ class FlowMapMethod(Method[FlowMap]):
 
   def sampler(self, sampling: SampleSettings, nfe: int):
     def run(params, noise, cond, keys):
-      jump = self.jump(params, sampling.guidance)
+      jump = self.jump(params, self.strength(sampling))
       return sample_flow_map(jump, noise, cond, keys, grid=self._grid(nfe), gamma=sampling.gamma)
 
     return run
 
   def trajectory(self, sampling: SampleSettings, nfe: int):
     def run(params, noise, cond):
-      jump = self.jump(params, sampling.guidance)
+      jump = self.jump(params, self.strength(sampling))
       return sample_flow_map(jump, noise, cond, grid=self._grid(nfe), trajectory=True)
 
     return run

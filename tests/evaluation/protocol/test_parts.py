@@ -68,3 +68,14 @@ def test_parts_of_something_else_are_refused(tmp_path):
     Parts(tmp_path, {"seed": 1}, count=10, size=4).check()
   with pytest.raises(ValueError, match="rows 10, not 12"):
     Parts(tmp_path, ABOUT, count=12, size=4).check()
+  (tmp_path / "about.json").write_text('{"seed": 0, "rows": 10, "rows of a part": 4}')
+  with pytest.raises(ValueError, match="of another version of pflow_jax; name another folder, or remove this one"):
+    Parts(tmp_path, ABOUT, count=10, size=4).check()
+
+
+def test_a_setting_that_differs_is_named(tmp_path):
+  sections = {"sample": {"h": 0.0, "substeps": 8}, "seed": 0}
+  Parts(tmp_path, sections, count=4, size=4).write(0, {"x": np.zeros(4)})
+  Parts(tmp_path, sections, count=4, size=4).check()
+  with pytest.raises(ValueError, match=r"made of sample\.h 0\.0, not 0\.5; sample\.substeps 8, not None; name"):
+    Parts(tmp_path, {"sample": {"h": 0.5}, "seed": 0}, count=4, size=4).check()

@@ -1,20 +1,28 @@
 """ADM's protocol on tiny runs: what is drawn, what is measured, and going on after being killed."""
 
+import dataclasses
 import json
+import shutil
 import zipfile
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
+from pflow_jax.checkpoints.steps import steps_of
 from pflow_jax.commands import cli
 from pflow_jax.evaluation import metrics
 from pflow_jax.evaluation.protocol import Protocol, evaluate, evaluate_by_protocol, kept
+from pflow_jax.evaluation.protocol.drawing import Drawing
 from pflow_jax.evaluation.protocol.draws import drawn_labels, draws
 from pflow_jax.evaluation.protocol.parts import Parts
+from pflow_jax.evaluation.protocol.reference import comparable, open_reference
 from pflow_jax.evaluation.protocol.scores import measured
-from pflow_jax.evaluation.references import Reference
+from pflow_jax.evaluation.references import Reference, load_reference
+from pflow_jax.files.lock import Lock
+from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.training.workdir import load_config
 from tests.evaluation.stub_network import StubNetwork
 
@@ -26,6 +34,8 @@ SMALL = {"num_samples": NUMBER, "num_paired": 16}
 
 class Network(StubNetwork):
   """A feature network with logits."""
+
+  num_logits = 4
 
   def __call__(self, pictures):
     found = super().__call__(pictures)
@@ -39,13 +49,13 @@ def small_parts(monkeypatch):
   monkeypatch.setattr(evaluate, "open_feature_network", lambda path, layout, width: Network())
 
 
-def reference_of(folder, count=200, spatial=4, network="stub 1"):
-  rng = np.random.default_rng(3)
+def reference_of(folder, count=200, spatial=4, network="stub 1", name="reference", seed=3):
+  rng = np.random.default_rng(seed)
   features = rng.normal(size=(count, 6)).astype(np.float32)
   places = metrics.Moments.from_features(rng.normal(size=(count, spatial)))
   made = Reference(metrics.Moments.from_features(features), places, features, network)
-  made.save(folder / "reference.npz")
-  return folder / "reference.npz"
+  made.save(folder / f"{name}.npz")
+  return folder / f"{name}.npz"
 
 
 def config_of(run):
@@ -67,7 +77,7 @@ def report(student_run, tmp_path):
 def test_the_table_has_the_metrics_of_the_samples_that_are_kept(report, tmp_path):
   (row,) = report["rows"]
   folder = tmp_path / "adm"
-  with np.load(folder / "samples_1_nfe.npz") as file:
+  with np.load(folder / "1_nfe" / "samples.npz") as file:
     seen, labels = file["arr_0"], file["arr_1"]
   assert (seen.shape, seen.dtype, labels.shape) == ((NUMBER, 8, 8, 3), np.uint8, (NUMBER,))
   pool, spatial, logits = Network()(seen)
@@ -93,7 +103,7 @@ def test_the_table_has_the_metrics_of_the_samples_that_are_kept(report, tmp_path
 
 def test_adms_own_reader_finds_the_samples(report, tmp_path):
   """It reads arr_0.npy of the archive by itself, a part at a time, and takes headers of NumPy's version 1.0 alone."""
-  with zipfile.ZipFile(tmp_path / "adm" / "samples_1_nfe.npz") as archive, archive.open("arr_0.npy") as file:
+  with zipfile.ZipFile(tmp_path / "adm" / "1_nfe" / "samples.npz") as archive, archive.open("arr_0.npy") as file:
     assert np.lib.format.read_magic(file) == (1, 0)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     assert (shape, fortran, dtype) == ((NUMBER, 8, 8, 3), False, np.uint8)
@@ -107,31 +117,31 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(report, student_run, 
   def killed(self, number, *rest, **options):
     write(self, number, *rest, **options)
     written.append(number)
-    if len(written) in (1, 4):
+    if len(written) in (1, 4, 6):
       raise KeyboardInterrupt
 
   monkeypatch.setattr(Parts, "write", killed)
-  for _ in range(2):
+  for _ in range(3):
     with pytest.raises(KeyboardInterrupt):
       evaluated(student_run, tmp_path / "again", keep="npz")
   again = evaluated(student_run, tmp_path / "again", keep="npz")
-  assert written == [0, 1, 2, 0, 1], "each part once: three of the samples, two of the pairs"
-  without = lambda row: {key: value for key, value in row.items() if key != "images_per_second"}
+  assert written == [0, 1, 2, 0, 1, 0, 1], "each part once: three of the samples, two of pairs of teacher and student"
+  without = lambda row: {key: value for key, value in row.items() if key not in ("images_per_second", "reference")}
   assert [*map(without, again["rows"])] == [*map(without, report["rows"])]
-  a, b = (np.load(folder / "adm" / "samples_1_nfe.npz")["arr_0"] for folder in (tmp_path, tmp_path / "again"))
+  a, b = (np.load(folder / "adm" / "1_nfe" / "samples.npz")["arr_0"] for folder in (tmp_path, tmp_path / "again"))
   np.testing.assert_array_equal(a, b)
   assert not list((tmp_path / "again").rglob("pictures.npy"))
   assert (tmp_path / "again" / "adm" / "1_nfe" / "samples.png").exists()
 
 
 def test_all_pictures_are_kept_in_one_folder(student_run, tmp_path):
-  evaluated(student_run, tmp_path, keep="png", num_paired=0)
-  files = sorted((tmp_path / "adm" / "samples_1_nfe").iterdir())
+  first = evaluated(student_run, tmp_path, keep="png", num_paired=0)
+  files = sorted((tmp_path / "adm" / "1_nfe" / "samples").iterdir())
   assert [file.name for file in files] == [f"{i:06}.png" for i in range(NUMBER)]
   with Image.open(files[-1]) as picture:
     assert (picture.size, picture.mode) == ((8, 8), "RGB")
   again = evaluated(student_run, tmp_path, keep="png", num_paired=0)
-  assert "images_per_second" not in again["rows"][0], "nothing was left to draw"
+  assert again == first, "nothing was left to draw"
 
 
 def test_a_teacher_is_measured_by_its_own_solver(teacher_run, tmp_path):
@@ -153,6 +163,19 @@ def test_samples_depend_on_their_number_and_the_seed_alone():
   np.testing.assert_array_equal(few, noise[np.array([5, 2])])
   np.testing.assert_array_equal(jax.random.key_data(few_keys), jax.random.key_data(keys)[np.array([5, 2])])
   assert not np.array_equal(draws((2, 2, 1), seed=4)(np.arange(8))[0], noise)
+
+
+def test_samples_do_not_depend_on_jaxs_default_generator():
+  noise, keys = draws((4,), seed=3)(np.arange(6))
+  with jax.default_prng_impl("rbg"):
+    other, other_keys = draws((4,), seed=3)(np.arange(6))
+    labels = drawn_labels(Protocol(num_samples=50), 10)
+  np.testing.assert_array_equal(other, noise)
+  np.testing.assert_array_equal(jax.random.key_data(other_keys), jax.random.key_data(keys))
+  np.testing.assert_array_equal(labels, drawn_labels(Protocol(num_samples=50), 10))
+  with jax.default_prng_impl("threefry2x32"):
+    key = jax.random.fold_in(jax.random.key(3), 5)
+  np.testing.assert_array_equal(noise[5], jax.random.normal(jax.random.split(key, 3)[0], (4,)))
 
 
 def test_noise_is_standard_normal_and_independent():
@@ -200,7 +223,8 @@ def test_numbers_without_a_reference_for_them_are_left_out(tmp_path):
   [
     ({"num_samples": 11}, "num: a Fréchet distance in 6 features needs at least 12 samples, got 11"),
     ({"num_samples": 1}, "at least 2 samples"),
-    ({"num_paired": -1}, "at least 2 samples and 0 pairs"),
+    ({"num_paired": -1}, "at least 2 samples, and 0 pairs or at least 2"),
+    ({"num_paired": 1}, "0 pairs or at least 2.* got 70 and 1"),
   ],
 )
 def test_too_few_samples_are_refused_first(student_run, tmp_path, change, problem):
@@ -231,6 +255,142 @@ def test_a_disk_without_room_is_told_before_work(student_run, tmp_path, monkeypa
 def test_another_evaluation_is_not_mixed_in(report, student_run, tmp_path):
   with pytest.raises(ValueError, match=r"holds what was made of seed 0, not 1"):
     evaluated(student_run, tmp_path, keep="npz", seed=1)
+  config, path = config_of(student_run), reference_of(tmp_path)
+  config.objective.shift = 2.5
+  again = lambda: evaluate_by_protocol(
+    config, student_run, path, protocol=Protocol(**SMALL, keep="npz"), out=tmp_path / "adm"
+  )
+  with pytest.raises(ValueError, match=r"adm holds what was made of objective.shift 1.0, not 2.5; name another folder"):
+    again()
+  file = tmp_path / "adm" / "adm.json"
+  file.write_text(json.dumps({key: value for key, value in report.items() if key != "format"}))
+  with pytest.raises(ValueError, match="of another version of pflow_jax; name another folder, or remove this one"):
+    again()
+  file.unlink()
+  with pytest.raises(ValueError, match=r"1_nfe holds what was made of objective"):
+    again()
+
+
+def test_rows_of_other_references_and_evaluations_stay(student_run, tmp_path, monkeypatch, capsys):
+  config, out, drawn = config_of(student_run), tmp_path / "adm", []
+  config.sample.batch_size = PART
+  first, other = reference_of(tmp_path), reference_of(tmp_path, spatial=5, name="other", seed=4)
+  fill = Drawing.fill
+  counted = lambda self, parts, *rest, **more: drawn.append(parts.num_missing()) or fill(self, parts, *rest, **more)
+  monkeypatch.setattr(Drawing, "fill", counted)
+
+  def run(reference, nfe):
+    config.sample.nfe = (nfe,)
+    settings = Protocol(**SMALL, keep="npz")
+    return evaluate_by_protocol(config, student_run, reference, protocol=settings, out=out)["rows"]
+
+  (alone,) = run(first, 1)
+  (out / "1_nfe" / "samples.npz").rename(tmp_path / "mine.npz")
+  rows = run(other, 1)
+  assert drawn == [NUMBER, 16, 16, 0, 0], "samples and pairs of teacher and student, once"
+  assert "samples.npz is not there any more, or not whole" in capsys.readouterr().out
+  by_reference = {row["reference"]: row for row in rows}
+  second = by_reference[str(other)]
+  assert by_reference[str(first)] == alone
+  assert (second["notes"], alone["notes"]) == (
+    ["no sFID: the reference has 5 spatial features, the feature network 4"],
+    [],
+  )
+  assert ("sfid" in alone, "sfid" in second) == (True, False)
+  assert second["images_per_second"] == alone["images_per_second"] > 0
+  assert second["alignment"] == alone["alignment"]
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "measured", lambda *_: pytest.fail("measured again"))
+    assert run(other, 1) == rows
+  assert [(row["nfe"], row["reference"]) for row in run(first, 2)].count((2, str(first))) == 1
+  assert drawn[-2:] == [NUMBER, 16], "the teacher's pairs are there"
+  text = (out / "adm.md").read_text()
+  assert text.count("| NFE |") == 2
+  assert "of 200 images; no sFID: the reference has 5" in text
+
+
+def test_a_killed_evaluation_keeps_its_checkpoint_while_it_is_there(student_run, tmp_path, monkeypatch, capsys):
+  run, step = tmp_path / "run", max(steps_of(epath.Path(student_run / "checkpoints")))
+  shutil.copytree(student_run, run)
+  with monkeypatch.context() as patch:
+    patch.setattr(Drawing, "fill", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      evaluated(run, tmp_path, num_paired=0)
+  shutil.copytree(run / "checkpoints" / str(step), run / "checkpoints" / "9")
+  assert evaluated(run, tmp_path, num_paired=0)["step"] == step
+  assert f"going on with the evaluation of step {step}" in capsys.readouterr().out
+  with pytest.raises(ValueError, match=f"holds what was made of step {step}, not 9"):
+    evaluated(run, tmp_path, num_paired=0)
+  path = reference_of(tmp_path)
+  again = lambda step: evaluate_by_protocol(
+    config_of(run), run, path, protocol=Protocol(NUMBER, num_paired=0), step=step, out=tmp_path / "adm"
+  )
+  assert again(step)["step"] == step
+  with pytest.raises(ValueError, match="no checkpoint of step 7"):
+    again(7)
+
+
+def test_a_reference_that_cannot_be_compared_is_told_before_samples_are_drawn(tmp_path):
+  network = Network()
+  known = load_reference(reference_of(tmp_path))
+  assert comparable(known, network, 100)[1] == []
+  trimmed, notes = comparable(known, network, 7)
+  assert (trimmed.spatial, notes) == (None, ["no sFID: 4 spatial features need 8 of each, there are 7 samples"])
+  small = dataclasses.replace(known.spatial, count=6)
+  assert (
+    "there are 6 images of the reference" in comparable(dataclasses.replace(known, spatial=small), network, 100)[1][0]
+  )
+  alone = Reference(known.pool)
+  assert [note.split(":")[0] for note in comparable(alone, network, 100)[1]] == [
+    "no sFID",
+    "no KID, precision, recall, density and coverage",
+  ]
+  few = Reference(dataclasses.replace(known.pool, count=11))
+  with pytest.raises(ValueError, match="in 6 features needs at least 12 images, this one is of 11"):
+    comparable(few, network, 100)
+  with pytest.raises(ValueError, match="precision and recall need more than 3 features, got 3"):
+    comparable(dataclasses.replace(known, features=known.features[:3]), network, 100)
+
+
+def test_features_of_a_references_pictures_are_made_once(tmp_path):
+  rng = np.random.default_rng(0)
+  pictures, moments = (
+    rng.integers(0, 256, (20, 8, 8, 3), np.uint8),
+    metrics.Moments.from_features(rng.normal(size=(90, 6))),
+  )
+  np.savez(tmp_path / "adm.npz", mu=moments.mean, sigma=moments.cov, arr_0=pictures)
+  network, lock = Network(), Lock(tmp_path, "test")
+  with lock:
+    first = open_reference(tmp_path / "adm.npz", network, 50, tmp_path, lock)
+    assert network.most == 20
+    network.most = 0
+    again = open_reference(tmp_path / "adm.npz", network, 50, tmp_path, lock)
+    assert network.most == 0
+    np.testing.assert_array_equal(again.reference.features, network(pictures).pool)
+    np.testing.assert_array_equal(again.reference.pool.cov, first.reference.pool.cov)
+    assert (again.digest, again.num_images, again.notes) == (first.digest, None, first.notes)
+    other = Network(name="stub 2")
+    assert open_reference(tmp_path / "adm.npz", other, 50, tmp_path, lock).digest != first.digest
+    assert other.most == 20
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(4, {8}), (16, {16}), (40, {24}), (1000, {24})])
+def test_all_batches_are_of_one_size_and_may_be_of_several_parts(tmp_path, batch_size, sizes):
+  layout, seen = make_layout({"data": -1}, ()), []
+  labels = np.arange(22, dtype=np.int32)
+
+  @jax.jit
+  def sampler(noise, classes, keys):
+    seen.append(len(noise))
+    return noise + classes[:, None]
+
+  parts = Parts(tmp_path, {}, count=20, size=8)
+  drawing = Drawing(layout, batch_size, draws((3,), 0), labels, Lock(tmp_path, "test", active=False))
+  drawing.fill(parts, "x", {"x": sampler}, first=2)
+  assert set(seen) == sizes
+  assert len(seen) == 1
+  expected = draws((3,), 0)(np.arange(2, 22))[0] + labels[2:, None]
+  np.testing.assert_allclose(parts.rows("x")[0:20], expected, rtol=1e-6)
 
 
 def test_the_command(student_run, tmp_path, capsys):

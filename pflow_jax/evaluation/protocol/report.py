@@ -1,0 +1,116 @@
+"""The results of evaluations in one folder: adm.json with a row for every sampler and reference, and adm.md.
+
+adm.json is there from the start, with "finished" false until the end. A killed evaluation finds in it the checkpoint
+that it was of, and the rows that it had measured.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pflow_jax.evaluation.protocol.parts import check_same
+from pflow_jax.evaluation.protocol.scores import NEAREST
+from pflow_jax.evaluation.protocol.settings import OF_A_CLASS
+from pflow_jax.evaluation.tables import markdown_table
+from pflow_jax.files.atomic import write_atomically
+from pflow_jax.files.foreign import read_json
+from pflow_jax.settings.sample import REFERENCE_STEPS
+
+NAME = "adm.json"
+Row = dict[str, Any]
+
+COLUMNS = {
+  "nfe": "NFE",
+  "fid": "FID",
+  "fid_interval": "FID at infinitely many samples",
+  "sfid": "sFID",
+  "inception_score": "IS",
+  "kid": "KID x 1000",
+  "precision": "precision",
+  "recall": "recall",
+  "density": "density",
+  "coverage": "coverage",
+  "alignment": "alignment error",
+  "alignment_ratio": "alignment / teacher-4",
+  "diversity_ratio": "diversity / teacher-128",
+  "images_per_second": "samples/s",
+}
+
+
+def begun_step(folder: pathlib.Path) -> int | None:
+  """Returns the step of the checkpoint of an evaluation in `folder` that was not finished; None without one."""
+  path = folder / NAME
+  there = read_json(path) if path.exists() else {}
+  return there.get("step") if there.get("finished") is False else None
+
+
+def known_rows(folder: pathlib.Path, about: Mapping[str, Any]) -> list[Row]:
+  """Returns the rows that were measured in `folder`, of the same samples.
+
+  Args:
+    folder: of the results.
+    about: what the samples depend on.
+
+  Raises:
+    ValueError: the folder has the evaluation of others.
+  """
+  path = folder / NAME
+  if not path.exists():
+    return []
+  there = read_json(path)
+  check_same(folder, there, about)
+  return [with_pairs(row) for row in there.get("rows", [])]
+
+
+def row_of(rows: Sequence[Row], nfe: int, digest: str) -> Row | None:
+  """Returns the row of a number of evaluations and a reference."""
+  return next((row for row in rows if (row["nfe"], row["reference_digest"]) == (nfe, digest)), None)
+
+
+def joined(rows: Sequence[Row], row: Row) -> list[Row]:
+  """Returns rows with one more, which takes the place of that of the same evaluations and reference."""
+  others = [one for one in rows if one is not row_of(rows, row["nfe"], row["reference_digest"])]
+  return sorted([*others, row], key=lambda one: (one["reference_digest"], one["nfe"]))
+
+
+def with_pairs(row: Row) -> Row:
+  """Returns a row with pairs of a value and its error as tuples, which JSON gives as lists."""
+  return {key: tuple(value) if isinstance(value, list) and key != "notes" else value for key, value in row.items()}
+
+
+def write(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
+  """Writes adm.json, and of a finished evaluation adm.md."""
+  folder.mkdir(parents=True, exist_ok=True)
+  write_atomically(folder / NAME, json.dumps(report, indent=2) + "\n")
+  if report["finished"]:
+    write_atomically(folder / "adm.md", as_markdown(report))
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Returns the rows as a table in Markdown."""
+  return markdown_table(rows, {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)})
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+  """Returns the text of adm.md: a table for every reference, and how it was made."""
+  step = "" if report["step"] is None else f", step {report['step']:,}"
+  told = [
+    f"{report['num_samples']:,} samples of {report['labels']} classes, seed {report['seed']}",
+    f"features of {report['network']}",
+    f"precision and recall with k = {NEAREST}",
+  ]
+  if counts := {row["num_paired"] for row in report["rows"] if row.get("num_paired")}:
+    told.append(
+      f"alignment and diversity on {' or '.join(f'{count:,}' for count in sorted(counts))} samples more, {OF_A_CLASS} "
+      f"of a class, beside the teacher's {REFERENCE_STEPS} Euler steps from the same noise"
+    )
+  parts = [f"# {report['workdir']}{step}\n"]
+  for digest in dict.fromkeys(row["reference_digest"] for row in report["rows"]):
+    rows = [row for row in report["rows"] if row["reference_digest"] == digest]
+    images = rows[0]["reference_images"]
+    about = [f"Reference {rows[0]['reference']}" + (f", of {images:,} images" if images else ""), *rows[0]["notes"]]
+    parts.append(f"{table(rows)}\n{'; '.join(about)}.\n")
+  return "\n".join([*parts, f"{'; '.join(told)}.\n"])
