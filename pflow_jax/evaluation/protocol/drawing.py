@@ -66,8 +66,8 @@ class Drawing:
     todo = agreed(parts.missing)
     at_once = max(self._batch_size // parts.size, 1)
     missing = sum(len(parts.rows_of(number)) for number in todo)
-    # One size for all batches: another one would be compiled for the last part alone.
-    size = min(self._batch_size, at_once * parts.size, missing)
+    # One size for all batches, whatever is missing: another would be compiled by itself, and rounds otherwise.
+    size = min(self._batch_size, at_once * parts.size, parts.count)
     done, started = parts.count - missing, None
     begun = done
     with progress(parts.count, done, name, not is_first(), unit="samples") as report:
