@@ -21,6 +21,7 @@ from pflow_jax.settings.sample import REFERENCE_STEPS
 
 NAME = "adm.json"
 Row = dict[str, Any]
+_KEYS = {"nfe", "reference", "reference_digest", "reference_images", "notes"}  # of every row, beside its numbers
 
 COLUMNS = {
   "nfe": "NFE",
@@ -55,14 +56,19 @@ def known_rows(folder: pathlib.Path, about: Mapping[str, Any]) -> list[Row]:
     about: what the samples depend on.
 
   Raises:
-    ValueError: the folder has the evaluation of others.
+    ValueError: the folder has the evaluation of others, or the file is damaged.
   """
   path = folder / NAME
   if not path.exists():
     return []
   there = read_json(path)
   check_same(folder, there, about)
-  return [with_pairs(row) for row in there.get("rows", [])]
+  rows = there.get("rows")
+  if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _KEYS for row in rows):
+    raise ValueError(
+      f"{path}: expected rows with {', '.join(sorted(_KEYS))}; remove it, and the same command measures anew"
+    )
+  return [with_pairs(row) for row in rows]
 
 
 def row_of(rows: Sequence[Row], nfe: int, digest: str) -> Row | None:

@@ -42,11 +42,13 @@ class Network(StubNetwork):
     return found._replace(logits=found.pool[:, :4])
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-  monkeypatch.setattr(evaluate, "PART", PART)
-  monkeypatch.setattr(evaluate, "PAIRS_IN_PART", 8)
-  monkeypatch.setattr(evaluate, "open_feature_network", lambda path, layout, width: Network())
+@pytest.fixture(scope="module", autouse=True)
+def small_parts():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate, "PART", PART)
+    patch.setattr(evaluate, "PAIRS_IN_PART", 8)
+    patch.setattr(evaluate, "open_feature_network", lambda path, layout, width: Network())
+    yield
 
 
 def reference_of(folder, count=200, spatial=4, network="stub 1", name="reference", seed=3):
@@ -69,19 +71,22 @@ def evaluated(run, folder, **settings):
   return evaluate_by_protocol(config_of(run), run, path, protocol=Protocol(**{**SMALL, **settings}), out=folder / "adm")
 
 
-@pytest.fixture
-def report(student_run, tmp_path):
-  return evaluated(student_run, tmp_path, keep="npz")
+@pytest.fixture(scope="module")
+def made(student_run, small_parts, tmp_path_factory):
+  """An evaluation, which no test changes: its report and its folder."""
+  folder = tmp_path_factory.mktemp("made")
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    return evaluated(student_run, folder, keep="npz"), folder / "adm"
 
 
-def test_the_table_has_the_metrics_of_the_samples_that_are_kept(report, tmp_path):
+def test_the_table_has_the_metrics_of_the_samples_that_are_kept(made):
+  report, folder = made
   (row,) = report["rows"]
-  folder = tmp_path / "adm"
   with np.load(folder / "1_nfe" / "samples.npz") as file:
     seen, labels = file["arr_0"], file["arr_1"]
   assert (seen.shape, seen.dtype, labels.shape) == ((NUMBER, 8, 8, 3), np.uint8, (NUMBER,))
   pool, spatial, logits = Network()(seen)
-  known = np.load(tmp_path / "reference.npz")
+  known = np.load(folder.parent / "reference.npz")
   reference = metrics.Moments(known["mu"], known["sigma"], None)
   assert row["fid"][0] == pytest.approx(metrics.frechet_distance(pool, reference), rel=1e-6)
   apart = metrics.Moments(known["mu_s"], known["sigma_s"], None)
@@ -101,17 +106,17 @@ def test_the_table_has_the_metrics_of_the_samples_that_are_kept(report, tmp_path
   assert (folder / "1_nfe" / "samples.png").stat().st_size > 1000
 
 
-def test_adms_own_reader_finds_the_samples(report, tmp_path):
+def test_adms_own_reader_finds_the_samples(made):
   """It reads arr_0.npy of the archive by itself, a part at a time, and takes headers of NumPy's version 1.0 alone."""
-  with zipfile.ZipFile(tmp_path / "adm" / "1_nfe" / "samples.npz") as archive, archive.open("arr_0.npy") as file:
+  with zipfile.ZipFile(made[1] / "1_nfe" / "samples.npz") as archive, archive.open("arr_0.npy") as file:
     assert np.lib.format.read_magic(file) == (1, 0)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     assert (shape, fortran, dtype) == ((NUMBER, 8, 8, 3), False, np.uint8)
     assert len(file.read()) == np.prod(shape)
 
 
-def test_a_killed_evaluation_goes_on_with_the_same_numbers(report, student_run, tmp_path, monkeypatch):
-  (tmp_path / "again").mkdir()
+def test_a_killed_evaluation_goes_on_with_the_same_numbers(made, student_run, tmp_path, monkeypatch):
+  report, folder = made
   write, written = Parts.write, []
 
   def killed(self, number, *rest, **options):
@@ -123,15 +128,16 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(report, student_run, 
   monkeypatch.setattr(Parts, "write", killed)
   for _ in range(3):
     with pytest.raises(KeyboardInterrupt):
-      evaluated(student_run, tmp_path / "again", keep="npz")
-  again = evaluated(student_run, tmp_path / "again", keep="npz")
+      evaluated(student_run, tmp_path, keep="npz")
+  monkeypatch.setattr(evaluate, "measured", lambda *_: pytest.fail("measured again"))
+  again = evaluated(student_run, tmp_path, keep="npz")
   assert written == [0, 1, 2, 0, 1, 0, 1], "each part once: three of the samples, two of pairs of teacher and student"
   without = lambda row: {key: value for key, value in row.items() if key not in ("images_per_second", "reference")}
   assert [*map(without, again["rows"])] == [*map(without, report["rows"])]
-  a, b = (np.load(folder / "adm" / "1_nfe" / "samples.npz")["arr_0"] for folder in (tmp_path, tmp_path / "again"))
+  a, b = (np.load(one / "1_nfe" / "samples.npz")["arr_0"] for one in (folder, tmp_path / "adm"))
   np.testing.assert_array_equal(a, b)
-  assert not list((tmp_path / "again").rglob("pictures.npy"))
-  assert (tmp_path / "again" / "adm" / "1_nfe" / "samples.png").exists()
+  assert not list(tmp_path.rglob("pictures.npy"))
+  assert (tmp_path / "adm" / "1_nfe" / "samples.png").exists()
 
 
 def test_all_pictures_are_kept_in_one_folder(student_run, tmp_path):
@@ -252,7 +258,9 @@ def test_a_disk_without_room_is_told_before_work(student_run, tmp_path, monkeypa
     evaluated(student_run, tmp_path)
 
 
-def test_another_evaluation_is_not_mixed_in(report, student_run, tmp_path):
+def test_another_evaluation_is_not_mixed_in(made, student_run, tmp_path):
+  report, folder = made
+  shutil.copytree(folder, tmp_path / "adm")
   with pytest.raises(ValueError, match=r"holds what was made of seed 0, not 1"):
     evaluated(student_run, tmp_path, keep="npz", seed=1)
   config, path = config_of(student_run), reference_of(tmp_path)
@@ -263,6 +271,9 @@ def test_another_evaluation_is_not_mixed_in(report, student_run, tmp_path):
   with pytest.raises(ValueError, match=r"adm holds what was made of objective.shift 1.0, not 2.5; name another folder"):
     again()
   file = tmp_path / "adm" / "adm.json"
+  file.write_text(json.dumps(report | {"rows": [{"nfe": 1}]}))
+  with pytest.raises(ValueError, match=r"adm.json: expected rows with nfe, notes, .*; remove it"):
+    evaluated(student_run, tmp_path, keep="npz")
   file.write_text(json.dumps({key: value for key, value in report.items() if key != "format"}))
   with pytest.raises(ValueError, match="of another version of pflow_jax; name another folder, or remove this one"):
     again()
@@ -299,9 +310,6 @@ def test_rows_of_other_references_and_evaluations_stay(student_run, tmp_path, mo
   assert ("sfid" in alone, "sfid" in second) == (True, False)
   assert second["images_per_second"] == alone["images_per_second"] > 0
   assert second["alignment"] == alone["alignment"]
-  with monkeypatch.context() as patch:
-    patch.setattr(evaluate, "measured", lambda *_: pytest.fail("measured again"))
-    assert run(other, 1) == rows
   assert [(row["nfe"], row["reference"]) for row in run(first, 2)].count((2, str(first))) == 1
   assert drawn[-2:] == [NUMBER, 16], "the teacher's pairs are there"
   text = (out / "adm.md").read_text()
