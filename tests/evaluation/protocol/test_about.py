@@ -3,8 +3,10 @@
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 
+from pflow_jax import data
 from pflow_jax.evaluation.protocol import Protocol, about
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build
@@ -19,13 +21,13 @@ def parameters(monkeypatch):
   monkeypatch.setattr(about, "digest_of_parameters", lambda *place: f"parameters {place}")
 
 
-def described(variant, *changes, protocol=PROTOCOL, which="ema", step=3):
+def described(variant, *changes, protocol=PROTOCOL, which="ema", step=3, dataset=None):
   settings = Settings.of(quick("digits", variant, "teacher"))
   if variant == "ayf_emd":  # a flow map that takes several strengths of guidance
     settings = settings.changed("objective", guidance=(1.0, 2.0)).changed("teacher", guidance=1.25)
   for section, values in changes:
     settings = settings.changed(section, **values)
-  return about.of_sampler(build(settings, abstract=True), "run", step, which, protocol)
+  return about.of_sampler(build(settings, abstract=True, dataset=dataset), "run", step, which, protocol)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,6 @@ def described(variant, *changes, protocol=PROTOCOL, which="ema", step=3):
     ("ayf_emd", "teacher", {"guidance": 1.5}),
     ("ayf_emd", "sample", {"guidance": 1.5}),
     ("arc_adapters", "adapters", {"table": (("blocks/(mlp_in|mlp_out)|time_embed/.*", 8, 2.0),)}),
-    ("gmflow", "data", {"name": "mnist5k"}),
   ],
 )
 def test_what_samples_depend_on_is_described(variant, section, values, monkeypatch):
@@ -78,6 +79,9 @@ def test_a_flow_map_is_described_by_the_strength_that_it_is_sampled_with():
 def test_parameters_noise_and_features_are_described(monkeypatch):
   assert described("gmflow", which="params") != described("gmflow") != described("gmflow", step=4)
   assert described("gmflow", protocol=Protocol(seed=1)) != described("gmflow")
+  for size, classes in ((16, 10), (8, 9)):
+    other = data.from_arrays(np.zeros((10, size, size, 1), np.float32), np.arange(10) % classes)
+    assert described("gmflow", dataset=other) != described("gmflow")
   experiment = build(quick("digits", "gmflow", "teacher"), abstract=True)
   features = lambda protocol=PROTOCOL, name="stub 1": about.of_features(experiment, StubNetwork(name=name), protocol)
   assert features(name="stub 2") != features() != features(Protocol(labels="balanced"))
