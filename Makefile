@@ -43,9 +43,11 @@ build/page/installed: .venv/dev
 	build/page/bin/pip install --quiet --disable-pip-version-check --editable '.[demo]' 'playwright>=1.49'
 	touch $@
 
-# CASES damaged copies of every kind of file and run that is read, from case FIRST on.
+# CASES damaged copies of every kind of file and run that is read, from case FIRST on, and a run that is killed twenty
+# times.
 fuzz: .venv/dev
-	PFLOW_FUZZ_CASES=$(CASES) PFLOW_FUZZ_FIRST=$(FIRST) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/fuzz
+	PFLOW_FUZZ_CASES=$(CASES) PFLOW_FUZZ_FIRST=$(FIRST) PFLOW_KILLS=20 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 \
+		tests/fuzz tests/test_processes.py::test_no_run_is_lost_to_kills
 
 # Every cell of notebooks/, shrunk; with FULL=1 as they are, and `make docs` then shows what they put out.
 notebooks: .venv/dev
