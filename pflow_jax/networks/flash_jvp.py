@@ -66,6 +66,17 @@ def flash_jvp(q: Array, k: Array, v: Array, mask: Array | None = None, *, gpu_ke
   return attend_p.bind(q, k, v, *_given(mask), options=options)[0]
 
 
+def products(name: str, operands: int) -> int:
+  """Number of matrix products of T x S x D that a primitive makes for each head.
+
+  Args:
+    name: the primitive's.
+    operands: how many it has.
+  """
+  with_tangents = 6 if operands >= 6 else 2
+  return {"flash_jvp": with_tangents, "flash_jvp_linear": 6, "flash_jvp_backward": 7}.get(name, 0)
+
+
 def _given(mask: Array | None) -> tuple[Array, ...]:
   return () if mask is None else (mask,)
 
@@ -222,9 +233,7 @@ def _known(trace: Any, *tracers: Any, options: Options) -> Any:
     return trace.default_process_primitive(attend_p, tracers, dict(options=options))
   out, lse = attend_p.bind(*(t.pval.get_known() for t in values), options=options)
   q, k, v, *mask = values
-  (dout,) = trace.default_process_primitive(
-    linear_p, (q, k, v, out, lse, *tracers[3:6], *mask), dict(options=options)
-  )
+  (dout,) = trace.default_process_primitive(linear_p, (q, k, v, out, lse, *tracers[3:6], *mask), dict(options=options))
   return [out, lse, dout]
 
 
@@ -242,8 +251,9 @@ def _values_alone(eqn: Any) -> Any:
   return eqn.replace(invars=_without_tangents(eqn.invars), outvars=eqn.outvars[:2])
 
 
-def _used(used: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:
+def _used(used: Sequence[bool], *args: Any) -> tuple[list[bool], Any]:
   """Dead code: tangents that only an unused one depends on."""
+  eqn = args[-1]  # from JAX 0.12 on behind which operands are live
   operands = len(eqn.invars)
   if not any(used):
     return [False] * operands, None

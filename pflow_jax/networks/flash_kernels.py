@@ -229,7 +229,7 @@ class _Grid:
     self.heads = min(whole, default=heads)
     self.columns = self.heads * width
     pad = -width % LANES
-    for bound in (512, 256, 128):
+    for bound in BLOCKS:
       self.queries, self.keys = _block(tokens, bound), _block(self.limit, bound)
       rows = of_queries * self.queries + of_keys * self.keys
       summed = sums * self.heads * (self.keys if by_keys else self.queries) * (width + pad) * 4
@@ -380,7 +380,9 @@ def _attend_tpu(q, k, v, mask, tangents, means, options: Options) -> tuple[Array
     body,
     {name: (a if a is None else _flat(a), grid.of_queries()) for name, a in of_queries.items()}
     | {name: (a if a is None else _flat(a), grid.of_keys()) for name, a in of_keys.items()}
-    | {name: (a if a is None else _flat(a), grid.of_means()) for name, a in dict(k_mean=k_mean, dk_mean=dk_mean).items()}
+    | {
+      name: (a if a is None else _flat(a), grid.of_means()) for name, a in dict(k_mean=k_mean, dk_mean=dk_mean).items()
+    }
     | {"mask": (_row(mask), grid.of_mask())},
     outputs,
     {
@@ -677,9 +679,7 @@ def _backward_gpu(q, k, v, mask, do, lse, delta, options: Options) -> tuple[Arra
 
     def step(j, dq):
       k, v, valid = loop.key_rows(r.k, j), loop.key_rows(r.v, j), loop.valid(r.mask, j)
-      return dq + _of_queries(
-        q, k, v, do, lse, delta, None if valid is None else valid[None], scale, options.precision
-      )
+      return dq + _of_queries(q, k, v, do, lse, delta, None if valid is None else valid[None], scale, options.precision)
 
     zero = jnp.zeros((loop.queries, loop.width), wide)
     loop.write(r.dq, jax.lax.fori_loop(0, pl.cdiv(loop.limit, loop.keys), step, zero), own)
