@@ -279,7 +279,8 @@ def test_attention_without_a_forward_rule_is_refused_by_name(tmp_path):
   config.model = DIT | dict(attention="cudnn")
   refused(
     config,
-    r"config\.model\.attention: 'cudnn' has no forward derivative.*set config\.model\.attention to .*\['xla', 'flash_jvp'\]",
+    r"config\.model\.attention: 'cudnn' has no forward derivative.*set config\.model\.attention to .*"
+    r"\['xla', 'flash_jvp'\]",
   )
   config = quick("digits", "arc", tmp_path)
   config.model = DIT | dict(attention="cudnn")

@@ -60,10 +60,10 @@ def flash_jvp(q: Array, k: Array, v: Array, mask: Array | None = None, *, gpu_ke
   References:
     `networks.flash_kernels`.
   """
-  precise = str(jax.config.jax_default_matmul_precision) in PRECISE
+  precise = str(jax.config.jax_default_matmul_precision) in PRECISE  # type: ignore[attr-defined]
   options = Options(jax.lax.Precision.HIGHEST if precise else jax.lax.Precision.DEFAULT, gpu_kernel)
   k, v = k.astype(q.dtype), v.astype(q.dtype)
-  return attend_p.bind(q, k, v, *_given(mask), options=options)[0]
+  return attend_p.bind(q, k, v, *(() if mask is None else (mask,)), options=options)[0]
 
 
 def products(name: str, operands: int) -> int:
@@ -77,13 +77,13 @@ def products(name: str, operands: int) -> int:
   return {"flash_jvp": with_tangents, "flash_jvp_linear": 6, "flash_jvp_backward": 7}.get(name, 0)
 
 
-def _given(mask: Array | None) -> tuple[Array, ...]:
-  return () if mask is None else (mask,)
-
-
 def _split(rest: Sequence[Any], count: int) -> tuple[Sequence[Any], tuple[Any, ...]]:
   """Separates so many operands from the mask behind them, which may be none."""
   return rest[:count], tuple(rest[count:])
+
+
+def _mask(rest: Sequence[Any]) -> Any:
+  return rest[0] if rest else None
 
 
 # What the primitives do. Their operands are q, k and v, more arrays, and the mask if there is one.
@@ -92,19 +92,19 @@ def _split(rest: Sequence[Any], count: int) -> tuple[Sequence[Any], tuple[Any, .
 def _attend(q: Array, k: Array, v: Array, *rest: Array, options: Options) -> tuple[Array, ...]:
   """(*tangents) -> O, log-sum-exp, and dO where there are tangents."""
   tangents, mask = _split(rest, 3 if len(rest) >= 3 else 0)
-  return flash_kernels.attend(q, k, v, *(mask or (None,)), tangents, options)
+  return flash_kernels.attend(q, k, v, _mask(mask), tangents, options)
 
 
 def _linear(q: Array, k: Array, v: Array, *rest: Array, options: Options) -> tuple[Array, ...]:
   """(O, log-sum-exp, *tangents) -> dO."""
   (_, _, *tangents), mask = _split(rest, 5)
-  return flash_kernels.attend(q, k, v, *(mask or (None,)), tangents, options)[2:]
+  return flash_kernels.attend(q, k, v, _mask(mask), tangents, options)[2:]
 
 
 def _backward(q: Array, k: Array, v: Array, *rest: Array, options: Options) -> tuple[Array, ...]:
   """(O, log-sum-exp, cotangent of O) -> cotangents of q, k and v."""
   (out, lse, cotangent), mask = _split(rest, 3)
-  return flash_kernels.backward(q, k, v, *(mask or (None,)), out, lse, cotangent, options)
+  return flash_kernels.backward(q, k, v, _mask(mask), out, lse, cotangent, options)
 
 
 def _refused(*_: Any, **__: Any) -> Any:
@@ -170,12 +170,11 @@ def _is_zero(tangent: Any) -> bool:
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, options: Options) -> tuple[list[Any], list[Any]]:
   """Derivative of `attend_p`: along tangents of q, k and v where it has none, else of both its results."""
-  (*qkv,), rest = primals[:3], primals[3:]
-  along = tangents[:3]
+  qkv, rest, along = primals[:3], primals[3:], tangents[:3]
   if len(rest) < 3:
     out, lse, dout = attend_p.bind(*qkv, *_instantiated(along), *rest, options=options)
     return [out, lse], [dout, _no_tangent(lse)]
-  inner, mask = _split(rest, 3)
+  _, mask = _split(rest, 3)
   out, lse, dout = attend_p.bind(*primals, options=options)
   first = _no_tangent(out)
   if not all(map(_is_zero, along)):

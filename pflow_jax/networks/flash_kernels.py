@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,7 +128,7 @@ def _product(a: Array, b: Array, axis_a: int, axis_b: int, precision: jax.lax.Pr
 
 
 def _start(queries: int, width: int, dtype: Any, tangents: bool) -> tuple[Array, ...]:
-  """Sums (m, l, o), and (b, a) where there are tangents, over no keys."""
+  """Sums (m, l, o), l called total in what follows, and (b, a) where there are tangents, over no keys."""
   zero, rows = jnp.zeros((queries, 1), dtype), jnp.zeros((queries, width), dtype)
   return (jnp.full((queries, 1), NEVER, dtype), zero, rows, *((zero, rows) if tangents else ()))
 
@@ -147,22 +147,22 @@ def _step(state, q, k, v, valid, tangents, scale: float, precision) -> tuple[Arr
     precision: see `Options`.
   """
   product = functools.partial(_product, precision=precision)
-  m, l, o, *rest = state
+  m, total, o, *rest = state
   scores = product(q, k, 1, 1) * scale
   if valid is not None:
     scores = jnp.where(valid, scores, NEVER)
   top = jnp.maximum(m, jnp.max(scores, axis=1, keepdims=True))
   shrink, weights = jnp.exp(m - top), jnp.exp(scores - top)
   rounded = weights.astype(v.dtype)
-  l = shrink * l + jnp.sum(weights, axis=1, keepdims=True)
+  total = shrink * total + jnp.sum(weights, axis=1, keepdims=True)
   o = shrink * o + product(rounded, v, 1, 0)
   if not tangents:
-    return top, l, o
+    return top, total, o
   (dq, of_q, of_k, dv), (b, a) = tangents, rest
   change = weights * (product(dq, of_q, 1, 1) + product(q, of_k, 1, 1))
   b = shrink * b + jnp.sum(change, axis=1, keepdims=True)
   a = shrink * a + product(change.astype(v.dtype), v, 1, 0) + product(rounded, dv, 1, 0)
-  return top, l, o, b, a
+  return top, total, o, b, a
 
 
 def _centred(keys: Array, mean: Array, scale: float) -> Array:
@@ -172,13 +172,13 @@ def _centred(keys: Array, mean: Array, scale: float) -> Array:
 
 def _finish(state: tuple[Array, ...]) -> tuple[Array, ...]:
   """O, log-sum-exp as a column, and dO where there are tangents."""
-  m, l, o, *rest = state
-  o = o / l
-  lse = m + jnp.log(l)
+  m, total, o, *rest = state
+  o = o / total
+  lse = m + jnp.log(total)
   if not rest:
     return o, lse
   b, a = rest
-  return o, lse, a / l - (b / l) * o
+  return o, lse, a / total - (b / total) * o
 
 
 def _of_queries(q, k, v, do, lse, delta, valid, scale: float, precision) -> Array:
@@ -288,7 +288,7 @@ class _Grid:
     body: Callable[[Any], None],
     inputs: dict[str, tuple[Array | None, pl.BlockSpec]],
     outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
-    scratch: dict[str, tuple[tuple[int, ...], Any]],
+    scratch: Mapping[str, tuple[tuple[int, ...], Any]],
     name: str,
     interpret: bool,
   ) -> tuple[Array, ...]:
@@ -328,6 +328,11 @@ def _flat(a: Array) -> Array:
   return a.reshape(*a.shape[:2], -1)
 
 
+def _flats(arrays: dict[str, Array | None], spec: pl.BlockSpec) -> dict[str, tuple[Array | None, pl.BlockSpec]]:
+  """Inputs for `_Grid.call`: arrays (B, tokens, H, D) as (B, tokens, H * D)."""
+  return {name: (None if a is None else _flat(a), spec) for name, a in arrays.items()}
+
+
 def _attend_tpu(q, k, v, mask, tangents, means, options: Options) -> tuple[Array, ...]:
   wide, scale = _wide(q.dtype), 1 / math.sqrt(q.shape[-1])
   sums = 2 if tangents else 1
@@ -341,7 +346,7 @@ def _attend_tpu(q, k, v, mask, tangents, means, options: Options) -> tuple[Array
     def update(h, state):
       rows = functools.partial(grid.read, head=h, block=block, tokens=grid.limit)
       q, k = grid.read(r.q, h), rows(r.k)
-      tangents = ()
+      tangents: tuple[Array, ...] = ()
       if dq is not None:
         mean = functools.partial(grid.read, head=h)
         of_q, of_k = _centred(k, mean(r.k_mean), scale), _centred(rows(r.dk), mean(r.dk_mean), scale)
@@ -357,13 +362,13 @@ def _attend_tpu(q, k, v, mask, tangents, means, options: Options) -> tuple[Array
         r.dout[:, grid.place(h)] = one.astype(r.dout.dtype)
 
     def load(h):
-      m, l, *b = (r.columns[n, :, h : h + 1] for n in range(r.columns.shape[0]))
+      m, total, *b = (r.columns[n, :, h : h + 1] for n in range(r.columns.shape[0]))
       o, *a = (r.sums[n, h] for n in range(sums))
-      return m, l, o, *b, *a
+      return m, total, o, *b, *a
 
     def store(h, state):
-      m, l, o, *rest = state
-      for n, value in enumerate((m, l, *rest[:1])):
+      m, total, o, *rest = state
+      for n, value in enumerate((m, total, *rest[:1])):
         r.columns[n, :, h : h + 1] = value
       for n, value in enumerate((o, *rest[1:])):
         r.sums[n, h] = value
@@ -375,15 +380,11 @@ def _attend_tpu(q, k, v, mask, tangents, means, options: Options) -> tuple[Array
   outputs = {"out": (like, grid.of_queries()), "lse": (rows, grid.of_rows())}
   if tangents:
     outputs["dout"] = (like, grid.of_queries())
-  of_queries, of_keys = {"q": q, "dq": dq}, {"k": k, "v": v, "dk": dk, "dv": dv}
+  inputs = _flats({"q": q, "dq": dq}, grid.of_queries()) | _flats({"k": k, "v": v, "dk": dk, "dv": dv}, grid.of_keys())
+  inputs |= _flats({"k_mean": k_mean, "dk_mean": dk_mean}, grid.of_means()) | {"mask": (_row(mask), grid.of_mask())}
   out, lse, *derivative = grid.call(
     body,
-    {name: (a if a is None else _flat(a), grid.of_queries()) for name, a in of_queries.items()}
-    | {name: (a if a is None else _flat(a), grid.of_keys()) for name, a in of_keys.items()}
-    | {
-      name: (a if a is None else _flat(a), grid.of_means()) for name, a in dict(k_mean=k_mean, dk_mean=dk_mean).items()
-    }
-    | {"mask": (_row(mask), grid.of_mask())},
+    inputs,
     outputs,
     {
       "columns": ((1 + sums, grid.queries, grid.heads), wide),
@@ -426,8 +427,8 @@ def _backward_tpu(q, k, v, mask, do, lse, delta, options: Options) -> tuple[Arra
 
   def inputs(grid):
     return (
-      {name: (_flat(a), grid.of_queries()) for name, a in dict(q=q, do=do).items()}
-      | {name: (_flat(a), grid.of_keys()) for name, a in dict(k=k, v=v).items()}
+      _flats({"q": q, "do": do}, grid.of_queries())
+      | _flats({"k": k, "v": v}, grid.of_keys())
       | {name: (a[:, :, None], grid.of_rows()) for name, a in dict(lse=lse, delta=delta).items()}
       | {"mask": (_row(mask), grid.of_mask())}
     )
@@ -489,9 +490,9 @@ def _backward_tpu(q, k, v, mask, do, lse, delta, options: Options) -> tuple[Arra
     _sweep(over, zero, update, write, lambda h: (r.sums[0, h], r.sums[1, h]), store)
 
   like = jax.ShapeDtypeStruct(_flat(k).shape, k.dtype)
-  scratch = {"sums": ((2, over.heads, over.keys, over.width), wide)}
+  scratch_of_keys = {"sums": ((2, over.heads, over.keys, over.width), wide)}
   outputs = {name: (like, over.of_keys()) for name in ("dk", "dv")}
-  dk, dv = over.call(of_keys, inputs(over), outputs, scratch, "flash_dkv", options.interpret)
+  dk, dv = over.call(of_keys, inputs(over), outputs, scratch_of_keys, "flash_dkv", options.interpret)
   return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
 
 
@@ -631,7 +632,7 @@ def _attend_gpu(q, k, v, mask, tangents, means, options: Options) -> tuple[Array
 
     def step(j, state):
       k, v, valid = loop.key_rows(r.k, j), loop.key_rows(r.v, j), loop.valid(r.mask, j)
-      tangents = ()
+      tangents: tuple[Array, ...] = ()
       if dq is not None:
         of_q, of_k = _centred(k, k_mean, scale), _centred(loop.key_rows(r.dk, j), dk_mean, scale)
         tangents = (along, of_q, of_k, loop.key_rows(r.dv, j))
