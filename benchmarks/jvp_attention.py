@@ -64,7 +64,7 @@ def peak(name, tokens, device, fast):
   try:
     compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": -1.0} if fast else None)
   except jax.errors.JaxRuntimeError as error:
-    found = re.search(r"Used ([\d.]+)([MG]) of", str(error))
+    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([MG])", str(error))
     if not found:
       raise
     return float(found[1]) * {"M": 2**20, "G": GIB}[found[2]], False
@@ -72,7 +72,7 @@ def peak(name, tokens, device, fast):
 
 
 def draw(rows, limit, topology):
-  with drawing(6.4, 4.0) as figure:
+  with drawing(4.8, 3.2) as figure:
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     axis = figure.add_subplot()
     for name, color in COLORS.items():
@@ -80,7 +80,7 @@ def draw(rows, limit, topology):
       axis.plot(list(rows), sizes, color=color, marker="o", label=f'attention="{name}"')
     axis.axhline(limit / GIB, color="#d55e00", lw=1, ls="--")
     axis.text(TOKENS[0], limit / GIB * 1.1, f"memory of a chip of {topology.split(':')[0]}", color="#d55e00")
-    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak memory of a step of one layer, GiB")
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak memory of one layer, GiB")
     axis.set_xticks(list(rows), [f"{n:,}" for n in rows])
     axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
     axis.minorticks_off()
@@ -88,7 +88,7 @@ def draw(rows, limit, topology):
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
-    axis.set_title(f"{HEADS} heads of {WIDTH}, bfloat16, output with its tangent and gradients", loc="left")
+    axis.set_title(f"{HEADS} heads of {WIDTH}: output, tangent and gradients", loc="left")
   return figure
 
 

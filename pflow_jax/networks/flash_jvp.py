@@ -27,7 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from pflow_jax.networks import flash_kernels
-from pflow_jax.networks.flash_kernels import Options
+from pflow_jax.networks.flash_steps import Options
 
 Array = jax.Array
 
@@ -58,7 +58,7 @@ def flash_jvp(q: Array, k: Array, v: Array, mask: Array | None = None, *, gpu_ke
     ValueError: for a second forward derivative, or a derivative of the forward one.
 
   References:
-    `networks.flash_kernels`.
+    `networks.flash_steps`.
   """
   precise = str(jax.config.jax_default_matmul_precision) in PRECISE  # type: ignore[attr-defined]
   options = Options(jax.lax.Precision.HIGHEST if precise else jax.lax.Precision.DEFAULT, gpu_kernel)
@@ -128,7 +128,7 @@ def _eager(*operands: Array, primitive: Any, options: Options) -> Any:
 
 
 def _primitive(name: str, function: Any, shapes: Any) -> Any:
-  """Makes a primitive: its results, how it runs on each platform, and how it is batched."""
+  """Makes a primitive, with its results, its lowering for each platform, and its batching."""
   primitive = Primitive(name)
   primitive.multiple_results = True
   primitive.def_abstract_eval(lambda *operands, options: shapes(*operands))

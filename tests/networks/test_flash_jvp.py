@@ -9,7 +9,7 @@ import pytest
 
 from pflow_jax.core.objectives.flow_map import residual
 from pflow_jax.mesh.sharding import make_layout
-from pflow_jax.networks import flash_kernels
+from pflow_jax.networks import flash_tpu
 from pflow_jax.networks.attention import attention
 from pflow_jax.networks.dit import DiT
 from pflow_jax.networks.flash_jvp import flash_jvp
@@ -22,7 +22,7 @@ flash = lambda *args: attention(*args, implementation="flash_jvp")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """Blocks of few tokens, so that few tokens make several."""
-  monkeypatch.setattr(flash_kernels, "BLOCKS", (16,))
+  monkeypatch.setattr(flash_tpu, "BLOCKS", (16,))
 
 
 def draw(seed, tokens, keys, heads, width, masked, dtype=jnp.float64, batch=2):
