@@ -140,6 +140,7 @@ class _Loop:
 
 
 def attend(q, k, v, mask, tangents, means, options: Options) -> tuple[Array, ...]:
+  """Computes `networks.flash_kernels.attend`; means are those of k and its tangent, (B, 1, H, D), or none."""
   wide, scale = steps.wide(q.dtype), 1 / math.sqrt(q.shape[-1])
   loop = _Loop(q, k, outer=128, inner=32 if tangents else 64)
   dq, dk, dv = tangents or (None,) * 3
@@ -182,6 +183,7 @@ def attend(q, k, v, mask, tangents, means, options: Options) -> tuple[Array, ...
 
 
 def backward(q, k, v, mask, do, lse, delta, options: Options) -> tuple[Array, Array, Array]:
+  """Computes `networks.flash_kernels.backward`; do is O's cotangent, delta its products with O, (B, H, T)."""
   wide, scale = steps.wide(q.dtype), 1 / math.sqrt(q.shape[-1])
 
   def inputs(loop):

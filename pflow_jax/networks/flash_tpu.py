@@ -152,6 +152,7 @@ def _flats(arrays: dict[str, Array | None], spec: pl.BlockSpec) -> dict[str, tup
 
 
 def attend(q, k, v, mask, tangents, means, options: Options) -> tuple[Array, ...]:
+  """Computes `networks.flash_kernels.attend`; means are those of k and its tangent, (B, 1, H, D), or none."""
   wide, scale = steps.wide(q.dtype), 1 / math.sqrt(q.shape[-1])
   sums = 2 if tangents else 1
   grid = _Grid(q, k, of_queries=2 * sums, of_keys=2 * sums, sums=sums)
@@ -241,6 +242,7 @@ def _sweep(grid: _Grid, start, update, write, load, store) -> None:
 
 
 def backward(q, k, v, mask, do, lse, delta, options: Options) -> tuple[Array, Array, Array]:
+  """Computes `networks.flash_kernels.backward`; do is O's cotangent, delta its products with O, (B, H, T)."""
   wide, scale = steps.wide(q.dtype), 1 / math.sqrt(q.shape[-1])
 
   def inputs(grid):
