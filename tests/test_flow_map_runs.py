@@ -278,7 +278,9 @@ def test_attention_without_a_forward_rule_is_refused_by_name(tmp_path):
   config = quick("digits", "ayf_emd", tmp_path)
   config.model = DIT | dict(attention="cudnn")
   refused(
-    config, r"config\.model\.attention: 'cudnn' has no forward derivative.*set config\.model\.attention to .*\['xla'\]"
+    config,
+    r"config\.model\.attention: 'cudnn' has no forward derivative.*set config\.model\.attention to .*"
+    r"\['xla', 'flash_jvp'\]",
   )
   config = quick("digits", "arc", tmp_path)
   config.model = DIT | dict(attention="cudnn")

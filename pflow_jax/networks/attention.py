@@ -1,11 +1,11 @@
 """Attention behind one dispatch function, so that a network never names a kernel.
 
-"xla" runs everywhere and has derivatives of every order and mode. The fused kernels never hold the scores, and are
-reverse mode only, so a program whose objective differentiates forward (jvp) asks `supports_jvp` first: "cudnn" for
-NVIDIA GPUs, "splash" and "pallas" for TPUs. "pallas" is this package's own, see `networks.short_attention`: it reads
-and writes tokens as the layers around it have them, where splash has them transposed and padded. It is for attention
-of tokens on themselves, without a mask, where an example fits in on-chip memory, see `is_short`; other calls of it are
-splash's.
+"xla" runs everywhere and has derivatives of every order and mode. The fused kernels never hold the scores. Those of
+others, "cudnn" for NVIDIA GPUs and "splash" for TPUs, are reverse mode only, so a program whose objective
+differentiates forward (jvp) asks `supports_jvp` first. Two are this package's own, and read and write tokens as the
+layers around them have them, where splash has them transposed and padded. "flash_jvp" has a forward derivative too, on
+TPUs and GPUs, see `networks.flash_jvp`. "pallas" is for TPUs and for attention of tokens on themselves, without a mask,
+where an example fits in on-chip memory, see `networks.short_attention` and `is_short`; other calls of it are splash's.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from jax.sharding import PartitionSpec
 
 from pflow_jax.core.batches import BATCH, current_mesh
 from pflow_jax.mesh.sharding import constrain
+from pflow_jax.networks.flash_jvp import flash_jvp
 from pflow_jax.networks.short_attention import is_short, short_attention
 
-# Implementation -> whether jvp works. The fused kernels have a custom_vjp and nothing else.
-IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False, "pallas": False}
+# Implementation -> whether jvp works. Those without have a custom_vjp and nothing else.
+IMPLEMENTATIONS = {"xla": True, "cudnn": False, "splash": False, "pallas": False, "flash_jvp": True}
 # Implementation -> JAX's names of the devices that have it.
-PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",), "pallas": ("tpu",)}
+GPU = ("gpu", "cuda")
+PLATFORMS = {"cudnn": GPU, "splash": ("tpu",), "pallas": ("tpu",), "flash_jvp": ("tpu", *GPU)}
 
 LANES = 128  # lanes of a TPU register; the blocks of splash are multiples of it
 BLOCKS = (512, 384, 256, 128)  # sizes of splash's blocks, the largest that divides a sequence first
@@ -49,9 +51,10 @@ def check_platform(implementation: str, platform: str) -> None:
   _check(implementation)
   if platform not in PLATFORMS.get(implementation, (platform,)):
     able = [name for name in IMPLEMENTATIONS if platform in PLATFORMS.get(name, (platform,))]
+    made_for = " and ".join(f"{name.upper()}s" for name in PLATFORMS[implementation] if name != "cuda")
     raise ValueError(
-      f"config.model.attention: {implementation!r} is for {PLATFORMS[implementation][0].upper()}s, and this runs on "
-      f"{platform}; set config.model.attention to one of {able}"
+      f"config.model.attention: {implementation!r} is for {made_for}, and this runs on {platform}; set "
+      f"config.model.attention to one of {able}"
     )
 
 
@@ -67,7 +70,7 @@ def attention(
     v: values, (B, S, H, D).
     mask: True for the keys that are attended to, (B, S) bool, at least one an example; None is all.
     implementation: "xla" anywhere; "cudnn" on NVIDIA GPUs, float16 or bfloat16 inputs only; "splash" or "pallas" on
-      TPUs.
+      TPUs; "flash_jvp" on both.
 
   Returns:
     (B, T, H, D) in the dtype of `q`.
@@ -85,6 +88,8 @@ def attention(
     return _short(tuple(a.reshape(*a.shape[:2], -1) for a in (q, k, v)), q.shape[2]).reshape(q.shape)
   if implementation in ("splash", "pallas"):
     return _splash(q, k, v, mask)
+  if implementation == "flash_jvp":
+    return _flash_jvp(q, k, v, mask)
   if implementation == "cudnn":
     keys = None if mask is None else mask[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=keys, implementation="cudnn")
@@ -135,6 +140,16 @@ def _short(qkv: tuple[jax.Array, ...], num_heads: int, interpret: bool = False) 
     return short_attention(qkv, own, interpret)
 
   return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * len(qkv), out_specs=spec, check_vma=False)(*qkv)
+
+
+def _flash_jvp(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """Calls the kernels with a forward derivative on each device's examples and heads."""
+  mesh = current_mesh()
+  if mesh is None:
+    return flash_jvp(q, k, v, mask)
+  heads = PartitionSpec(BATCH, None, "tensor")
+  specs = (heads, heads, heads, None if mask is None else PartitionSpec(BATCH))
+  return jax.shard_map(flash_jvp, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, mask)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, interpret: bool = False) -> jax.Array:

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from pflow_jax.networks.flash_jvp import products
+
 
 def count_flops(jaxpr: Any) -> int:
   """Operations of the matrix products and convolutions of a jaxpr; a multiply-add counts 2.
@@ -33,6 +35,9 @@ def _equation(eqn) -> int:
     kernel = eqn.invars[1].aval.shape
     outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // outputs
+  if name.startswith("flash_jvp"):  # its kernels are there when it is compiled
+    q, k = (x.aval.shape for x in eqn.invars[:2])
+    return 2 * products(name, len(eqn.invars)) * math.prod(q) * k[1]
   inner = [count_flops(sub) for sub in _subjaxprs(params)]
   if name == "cond":
     return max(inner, default=0)

@@ -239,6 +239,7 @@ def test_pallas_lowers_for_tpus(dtype):
 
 def test_support_table():
   assert supports_jvp("xla")
+  assert supports_jvp("flash_jvp")
   assert not supports_jvp("cudnn")
   assert not supports_jvp("splash")
   assert not supports_jvp("pallas")
@@ -246,9 +247,11 @@ def test_support_table():
 
 @pytest.mark.parametrize("call", [supports_jvp, lambda name: attention(*[None] * 3, implementation=name)])
 def test_unknown_name_lists_the_choices(call):
-  with pytest.raises(ValueError, match=r"expected one of \['cudnn', 'pallas', 'splash', 'xla'\], got 'flash'"):
+  with pytest.raises(
+    ValueError, match=r"expected one of \['cudnn', 'flash_jvp', 'pallas', 'splash', 'xla'\], got 'flash'"
+  ):
     call("flash")
-  assert sorted(IMPLEMENTATIONS) == ["cudnn", "pallas", "splash", "xla"]
+  assert sorted(IMPLEMENTATIONS) == ["cudnn", "flash_jvp", "pallas", "splash", "xla"]
 
 
 def test_kernels_are_refused_where_they_are_not():
@@ -256,12 +259,18 @@ def test_kernels_are_refused_where_they_are_not():
   check_platform("splash", "tpu")
   check_platform("pallas", "tpu")
   check_platform("cudnn", "gpu")
-  with pytest.raises(ValueError, match=r"'splash' is for TPUs, and this runs on gpu; .* one of \['xla', 'cudnn'\]"):
+  check_platform("flash_jvp", "tpu")
+  check_platform("flash_jvp", "cuda")
+  with pytest.raises(
+    ValueError, match=r"'splash' is for TPUs, and this runs on gpu; .* one of \['xla', 'cudnn', 'flash_jvp'\]"
+  ):
     check_platform("splash", "gpu")
   with pytest.raises(ValueError, match=r"'pallas' is for TPUs, and this runs on cpu; .* one of \['xla'\]"):
     check_platform("pallas", "cpu")
   with pytest.raises(ValueError, match=r"'cudnn' is for GPUs, and this runs on cpu; .* one of \['xla'\]"):
     check_platform("cudnn", "cpu")
+  with pytest.raises(ValueError, match=r"'flash_jvp' is for TPUs and GPUs, and this runs on cpu; .* one of \['xla'\]"):
+    check_platform("flash_jvp", "cpu")
 
 
 def test_splash_is_made_within_any_trace():

@@ -1,0 +1,301 @@
+"""Attention with a forward derivative against plain attention in float64, under JAX's transformations, and refused."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pflow_jax.core.objectives.flow_map import residual
+from pflow_jax.mesh.sharding import make_layout
+from pflow_jax.networks import flash_tpu
+from pflow_jax.networks.attention import attention
+from pflow_jax.networks.dit import DiT
+from pflow_jax.networks.flash_jvp import flash_jvp
+from pflow_jax.networks.heads import VelocityHead
+from pflow_jax.training.flops import count_flops
+
+flash = lambda *args: attention(*args, implementation="flash_jvp")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Blocks of few tokens, so that few tokens make several."""
+  monkeypatch.setattr(flash_tpu, "BLOCKS", (16,))
+
+
+def draw(seed, tokens, keys, heads, width, masked, dtype=jnp.float64, batch=2):
+  """Queries, keys and values, their tangents, a cotangent, and a mask of the keys, the first example's of one key."""
+  rng = np.random.default_rng(seed)
+  lengths = [tokens, keys, keys]
+  values, tangents = ([rng.normal(size=(batch, n, heads, width)) for n in lengths] for _ in range(2))
+  tangents[1] += 2  # a part that all keys have in common
+  mask = rng.random((batch, keys)) < 0.5
+  mask[0], mask[:, -1] = False, True
+  cast = lambda arrays: tuple(jnp.asarray(a, dtype) for a in arrays)
+  cotangent = jnp.asarray(rng.normal(size=values[0].shape), dtype)
+  return cast(values), cast(tangents), cotangent, jnp.asarray(mask) if masked else None
+
+
+def both(implementation):
+  """Program of value, forward derivative, and gradients of the value with the forward derivative beside it."""
+
+  def loss(qkv, tangents, cotangent, mask):
+    out, dout = jax.jvp(lambda *qkv: implementation(*qkv, mask), qkv, tangents)
+    return jnp.sum((cotangent + jax.lax.stop_gradient(dout)) * out), (out, dout)
+
+  program = jax.jit(jax.grad(loss, has_aux=True))
+
+  def run(drawn):
+    gradients, (out, dout) = program(*drawn)
+    return [np.asarray(a, np.float64) for a in (out, dout, *gradients)]
+
+  return run
+
+
+def exact(drawn):
+  """The same by plain attention in float64."""
+  return both(attention)(jax.tree.map(lambda a: a if a.dtype == bool else a.astype(jnp.float64), drawn))
+
+
+SHAPES = [  # queries, keys, heads, width, masked
+  (24, 24, 3, 72, False),
+  (9, 37, 1, 16, True),
+  (32, 16, 2, 128, True),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_is_the_formula_with_its_derivatives(gpu, shape):
+  """Value, forward derivative, and reverse derivative beside it, in the kernels of both platforms."""
+  run, plain = both(lambda *args: flash_jvp(*args, gpu_kernel=gpu)), both(attention)
+  for seed in range(3):
+    drawn = draw(seed, *shape)
+    for got, want in zip(run(drawn), plain(drawn), strict=True):
+      np.testing.assert_allclose(got, want, rtol=0, atol=1e-11 * (1 + np.abs(want).max()))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_float32_errs_by_its_rounding(gpu):
+  drawn = draw(0, *SHAPES[1], dtype=jnp.float32)
+  got, want = both(lambda *args: flash_jvp(*args, gpu_kernel=gpu))(drawn), exact(drawn)
+  for a, b, limit in zip(got, want, (1e-5, 1e-4, 1e-4, 1e-4, 1e-4), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=limit * np.abs(b).max())
+
+
+def test_errs_no_more_in_bfloat16_than_xla():
+  """Not even where all keys change alike, which changes nothing."""
+  qkv, (dq, dk, dv), cotangent, _ = draw(0, 48, 48, 2, 32, False, jnp.bfloat16)
+  drawn = qkv, (dq, dk + 8, dv), cotangent, None
+  own, usual, want = both(flash)(drawn), both(attention)(drawn), exact(drawn)
+  error = lambda a, b: np.sqrt(np.mean((a - b) ** 2))
+  for a, b, c in zip(own, usual, want, strict=True):
+    assert 0 < error(a, c) < 1.2 * error(b, c)
+
+
+def layers(implementation, wrap):
+  """A scan over three layers of attention: (weights, x) -> y."""
+
+  def layer(x, weights):
+    q, k, v = (jnp.einsum("bthd,de->bthe", x, w) for w in weights)
+    return x + implementation(q, k, v), None
+
+  return lambda weights, x: jax.lax.scan(wrap(layer), x, weights)[0]
+
+
+def calls(jaxpr, found=()):
+  """How often each primitive of the kernels is there, with its number of results."""
+  found = dict(found)
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name.startswith("flash_jvp"):
+      key = eqn.primitive.name.removeprefix("flash_jvp").lstrip("_"), len(eqn.outvars)
+      found[key] = found.get(key, 0) + 1
+    for leaf in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+      if hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"):
+        found = calls(getattr(leaf, "jaxpr", leaf), found)
+  return found
+
+
+VALUE, JOINT, BACKWARD = ("", 2), ("", 3), ("backward", 3)
+PLAIN = {"jvp": {JOINT: 1}, "grad": {VALUE: 1, BACKWARD: 1}, "both": {JOINT: 1, BACKWARD: 1}}
+# What is computed again is the value alone.
+AGAIN = {"jvp": {JOINT: 1}, "grad": {VALUE: 2, BACKWARD: 1}, "both": {JOINT: 1, VALUE: 1, BACKWARD: 1}}
+WRAPS = {
+  "plain": (lambda f: f, PLAIN),
+  "jit": (jax.jit, PLAIN),
+  "remat": (lambda f: jax.checkpoint(f, prevent_cse=False), AGAIN),
+  "dots": (lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable), AGAIN),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("derivative", ["jvp", "grad", "both"])
+def test_every_derivative_goes_through_scan_jit_and_remat(derivative, wrap):
+  """Each computes what it needs: one pass over the keys for a jvp, no tangent where there is none."""
+  x, dx = jax.random.normal(jax.random.key(0), (2, 2, 10, 2, 8), jnp.float64)
+  weights = jax.random.normal(jax.random.key(1), (3, 3, 8, 8), jnp.float64) / 4
+  wrap, expected = WRAPS[wrap]
+
+  def function(implementation):
+    f = layers(implementation, wrap)
+    if derivative == "jvp":
+      return lambda w: jax.jvp(lambda x: f(w, x), (x,), (dx,))
+    if derivative == "grad":
+      return jax.grad(lambda w: jnp.sum(jnp.cos(f(w, x))))
+
+    def loss(w):
+      y, dy = jax.jvp(lambda x: f(w, x), (x,), (dx,))
+      return jnp.sum(y * jax.lax.stop_gradient(y + dy))
+
+    return jax.grad(loss)
+
+  traced = jax.jit(function(flash)).trace(weights)
+  assert calls(traced.jaxpr.jaxpr) == expected[derivative]
+  got, want = traced.lower().compile()(weights), jax.jit(function(attention))(weights)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * float(jnp.max(jnp.abs(b)))), got, want)
+
+
+def test_linearize_and_eager_calls():
+  qkv, tangents, _, mask = draw(0, 9, 9, 1, 8, True)
+  f = lambda *qkv: flash(*qkv, mask)
+  want, dwant = jax.jvp(lambda *qkv: attention(*qkv, mask), qkv, tangents)
+  out, along = jax.linearize(f, *qkv)
+  np.testing.assert_allclose(out, want, atol=1e-12)
+  np.testing.assert_allclose(along(*tangents), dwant, atol=1e-11)
+  np.testing.assert_allclose(jax.jvp(f, qkv, tangents)[1], dwant, atol=1e-11)
+  grad = lambda f: jax.grad(lambda q: jnp.sum(jnp.cos(f(q, *qkv[1:]))))(qkv[0])
+  np.testing.assert_allclose(grad(f), grad(lambda *qkv: attention(*qkv, mask)), atol=1e-11)
+
+
+@pytest.mark.parametrize("which", [(0,), (1, 2), (2,), ()])
+def test_some_tangents_may_be_zero(which):
+  qkv, tangents, _, mask = draw(1, 9, 12, 1, 8, True)
+
+  def derivative(implementation):
+    def f(*some):
+      given = dict(zip(which, some, strict=True))
+      return implementation(*(given.get(i, a) for i, a in enumerate(qkv)), mask)
+
+    if not which:
+      return jax.jvp(lambda x: x + f(), (1.0,), (1.0,))[1]
+    return jax.jvp(f, tuple(qkv[i] for i in which), tuple(tangents[i] for i in which))[1]
+
+  np.testing.assert_allclose(derivative(flash), derivative(attention), atol=1e-11)
+
+
+def test_a_derivative_of_the_forward_derivative_is_refused():
+  x, dx = jax.random.normal(jax.random.key(0), (2, 1, 4, 1, 8), jnp.float64)
+  along = lambda x: jnp.sum(jax.jvp(lambda x: flash(x, x, x), (x,), (dx,))[1])
+  scanned = layers(flash, lambda f: jax.checkpoint(f, prevent_cse=False))
+  weights = jnp.ones((2, 3, 8, 8))
+  for f in (
+    lambda: jax.grad(along)(x),
+    lambda: jax.jit(jax.grad(along)).lower(x),
+    lambda: jax.jvp(along, (x,), (dx,)),
+    lambda: jax.jit(lambda x: jax.jvp(along, (x,), (dx,))).lower(x),
+    lambda: jax.jit(jax.hessian(lambda x: jnp.sum(flash(x, x, x) ** 2))).lower(x),
+    lambda: jax.jit(jax.grad(lambda w: jnp.sum(jax.jvp(lambda x: scanned(w, x), (x,), (dx,))[1]))).lower(weights),
+  ):
+    with pytest.raises(ValueError, match=r'"flash_jvp" has no derivative of its forward derivative.*stop_gradient'):
+      f()
+
+
+@pytest.mark.usefixtures("float32")
+def test_stays_where_its_examples_and_heads_are():
+  """On a mesh, under the vmap of a guidance pair, with both derivatives: no device waits for another."""
+  layout = make_layout(dict(data=2, fsdp=2, tensor=2), ())
+  qkv, _, _, mask = draw(0, 12, 20, 2, 8, True, np.float32, batch=4)
+  arrays = jax.tree.map(np.asarray, (*qkv, mask))
+
+  def pair(implementation):
+    def f(q, k, v, mask):
+      one = lambda mask: jax.jvp(lambda *qkv: implementation(*qkv, mask), (q, k, v), (q, k, v))
+      out, dout = jax.vmap(one, out_axes=1)(jnp.stack([mask, mask[:, ::-1]]))
+      return jnp.sum(out * jax.lax.stop_gradient(out + dout), axis=(1, 2, 4)), dout
+
+    def gradients(q, k, v, mask):
+      out, pull, dout = jax.vjp(lambda *qkv: f(*qkv, mask), q, k, v, has_aux=True)
+      return out, dout, pull(jnp.ones_like(out))
+
+    return gradients
+
+  with layout.context():
+    placed = [layout.spread(a) for a in arrays]
+    program = jax.jit(pair(flash)).lower(*placed).compile()
+    got = program(*placed)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.jit(pair(attention))(*arrays)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+  assert not re.search(r"all-gather|all-to-all|permute", program.as_text())
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_flow_map_s_residual_and_its_gradient_are_plain_attention_s():
+  x, eps = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 1))
+  t, s, label = jnp.array([0.9, 0.6]), jnp.array([0.2, 0.6]), jnp.array([0, 1])
+
+  def run(implementation):
+    net = DiT(
+      channels=1, num_classes=2, patch_size=2, width=16, depth=2, num_heads=2, remat="full", time_scale=1.0,
+      attention=implementation, head=VelocityHead(channels=1, patch_size=2),
+    )  # fmt: skip
+    params = net.init(jax.random.key(1), x, t, label, s)["params"]
+    draws = iter(jax.random.split(jax.random.key(2), 100))  # nothing stays at its zero
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(draws), a.shape), params)
+
+    def loss(params):
+      network = lambda x, t, s, cond, _: net.apply({"params": params}, x, t, cond, s)
+      F, g, dF = residual(network, lambda x, t: eps - x, x, t, s, label, None, side="eulerian", warmup=1.0)
+      return jnp.mean(F * g), dF
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  for a, b in zip(jax.tree.leaves(run("flash_jvp")), jax.tree.leaves(run("xla")), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.max(jnp.abs(b))))
+
+
+def shapes(tokens, heads, width, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct((1, tokens, heads, width), dtype), jax.ShapeDtypeStruct((1, tokens), bool)
+
+
+def step(q, mask):
+  """Gradient of the output with its forward derivative beside it."""
+
+  def loss(q):
+    out, dout = jax.jvp(lambda q: flash(q, q, q, mask), (q,), (q,))
+    return jnp.sum((out * jax.lax.stop_gradient(dout)).astype(jnp.float32))
+
+  return jax.grad(loss)(q)
+
+
+@pytest.mark.parametrize("size", [(4608, 24, 128), (256, 16, 72), (64, 4, 64)], ids=str)
+@pytest.mark.parametrize(("platform", "target"), [("tpu", "tpu_custom_call"), ("cuda", "__gpu$xla.gpu.triton")])
+def test_lowers_for_tpus_and_gpus(platform, target, size, monkeypatch):
+  """Three kernels, and nothing of tokens by tokens, at the sizes of FLUX.1, DiT-XL/2 and EDM2."""
+  monkeypatch.undo()
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    text = jax.jit(step).trace(*shapes(*size)).lower(lowering_platforms=(platform,)).as_text()
+  assert text.count(f"custom_call @{target}(") == 3
+  assert f"x{size[0]}x{size[0]}x" not in text
+
+
+@pytest.mark.usefixtures("float32")
+def test_operations_are_counted():
+  q, mask = shapes(100, 2, 64)
+  whole = 2 * 2 * 100**2 * 64
+  assert count_flops(jax.jit(lambda q, mask: flash(q, q, q, mask)).trace(q, mask).jaxpr) == 2 * whole
+  assert count_flops(jax.jit(step).trace(q, mask).jaxpr) == (6 + 7) * whole
+
+
+@pytest.mark.usefixtures("float32")
+def test_products_are_as_precise_as_those_around():
+  q, _ = shapes(16, 1, 8, jnp.float32)
+
+  def precision_of_backward(precision):
+    with jax.default_matmul_precision(precision):
+      traced = jax.jit(lambda q: jax.vjp(lambda q: flash(q, q, q), q)[1](q)).trace(q)
+    return str(traced.jaxpr).count("HIGHEST")
+
+  assert precision_of_backward("highest") == 2
+  assert precision_of_backward("default") == 0
