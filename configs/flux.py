@@ -21,10 +21,12 @@ from ml_collections import ConfigDict
 
 from pflow_jax.settings.defaults import default_config, pick
 
+JVP_ATTENTION = "xla"  # of flow maps: it must have a forward derivative
 
-def base() -> ConfigDict:
+
+def base(objective: str = "imitation") -> ConfigDict:
   """Returns the settings that all variants share."""
-  config = default_config("imitation")
+  config = default_config(objective)
   config.data = dict(name="prompts:/data/flux_prompts", model="flux", shape=(128, 128, 16))
   config.model = dict(kind="flux", guidance=3.5, dtype="bfloat16", remat="full", attention="splash", scan_unroll=1)
   config.teacher.dtype = "bfloat16"
@@ -33,8 +35,6 @@ def base() -> ConfigDict:
     ("double_blocks/(img|txt)_(mlp_in|mlp_out)", 256, 256.0, 0.05),
     ("time_embed/(in|out)", 256, 256.0, 0.05),
   )
-  config.objective.update(nfe=4, num_states=4, window=3.0, dropout=0.1, shift=3.2, final_scale=0.5)
-  config.objective.update(loss_scale=30.0, ratio_decay=2000)
   config.optimizer.update(learning_rate=1e-4, warmup_steps=0)
   config.train.update(steps=3000, batch_size=256, log_every=10, checkpoint_every=200)
   config.mesh.update(data=-1, fsdp=16)
@@ -43,9 +43,17 @@ def base() -> ConfigDict:
   return config
 
 
+def policy() -> ConfigDict:
+  """Returns the settings that the policies share."""
+  config = base()
+  config.objective.update(nfe=4, num_states=4, window=3.0, dropout=0.1, shift=3.2, final_scale=0.5)
+  config.objective.update(loss_scale=30.0, ratio_decay=2000)
+  return config
+
+
 def gm() -> ConfigDict:
   """Student of 4 evaluations with a Gaussian mixture as its policy."""
-  config = base()
+  config = policy()
   config.head = dict(kind="gmflow", num_components=8)
   config.sample.auto_temperature = True
   return config
@@ -74,7 +82,7 @@ def gm_8nfe_data_free() -> ConfigDict:
 
 def dx() -> ConfigDict:
   """Student of 4 evaluations with denoised states on a grid as its policy."""
-  config = base()
+  config = policy()
   config.head = dict(kind="dx", num_coefficients=10, basis="grid")
   config.objective.dropout = 0.0
   return config
@@ -82,10 +90,21 @@ def dx() -> ConfigDict:
 
 def arc() -> ConfigDict:
   """Student of 2 evaluations with a mixture of momentum processes as its policy."""
-  config = base()
+  config = policy()
   config.head = dict(kind="arc", num_components=16)
   config.optimizer.rates = (("head/proj_out_loggamma/.*", 0.1), (".*", 1.0))
   config.objective.update(nfe=2, final_scale=1.0)
+  config.train.update(steps=10_000, batch_size=64)
+  return config
+
+
+def ayf() -> ConfigDict:
+  """Flow map of any number of evaluations, for strengths of guidance from 2 to 5; see the text above."""
+  config = base("ayf_emd")
+  config.head = dict(kind="velocity")
+  config.model.attention = JVP_ATTENTION
+  config.adapters.table = tuple((pattern, rank, alpha) for pattern, rank, alpha, _ in config.adapters.table)
+  config.objective.update(guidance=(2.0, 5.0), shift=3.2, time_mean=-0.6, time_std=1.6, warmup_steps=2000)
   config.train.update(steps=10_000, batch_size=64)
   return config
 
@@ -95,12 +114,12 @@ def quicktest(config: ConfigDict) -> None:
   config.data = dict(name="synthetic_prompts", model="flux", shape=(8, 8, 16), text=(6, 12), pooled=10)
   config.model.update(depth=1, single_depth=1, num_heads=2, head_dim=16, text_width=12, pooled_width=10)
   config.model.update(rope_axes=(4, 6, 6), attention="xla", dtype="float32", remat="none")
-  config.adapters.table = tuple((pattern, 8, 8.0, rate) for pattern, _, _, rate in config.adapters.table)
+  config.adapters.table = tuple((pattern, 8, 8.0, *dropout) for pattern, _, _, *dropout in config.adapters.table)
   config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
   config.mesh.fsdp = 1
 
 
-VARIANTS = {variant.__name__: variant for variant in (gm, gm_8nfe, gm_data_free, gm_8nfe_data_free, dx, arc)}
+VARIANTS = {variant.__name__: variant for variant in (gm, gm_8nfe, gm_data_free, gm_8nfe_data_free, dx, arc, ayf)}
 
 
 def get_config(variant: str = "gm") -> ConfigDict:

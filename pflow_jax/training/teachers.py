@@ -23,7 +23,7 @@ from pflow_jax.settings.teacher import TeacherSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import Inputs, check_scale, is_run, locate, paths_of_data, read_inputs
-from pflow_jax.training.network import COMPUTED, Network, head_class, make_network, velocity_of
+from pflow_jax.training.network import COMPUTED, Network, head_class, make_network, own_strength, velocity_of
 from pflow_jax.training.origins import Saved, inputs_of, use_teacher
 
 Params = Any
@@ -37,14 +37,14 @@ class Part:
   """One of a teacher's models.
 
   Attributes:
-    field: parameters -> velocity field (x, t, cond) -> v.
+    field: parameters -> velocity field (x, t, cond) -> v. That of a network takes keyword arguments for its calls.
     shapes: of its parameters.
     network: the network that a student can start from; None for a function.
     saved: place of its parameters in a workdir, or None.
     values: its parameters, if they are in no workdir.
   """
 
-  field: Callable[[Params], guidance.Velocity]
+  field: Callable[..., guidance.Velocity]
   shapes: Params
   network: Network | None = None
   saved: Saved | None = None
@@ -100,6 +100,12 @@ class Teacher:
     return self.parts["strong"].network is not None
 
   @property
+  def takes_strength(self) -> bool:
+    """Returns whether it is guidance-distilled: its network takes a strength of guidance as an input."""
+    network = self.parts["strong"].network
+    return network is not None and network.strength is not None
+
+  @property
   def shapes(self) -> Params:
     """Shapes of its parameters, by part."""
     return {name: part.shapes for name, part in self.parts.items()}
@@ -116,11 +122,23 @@ class Teacher:
     return {name: part.saved.load(layout) if part.saved else own[name] for name, part in self.parts.items()}
 
   def velocity(self, params: Params, scale: Any = None) -> guidance.Velocity:
-    """Returns (x, t, cond) -> v, guided, by default at settings.guidance."""
-    settings = self.settings
+    """Returns (x, t, cond) -> v, guided, by default at settings.guidance.
+
+    Args:
+      params: its parameters, by part.
+      scale: strength of guidance, a number or one an example (B,). A guidance-distilled network takes it as its input;
+        settings.guidance is then that of the guidance on top.
+    """
+    settings, strong = self.settings, self.parts["strong"]
     options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
+    field = strong.field(params["strong"])
+    if scale is not None and self.takes_strength:
+      strength, scale = scale, None
+
+      def field(x, t, cond):
+        return strong.field(params["strong"], guidance=jnp.broadcast_to(strength, t.shape).astype(t.dtype))(x, t, cond)
+
     scale = settings.guidance if scale is None else scale
-    field = self.parts["strong"].field(params["strong"])
     if settings.autoguided:
       return guidance.autoguided(field, self.parts["weak"].field(params["weak"]), scale=scale, **options)
     return guidance.guided(field, self.null_cond, scale=scale, **options)
@@ -179,7 +197,9 @@ def load_teacher(
     ValueError: there is no teacher, or it does not fit the student; the message lists all differences.
   """
   own = settings.teacher or TeacherSettings()
-  is_guided = own.is_guided(strengths)
+  # A guidance-distilled network takes the strengths as its input.
+  distilled = own_strength(settings.model) is not None
+  is_guided = own.is_guided((1.0, 1.0) if distilled else strengths)
   if own.autoguided and not is_guided:
     raise ValueError(
       "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "

@@ -35,18 +35,31 @@ class FlowMapMethod(Method[FlowMap]):
     objective = settings.objective
     _check_jvp(network)
     _warn_of_scale(float(getattr(network.module, "time_scale", 1.0)))
+    if not dataset.has_x0:
+      raise ValueError(
+        f"config.objective.kind: {settings.kind!r} starts from data, and {dataset.name} has none; write prompts with "
+        "`pflow cache --images`"
+      )
     if objective.target == "data" and not teachers.named:
       if settings.adapters.table:
         raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
       return cls(objective, network, dataset, None)
-    teacher = teachers.find(tuple(objective.guidance))
+    method = cls(objective, network, dataset, teachers.find(tuple(objective.guidance)))
     low, high = objective.guidance
-    if objective.guided and not low <= teacher.settings.guidance <= high:
+    if objective.guided and not low <= method.strength <= high:
+      section = "teacher" if network.strength is None else "model"
       raise ValueError(
-        f"config.teacher.guidance: expected a strength in config.objective.guidance, [{low}, {high}], which this "
-        f"student is trained for and compared at, got {teacher.settings.guidance}"
+        f"config.{section}.guidance: expected a strength in config.objective.guidance, [{low}, {high}], which this "
+        f"student is trained for and compared at, got {method.strength}"
       )
-    return cls(objective, network, dataset, teacher)
+    return method
+
+  @property
+  def strength(self) -> float:
+    """Strength of the teacher's guidance: that which its network takes, or that of `TeacherSettings`."""
+    if self.network.strength is not None:
+      return self.network.strength
+    return self.teacher.settings.guidance if self.teacher else self.objective.guidance[0]
 
   def init(self, key, frozen):
     params = self._random(key)
@@ -98,11 +111,11 @@ class FlowMapMethod(Method[FlowMap]):
     """
     guided, (low, high) = self.objective.guided, self.objective.guidance
     if strength is None:
-      strength = self.teacher.settings.guidance if guided and self.teacher else low
+      strength = self.strength if guided else low
     if not low <= strength <= high:
       raise ValueError(
-        f"config.sample.guidance (where that is not set, config.teacher.guidance): expected a strength in [{low}, "
-        f"{high}], which this flow map was trained for, got {strength}"
+        f"config.sample.guidance (where that is not set, the teacher's): expected a strength in [{low}, {high}], which "
+        f"this flow map was trained for, got {strength}"
       )
 
     def jump(x, t, s, cond):
