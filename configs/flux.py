@@ -1,4 +1,4 @@
-"""FLUX.1-dev (12 billion parameters, 1024 x 1024): students of 4, 8 or 2 evaluations, adapters on the frozen teacher.
+"""FLUX.1-dev (12 billion parameters, 1024 x 1024): policies of 4, 8 or 2 evaluations, and a flow map of any number.
 
     pflow plan    --config configs/flux.py:gm --topology v5e-16
     pflow convert --source FLUX.1-dev/transformer --out gs://BUCKET/flux
@@ -6,15 +6,37 @@
     launch/tpu.sh run -- --config configs/flux.py:gm_data_free --workdir gs://BUCKET/gm \
         --config.teacher.workdir=gs://BUCKET/flux
 
-Data: a folder of prompts' embeddings, by default /data/flux_prompts; "gm", "gm_8nfe", "dx" and "arc" need the latents
-of an image beside every prompt, the "data_free" ones do not. docs/plan_text_to_image.md has the planned needs and cost
-of a run; none has been trained at this size with this code.
+All are adapters on the frozen teacher. Data: a folder of prompts' embeddings, by default /data/flux_prompts; all but
+the "data_free" variants need the latents of an image beside every prompt. docs/plan_text_to_image.md has the planned
+needs and cost of a run; none has been trained at this size with this code.
 
 The recipes are those published for π-Flow (arXiv:2510.14974: K = 8 or N = 10, rank 256, batch 256, 3,000 steps at rate
 1e-4, the teacher's share of the walk decaying over 2,000) and ArcFlow (arXiv:2602.09014: K = 16, 10,000 steps,
 log-gamma at a tenth of the rate; its batch was 4 a GPU on an unpublished number of GPUs: here 64). Published
 results of π-Flow, distance to the teacher's samples on HPSv2 prompts (FID / patch-FID): 12.6 / 15.9 at 8 evaluations,
 14.3 / 19.2 at 4, 14.4 / 19.7 at 4 without data.
+
+"ayf" is AYF-EMD (Align Your Flow, arXiv:2506.14603): one student for 1, 2, 4, 8 or any other number of evaluations. Of
+its student of FLUX.1-dev the paper's text tells that it has low-rank adapters and is sampled in 4 steps. Chosen here:
+
+* Strengths of guidance, as AYF has them on ImageNet: uniform in [2, 5], around the 3.5 that the model is asked for.
+  They go to FLUX.1-dev's own input, in the student and in the teacher. So the student starts as its teacher at every
+  strength, where a new branch would have to learn what the network knows, and a teacher's velocity is one evaluation.
+* The end s of a jump: a new branch embeds the length t - s, in sinusoids of the length itself. It starts at zero and
+  trains in full. Adapters as for the policies; without dropout, as the network's own derivative is in its target.
+* The teacher's embedding of t stays, with sinusoids of 1000 t where Align Your Flow has t: a frozen network knows no
+  other. A ripple of relative size a in the fastest of them adds up to 1000 a to the derivative, and changes its sign
+  every 0.003 of t, so that it averages out. Against it there are a derivative in float32, a residual divided by its
+  own size, a derivative that counts in full after 2,000 steps, and adapters on both layers of that embedding, of which
+  the first has no more than 256 inputs, so that a rank of 256 can change it into any other.
+* Lengths of jumps: logit-normal with mean -0.6 and standard deviation 1.6, AYF's for 64 pixels, in the schedule time
+  of shift 3.2. 4 % of them are above 0.9, where AYF's other setting, -0.8 and 1, has 0.13 %: one evaluation is a jump
+  of 1.
+* 10,000 steps of 64, as many examples as ArcFlow's. Every step's target is made by the network of that step, so that
+  smaller steps come before larger batches.
+
+Pictures of 512 x 512, as `pflow plan --config configs/flux.py:ayf`, `--config.data.shape="(64, 64, 16)"` and
+`--config.objective.shift=1.88`, FLUX.1's own shift for their 1,024 tokens.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Qwen-Image (20 billion parameters, 1024 x 1024): students of 4 or 2 evaluations, adapters on the frozen teacher.
+"""Qwen-Image (20 billion parameters, 1024 x 1024): policies of 4 or 2 evaluations, and a flow map of any number.
 
     pflow plan    --config configs/qwen_image.py:gm --topology v5e-16
     pflow convert --source Qwen-Image/transformer --out gs://BUCKET/qwen
@@ -10,6 +10,10 @@ It differs from configs/flux.py in the guidance of the teacher, of strength 4 ag
 takes two evaluations where FLUX.1-dev takes one. Recipes: π-Flow (arXiv:2510.14974: M = 2, 9,000 steps) and ArcFlow
 (arXiv:2602.09014: 15,000 steps; its batch as in configs/flux.py). Published results (FID / patch-FID to the teacher's
 samples, HPSv2 prompts, 4 evaluations): 12.8 / 16.6, without data 12.9 / 16.8.
+
+"ayf" is the flow map of configs/flux.py, with what is chosen there. Its strengths of guidance, in [2, 5] around the
+teacher's 4, are of the guidance against the empty prompt. The network has no input for them: they get a new branch,
+which starts at zero like that of the length, and the student starts as its teacher without guidance at every strength.
 """
 
 from ml_collections import ConfigDict

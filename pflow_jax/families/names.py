@@ -142,7 +142,7 @@ class NetworkNames(TorchNames):
   """Classes of students that are named otherwise, by `torch_prefix`."""
 
   flow_map_class: ClassVar[str | None] = None
-  """Class of its flow maps, a name of this package's own: no release has any; None where their branches have no names."""
+  """Class of its flow maps, by a name of this package's own; None where the branches of a flow map have no names."""
 
   @property
   def classes(self) -> dict[str, str]:
@@ -195,8 +195,10 @@ class NetworkNames(TorchNames):
       ValueError: they have no names.
     """
     if inputs:
-      raise ValueError(f"{self.class_names[0]}: expected a teacher or a policy, got a flow map, whose branches have no "
-                       "names in PyTorch; draw its samples with `pflow sample`")
+      raise ValueError(
+        f"{self.class_names[0]}: expected a teacher or a policy, got a flow map, whose branches have no "
+        "names in PyTorch; draw its samples with `pflow sample`"
+      )
     return ()
 
   def schema(self, name: str) -> type:

@@ -44,9 +44,7 @@ class QwenImage(Transformer):
     self.double_blocks = self._blocks(DoubleBlock, self.depth)
     self.final_norm = FinalNorm(jnp.dtype(self.dtype))
 
-  def embed_condition(
-    self, t: jax.Array, s: jax.Array | None = None, guidance: jax.Array | None = None
-  ) -> jax.Array:
+  def embed_condition(self, t: jax.Array, s: jax.Array | None = None, guidance: jax.Array | None = None) -> jax.Array:
     """Returns the conditioning embedding (B, D) of t (B,), and of s and guidance if given, see `__call__`."""
     embedding = self.time_embed(t)
     if s is not None:
