@@ -26,9 +26,12 @@ its student of FLUX.1-dev the paper's text tells that it has low-rank adapters a
   trains in full. Adapters as for the policies; without dropout, as the network's own derivative is in its target.
 * The teacher's embedding of t stays, with sinusoids of 1000 t where Align Your Flow has t: a frozen network knows no
   other. A ripple of relative size a in the fastest of them adds up to 1000 a to the derivative, and changes its sign
-  every 0.003 of t, so that it averages out. Against it there are a derivative in float32, a residual divided by its
-  own size, a derivative that counts in full after 2,000 steps, and adapters on both layers of that embedding, of which
-  the first has no more than 256 inputs, so that a rank of 256 can change it into any other.
+  every 0.003 of t, so that it averages out. So it was on configs/emoji.py's teacher, which has the same sinusoids:
+  where v has a root mean square of 1.0 to 1.3, its derivative along the flow has 2.9 to 6.5, and its change over 1/28
+  of t 0.7 to 4.9 a unit; the mean of 17 derivatives in that 1/28 is 0.1 to 0.2 from it. Against what is left there are
+  a derivative in float32, a residual divided by its own size, a derivative that counts in full after 2,000 steps, and
+  adapters on both layers of that embedding, of which the first has no more than 256 inputs, so that a rank of 256 can
+  change it into any other.
 * Lengths of jumps: logit-normal with mean -0.6 and standard deviation 1.6, AYF's for 64 pixels, in the schedule time
   of shift 3.2. 4 % of them are above 0.9, where AYF's other setting, -0.8 and 1, has 0.13 %: one evaluation is a jump
   of 1.

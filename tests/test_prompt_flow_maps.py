@@ -1,8 +1,8 @@
 """Flow maps of text-to-image models as runs: their start, training from a converted teacher, samples, to PyTorch and
 back."""
 
-import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from pflow_jax.checkpoints.checkpoint import Checkpointer, load_params
 from pflow_jax.conversion.program import convert
 from pflow_jax.core.objectives import flow_map
-from pflow_jax.evaluation.evaluate import evaluate
 from pflow_jax.evaluation.sample import sample
 from pflow_jax.mesh.partition import path_of
 from pflow_jax.settings.tree import Settings
@@ -59,16 +58,23 @@ def config_of(kind, teachers, **train):
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory, teachers):
-  """Returns (workdir, final state) of three steps, by kind."""
+def trained(tmp_path_factory, teachers):
+  """(workdir, final state) of three steps of FLUX.1's."""
+  folder = tmp_path_factory.mktemp("trained")
+  with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    return folder, train(config_of("flux", teachers), folder)
 
-  @functools.cache
-  def trained(kind):
-    folder = tmp_path_factory.mktemp(kind)
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-      return folder, train(config_of(kind, teachers), folder)
 
-  return trained
+def write_untrained(folder, config):
+  """A run of random parameters, as if it had trained."""
+  experiment = build(config)
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
+  params = jax.tree.map(lambda s: rng.normal(scale=0.3, size=s.shape).astype(s.dtype), shapes)
+  workdir.claim(folder, Settings.of(config, converted=True))
+  with Checkpointer(folder / workdir.CHECKPOINTS) as checkpointer:
+    checkpointer.save(1, {"params": params, "ema": params})
+  return params
 
 
 def inputs(kind, batch=3):
@@ -122,53 +128,40 @@ def test_a_teacher_is_asked_for_the_strength_in_its_own_way(teachers):
     experiment = build(config_of(kind, teachers))
     frozen = experiment.load_frozen()
     x, cond = inputs(kind)
-    field, network = experiment.teacher.velocity(frozen, strengths), experiment.teacher.parts["strong"].network
-    if kind == "flux":
-      want = network(frozen["strong"], x, t, cond, guidance=strengths)
-    else:
+    network = experiment.teacher.parts["strong"].network
+
+    def velocities(w, experiment=experiment, network=network, kind=kind, frozen=frozen, x=x, cond=cond):
+      got = experiment.teacher.velocity(frozen, w)(x, t, cond)
+      if kind == "flux":
+        return got, network(frozen["strong"], x, t, cond, guidance=w)
       null = jax.tree.map(lambda c, n: jnp.broadcast_to(n[: c.shape[1]], c.shape), cond, experiment.dataset.null_cond)
       own, empty = (network(frozen["strong"], x, t, c) for c in (cond, null))
-      want = empty + strengths[:, None, None, None] * (own - empty)
-    np.testing.assert_allclose(field(x, t, cond), want, rtol=1e-4, atol=1e-5)
+      return got, empty + w[:, None, None, None] * (own - empty)
+
+    np.testing.assert_allclose(*jax.jit(velocities)(strengths), rtol=1e-4, atol=1e-5)
     assert experiment.method.strength == STRENGTHS[kind]
 
 
-def test_the_derivative_is_that_of_a_difference(teachers):
-  """Sinusoids of 1000 t do not spoil the forward derivative: against central differences in float64."""
-  with jax.enable_x64(True):
-    config = config_of("flux", teachers)
-    config.model["dtype"] = "float64"
-    experiment = build(config)
-    wide = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64 if a.dtype.kind == "f" else a.dtype), tree)
-    frozen = wide(experiment.load_frozen())
-    trained = wide(experiment.init(jax.random.key(0), frozen))
-    trained = jax.tree_util.tree_map_with_path(lambda keys, a: a + 0.02 * ("embed" in path_of(keys)), trained)
-    params = experiment.complete(trained, frozen)
-    x, cond = wide(inputs("flux"))
-    t, s, v = jnp.array([0.3, 0.7, 1.0]), jnp.array([0.1, 0.7, 0.0]), wide(x[::-1])
-    jump = jax.jit(lambda x, t: experiment.method.jump(params, 3.0)(x, t, s, cond))
-    got = jax.jvp(jump, (x, t), (v, jnp.ones_like(t)))[1]
-    h = 1e-6
-    want = (jump(x + h * v, t + h) - jump(x - h * v, t - h)) / (2 * h)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
-
-
-def test_a_resumed_run_ends_in_the_same_bits(run_of, teachers, tmp_path):
-  folder, whole = run_of("flux")
-  half = train(config_of("flux", teachers, steps=2), tmp_path)
-  parts = train(config_of("flux", teachers), tmp_path)
-  assert (int(half.step), int(parts.step)) == (2, 3)
+def test_a_run_that_was_stopped_ends_in_the_same_bits(trained, teachers, tmp_path):
+  folder, whole = trained
+  shutil.copytree(folder, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / workdir.CHECKPOINTS / "3")
+  half = leaves_of(load_params(tmp_path / "run" / workdir.CHECKPOINTS, which="params"))
+  parts = train(config_of("flux", teachers), tmp_path / "run")
+  assert int(parts.step) == 3
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
-  before, after = leaves_of(half.params), leaves_of(parts.params)
-  assert {path for path in after if not np.array_equal(before[path], after[path])} == set(after)
+  after = leaves_of(parts.params)
+  assert {path for path in after if not np.array_equal(half[path], after[path])} == set(after)
   rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [(row["skipped"], row["masked"]) for row in rows] == [(0, 0)] * 3
   assert all(np.isfinite([row["residual"], row["derivative"]]).all() for row in rows)
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("flux", (1, 8)), ("qwen_image", (2, 4))])
-def test_it_is_sampled_and_goes_to_pytorch_and_back(run_of, teachers, tmp_path, kind, steps):
-  folder, _ = run_of(kind)
+def test_it_is_sampled_and_goes_to_pytorch_and_back(trained, teachers, tmp_path, kind, steps):
+  folder, _ = trained
+  if kind != "flux":
+    write_untrained(folder := tmp_path / "run", config_of(kind, teachers))
   config = workdir.load_config(folder)
   config.sample.update(nfe=steps, batch_size=4)
   with np.load(sample(config, folder, num=3, out=tmp_path / "x").with_suffix(".npz")) as file:
@@ -215,28 +208,6 @@ def test_it_is_sampled_and_goes_to_pytorch_and_back(run_of, teachers, tmp_path, 
   assert_same_tensors(tmp_path / "again", tmp_path / "torch")
   assert json.loads(metadata_of(tmp_path / "again")["flow_map"]) == stated
   assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "torch" / "config.json").read_text()
-
-
-def test_it_is_measured_at_every_number_of_steps(run_of):
-  folder, _ = run_of("flux")
-  config = workdir.load_config(folder)
-  config.evaluate.update(num_samples=8, teacher_steps=(4, 128), num_resamples=2, nearest_k=2)
-  config.sample.update(nfe=(1, 4), gamma=0.5)
-  report = evaluate(config, folder)
-  assert [row["name"] for row in report["rows"]][2:] == ["student, 1 NFE", "student, 4 NFE"]
-  assert np.isfinite([row["alignment"] for row in report["rows"][2:]]).all()
-
-
-def write_untrained(folder, config):
-  """A run of random parameters, as if it had trained."""
-  experiment = build(config)
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(experiment.init, jax.random.key(0), experiment.frozen)
-  params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), shapes)
-  workdir.claim(folder, Settings.of(config, converted=True))
-  with Checkpointer(folder / workdir.CHECKPOINTS) as checkpointer:
-    checkpointer.save(1, {"params": params, "ema": params})
-  return params
 
 
 @pytest.mark.parametrize(("kind", "guidance"), [("flux", (2.0, 5.0)), ("qwen_image", (1.0, 1.0))])
