@@ -166,6 +166,17 @@ def head_class(head: Choice) -> type[Head]:
   return HEADS[head.kind]
 
 
-def velocity_of(network: Network, params: Params, **named: Any) -> Callable[[Array, Array, Any], Array]:
-  """Returns a network with a velocity head as a velocity field (x, t, cond) -> v; `named` as for a call."""
-  return lambda x, t, cond: network(params, x, t, cond, **named)
+def velocity_of(network: Network, params: Params, guidance: Any = None) -> Callable[[Array, Array, Any], Array]:
+  """Returns a network with a velocity head as a velocity field (x, t, cond) -> v.
+
+  Args:
+    network: the network.
+    params: its parameters.
+    guidance: strength that is its input, a number or one an example (B,); None is that of `Network.strength`.
+  """
+
+  def field(x: Array, t: Array, cond: Any) -> Array:
+    named = {} if guidance is None else {"guidance": jnp.broadcast_to(guidance, t.shape).astype(t.dtype)}
+    return network(params, x, t, cond, **named)
+
+  return field

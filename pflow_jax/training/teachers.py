@@ -37,7 +37,7 @@ class Part:
   """One of a teacher's models.
 
   Attributes:
-    field: parameters -> velocity field (x, t, cond) -> v. That of a network takes keyword arguments for its calls.
+    field: parameters -> velocity field (x, t, cond) -> v. That of a network takes a strength too, see `velocity_of`.
     shapes: of its parameters.
     network: the network that a student can start from; None for a function.
     saved: place of its parameters in a workdir, or None.
@@ -100,12 +100,6 @@ class Teacher:
     return self.parts["strong"].network is not None
 
   @property
-  def takes_strength(self) -> bool:
-    """Returns whether it is guidance-distilled: its network takes a strength of guidance as an input."""
-    network = self.parts["strong"].network
-    return network is not None and network.strength is not None
-
-  @property
   def shapes(self) -> Params:
     """Shapes of its parameters, by part."""
     return {name: part.shapes for name, part in self.parts.items()}
@@ -122,23 +116,15 @@ class Teacher:
     return {name: part.saved.load(layout) if part.saved else own[name] for name, part in self.parts.items()}
 
   def velocity(self, params: Params, scale: Any = None) -> guidance.Velocity:
-    """Returns (x, t, cond) -> v, guided, by default at settings.guidance.
+    """Returns (x, t, cond) -> v, guided, by default at settings.guidance; `scale` is a number, or one an example (B,).
 
-    Args:
-      params: its parameters, by part.
-      scale: strength of guidance, a number or one an example (B,). A guidance-distilled network takes it as its input;
-        settings.guidance is then that of the guidance on top.
+    A guidance-distilled network takes `scale` as its input. It is then guided at settings.guidance on top of that.
     """
     settings, strong = self.settings, self.parts["strong"]
     options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
-    field = strong.field(params["strong"])
-    if scale is not None and self.takes_strength:
-      strength, scale = scale, None
-
-      def field(x, t, cond):
-        return strong.field(params["strong"], guidance=jnp.broadcast_to(strength, t.shape).astype(t.dtype))(x, t, cond)
-
-    scale = settings.guidance if scale is None else scale
+    is_input = scale is not None and strong.network is not None and strong.network.strength is not None
+    field = strong.field(params["strong"], **({"guidance": scale} if is_input else {}))
+    scale = settings.guidance if is_input or scale is None else scale
     if settings.autoguided:
       return guidance.autoguided(field, self.parts["weak"].field(params["weak"]), scale=scale, **options)
     return guidance.guided(field, self.null_cond, scale=scale, **options)
@@ -197,9 +183,8 @@ def load_teacher(
     ValueError: there is no teacher, or it does not fit the student; the message lists all differences.
   """
   own = settings.teacher or TeacherSettings()
-  # A guidance-distilled network takes the strengths as its input.
-  distilled = own_strength(settings.model) is not None
-  is_guided = own.is_guided((1.0, 1.0) if distilled else strengths)
+  is_input = own_strength(settings.model) is not None  # the student's strength, of a guidance-distilled network
+  is_guided = own.is_guided((1.0, 1.0) if is_input else strengths)
   if own.autoguided and not is_guided:
     raise ValueError(
       "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "
