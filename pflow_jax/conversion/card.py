@@ -251,7 +251,7 @@ def _use(settings: Settings, policy: str | None, config: Mapping[str, Any]) -> s
     timm = "With the code of SiT, or of REPA: the tensors are the state dict of its `SiT`, without projectors.\n"
     diffusers = "With diffusers: its class has the name of the network above.\n"
     blocks.append(timm if config["_class_name"] == SIT else diffusers)
-  elif (kind, policy) in _PIPELINES and adapters:
+  elif policy is not None and (kind, policy) in _PIPELINES and adapters:
     blocks.append(_pipeline(settings, policy))
   return "## Use\n\n" + "\n".join(blocks)
 
