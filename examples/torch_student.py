@@ -15,6 +15,14 @@ It is also the description of the format. A student is a folder of
   "LAYER.lora_A.weight" (r, in) and "LAYER.lora_B.weight" (out, r), to be added as they are (alpha = r), and tensors
   that replace those of the base. A full model has every tensor and needs no base. A prefix "transformer." is dropped.
 
+A flow map (Align Your Flow, arXiv:2506.14603) has no policy. It is an adapter like the others, or a full model, of the
+class "FlowMap" + the backbone's. Its network is the backbone and an embedding of the length t - s of a jump, which is
+added to that of t: sinusoids of the length itself (not of 1000 times it), Linear, SiLU, Linear, the tensors
+"time_text_embed.length_embedder.linear_1.weight" and so on. One evaluation jumps from t to s: x + (s - t) F(x, t, s).
+Its metadata holds "flow_map", such as {"objective": "ayf_emd", "shift": 3.2, "guidance": [2.0, 5.0], "strength": 4.0}:
+with "guidance", the lowest and highest strength of training, it takes a strength too. FLUX.1-dev has an input for that;
+else there is an embedding "guidance_embedder" like that of the length.
+
 Arrays on disk are channels last: noise.npy (B, H, W, C), x0.npy likewise; cond.npz has text (B, L, D), mask (B, L) and
 pooled (B, P), as far as the network reads them; the samples.npz of `pflow sample` has them all. In here they are
 (B, C, H, W). With x a state, t its noise level (1 is noise, 0 data) and v a velocity, x - t v is the data end of a
@@ -53,6 +61,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 FLUX, QWEN, DIT = "FluxTransformer2DModel", "QwenImageTransformer2DModel", "DiTTransformer2DModel"
 KINDS = {"GM": "GMFlow", "DX": "DX", "": "DX", "Arc": "ArcFlow"}
 STUDENTS = {prefix + backbone: (backbone, kind) for backbone in (FLUX, QWEN) for prefix, kind in KINDS.items()}
+STUDENTS |= {"FlowMap" + backbone: (backbone, "FlowMap") for backbone in (FLUX, QWEN)}
 STUDENTS |= {"GM" + DIT + "V2": (DIT, "GMFlow"), "DX" + DIT: (DIT, "DX"), "Arc" + DIT: (DIT, "ArcFlow")}
 
 
@@ -170,7 +179,19 @@ class ArcFlow:
     return sharper
 
 
-POLICIES = {"GMFlow": GMFlow, "DX": DX, "ArcFlow": ArcFlow}
+class FlowMap:
+  """The average velocity of a jump, (B, 1, C, H, W)."""
+
+  def __init__(self, x_s, t_s, average):
+    self.x_s, self.t_s, self.average = x_s, t_s, average[:, 0]
+
+  def jump(self, s: float) -> Tensor:
+    """The state at noise level s, for which the network was evaluated."""
+    return self.x_s + (s - self.t_s) * self.average
+
+
+Policy = GMFlow | DX | ArcFlow | FlowMap
+POLICIES = {"GMFlow": GMFlow, "DX": DX, "ArcFlow": ArcFlow, "FlowMap": FlowMap}
 
 
 # ---- Sampler ----
@@ -235,6 +256,25 @@ def sample(
   return x
 
 
+@torch.inference_mode()
+def sample_flow_map(student, noise, cond, nfe: int, shift=1.0, strength: float | None = None) -> Tensor:
+  """Draws samples of a flow map by `nfe` jumps that are even in schedule time, without noise between them.
+
+  Args:
+    student: (x, t, cond, s, strength) -> `FlowMap`, one network evaluation.
+    noise: states at noise level 1, (B, C, H, W).
+    cond: condition, passed on.
+    nfe: network evaluations, any number.
+    shift: see `shift_time`.
+    strength: of guidance; by default that of the student's metadata.
+  """
+  times = [shift_time(1 - i / nfe, shift) for i in range(nfe)] + [0.0]
+  x = noise
+  for t, s in itertools.pairwise(times):
+    x = student(x, t, cond, s, strength).jump(s)
+  return x
+
+
 # ---- Network: a backbone of diffusers with other output layers ----
 
 
@@ -248,7 +288,7 @@ class Head(nn.Module):
   def __init__(self, kind: str, is_dit: bool, config: dict, width: int, channels: int, patch: int):
     super().__init__()
     self.is_dit, self.patch, self.log_std = is_dit, patch, config.get("constant_logstd") if kind == "GMFlow" else None
-    count = config.get("num_gaussians")
+    count = 1 if kind == "FlowMap" else config.get("num_gaussians")
     if kind == "DX":
       count = (config.get("out_channels") or 0) // config.get("in_channels", 1)
     if not count:
@@ -259,6 +299,7 @@ class Head(nn.Module):
       "GMFlow": {"means": means, "logits": logits},
       "DX": {"coefficients": ("proj_out_2" if is_dit else "proj_out", count, channels)},
       "ArcFlow": {"velocities": means, "logits": logits, "log_gammas": ("proj_out_loggamma", count - 1, 1)},
+      "FlowMap": {"average": ("proj_out", 1, channels)},
     }[kind]
     for name, maps, size in self.layers.values():
       self.add_module(name, nn.Linear(width, patch**2 * maps * size))
@@ -289,7 +330,7 @@ class Student(nn.Module):
   """One network evaluation: x (B, C, H, W), its noise level t and the condition -> a policy, in float32.
 
   The condition is {"text": (B, L, D), "pooled": (B, P)} for FLUX, {"text", "mask": (B, L)} for Qwen-Image, labels (B,)
-  for a DiT.
+  for a DiT. A flow map takes the noise level s that it jumps to, and perhaps a strength of guidance.
   """
 
   def __init__(self, net: nn.Module, kind: str, config: dict, options: dict, sampling: dict):
@@ -300,6 +341,14 @@ class Student(nn.Module):
     self.patch = net.config.patch_size if is_dit else 2
     self.channels = net.config.in_channels if is_dit else net.config.in_channels // 4
     self.head = Head(kind, is_dit, config, net.inner_dim, self.channels, self.patch)
+    self.strength = sampling.get("strength", 3.5)
+    if kind == "FlowMap":
+      # Embeddings that the backbone lacks, in float32 and under the names that they have in the files.
+      has_input = net.config.get("guidance_embeds", False)
+      names = ["length_embedder"] + ["guidance_embedder"] * ("guidance" in sampling and not has_input)
+      branches = {name: embeddings.TimestepEmbedding(256, net.inner_dim) for name in names}
+      self.head.time_text_embed = nn.ModuleDict(branches)
+      net.time_text_embed.register_forward_hook(lambda layer, args, y: (y.float() + self.added).to(y.dtype))
     self.time_scale = config.get("num_timesteps", 1000)  # of a DiT: factor on t
     self.flip_time = config.get("flip_model_timesteps", False)  # of a DiT: its time is 1 - t
     if is_dit:
@@ -314,12 +363,23 @@ class Student(nn.Module):
   def _keep_embedding(self, norm: nn.Module, args: tuple[Tensor, Tensor]) -> None:
     self.embedding = args[1]  # the log-std reads the last norm's input, before any SiLU
 
-  def forward(self, x: Tensor, t: float, cond) -> GMFlow | DX | ArcFlow:
+  def _embed(self, name: str, value: float, like: Tensor) -> Tensor:
+    """An embedding (B, D) of one number, if the student has it, else zeros."""
+    branches = self.head.time_text_embed
+    if name not in branches:
+      return torch.zeros((), device=like.device)
+    numbers = torch.full((len(like),), value, device=like.device)
+    return branches[name](embeddings.get_timestep_embedding(numbers, 256, True, downscale_freq_shift=0))
+
+  def forward(self, x: Tensor, t: float, cond, s: float = 0.0, strength: float | None = None) -> Policy:
     (batch, channels, height, width), p = x.shape, self.patch
     if channels != self.channels or height % p or width % p:
       wanted = f"({self.channels}, H, W) with H and W multiples of {p}"
       raise ValueError(f"noise: expected {wanted}, got {(channels, height, width)}")
     grid, time = (height // p, width // p), torch.full((batch,), t, device=x.device)
+    self.asked = self.strength if strength is None else strength
+    if self.kind == "FlowMap":
+      self.added = self._embed("length_embedder", t - s, x) + self._embed("guidance_embedder", self.asked, x)
     if self.backbone == DIT:
       tokens = self._dit(x.to(self.net.dtype), self.time_scale * (1 - time if self.flip_time else time), cond, grid)
     else:
@@ -343,7 +403,7 @@ class Student(nn.Module):
     """Attends to every text token, padding too; the backbone multiplies time and guidance by 1000."""
     ids = torch.cartesian_prod(torch.arange(1), torch.arange(grid[0]), torch.arange(grid[1])).to(time)
     text_ids = torch.zeros_like(ids[:1]).expand(cond["text"].shape[1], 3)
-    guidance = torch.full_like(time, 3.5) if self.net.config.guidance_embeds else None
+    guidance = torch.full_like(time, self.asked) if self.net.config.guidance_embeds else None
     inputs = dict(hidden_states=img, timestep=time, img_ids=ids, txt_ids=text_ids, guidance=guidance)
     text, pooled = cond["text"].to(img), cond["pooled"].to(img)
     return self.net(**inputs, encoder_hidden_states=text, pooled_projections=pooled, return_dict=False)[0]
@@ -411,6 +471,31 @@ def load_student(folder, base=None, dtype: torch.dtype = torch.float32, **fields
     raise ValueError(f"{folder}/config.json: expected a _class_name among {sorted(STUDENTS)}, got {name!r}")
   backbone, kind = STUDENTS[name]
   tensors, metadata = read_tensors(folder)
+  if kind == "FlowMap":
+    options, sampling = {}, read_flow_map(metadata, folder)
+  else:
+    options, sampling = read_policy(kind, name, metadata, folder)
+  if base is None:
+    model = getattr(diffusers, backbone)
+    names = set(inspect.signature(model.__init__).parameters) - {"out_channels"}
+    net = model(**{key: value for key, value in config.items() if key in names})
+  else:
+    net = read_base(pathlib.Path(base), backbone, dtype)
+  student = Student(net, kind, config, options, sampling)
+  fill(student, tensors, folder, dtype, complete=base is None)
+  return student.eval().requires_grad_(False)
+
+
+def read_flow_map(metadata: dict[str, str], folder: pathlib.Path) -> dict:
+  """Reads how a flow map is sampled: its shift and, if it takes strengths, their bounds and its own."""
+  stated = json.loads(metadata.get("flow_map", "{}"))
+  if "shift" not in stated:
+    raise ValueError(f"{folder}/{WEIGHTS}: expected the metadata flow_map of a flow map, got {sorted(metadata)}")
+  return {key: stated[key] for key in ("shift", "guidance", "strength") if stated.get(key) is not None}
+
+
+def read_policy(kind: str, name: str, metadata: dict[str, str], folder: pathlib.Path) -> tuple[dict, dict]:
+  """Reads the options of a policy, and how it is sampled."""
   options = json.loads(metadata.get("policy_config", "{}"))
   known = set(inspect.getfullargspec(POLICIES[kind]).kwonlydefaults or ())
   if options.pop("type", None) != kind or not set(options) <= known:
@@ -418,17 +503,9 @@ def load_student(folder, base=None, dtype: torch.dtype = torch.float32, **fields
       f'{folder}/{WEIGHTS}: expected the metadata policy_config {{"type": "{kind}", ...}} of a {name}, '
       f"got {metadata.get('policy_config', 'none: it is no student')}"
     )
-  if base is None:
-    model = getattr(diffusers, backbone)
-    names = set(inspect.signature(model.__init__).parameters) - {"out_channels"}
-    net = model(**{key: value for key, value in config.items() if key in names})
-  else:
-    net = read_base(pathlib.Path(base), backbone, dtype)
   # Files without a release are of earlier versions of pflow_jax, which took the steps of π-Flow 0.1.
   sampling = {"release": "piflow-0.1"} | json.loads(metadata["sampling"]) if "sampling" in metadata else {}
-  student = Student(net, kind, config, options, sampling)
-  fill(student, tensors, folder, dtype, complete=base is None)
-  return student.eval().requires_grad_(False)
+  return options, sampling
 
 
 def fill(student: Student, tensors: dict[str, Tensor], folder: pathlib.Path, dtype, complete: bool) -> None:
@@ -508,6 +585,7 @@ def main(argv: list[str] | None = None) -> None:
   add("--final_scale", type=float, help="length of the last segment; without metadata 1 for ArcFlow and DiT, else 0.5")
   add("--shift", type=float, help="time shift; without metadata 1 for DiT, else 3.2")
   add("--temperature", help='a number, or "auto"; without metadata that for GMFlow, but 1 for DiT')
+  add("--strength", type=float, help="of guidance, of a flow map that was trained for several; default: its teacher's")
   add("--release", choices=RELEASES, help=f"version of π-Flow whose steps are taken; without metadata {NEWEST}")
   add("--substeps", type=int, default=128, help="Euler steps for a unit of schedule time")
   add("--num_timesteps", type=float, help="factor on t in a DiT without it: 1 for π-Flow's gmrepa students, else 1000")
@@ -540,7 +618,14 @@ def main(argv: list[str] | None = None) -> None:
     grid |= student.sampling | {name: value for name, value in given.items() if value is not None}
     if "nfe" not in grid:
       raise ValueError("--nfe: expected a number of network evaluations, which this student's metadata do not tell")
-    x0 = sample(student, noise, cond, **grid, substeps=args.substeps)
+    low, high = student.sampling.get("guidance", (math.inf, -math.inf))
+    if args.strength is not None and not low <= args.strength <= high:
+      wanted = f"a strength in [{low}, {high}]" if low <= high else "none for this student"
+      raise ValueError(f"--strength: expected {wanted}, got {args.strength}")
+    if student.kind == "FlowMap":
+      x0 = sample_flow_map(student, noise, cond, grid["nfe"], grid["shift"], args.strength)
+    else:
+      x0 = sample(student, noise, cond, **grid, substeps=args.substeps)
   except (ValueError, OSError, KeyError, RuntimeError) as error:
     raise SystemExit(f"error: {error}") from None
   np.save(args.out, x0.movedim(1, -1).cpu().numpy())

@@ -19,7 +19,7 @@ import yaml
 from pflow_jax.conversion.origin import README, Origin, data_name, origin_of, plain
 from pflow_jax.evaluation.tables import markdown_table
 from pflow_jax.families.dit.authors import SIT
-from pflow_jax.families.registry import network_kind
+from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically
 from pflow_jax.files.versions import version_of
@@ -112,11 +112,11 @@ def card(
   name = plain(pathlib.Path(os.path.abspath(folder)).name)
   parts = [
     "---\n" + yaml.safe_dump(_front(settings, origin, policy), sort_keys=False, allow_unicode=True) + "---\n",
-    f"# {name}\n\n{_opening(settings, policy)}\n",
+    f"# {name}\n\n{_opening(settings, policy, _is_flow_map(config))}\n",
     _table(_about(settings, config, origin, policy)),
     _evaluation(folder, step),
     _training(settings, which, step),
-    _use(settings, policy, config["_class_name"]),
+    _use(settings, policy, config),
     f"## Versions\n\npflow_jax {version_of('pflow-jax')}, jax {version_of('jax')}, "
     f"flax {version_of('flax')}, Python {platform.python_version()}.\n",
   ]
@@ -130,6 +130,11 @@ def _digest(text: str) -> str:
 
 def _table(rows: Mapping[str, Any]) -> str:
   return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+
+
+def _is_flow_map(config: Mapping[str, Any]) -> bool:
+  """Returns whether a config.json is of a flow map."""
+  return config["_class_name"] in {family.names.flow_map_class for family in FAMILIES.values() if family.names}
 
 
 def _front(settings: Settings, origin: Origin | None, policy: str | None) -> dict[str, Any]:
@@ -146,8 +151,10 @@ def _front(settings: Settings, origin: Origin | None, policy: str | None) -> dic
   return front | {"library_name": "pflow_jax", "tags": ["pflow_jax", *([policy.lower()] if policy else []), "few-step"]}
 
 
-def _opening(settings: Settings, policy: str | None) -> str:
+def _opening(settings: Settings, policy: str | None, is_flow_map: bool) -> str:
   made = f"It was made with [pflow_jax]({REPOSITORY})."
+  if is_flow_map:
+    return f"A flow map: it draws a sample in 1, 2, 4 or any other number of network evaluations. {made}"
   if policy is None:
     return f"A flow model with the head `{settings.head.kind}`. {made}"
   count = settings.objective.nfe
@@ -166,6 +173,10 @@ def _about(settings: Settings, config: Mapping[str, Any], origin: Origin | None,
     about["NFE"] = f"{objective.nfe}, the last segment {objective.final_scale:g} as long as the others"
     about["time shift"] = f"{objective.shift:g}"
     about["temperature"] = sample.temperature_of_segments
+  elif _is_flow_map(config):
+    about["time shift"] = f"{settings.objective.shift:g}"
+    if settings.objective.guided:
+      about["strengths of guidance"] = "{:g} to {:g}".format(*settings.objective.guidance)
   own = "of the model" if settings.converted else "of the teacher"
   if settings.teacher and settings.teacher.workdir:
     if origin is None:
@@ -217,7 +228,7 @@ def _training(settings: Settings, which: str, step: int | None) -> str:
   return f"## Training\n\n{_table(rows)}"
 
 
-def _use(settings: Settings, policy: str | None, name: str) -> str:
+def _use(settings: Settings, policy: str | None, config: Mapping[str, Any]) -> str:
   """Blocks of code, for every program that reads the files."""
   adapters, kind = bool(settings.adapters.table), settings.model.kind
   text = "text" in network_kind(kind).conditions
@@ -227,19 +238,20 @@ def _use(settings: Settings, policy: str | None, name: str) -> str:
     f"`FOLDER` is this folder{', `TEACHER` that of its teacher' if adapters else ''}. With pflow_jax:\n\n```python\n"
     f'import pflow_jax as pf\n\nx = pf.load("FOLDER"{base}){call}\n```\n'
   ]
-  if policy is not None:
-    needed = "--base TEACHER " if adapters else ""
+  is_flow_map = _is_flow_map(config)
+  if policy is not None or is_flow_map:
+    needed = ("--base TEACHER " if adapters else "") + ("--nfe 4 " if is_flow_map else "")
     cond = "--cond texts.npz" if text else "--labels 0"
     blocks.append(
       f"With PyTorch and diffusers alone, by [examples/torch_student.py]({REPOSITORY}/blob/main/examples/"
       f"torch_student.py):\n\n```sh\npython torch_student.py --student FOLDER {needed}--noise noise.npy {cond} --out "
       "x0.npy\n```\n"
     )
-  if policy is None:
+  if policy is None and not is_flow_map:
     timm = "With the code of SiT, or of REPA: the tensors are the state dict of its `SiT`, without projectors.\n"
     diffusers = "With diffusers: its class has the name of the network above.\n"
-    blocks.append(timm if name == SIT else diffusers)
-  elif (kind, policy) in _PIPELINES and adapters:
+    blocks.append(timm if config["_class_name"] == SIT else diffusers)
+  elif policy is not None and (kind, policy) in _PIPELINES and adapters:
     blocks.append(_pipeline(settings, policy))
   return "## Use\n\n" + "\n".join(blocks)
 

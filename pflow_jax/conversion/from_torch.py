@@ -93,7 +93,7 @@ def to_jax(
   config, tensors = source.config, source.tensors
   model = model_of_torch(config, tensors.metadata, tensors)
   name = (path if path.is_dir() else path.parent).resolve().name
-  if not head_class(model.head).has_policy:
+  if not head_class(model.head).has_policy and not model.inputs:
     if base is not None:
       raise ValueError("base: expected adapters, the source is a model of its own; leave it out")
     plan = _import_teacher(path, model, tensors, config, dtype, name)
@@ -188,7 +188,7 @@ def _import_teacher(
 def _import_student(
   path: pathlib.Path, model: Model, tensors: Tensors, base: str | None, dtype: np.dtype | None, name: str
 ) -> _Import:
-  """An adapter on a teacher of ours, or a full model of a policy; its parameters and their average are the same."""
+  """An adapter on a teacher of ours, or a full model; its parameters and their average are the same."""
   base = base if base is None or "://" in base else os.path.abspath(base)
   adapters = None
   if base is not None:
@@ -202,6 +202,8 @@ def _import_student(
     leaves = _all_leaves(path, model, tensors, dtype)
   compute = read_run(base).model.get("dtype", "float32") if base else _compute_dtype(leaves)
   settings = students.student_settings(model, base, adapters, tensors.metadata, name, compute)
+  if model.inputs:
+    return _Import({"params": leaves, "ema": leaves}, settings, "a flow map")
   objective = settings.objective
   notes = (
     f"taken to be trained for {objective.nfe} evaluations, the last {objective.final_scale} as long as the others, at "

@@ -7,10 +7,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from pflow_jax.data import ArrayRecords, Dataset, Embedding
-from pflow_jax.families.metadata import head_of_config
+from pflow_jax.families.metadata import FlowMapStated, head_of_config
 from pflow_jax.families.names import NetworkNames, Source
 from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.files import foreign
@@ -37,12 +38,15 @@ class Model:
     attributes: of its module, see the modules' `model_from_config`.
     head: its output layer.
     names: of its weights in PyTorch.
+    inputs: of the network beside state, time and condition: "s" of a flow map, and "guidance" of one that was trained
+      for several strengths.
   """
 
   kind: str
   attributes: Mapping[str, Any]
   head: Choice
   names: NetworkNames
+  inputs: tuple[str, ...] = ()
 
   @property
   def output(self) -> Head:
@@ -52,7 +56,12 @@ class Model:
   @property
   def rows(self) -> tuple[Row, ...]:
     """Names of all parameters."""
-    return self.names.rows(self.attributes, self.output)
+    return (*self.names.rows(self.attributes, self.output), *self.branches)
+
+  @property
+  def branches(self) -> tuple[Row, ...]:
+    """Names of the parameters that a flow map has and its teacher has not."""
+    return self.names.branch_rows(self.attributes, self.inputs)
 
   @property
   def options(self) -> dict[str, Any]:
@@ -62,7 +71,8 @@ class Model:
   @property
   def torch_config(self) -> dict[str, Any]:
     """A config.json."""
-    return self.names.config_from_model(self.attributes, self.output)
+    config = self.names.config_from_model(self.attributes, self.output)
+    return config | {"_class_name": self.names.flow_map_class} if self.inputs else config
 
   @property
   def constants(self) -> dict[str, np.ndarray]:
@@ -72,7 +82,7 @@ class Model:
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """Shapes of our network's parameters by path, without making any."""
     network = make_network(Choice(self.kind, self.options), self.head, self._dataset())
-    return flat_shapes(network.shapes(self._dataset()))
+    return flat_shapes(network.shapes(self._dataset(), **{name: jnp.ones((1,)) for name in self.inputs}))
 
   def torch_shapes(self) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that make them, by name."""
@@ -155,7 +165,10 @@ def model_of_torch(config: Mapping[str, Any], metadata: Mapping[str, str], tenso
   if tensors is not None:
     of_head = [field.name for field in dataclasses.fields(owner.torch_schema())]
     check_sizes(full, schema, tensors, of_head if any(map(is_lora, tensors.places)) else None)
-  return Model(kind, attributes, head, names)
+  inputs: tuple[str, ...] = ()
+  if name == names.flow_map_class:
+    inputs = ("s",) if FlowMapStated.read(metadata).guidance is None else ("s", "guidance")
+  return Model(kind, attributes, head, names, inputs)
 
 
 def model_of_run(
@@ -203,7 +216,15 @@ def model_of_run(
         "config.data.num_classes: PyTorch's DiT is conditioned on classes, and neither the run's config nor its "
         "checkpoint tells how many there are; set it, unless the run is conditioned on texts"
       )
-  return Model(kind, attributes, head, formats[format])
+  return Model(kind, attributes, head, formats[format], _inputs_of(shapes))
+
+
+def _inputs_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+  """Returns the inputs of a network, see `Model`, by its parameters: those for them always train."""
+  branches = {path.partition("/")[0] for path in shapes}
+  if "length_embed" not in branches:
+    return ()
+  return ("s", "guidance") if "guidance_embed" in branches else ("s",)
 
 
 def _converted() -> dict[str, NetworkNames]:

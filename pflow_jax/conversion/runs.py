@@ -63,6 +63,7 @@ class _ObjectiveSection:
   nfe: Depth | None = None
   final_scale: _Number = None
   shift: _Number = None
+  guidance: tuple[Number, Number] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,7 @@ class _AdaptersSection:
 class _TeacherSection:
   workdir: str | None = None
   which: str = "ema"
+  guidance: _Number = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,14 @@ from pflow_jax.checkpoints.steps import newest_step
 from pflow_jax.conversion.leaves import TensorLeaf, dtype_of
 from pflow_jax.conversion.models import Model, model_of_run
 from pflow_jax.conversion.runs import check_leaves, read_run
+from pflow_jax.core.objectives import OBJECTIVES, settings_of
+from pflow_jax.core.objectives.flow_map import FlowMap
 from pflow_jax.core.objectives.imitation import Imitation
 from pflow_jax.core.rollout import NEWEST
 from pflow_jax.data.prompts.records import MAX_LENGTHS
-from pflow_jax.families.metadata import sampling_of
+from pflow_jax.families.metadata import FLOW_MAP, FlowMapStated, sampling_of
 from pflow_jax.families.registry import FAMILIES, network_kind
+from pflow_jax.files.foreign import shown
 from pflow_jax.settings.adapters import AdapterSettings
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.teacher import TeacherSettings
@@ -27,7 +30,7 @@ from pflow_jax.torch_io.check import check_tensors
 from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.table import Row, flat_shapes, is_lora, lora_rows, torch_shapes_of
 from pflow_jax.training import workdir
-from pflow_jax.training.network import COMPUTED, head_class
+from pflow_jax.training.network import COMPUTED, head_class, own_strength
 from pflow_jax.training.teachers import which_of
 
 Shape = tuple[int, ...]
@@ -63,7 +66,8 @@ def read_adapters(model: Model, tensors: Tensors, where: str, dtype: np.dtype | 
   """
   shapes, rows = model.shapes(), {row.flax: row for row in model.rows}
   owners = {name: path for path, row in rows.items() for name in torch_shapes_of(row, shapes[path])}
-  whole = {path for path in rows if path.startswith("head/")}
+  new = {row.flax for row in model.branches}
+  whole = {path for path in rows if path.startswith("head/")} | new
   whole |= {owners[name] for name in tensors.places if name in owners}
   of_path = {path: torch_shapes_of(rows[path], shapes[path]) for path in rows if path in whole}
   expected = {name: shape for names in of_path.values() for name, shape in names.items()}
@@ -85,7 +89,7 @@ def read_adapters(model: Model, tensors: Tensors, where: str, dtype: np.dtype | 
   leaves = {path: leaf_of(rows[path], shapes[path], tensors, dtype) for path in rows if path in whole}
   leaves |= {path: leaf_of(row, shape, tensors, dtype, partly=True) for path, (row, shape) in low_rank.items()}
   table = tuple((re.escape(path.removesuffix("/kernel")), rank, float(rank), 0.0) for path, rank in ranks.items())
-  body = [path for path in rows if path in whole and not path.startswith("head/")]
+  body = [path for path in rows if path in whole - new and not path.startswith("head/")]
   norm = [path for path in rows if path.startswith("final_norm/")]
   return Adapters(leaves, table, ("final_norm/.*",) if body == norm else tuple(re.escape(path) for path in body))
 
@@ -178,6 +182,17 @@ def student_settings(
     name: of its file and its folder; the first number of steps in it counts.
     dtype: that it computes in.
   """
+  teacher = TeacherSettings()
+  if base is not None:
+    teacher = TeacherSettings(base, step=newest_step(f"{base}/{workdir.CHECKPOINTS}"))
+  own: dict[str, Any] = {
+    "data": data_of(model),
+    "model": Choice(model.kind, model.options | {"dtype": dtype}),
+    "head": model.head,
+    "adapters": AdapterSettings(adapters.table, adapters.train) if adapters else AdapterSettings(),
+  }
+  if model.inputs:
+    return _flow_map_settings(own, teacher, FlowMapStated.read(metadata))
   recipe = FAMILIES[model.kind].students.get(head_class(model.head), {})
   told = sampling_of(metadata) or dict(recipe)
   stated = re.search(r"(\d+)[-_]?(?:step|nfe)", name)
@@ -188,16 +203,27 @@ def student_settings(
   release = told.pop("release", NEWEST)
   if release != NEWEST:  # asked for by whoever exported it
     sampling["method"] = release
-  teacher = TeacherSettings()
-  if base is not None:
-    teacher = TeacherSettings(base, step=newest_step(f"{base}/{workdir.CHECKPOINTS}"))
   return Settings(
-    data=data_of(model),
-    model=Choice(model.kind, model.options | {"dtype": dtype}),
-    head=model.head,
-    kind="imitation",
-    objective=Imitation(**told),
-    teacher=teacher,
-    adapters=AdapterSettings(adapters.table, adapters.train) if adapters else AdapterSettings(),
-    sample=SampleSettings(**sampling),
+    **own, kind="imitation", objective=Imitation(**told), teacher=teacher, sample=SampleSettings(**sampling)
   )
+
+
+def _flow_map_settings(own: dict[str, Any], teacher: TeacherSettings, stated: FlowMapStated) -> Settings:
+  """Returns the settings of a run that has a flow map.
+
+  Args:
+    own: sections of its network and its data.
+    teacher: its teacher.
+    stated: what its files tell.
+
+  Raises:
+    ValueError: there is no such objective.
+  """
+  kinds = [kind for kind in OBJECTIVES if settings_of(kind) is FlowMap]
+  if stated.objective not in kinds:
+    raise ValueError(f"metadata {FLOW_MAP}: objective: expected one of {kinds}, got {shown(stated.objective)}")
+  strengths = {} if stated.guidance is None else {"guidance": stated.guidance}
+  objective = OBJECTIVES[stated.objective](shift=stated.shift, **strengths)
+  if own_strength(own["model"]) is None and stated.strength is not None:
+    teacher = dataclasses.replace(teacher, guidance=stated.strength)
+  return Settings(**own, kind=stated.objective, objective=objective, teacher=teacher)

@@ -20,7 +20,7 @@ from pflow_jax.conversion.leaves import Exporter
 from pflow_jax.conversion.models import classes_of, model_of_run
 from pflow_jax.conversion.progress import digest, in_words, megabytes
 from pflow_jax.conversion.runs import check_leaves, read_run
-from pflow_jax.families.metadata import policy_metadata, release_of, sampling_metadata
+from pflow_jax.families.metadata import FlowMapStated, policy_metadata, release_of, sampling_metadata
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.checksums import CHECKSUMS
@@ -32,6 +32,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io.shards import ModelFolder
 from pflow_jax.torch_io.table import flat_shapes, rows_for
 from pflow_jax.training import workdir
+from pflow_jax.training.network import own_strength
 from pflow_jax.training.teachers import which_of
 
 SHARD_BYTES = 5 * 10**9
@@ -87,6 +88,8 @@ def to_torch(
     metadata = policy_metadata(model.output, objective.max_segment, objective.shift)
     grid = objective.nfe, objective.final_scale, objective.shift
     metadata |= sampling_metadata(*grid, sampling.temperature_of_segments, sampling.method)
+  elif model.inputs:
+    metadata = _stated(settings).metadata
   exporter = Exporter(leaves, rows, dtype, _scales(leaves, settings.adapters.rows), _unused(leaves), model.constants)
   identity = {"folder": os.path.abspath(folder), "step": step, "sums": _sums(checkpoints, step)}
   config = foreign.read_json(epath.Path(folder) / workdir.CONFIG)
@@ -106,7 +109,7 @@ def to_torch(
     f"{torch_config['_class_name']}, {which} of step {step}: {len(dtypes)} tensors, {in_words(total)} -> {out}, "
     f"{files} file{'s' * (files > 1)}"
   )
-  if metadata:
+  if model.output.has_policy:
     print(f"the samples that PyTorch draws of it: pflow sample --config.sample.method={release_of(sampling.method)}")
   with Lock(out, "pflow convert"), megabytes(total, "convert") as report:
     target.write(lambda name: exporter.tensor(name, dtypes[name]), report)
@@ -117,6 +120,17 @@ def to_torch(
 def _describe(out: pathlib.Path, text: str) -> None:
   if not write_card(out, text):
     print(f"{out / README} was edited, or is not of pflow_jax: it is left as it is; remove it for a new card")
+
+
+def _stated(settings: Settings) -> FlowMapStated:
+  """Returns what the files of a flow map tell of its training."""
+  objective = settings.objective
+  if not objective.guided:
+    return FlowMapStated(settings.kind, objective.shift)
+  strength = own_strength(settings.model)
+  if strength is None:
+    strength = settings.need("teacher").guidance
+  return FlowMapStated(settings.kind, objective.shift, tuple(objective.guidance), strength)
 
 
 def _scales(leaves: Mapping[str, Any], table: tuple[Adapter, ...]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pflow_jax.torch_io.fields import Depth, Positive
 
 POLICY_CONFIG = "policy_config"
 SAMPLING = "sampling"  # metadata of ours: how a student was trained to be sampled
+FLOW_MAP = "flow_map"  # likewise, of a flow map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,39 @@ class _Sampling:
   shift: Positive
   temperature: Annotated[float, Ge(0)] | Literal["auto"] | None = None
   release: Literal["piflow-0.1", "lakonlab-0.2"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMapStated:
+  """Content of the metadata FLOW_MAP: what a flow map's files tell of its training.
+
+  Attributes:
+    objective: its kind.
+    shift: time shift.
+    guidance: lowest and highest strength that it was trained for; None for one that takes no strength.
+    strength: of the teacher's guidance, at which it is sampled by default; None for one that takes no strength.
+  """
+
+  objective: str
+  shift: Positive
+  guidance: tuple[Positive, Positive] | None = None
+  strength: Positive | None = None
+
+  @property
+  def metadata(self) -> dict[str, str]:
+    """Metadata of a student's files."""
+    return {FLOW_MAP: json.dumps(dataclasses.asdict(self))}
+
+  @classmethod
+  def read(cls, metadata: Mapping[str, str]) -> FlowMapStated:
+    """Reads the metadata of a student's files.
+
+    Raises:
+      ValueError: they have none of a flow map, or of another type.
+    """
+    if FLOW_MAP not in metadata:
+      raise ValueError(f"expected the metadata {FLOW_MAP!r} of a flow map, got {sorted(metadata)}")
+    return parse_json(metadata[FLOW_MAP], cls, where=f"metadata {FLOW_MAP}")
 
 
 def head_of_config(kind: str, config: Mapping[str, Any], metadata: Mapping[str, str]) -> Choice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pflow_jax.families.names import NetworkNames
@@ -66,6 +66,12 @@ class PackedFields:
 
 class Names(NetworkNames):
   """Base of the names of both networks."""
+
+  def branch_rows(self, model: Mapping[str, Any], inputs: Sequence[str]) -> tuple[Row, ...]:
+    # The strength of a guidance-distilled network goes where its teacher's goes.
+    own = [name for name in inputs if name == "s" or model.get("guidance") is None]
+    branches = {"s": ("length_embedder", "length_embed"), "guidance": ("guidance_embedder", "guidance_embed")}
+    return tuple(row for name in own for a, b in [branches[name]] for row in embedding_rows(f"time_text_embed.{a}", b))
 
   def class_of(self, head: Head) -> str:
     # π-Flow's loader knows no class of a head that the metadata alone tell of, DX.

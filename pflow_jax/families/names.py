@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,6 +141,9 @@ class NetworkNames(TorchNames):
   irregular: ClassVar[Mapping[str, str]] = {}
   """Classes of students that are named otherwise, by `torch_prefix`."""
 
+  flow_map_class: ClassVar[str | None] = None
+  """Class of its flow maps, by a name of this package's own; None where the branches of a flow map have no names."""
+
   @property
   def classes(self) -> dict[str, str]:
     """Classes in PyTorch and the kinds of their heads, of all heads that are known."""
@@ -148,6 +151,8 @@ class NetworkNames(TorchNames):
     for kind, head in HEADS.items():
       if head.torch_prefix is not None:
         found |= dict.fromkeys(self._class_names(head.torch_prefix), kind)
+    if self.flow_map_class is not None:
+      found[self.flow_map_class] = "velocity"
     return found
 
   def _class_names(self, prefix: str) -> tuple[str, ...]:
@@ -178,6 +183,23 @@ class NetworkNames(TorchNames):
       head: its head, of which the sizes do not matter.
     """
     return (*self.body(model), *head.torch_rows(self.output))
+
+  def branch_rows(self, model: Mapping[str, Any], inputs: Sequence[str]) -> tuple[Row, ...]:
+    """Returns the table of names of the branches that a flow map has and its teacher has not.
+
+    Args:
+      model: attributes of the network.
+      inputs: of the network beside state, time and condition: "s", and "guidance" of one for several strengths.
+
+    Raises:
+      ValueError: they have no names.
+    """
+    if inputs:
+      raise ValueError(
+        f"{self.class_names[0]}: expected a teacher or a policy, got a flow map, whose branches have no "
+        "names in PyTorch; draw its samples with `pflow sample`"
+      )
+    return ()
 
   def schema(self, name: str) -> type:
     of_head = HEADS[self.classes[name]].torch_schema()

@@ -25,6 +25,7 @@ from pflow_jax.networks.layers import (
   COLUMNS,
   Dtype,
   RMSNorm,
+  TimeEmbed,
   accumulation_dtype,
   check_head,
   gathered,
@@ -45,6 +46,11 @@ SHARDING = (
 )
 
 ROPE_BASE = 10_000.0
+
+# Factor on the length of a flow map's jump, and on a strength of guidance that the teacher has no input for, before
+# their sinusoids. A flow map is differentiated in t, and with it in the length: the 1000 that t has in these networks
+# would have the derivative grow as much.
+SLOW = 1.0
 
 
 def rope_tables(positions: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -216,6 +222,10 @@ class Transformer(nn.Module):
   def _tokens_in(self) -> nn.Dense:
     """Returns a layer that makes tokens, of image or text."""
     return nn.Dense(self.width, dtype=jnp.dtype(self.dtype), dot_general=gathered(None, "fsdp"))
+
+  def _neutral_embed(self) -> TimeEmbed:
+    """Returns the embedding of an input that the teacher lacks; its parameters exist where `init` was given that."""
+    return TimeEmbed(self.width, SLOW, accumulation_dtype(self.dtype), neutral=True)
 
   def _blocks(self, block: Any, depth: int) -> Any:
     size = (self.num_heads, self.head_dim, self.mlp_ratio, jnp.dtype(self.dtype), self.attention)

@@ -69,9 +69,14 @@ class Network:
     cond = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dataset.cond_shapes(1))
     return self.module.init(key, x, ones, cond, **named)["params"]
 
-  def shapes(self, dataset: data.Dataset) -> Params:
+  def shapes(self, dataset: data.Dataset, **named: Any) -> Params:
     """Shapes of the parameters of `init`."""
-    return jax.eval_shape(lambda key: self.init(key, dataset), jax.random.key(0))
+    return jax.eval_shape(lambda key: self.init(key, dataset, **named), jax.random.key(0))
+
+  @property
+  def strength(self) -> float | None:
+    """Returns the strength of guidance that a guidance-distilled module is asked for by default, None for any other."""
+    return getattr(self.module, "guidance", None)
 
   @property
   def float32(self) -> Network | None:
@@ -145,6 +150,11 @@ def make_network(
   return Network(call(kind.module, "model", model.options, **own, **size), output, adapters, kind.project)
 
 
+def own_strength(model: Choice) -> float | None:
+  """Returns the same as `Network.strength`, of the section `model` of a config."""
+  return {**network_kind(model.kind).defaults, **model.options}.get("guidance")
+
+
 def head_class(head: Choice) -> type[Head]:
   """Returns the class of a head.
 
@@ -156,6 +166,17 @@ def head_class(head: Choice) -> type[Head]:
   return HEADS[head.kind]
 
 
-def velocity_of(network: Network, params: Params) -> Callable[[Array, Array, Any], Array]:
-  """Returns a network with a velocity head as a velocity field (x, t, cond) -> v."""
-  return lambda x, t, cond: network(params, x, t, cond)
+def velocity_of(network: Network, params: Params, guidance: Any = None) -> Callable[[Array, Array, Any], Array]:
+  """Returns a network with a velocity head as a velocity field (x, t, cond) -> v.
+
+  Args:
+    network: the network.
+    params: its parameters.
+    guidance: strength that is its input, a number or one an example (B,); None is that of `Network.strength`.
+  """
+
+  def field(x: Array, t: Array, cond: Any) -> Array:
+    named = {} if guidance is None else {"guidance": jnp.broadcast_to(guidance, t.shape).astype(t.dtype)}
+    return network(params, x, t, cond, **named)
+
+  return field

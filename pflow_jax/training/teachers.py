@@ -23,7 +23,7 @@ from pflow_jax.settings.teacher import TeacherSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import Inputs, check_scale, is_run, locate, paths_of_data, read_inputs
-from pflow_jax.training.network import COMPUTED, Network, head_class, make_network, velocity_of
+from pflow_jax.training.network import COMPUTED, Network, head_class, make_network, own_strength, velocity_of
 from pflow_jax.training.origins import Saved, inputs_of, use_teacher
 
 Params = Any
@@ -37,14 +37,14 @@ class Part:
   """One of a teacher's models.
 
   Attributes:
-    field: parameters -> velocity field (x, t, cond) -> v.
+    field: parameters -> velocity field (x, t, cond) -> v. That of a network takes a strength too, see `velocity_of`.
     shapes: of its parameters.
     network: the network that a student can start from; None for a function.
     saved: place of its parameters in a workdir, or None.
     values: its parameters, if they are in no workdir.
   """
 
-  field: Callable[[Params], guidance.Velocity]
+  field: Callable[..., guidance.Velocity]
   shapes: Params
   network: Network | None = None
   saved: Saved | None = None
@@ -116,11 +116,15 @@ class Teacher:
     return {name: part.saved.load(layout) if part.saved else own[name] for name, part in self.parts.items()}
 
   def velocity(self, params: Params, scale: Any = None) -> guidance.Velocity:
-    """Returns (x, t, cond) -> v, guided, by default at settings.guidance."""
-    settings = self.settings
+    """Returns (x, t, cond) -> v, guided, by default at settings.guidance; `scale` is a number, or one an example (B,).
+
+    A guidance-distilled network takes `scale` as its input. It is then guided at settings.guidance on top of that.
+    """
+    settings, strong = self.settings, self.parts["strong"]
     options: dict[str, Any] = dict(interval=tuple(settings.interval), orthogonal=settings.orthogonal)
-    scale = settings.guidance if scale is None else scale
-    field = self.parts["strong"].field(params["strong"])
+    is_input = scale is not None and strong.network is not None and strong.network.strength is not None
+    field = strong.field(params["strong"], **({"guidance": scale} if is_input else {}))
+    scale = settings.guidance if is_input or scale is None else scale
     if settings.autoguided:
       return guidance.autoguided(field, self.parts["weak"].field(params["weak"]), scale=scale, **options)
     return guidance.guided(field, self.null_cond, scale=scale, **options)
@@ -179,7 +183,8 @@ def load_teacher(
     ValueError: there is no teacher, or it does not fit the student; the message lists all differences.
   """
   own = settings.teacher or TeacherSettings()
-  is_guided = own.is_guided(strengths)
+  is_input = own_strength(settings.model) is not None  # the student's strength, of a guidance-distilled network
+  is_guided = own.is_guided((1.0, 1.0) if is_input else strengths)
   if own.autoguided and not is_guided:
     raise ValueError(
       "config.teacher.weak_workdir, weak_step: a weak teacher guides nothing at strength 1; set "

@@ -18,6 +18,7 @@ from pflow_jax.families.dit.names import NAMES as dit
 from pflow_jax.families.flux.names import NAMES as flux
 from pflow_jax.families.flux.network import Flux
 from pflow_jax.families.kl_names import NAMES as vae
+from pflow_jax.families.metadata import FlowMapStated
 from pflow_jax.families.qwen_image.names import NAMES as qwen_image
 from pflow_jax.families.qwen_image.network import QwenImage
 from pflow_jax.families.qwen_image.vae_names import NAMES as qwen_vae
@@ -374,7 +375,7 @@ CLASSES = {name: names for name, (_, names) in models._classes().items()}
 def message_of(config):
   """What is said of a config.json; None if it is taken."""
   try:
-    model = models.model_of_torch(config, {})
+    model = models.model_of_torch(config, FlowMapStated("ayf_emd", 3.2).metadata)
   except ValueError as error:
     return str(error)
   assert max(n for n in model.attributes.values() if type(n) is int) < 2**20

@@ -48,6 +48,7 @@ class FluxNames(mmdit.Names):
 
   module = Flux
   class_names = ("FluxTransformer2DModel",)
+  flow_map_class = "FlowMapFluxTransformer2DModel"
 
   def body(self, model: Mapping[str, Any]) -> tuple[Row, ...]:
     embeddings = {"timestep_embedder": "time_embed", "text_embedder": "pooled_embed"}

@@ -22,14 +22,17 @@ from pflow_jax.networks.mmdit import DoubleBlock, SingleBlock, Transformer, imag
 class Flux(Transformer):
   """FLUX.1's transformer: `apply({"params": p}, x, t, cond)` -> what `head` returns. Defaults are FLUX.1-dev's.
 
-  It has the attributes of `Transformer` too.
+  It has the attributes of `Transformer` too. A flow map is called with `s`, whose branch is zero at the start. Its
+  strength of guidance goes where the teacher's goes, so that it starts as its teacher at every strength; only a model
+  without that input has a new branch for it.
 
   Attributes:
     depth: double blocks.
     single_depth: single blocks.
     text_width: of cond["text"] (B, L, .).
     pooled_width: of cond["pooled"] (B, .).
-    guidance: strength that a guidance-distilled model is asked for; None for a model without that input (schnell).
+    guidance: strength that a guidance-distilled model is asked for where a call names none; None for a model without
+      that input (schnell).
   """
 
   depth: int = 19
@@ -44,26 +47,42 @@ class Flux(Transformer):
     self.img_in = self._tokens_in()
     self.txt_in = self._tokens_in()
     self.time_embed = TimeEmbed(self.width, dtype=wide)
-    self.guidance_embed = TimeEmbed(self.width, dtype=wide)
+    distilled = self.guidance is not None
+    self.guidance_embed = TimeEmbed(self.width, dtype=wide) if distilled else self._neutral_embed()
+    self.length_embed = self._neutral_embed()
     self.pooled_embed = VectorEmbed(self.width, dtype=wide)
     self.double_blocks = self._blocks(DoubleBlock, self.depth)
     self.single_blocks = self._blocks(SingleBlock, self.single_depth)
     self.final_norm = FinalNorm(jnp.dtype(self.dtype))
 
-  def embed_condition(self, t: jax.Array, pooled: jax.Array, guidance: jax.Array | None = None) -> jax.Array:
+  def embed_condition(
+    self, t: jax.Array, pooled: jax.Array, s: jax.Array | None = None, guidance: jax.Array | None = None
+  ) -> jax.Array:
     """Returns the conditioning embedding (B, D).
 
     Args:
       t: flow time (B,).
       pooled: of the text, (B, P).
+      s: flow time where a flow map ends, (B,).
       guidance: strength (B,), default the attribute.
     """
     embedding = self.time_embed(t) + self.pooled_embed(pooled)
-    if self.guidance is not None:
-      embedding += self.guidance_embed(jnp.full(t.shape, self.guidance, t.dtype) if guidance is None else guidance)
+    if guidance is None and self.guidance is not None:
+      guidance = jnp.full(t.shape, self.guidance, t.dtype)
+    if guidance is not None:
+      embedding += self.guidance_embed(guidance)
+    if s is not None:
+      embedding += self.length_embed(t - s)
     return constrain(embedding, BATCH, None)
 
-  def __call__(self, x: jax.Array, t: jax.Array, cond: dict[str, jax.Array], guidance: jax.Array | None = None) -> Any:
+  def __call__(
+    self,
+    x: jax.Array,
+    t: jax.Array,
+    cond: dict[str, jax.Array],
+    s: jax.Array | None = None,
+    guidance: jax.Array | None = None,
+  ) -> Any:
     """Returns the output of the head.
 
     Args:
@@ -71,6 +90,7 @@ class Flux(Transformer):
       t: flow time (B,) in [0, 1]; 1 is noise.
       cond: "text" (B, L, text_width) and "pooled" (B, pooled_width); every text token is attended to, padding too, as
         in the released model.
+      s: flow time s <= t where a flow map ends, (B,).
       guidance: strength an example (B,), in place of the attribute.
 
     Raises:
@@ -80,7 +100,7 @@ class Flux(Transformer):
     length = cond["text"].shape[1]
     img = self.img_in(patchify(x, self.patch_size, "flux"))
     txt = self.txt_in(cond["text"])
-    embedding = self.embed_condition(t, cond["pooled"], guidance)
+    embedding = self.embed_condition(t, cond["pooled"], s, guidance)
     condition = nn.silu(embedding)
     img_rope = rope_tables(image_positions(grid), self.rope_axes)
     txt_rope = rope_tables(np.zeros((length, 3)), self.rope_axes)

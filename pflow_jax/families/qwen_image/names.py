@@ -53,6 +53,7 @@ class QwenImageNames(mmdit.Names):
 
   module = QwenImage
   class_names = ("QwenImageTransformer2DModel",)
+  flow_map_class = "FlowMapQwenImageTransformer2DModel"
 
   def body(self, model: Mapping[str, Any]) -> tuple[Row, ...]:
     return (

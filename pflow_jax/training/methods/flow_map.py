@@ -35,18 +35,31 @@ class FlowMapMethod(Method[FlowMap]):
     objective = settings.objective
     _check_jvp(network)
     _warn_of_scale(float(getattr(network.module, "time_scale", 1.0)))
+    if not dataset.has_x0:
+      raise ValueError(
+        f"config.objective.kind: {settings.kind!r} starts from data, and {dataset.name} has none; write prompts with "
+        "`pflow cache --images`"
+      )
     if objective.target == "data" and not teachers.named:
       if settings.adapters.table:
         raise ValueError("config.adapters: they sit on a teacher's weights; set config.teacher.workdir")
       return cls(objective, network, dataset, None)
-    teacher = teachers.find(tuple(objective.guidance))
+    method = cls(objective, network, dataset, teachers.find(tuple(objective.guidance)))
     low, high = objective.guidance
-    if objective.guided and not low <= teacher.settings.guidance <= high:
+    if objective.guided and not low <= method.teachers_strength <= high:
+      section = "teacher" if network.strength is None else "model"
       raise ValueError(
-        f"config.teacher.guidance: expected a strength in config.objective.guidance, [{low}, {high}], which this "
-        f"student is trained for and compared at, got {teacher.settings.guidance}"
+        f"config.{section}.guidance: expected a strength in config.objective.guidance, [{low}, {high}], which this "
+        f"student is trained for and compared at, got {method.teachers_strength}"
       )
-    return cls(objective, network, dataset, teacher)
+    return method
+
+  @property
+  def teachers_strength(self) -> float:
+    """Strength of the teacher's guidance: that which its network takes, or that of `TeacherSettings`."""
+    if self.network.strength is not None:
+      return self.network.strength
+    return self.teacher.settings.guidance if self.teacher else self.objective.guidance[0]
 
   def init(self, key, frozen):
     params = self._random(key)
@@ -94,7 +107,7 @@ class FlowMapMethod(Method[FlowMap]):
     """Returns the strength of guidance that it is sampled with, by default the teacher's."""
     if sampling.guidance is not None:
       return sampling.guidance
-    return self.teacher.settings.guidance if self.objective.guided and self.teacher else self.objective.guidance[0]
+    return self.teachers_strength if self.objective.guided else self.objective.guidance[0]
 
   def jump(self, params, strength: float | None = None):
     """Returns (x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's.
@@ -106,8 +119,8 @@ class FlowMapMethod(Method[FlowMap]):
     strength = self.strength() if strength is None else strength
     if not low <= strength <= high:
       raise ValueError(
-        f"config.sample.guidance (where that is not set, config.teacher.guidance): expected a strength in [{low}, "
-        f"{high}], which this flow map was trained for, got {strength}"
+        f"config.sample.guidance (where that is not set, the teacher's): expected a strength in [{low}, {high}], which "
+        f"this flow map was trained for, got {strength}"
       )
 
     def jump(x, t, s, cond):
