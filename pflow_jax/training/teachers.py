@@ -23,7 +23,7 @@ from pflow_jax.settings.teacher import TeacherSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import Inputs, check_scale, is_run, locate, paths_of_data, read_inputs
-from pflow_jax.training.network import COMPUTED, Network, head_class, make_network, velocity_of
+from pflow_jax.training.network import COMPUTED, OF_FLOW_MAPS, Network, head_class, make_network, velocity_of
 from pflow_jax.training.origins import Saved, inputs_of, use_teacher
 
 Params = Any
@@ -343,7 +343,8 @@ def _check_knows_nothing(own: Settings, dataset: data.Dataset, asked: TeacherSet
 def _assume(settings: Settings, dataset: data.Dataset) -> Part:
   """Makes a teacher of shapes alone that fits the student."""
   head = VELOCITY if head_class(settings.head).has_policy else settings.head
-  network = make_network(settings.model, head, dataset)
+  own = {key: value for key, value in settings.model.options.items() if key not in OF_FLOW_MAPS}
+  network = make_network(Choice(settings.model.kind, own), head, dataset)
   shapes = network.shapes(dataset)
   dtype = settings.teacher and settings.teacher.dtype
   if dtype:
@@ -366,7 +367,7 @@ def _settings_of_a_teacher(folder: str, key: str) -> Settings:
 def _check_same(
   settings: Settings, own: Settings, folder: str, sections: tuple[str, ...], dataset: data.Dataset
 ) -> None:
-  free: tuple[str, ...] = ("model.dtype", *(f"model.{key}" for key in COMPUTED), "data.max_length")
+  free: tuple[str, ...] = ("model.dtype", *(f"model.{key}" for key in (*COMPUTED, *OF_FLOW_MAPS)), "data.max_length")
   starts = tuple(f"{section}." for section in sections)
   mine, teachers = (
     {k: v for k, v in workdir.flatten(_complete(one.plain())).items() if k.startswith(starts)}

@@ -336,12 +336,22 @@ def flow_map_loss(
 
   warmup = settings.warmup(step)
   F, g, dF = residual(network, velocity, x, t, s, cond, guidance, side=settings.side, warmup=warmup, precise=precise)
-  loss, metrics = _regression(F, g, dF, settings)
+  loss, metrics = regression(F, g, dF, settings)
   return loss, metrics | {"t": t, "warmup": jnp.asarray(warmup)}
 
 
-def _regression(F: Array, g: Array, dF: Array, settings: FlowMap) -> tuple[Array, dict[str, Array]]:
-  """Loss (B,) with the gradient of |F - sg(F) + normalised residual|^2, and a value that falls with the residual."""
+def regression(F: Array, g: Array, dF: Array, settings: FlowMap) -> tuple[Array, dict[str, Array]]:
+  """Turns a residual into a loss of the gradient |F - sg(F) + normalised residual|^2.
+
+  Args:
+    F: output of the network, with its gradient.
+    g: residual, like F, without one.
+    dF: derivative, like F, for the metrics.
+    settings: its normalisation.
+
+  Returns:
+    loss (B,), whose value falls with the residual, and metrics per example.
+  """
 
   @per_example
   def of_each(F, g, dF):
