@@ -211,8 +211,7 @@ def consistency() -> ConfigDict:
 
 def quicktest(config: ConfigDict) -> None:
   """Shrinks a config to a smoke test."""
-  branches = bool(config.model.get("late_blocks") or config.model.get("velocity_depth"))
-  config.model.update(width=16, depth=1 + branches, num_heads=2, scan_unroll=1)
+  config.model.update(width=16, depth=2, num_heads=2, scan_unroll=1)
   config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
   config.optimizer.warmup_steps = 1
   config.evaluate.update(num_samples=128, teacher_steps=(4, 128), classifier_steps=5, num_resamples=2)

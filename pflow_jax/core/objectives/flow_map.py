@@ -70,11 +70,8 @@ class FlowMap:
       among those with s = t, and their target is not guided.
   """
 
-  sections: ClassVar[tuple[str, ...]] = (
-    "teacher",
-    "adapters",
-    "adversarial",
-  )  # sections of a config that it uses beside those of every run
+  sections: ClassVar[tuple[str, ...]] = ("teacher", "adapters", "adversarial")
+  """Sections of a config that it uses beside those of every run."""
 
   side: str = "eulerian"
   target: str = "teacher"
@@ -97,12 +94,8 @@ class FlowMap:
 
   def __post_init__(self):
     check_finite(self)
-    for name, allowed in (
-      ("side", SIDES),
-      ("target", TARGETS),
-      ("times", TIMES),
-      ("normalisation", NORMALISATIONS),
-    ):
+    names = {"side": SIDES, "target": TARGETS, "times": TIMES, "normalisation": NORMALISATIONS}
+    for name, allowed in names.items():
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
     for name in ("to_data", "anchor", "max_warmup", "cond_dropout"):

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Jumping(Protocol):
-  """What a method needs of the settings of an average velocity's objective.
+  """Settings of an average velocity's objective, as far as its method needs them.
 
   Attributes:
     target: the velocity that it learns, "teacher" or "data".
