@@ -94,6 +94,21 @@ def gmflow_long() -> ConfigDict:
   return config
 
 
+def gmflow_adversarial() -> ConfigDict:
+  """The student of 1 evaluation with adversarial finetuning, for a start from a finished gmflow (config.start)."""
+  config = gmflow()
+  config.adversarial.update(weight=0.1, width=16)
+  return config
+
+
+def gmflow_from_map() -> ConfigDict:
+  """The student of 1 evaluation that starts from a finished ayf_emd (config.start), whose teacher is flow_teacher."""
+  config = gmflow()
+  config.model.time_scale = 1.0
+  config.objective.takes_end = True
+  return config
+
+
 def dx() -> ConfigDict:
   """Student of 1 evaluation with denoised states on a grid as its policy."""
   config = base("imitation")
@@ -161,6 +176,32 @@ def mean_flow() -> ConfigDict:
   return config
 
 
+def improved_mean_flow() -> ConfigDict:
+  """Improved MeanFlow, without guidance for the same reason."""
+  config = base("improved_mean_flow", time_scale=1.0)
+  config.model.velocity_depth = 1
+  config.optimizer.learning_rate = 1e-3
+  config.objective.update(guidance=(1.0, 1.0), cond_dropout=0.0)
+  return config
+
+
+def decoupled_mean_flow() -> ConfigDict:
+  """Decoupled MeanFlow, without guidance too."""
+  config = base("decoupled_mean_flow", time_scale=1.0)
+  config.model.late_blocks = 1
+  config.optimizer.learning_rate = 1e-3
+  config.objective.update(omega=0.0, cond_dropout=0.0)
+  return config
+
+
+def free_flow() -> ConfigDict:
+  """FreeFlow, a student of 1 evaluation that sees noise alone."""
+  config = base("free_flow", time_scale=1.0)
+  config.optimizer.learning_rate = 1e-3
+  config.objective.learning_rate = 1e-3
+  return config
+
+
 def consistency() -> ConfigDict:
   """Consistency model."""
   config = flow_map("consistency")
@@ -170,7 +211,7 @@ def consistency() -> ConfigDict:
 
 def quicktest(config: ConfigDict) -> None:
   """Shrinks a config to a smoke test."""
-  config.model.update(width=16, depth=1, num_heads=2, scan_unroll=1)
+  config.model.update(width=16, depth=2, num_heads=2, scan_unroll=1)
   config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2)
   config.optimizer.warmup_steps = 1
   config.evaluate.update(num_samples=128, teacher_steps=(4, 128), classifier_steps=5, num_resamples=2)
@@ -178,8 +219,9 @@ def quicktest(config: ConfigDict) -> None:
 
 
 TEACHERS = (teacher, flow_teacher)
-POLICIES = (gmflow, gmflow_2nfe, gmflow_4nfe, gmflow_long, dx, arc, arc_adapters)
-FLOW_MAPS = (ayf_emd, ayf_emd_adversarial, ayf_lmd, mean_flow, consistency)
+POLICIES = (gmflow, gmflow_2nfe, gmflow_4nfe, gmflow_long, gmflow_adversarial, gmflow_from_map, dx, arc, arc_adapters)
+MEAN_FLOWS = (mean_flow, improved_mean_flow, decoupled_mean_flow)
+FLOW_MAPS = (ayf_emd, ayf_emd_adversarial, ayf_lmd, *MEAN_FLOWS, free_flow, consistency)
 VARIANTS = {variant.__name__: variant for variant in (*TEACHERS, *POLICIES, *FLOW_MAPS)}
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
   from pflow_jax.core.guidance import autoguided as autoguided
   from pflow_jax.core.guidance import guided as guided
   from pflow_jax.core.objectives.adversarial import Adversarial as Adversarial
+  from pflow_jax.core.objectives.decoupled_mean_flow import DecoupledMeanFlow as DecoupledMeanFlow
   from pflow_jax.core.objectives.flow_map import FlowMap as FlowMap
   from pflow_jax.core.objectives.flow_map import ayf_emd as ayf_emd
   from pflow_jax.core.objectives.flow_map import ayf_lmd as ayf_lmd
@@ -40,9 +41,11 @@ if TYPE_CHECKING:
   from pflow_jax.core.objectives.flow_map import mean_flow as mean_flow
   from pflow_jax.core.objectives.flow_matching import FlowMatching as FlowMatching
   from pflow_jax.core.objectives.flow_matching import flow_matching_loss as flow_matching_loss
+  from pflow_jax.core.objectives.free_flow import FreeFlow as FreeFlow
   from pflow_jax.core.objectives.imitation import Imitation as Imitation
   from pflow_jax.core.objectives.imitation import imitation_loss as imitation_loss
   from pflow_jax.core.objectives.imitation import imitation_loss_data_free as imitation_loss_data_free
+  from pflow_jax.core.objectives.improved_mean_flow import ImprovedMeanFlow as ImprovedMeanFlow
   from pflow_jax.core.policies import ArcPolicy as ArcPolicy
   from pflow_jax.core.policies import DXPolicy as DXPolicy
   from pflow_jax.core.policies import GMFlowPolicy as GMFlowPolicy
@@ -110,8 +113,11 @@ if TYPE_CHECKING:
 _NAMES: dict[str, tuple[str, ...]] = {
   "core.guidance": ("autoguided", "guided"),
   "core.objectives.adversarial": ("Adversarial",),
+  "core.objectives.decoupled_mean_flow": ("DecoupledMeanFlow",),
   "core.objectives.flow_map": ("FlowMap", "ayf_emd", "ayf_lmd", "consistency", "flow_map_loss", "mean_flow"),
   "core.objectives.flow_matching": ("FlowMatching", "flow_matching_loss"),
+  "core.objectives.free_flow": ("FreeFlow",),
+  "core.objectives.improved_mean_flow": ("ImprovedMeanFlow",),
   "core.objectives.imitation": ("Imitation", "imitation_loss", "imitation_loss_data_free"),
   "core.policies": ("ArcPolicy", "DXPolicy", "GMFlowPolicy", "Policy", "auto_temperature", "dropout", "temperature"),
   "core.rollout": ("average_velocity", "rollout"),

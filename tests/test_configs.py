@@ -1,4 +1,4 @@
-"""Every config, small and as it is: nothing in it that nobody reads, and a step that can be traced; six are run."""
+"""Every config, small and as it is: nothing in it that nobody reads, and a step that can be traced; eight are run."""
 
 import functools
 import shutil
@@ -28,6 +28,8 @@ RUN = [
   ("checkerboard", "dx"),
   ("digits", "arc_adapters"),
   ("digits", "ayf_emd"),
+  ("digits", "improved_mean_flow"),
+  ("digits", "free_flow"),
   ("flux", "gm_data_free"),
 ]
 

@@ -1,4 +1,4 @@
-"""Ten methods on digits (8x8) with one teacher, one network and one budget of training compute for every student.
+"""Sixteen methods on digits (8x8) with one teacher, one network and one budget of training compute for every student.
 
     pflow compare --config configs/compare/digits.py --workdir runs/compare --seeds 0,1,2
     pflow compare --config configs/compare/digits.py --workdir runs/compare --only gmflow,ayf_emd
@@ -38,4 +38,4 @@ PATH = pathlib.Path(__file__).parents[1] / "digits.py"
 def get_config(variant: str = "full") -> ConfigDict:
   """Returns the config of a variant: "full", or "quicktest" for a smoke test."""
   flops = 3e8 if variant == "quicktest" else 4e12
-  return all_methods(PATH, variant, flops=flops, weak_steps=300, adapters=True)
+  return all_methods(PATH, variant, flops=flops, weak_steps=300, adapters=True, rivals=True)

@@ -34,8 +34,8 @@ from pflow_jax.settings.train import TrainSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir as workdirs
 from pflow_jax.training.experiment import build, layout_of
-from pflow_jax.training.origins import use_teacher
-from pflow_jax.training.teachers import Teacher, which_of
+from pflow_jax.training.origins import use_teacher, which_of
+from pflow_jax.training.teachers import Teacher
 from pflow_jax.training.train import train_run
 from pflow_jax.training.writer import read_metrics
 

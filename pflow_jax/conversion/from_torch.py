@@ -40,7 +40,7 @@ from pflow_jax.torch_io.table import is_lora, strip_prefix
 from pflow_jax.torch_io.tensors import WEIGHTS, open_tensors
 from pflow_jax.training import workdir
 from pflow_jax.training.network import head_class
-from pflow_jax.training.teachers import inputs_of_import
+from pflow_jax.training.origins import inputs_of_import
 
 SOURCE = "source.json"  # of a workdir that was converted: of what
 _MARK_BYTES = 2**16

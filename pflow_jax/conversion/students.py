@@ -31,7 +31,7 @@ from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.table import Row, flat_shapes, is_lora, lora_rows, torch_shapes_of
 from pflow_jax.training import workdir
 from pflow_jax.training.network import COMPUTED, head_class, own_strength
-from pflow_jax.training.teachers import which_of
+from pflow_jax.training.origins import which_of
 
 Shape = tuple[int, ...]
 Leaves = dict[str, TensorLeaf]

@@ -33,7 +33,7 @@ from pflow_jax.torch_io.shards import ModelFolder
 from pflow_jax.torch_io.table import flat_shapes, rows_for
 from pflow_jax.training import workdir
 from pflow_jax.training.network import own_strength
-from pflow_jax.training.teachers import which_of
+from pflow_jax.training.origins import which_of
 
 SHARD_BYTES = 5 * 10**9
 TOLD = ("nfe", "max_segment", "final_scale", "shift")  # what a policy's files tell of its objective

@@ -13,6 +13,7 @@ from pflow_jax.settings.config_file import read_config_file
 from pflow_jax.settings.renamed import renewed
 from pflow_jax.settings.sections import as_section, call, refuse_unknown
 from pflow_jax.settings.tree import SECTIONS, Settings
+from pflow_jax.training.network import OF_FLOW_MAPS
 
 KEYS = ("teacher", "weak", "flops", "methods")
 WEAK = "weak"
@@ -29,7 +30,7 @@ class Method:
       ((1, 2),) is one. A policy student with one number is also trained for it, objective.nfe.
     title: in the table and the picture; by default the name.
     overrides: nested keys of the config, dict(objective=dict(dropout=0.1)).
-    start: name of an earlier method; this one starts from that one's student of the same numbers of evaluations.
+    start: name of an earlier method; this one starts from that one's student for the same numbers of evaluations.
     weak: whether the weak teacher guides it.
   """
 
@@ -103,8 +104,7 @@ def read_methods(config: Mapping[str, Any]) -> dict[str, Method]:
       raise ValueError(f"config.methods: expected every name once, got {name!r} twice")
     if method.start is not None:
       refuse_unknown({method.start: None}, list(methods), f"config.methods, {name}: start: the list before it")
-      strangers = set(method.students) - set(methods[method.start].students)
-      if strangers:
+      if not all(_student_of(methods[method.start], student) for student in method.students):
         raise ValueError(
           f"config.methods, {name}: expected students of {method.start} to start from, "
           f"{methods[method.start].students}, got {method.students}"
@@ -139,7 +139,9 @@ def plan(config: Mapping[str, Any], seed: int) -> list[Run]:
     for nfe in method.students:
       where = f"methods, {method.name}"
       own = {name: common.plain()[name] for name in ("data", "model", "evaluate")}
-      student = Settings.of({**call(read_config, where, {"config": method.config}).plain(), **own})
+      values = call(read_config, where, {"config": method.config}).plain()
+      own["model"] |= {key: values["model"][key] for key in OF_FLOW_MAPS if key in values["model"]}
+      student = Settings.of({**values, **own})
       student = dataclasses.replace(student, seed=seed).changed("evaluate", teacher_steps=steps)
       # All students are timed with one batch size.
       student = student.changed("sample", nfe=tuple(nfe), batch_size=common.sample.batch_size)
@@ -150,7 +152,9 @@ def plan(config: Mapping[str, Any], seed: int) -> list[Run]:
       if method.weak:
         needs["teacher.weak_workdir"] = runs[WEAK]
       if method.start:
-        needs["start.workdir"] = runs[_run_name(method.start, nfe)]
+        start = _student_of(methods[method.start], nfe)
+        assert start is not None
+        needs["start.workdir"] = runs[_run_name(method.start, start)]
       name = _run_name(method.name, nfe)
       runs[name] = Run(name, method.name, student, nfe, config["flops"], needs)
   _check_reference([run for run in runs.values() if run.nfe])
@@ -180,6 +184,11 @@ def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any], where: 
     return Settings.of(merged)
   except ValueError as error:
     raise ValueError(f"{where}: {error}") from error
+
+
+def _student_of(method: Method, numbers: tuple[int, ...]) -> tuple[int, ...] | None:
+  """Finds the student of a method that is sampled with all these numbers of evaluations."""
+  return next((student for student in method.students if set(numbers) <= set(student)), None)
 
 
 def _run_name(method: str, nfe: tuple[int, ...]) -> str:

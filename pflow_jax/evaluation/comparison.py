@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 ALONE, TOGETHER = ((1,), (2,), (4,), (8,)), ((1, 2, 4, 8),)  # a student for each NFE, or one for all
+FIRST = ((1,),)  # a student for 1 evaluation
 
 
-def all_methods(path: pathlib.Path, variant: str, *, flops: float, weak_steps: int, adapters: bool) -> ConfigDict:
+def all_methods(
+  path: pathlib.Path, variant: str, *, flops: float, weak_steps: int, adapters: bool, rivals: bool = False
+) -> ConfigDict:
   """Makes a comparison of the variants of one config file, see `compare`.
 
   Args:
@@ -19,6 +23,7 @@ def all_methods(path: pathlib.Path, variant: str, *, flops: float, weak_steps: i
     flops: training budget of every student, in operations.
     weak_steps: training steps of the weak teacher.
     adapters: whether the file has ArcFlow with adapters too.
+    rivals: whether it has the one-step methods of others, and the policies with an adversary and from a flow map.
 
   Raises:
     ValueError: there is no such variant.
@@ -62,5 +67,18 @@ def all_methods(path: pathlib.Path, variant: str, *, flops: float, weak_steps: i
     method("ayf_lmd", "AYF-LMD", TOGETHER),
     method("mean_flow", "MeanFlow", TOGETHER),
     method("consistency", "consistency", TOGETHER),
+    *(_rivals(method) if rivals else ()),
   )
   return config
+
+
+def _rivals(method: Callable[..., dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+  return (
+    method("improved_mean_flow", "iMF", TOGETHER),
+    method("decoupled_mean_flow", "DMF", TOGETHER),
+    method("free_flow", "FreeFlow", FIRST),
+    # As much training as the adversarial flow map, which starts from a finished student too.
+    method("gmflow_adversarial", "π-Flow, GMFlow + adversarial", FIRST, start="gmflow"),
+    method("gmflow_twice", "π-Flow, GMFlow, twice the training", FIRST, "gmflow", start="gmflow"),
+    method("gmflow_from_map", "π-Flow, GMFlow from AYF-EMD", FIRST, start="ayf_emd"),
+  )

@@ -19,7 +19,7 @@ from pflow_jax.mesh.distributed import is_first
 from pflow_jax.settings.sections import call
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import build, layout_of
-from pflow_jax.training.origins import use_teacher
+from pflow_jax.training.origins import use_teacher, which_of
 from pflow_jax.training.sample import (
   check_room,
   draw_noise,
@@ -30,7 +30,6 @@ from pflow_jax.training.sample import (
   sample_keys,
   warn_of_gaps,
 )
-from pflow_jax.training.teachers import which_of
 
 SHOWN = 128  # images of a row in a picture
 PREVIEW_POINTS, PREVIEW_IMAGES = 4096, 10  # samples in the picture of a run that trains

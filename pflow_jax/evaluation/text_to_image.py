@@ -31,9 +31,8 @@ from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import Experiment, build, layout_of
-from pflow_jax.training.origins import use_teacher
+from pflow_jax.training.origins import use_teacher, which_of
 from pflow_jax.training.sample import check_room, evaluations, in_batches, make_sampler, sample_keys, warn_of_gaps
-from pflow_jax.training.teachers import which_of
 from pflow_jax.training.workdir import CHECKPOINTS
 
 SHOWN = 64  # pictures in the overview

@@ -23,7 +23,7 @@ from pflow_jax.networks.layers import Dtype, accumulation_dtype
 _normal = nn.initializers.normal(1.0)
 
 # Placement of the parameters on a mesh, as part of a training state; see `mesh.sharding.Layout`.
-SHARDING = (("opponent/.*/kernel", (None, "fsdp")),)
+SHARDING = (("opponent/(params|opt_state)/.*/kernel", (None, "fsdp")),)
 
 
 def blur(x: jax.Array, stride: int, padding: int) -> jax.Array:

@@ -59,11 +59,18 @@ class Block(nn.Module):
   norm_eps: float
 
   @nn.compact
-  def __call__(self, x: jax.Array, condition: jax.Array) -> tuple[jax.Array, None]:
-    """Maps x (B, T, D) and condition (B, D) = SiLU(embedding) to (x, None), a scan's carry and output.
+  def __call__(self, x: jax.Array, condition: jax.Array, late: jax.Array | None = None) -> tuple[jax.Array, None]:
+    """Maps tokens to those of the next block, (x, None), a scan's carry and output.
 
     Norms, modulation and gates are float32 or wider, whatever the dtype of `x`; the sums have that of `x`.
+
+    Args:
+      x: tokens (B, T, D).
+      condition: SiLU(embedding), (B, D); with `late` one for early and one for late blocks, (2, B, D).
+      late: whether this is a late block, ().
     """
+    if late is not None:
+      condition = jnp.where(late, condition[1], condition[0])
     batch, tokens, width = x.shape
     wide = accumulation_dtype(self.dtype)
 
@@ -116,6 +123,10 @@ class DiT(nn.Module):
     frequency_shift: of the sinusoid, see `networks.layers.sinusoid`.
     flip_time: whether the sinusoid gets 1 - t: 0 is noise and 1 data, as in SiT.
     scan_unroll: blocks unrolled in one iteration of the scan over depth.
+    late_blocks: blocks at the end that a flow map conditions, with the output layer, on s in place of t (DMF). It then
+      has no embedding of its length: no parameter is added to a trained flow.
+    velocity_depth: blocks of its own that an instantaneous velocity beside a flow map's average one has (iMF), in place
+      of that many at the end; it has an output layer of its own too. None for a network without that output.
   """
 
   patch_size: int
@@ -136,6 +147,8 @@ class DiT(nn.Module):
   frequency_shift: int = 0
   flip_time: bool = False
   scan_unroll: int = 1
+  late_blocks: int = 0
+  velocity_depth: int | None = None
 
   def setup(self) -> None:
     self._check()
@@ -143,34 +156,59 @@ class DiT(nn.Module):
     self.patch_embed = nn.Dense(self.width, dtype=dtype, kernel_init=_xavier, dot_general=gathered(None, "fsdp"))
     wide = accumulation_dtype(dtype)  # bfloat16 would blur t by 0.02 where time_scale is 1
     self.time_embed = TimeEmbed(self.width, self.time_scale, wide, frequency_shift=self.frequency_shift)
-    # Parameters of these two exist only in networks that are called with s, or with guidance.
+    # Parameters of these exist only in networks that are called with s, guidance, or its interval.
     self.length_embed = TimeEmbed(self.width, self.time_scale, wide, neutral=True)
     self.guidance_embed = TimeEmbed(self.width, 1.0, wide, neutral=True)
+    self.interval_low_embed = TimeEmbed(self.width, 1.0, wide, neutral=True)
+    self.interval_high_embed = TimeEmbed(self.width, 1.0, wide, neutral=True)
     if self.pooled_width is not None:
       self.pooled_embed = VectorEmbed(self.width, wide)
     else:
       normal = nn.initializers.normal(0.02)
       self.class_embed = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=normal)
-    blocks = scanned(Block, self.depth, self.remat, self.scan_unroll)
-    self.blocks = blocks(self.num_heads, self.mlp_ratio, dtype, self.attention, self.norm_eps)
+    in_axes = (nn.broadcast, 0) if self.late_blocks else nn.broadcast
+
+    def blocks(depth: int) -> Any:
+      stack = scanned(Block, depth, self.remat, self.scan_unroll, in_axes)
+      return stack(self.num_heads, self.mlp_ratio, dtype, self.attention, self.norm_eps)
+
+    own = self.velocity_depth or 0
+    self.blocks = blocks(self.depth - own)
     self.final_norm = FinalNorm(dtype)
+    if own:
+      self.average_blocks, self.velocity_blocks = blocks(own), blocks(own)
+    if self.velocity_depth is not None:
+      self.velocity_norm = FinalNorm(dtype)
+      self.velocity_head = self.head.clone(parent=None, name=None)
 
   def _check(self) -> None:
     """Raises ValueError for attributes that do not fit together."""
     if self.width % self.num_heads or self.width % 4:
       raise ValueError(f"width: expected a multiple of 4 and of num_heads {self.num_heads}, got {self.width}")
     check_head(self.head, self.channels, self.patch_size)
+    for name in ("late_blocks", "velocity_depth"):
+      if not 0 <= (getattr(self, name) or 0) < self.depth:
+        raise ValueError(f"{name}: expected fewer than all {self.depth} blocks, got {getattr(self, name)}")
+    if self.late_blocks and self.velocity_depth:
+      raise ValueError("velocity_depth: expected 0 or None with late_blocks, of which the last ones are")
 
   def embed_condition(
-    self, t: jax.Array, cond: Any, s: jax.Array | None = None, guidance: jax.Array | None = None
+    self,
+    t: jax.Array,
+    cond: Any,
+    s: jax.Array | None = None,
+    guidance: jax.Array | None = None,
+    interval: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the conditioning embedding (B, D) of t (B,), labels (B,) or a text, and s and guidance if given."""
+    """Returns the conditioning embedding (B, D) of t (B,), labels (B,) or a text, and of the others if given."""
     embedding = self.time_embed(1 - t if self.flip_time else t)
     embedding += self.class_embed(cond) if self.pooled_width is None else self.pooled_embed(cond["pooled"])
     if s is not None:
       embedding += self.length_embed(t - s)
     if guidance is not None:
       embedding += self.guidance_embed(guidance)
+    if interval is not None:
+      embedding += self.interval_low_embed(interval[:, 0]) + self.interval_high_embed(interval[:, 1])
     return constrain(embedding, BATCH, None)
 
   def __call__(
@@ -180,6 +218,8 @@ class DiT(nn.Module):
     cond: Any,
     s: jax.Array | None = None,
     guidance: jax.Array | None = None,
+    interval: jax.Array | None = None,
+    with_velocity: bool = False,
   ) -> Any:
     """Returns the head's output at state `x`.
 
@@ -189,10 +229,14 @@ class DiT(nn.Module):
       cond: int32 labels (B,), or {"pooled": (B, P)}.
       s: time that a flow map jumps to, (B,).
       guidance: strength, (B,), of a flow map that was trained for several.
+      interval: flow times between which that strength counts, (B, 2), of one that was trained for several.
+      with_velocity: return a pair: the output, and the instantaneous velocity of a network with `velocity_depth`.
 
     Raises:
-      ValueError: sizes do not fit.
+      ValueError: sizes do not fit, or there is no velocity to return.
     """
+    if with_velocity and self.velocity_depth is None:
+      raise ValueError("velocity_depth: expected the depth of the instantaneous velocity, got None")
     if x.ndim != 4 or x.shape[-1] != self.channels:
       raise ValueError(f"x: expected shape (B, H, W, {self.channels}), got {x.shape}")
     grid = grid_of(x.shape[1:-1], self.patch_size)
@@ -201,7 +245,32 @@ class DiT(nn.Module):
     tokens = patchify(x, self.patch_size)
     h = self.patch_embed(tokens.reshape(-1, tokens.shape[-1])).astype(wide)
     h = (h.reshape(batch, -1, self.width) + positions[None]).astype(jnp.promote_types(self.dtype, self.residual_dtype))
-    embedding = self.embed_condition(t, cond, s, guidance)
-    h, _ = self.blocks(h, nn.silu(embedding))
-    h = self.final_norm(h, embedding)
-    return self.head(h, embedding, grid)
+    embedding = self.embed_condition(t, cond, None if self.late_blocks else s, guidance, interval)
+    inputs: tuple[jax.Array, ...] = (nn.silu(embedding),)
+    if self.late_blocks:
+      early, embedding = embedding, self.embed_condition(t if s is None else s, cond, None, guidance, interval)
+      late = jnp.arange(self.depth) >= self.depth - self.late_blocks
+      inputs = (nn.silu(jnp.stack([early, embedding])), late)
+    shared, _ = self.blocks(h, *inputs)
+    h = self.average_blocks(shared, *inputs)[0] if self.velocity_depth else shared
+    output = self.head(self.final_norm(h, embedding), embedding, grid)
+    if not with_velocity:
+      return output
+    h = self.velocity_blocks(shared, *inputs)[0] if self.velocity_depth else shared
+    return output, self.velocity_head(self.velocity_norm(h, embedding), embedding, grid)
+
+
+def with_velocity_branch(params: dict[str, Any], velocity_depth: int) -> dict[str, Any]:
+  """Returns parameters of a network with an instantaneous velocity, both of whose outputs are the given network's.
+
+  Args:
+    params: of a network without `velocity_depth`.
+    velocity_depth: of the result.
+  """
+  branches = {"velocity_norm": params["final_norm"], "velocity_head": params["head"]}
+  shared = params["blocks"]
+  if velocity_depth:
+    own = jax.tree.map(lambda leaf: leaf[-velocity_depth:], shared)
+    shared = jax.tree.map(lambda leaf: leaf[:-velocity_depth], shared)
+    branches |= {"average_blocks": own, "velocity_blocks": own}
+  return {**params, "blocks": shared, **branches}

@@ -30,8 +30,8 @@ SHARDING = (
   ("(qkv|mlp_in)/kernel", ("fsdp", "tensor")),
   ("(proj|mlp_out)/kernel", ("tensor", "fsdp")),
   ("(patch|point)_embed/kernel", (None, "fsdp")),
-  ("(time|length|guidance|pooled)_embed/(in|out)/kernel", (None, "fsdp")),
-  ("class_embed/embedding|.*/(bias|scale)", ()),
+  ("(time|length|guidance|interval_low|interval_high|pooled)_embed/(in|out)/kernel", (None, "fsdp")),
+  ("class_embed/embedding|log_variance/.*|.*/(bias|scale)", ()),
 )
 
 # Values of a block that the backward pass keeps: all, none, the matmul outputs, those marked with `kept`, or the matmul
@@ -55,14 +55,15 @@ def kept(value: jax.Array) -> jax.Array:
   return checkpoint_name(value, _KEPT)
 
 
-def scanned(block: Any, depth: int, remat: str = "none", unroll: int = 1) -> Any:
+def scanned(block: Any, depth: int, remat: str = "none", unroll: int = 1, in_axes: Any = nn.broadcast) -> Any:
   """Makes one nn.scan of `depth` blocks, one after the other; parameters have a leading axis `depth`.
 
   Args:
-    block: module (carry, *constant inputs) -> (carry, None).
+    block: module (carry, *inputs) -> (carry, None).
     depth: number of blocks.
     remat: see REMAT_POLICIES.
     unroll: blocks in one iteration.
+    in_axes: of the inputs: nn.broadcast for one that all blocks share, 0 for one with a leading axis `depth`.
 
   Raises:
     ValueError: `remat` is unknown.
@@ -76,7 +77,7 @@ def scanned(block: Any, depth: int, remat: str = "none", unroll: int = 1) -> Any
     block,
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
-    in_axes=nn.broadcast,
+    in_axes=in_axes,
     length=depth,
     unroll=unroll,
   )

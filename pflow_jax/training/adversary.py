@@ -1,4 +1,4 @@
-"""The adversarial stage of a flow map: a discriminator that trains in the same step."""
+"""The adversarial stage of a student that samples in one pass: a discriminator that trains in the same step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Opponent:
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-  """Adversarial loss on jumps to the data, and the discriminator's own step.
+  """Adversarial loss on samples of one evaluation, and the discriminator's own step.
 
   Attributes:
     settings: of the adversarial loss.
@@ -48,8 +48,9 @@ class Adversary:
   generate: Callable[..., Array]
   shape: tuple[int, ...]
 
-  def init(self, key: Array) -> Opponent:
+  def init(self, key: Array, frozen: Any = None) -> Opponent:
     """Makes random parameters of the discriminator and its optimizer's state."""
+    del frozen
     params = self.module.init(key, jnp.zeros((1, *self.shape), jnp.float32), jnp.zeros((1,), jnp.int32))["params"]
     return Opponent(params, self.optimizer.init(params))
 
@@ -88,16 +89,18 @@ def make_adversary(experiment: Experiment) -> Adversary | None:
   """The adversary that the section `adversarial` describes; None without one, or with weight 0.
 
   Raises:
-    ValueError: the run's method makes no jumps to judge.
+    ValueError: the run's method makes no samples in one evaluation, or there are no data to compare them with.
   """
   settings, method, dataset = experiment.settings.adversarial, experiment.method, experiment.dataset
   if settings is None or settings.weight == 0:
     return None
   if not method.can_generate:
     raise ValueError(
-      f"config.adversarial: expected the objective of a flow map, got {experiment.settings.kind!r}; set "
-      "adversarial.weight=0"
+      "config.adversarial: expected a student that samples in one evaluation, a flow map or a policy with "
+      f"objective.nfe=1, got {experiment.settings.kind!r}; set adversarial.weight=0"
     )
+  if not dataset.has_x0:
+    raise ValueError(f"config.adversarial: samples are compared with data, and {dataset.name} has none")
   module = make_discriminator(dataset.shape, dataset.num_classes, width=settings.width, max_width=settings.max_width)
 
   def generate(params, frozen, x0, cond, key):

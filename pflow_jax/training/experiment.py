@@ -99,6 +99,8 @@ class Experiment:
       return ()
     folder = f"{start.workdir}/{workdir.CHECKPOINTS}"
     params = load_params(folder, which=start.which, step=start.step)  # type: ignore[arg-type]
+    head = workdir.load_settings(start.workdir).head
+    params = self.method.start(params, head, jax.random.key(self.settings.seed))
     if others := differing(params, self._trained_shapes()):
       raise ValueError(
         f"config.start.workdir: {start.workdir} trained another network than this run will; parameters that "

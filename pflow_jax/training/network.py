@@ -35,6 +35,8 @@ SIZES = {
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPUTED = ("remat", "attention", "scan_unroll", "residual_dtype")
 """Options that change a network's computation and leave the network the same."""
+OF_FLOW_MAPS = ("late_blocks", "velocity_depth")
+"""Options of a network that only a flow map has: the rest of it is its teacher's."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pflow_jax.checkpoints.checkpoint import load_params, params_shapes
 from pflow_jax.files import foreign
 from pflow_jax.mesh.distributed import agreed
 from pflow_jax.mesh.sharding import Layout
+from pflow_jax.settings.sections import call
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import (
@@ -112,3 +113,18 @@ def use_teacher(settings: Settings, folder: str | os.PathLike | None) -> Setting
   if not os.fspath(folder).strip():
     raise ValueError(f"teacher: expected the workdir of the teacher, got {os.fspath(folder)!r}")
   return settings.changed("teacher", workdir=absolute_path(folder))
+
+
+def which_of(settings: Settings, which: str = "ema") -> str:
+  """Name of the parameters to read of a run: `which`; "params" for a converted teacher, which has no average."""
+  return "params" if settings.converted else which
+
+
+def inputs_of_import(settings: Settings, folder: str | os.PathLike) -> Inputs | None:
+  """Inputs of a run that was converted to the workdir `folder`; None for a teacher, which was trained elsewhere."""
+  if settings.converted:
+    return None
+  saved, t = {}, settings.teacher
+  if t is not None and t.workdir:
+    saved["teacher"] = Saved(t.workdir, which_of(workdir.load_settings(t.workdir), t.which), t.step)
+  return inputs_of(settings, call(data.load, "data", settings.data), saved, folder)

@@ -22,7 +22,7 @@ class TrainState:
   params: PyTree
   ema: PyTree  # like params, float32
   opt_state: PyTree
-  opponent: PyTree = None  # of an adversarial run: the discriminator's parameters and optimizer state
+  opponent: PyTree = None  # the network that judges or follows the samples: its parameters and optimizer's state
 
   def __repr__(self) -> str:
     step = f", step {self.step}" if jax.core.is_concrete(self.step) else ""

@@ -18,6 +18,7 @@ from pflow_jax.mesh.sharding import DATA_PARALLEL, Layout, make_layout
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import optim
 from pflow_jax.training.adversary import Adversary, make_adversary
+from pflow_jax.training.corrector import Corrector, make_corrector
 from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.flops import count_flops
 from pflow_jax.training.noise_levels import averaged
@@ -38,7 +39,7 @@ class Step:
     ema_decay: step -> share of the old average that is kept.
     accumulation: micro-batches that the batch is cut into, one after the other.
     project: projection of the parameters after an update, for a network whose parameters stay on a surface; or None.
-    adversary: adds an adversarial loss and trains its own network in the same step.
+    adversary: adds a loss of the student's samples, and trains the network that it needs, in the same step.
     schedule: learning rate by the number of updates, for the metrics.
   """
 
@@ -47,12 +48,12 @@ class Step:
   ema_decay: Callable[[Array], Array]
   accumulation: int = 1
   project: Callable[[Any], Any] | None = None
-  adversary: Adversary | None = None
+  adversary: Adversary | Corrector | None = None
   schedule: optax.Schedule | None = None
 
-  def init(self, key: Array, params: Any) -> TrainState:
-    """Makes the state at step 0; `key` is for the adversary's network."""
-    opponent = self.adversary.init(key) if self.adversary else None
+  def init(self, key: Array, params: Any, frozen: Any = None) -> TrainState:
+    """Makes the state at step 0; `key`, and the teacher's parameters, are for the adversary's network."""
+    opponent = self.adversary.init(key, frozen) if self.adversary else None
     return create_state(params, self.optimizer, opponent)
 
   def __call__(
@@ -124,10 +125,11 @@ def make_step(experiment: Experiment) -> Step:
   optimizer = optim.make_optimizer(settings.need("optimizer"), steps)
   schedule = optim.make_schedule(settings.need("optimizer"), steps)
   ema_decay = optim.make_ema_decay(settings.ema)
-  adversary = make_adversary(experiment)
+  adversary = make_adversary(experiment) or make_corrector(experiment)
   if adversary and accumulation > 1:
     raise ValueError(
-      f"config.train.accumulation: an adversarial run takes its batch whole, expected 1, got {accumulation}"
+      "config.train.accumulation: a run with an adversary or a correction takes its batch whole, expected 1, got "
+      f"{accumulation}"
     )
   project = experiment.network.project
   return Step(experiment.loss, optimizer, ema_decay, accumulation, project, adversary, schedule)
@@ -224,7 +226,7 @@ def _init(step: Step, experiment: Experiment) -> Callable[..., TrainState]:
 
   def init(key: Array, frozen: Any, start: Any = ()) -> TrainState:
     key_params, key_opponent = jax.random.split(key)
-    return step.init(key_opponent, experiment.init(key_params, frozen, start))
+    return step.init(key_opponent, experiment.init(key_params, frozen, start), frozen)
 
   return init
 

@@ -18,13 +18,20 @@ from pflow_jax.core import guidance
 from pflow_jax.families.registry import network_kind
 from pflow_jax.mesh.partition import differing
 from pflow_jax.mesh.sharding import Layout
-from pflow_jax.settings.sections import call
 from pflow_jax.settings.teacher import TeacherSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training import workdir
-from pflow_jax.training.inputs import Inputs, check_scale, is_run, locate, paths_of_data, read_inputs
-from pflow_jax.training.network import COMPUTED, Network, head_class, make_network, own_strength, velocity_of
-from pflow_jax.training.origins import Saved, inputs_of, use_teacher
+from pflow_jax.training.inputs import check_scale, is_run, locate, paths_of_data, read_inputs
+from pflow_jax.training.network import (
+  COMPUTED,
+  OF_FLOW_MAPS,
+  Network,
+  head_class,
+  make_network,
+  own_strength,
+  velocity_of,
+)
+from pflow_jax.training.origins import Saved, use_teacher, which_of
 
 Params = Any
 
@@ -289,16 +296,6 @@ def check_fit(
   _check_same(settings, own, folder, ("data", *sections) if about_data else sections, dataset)
 
 
-def inputs_of_import(settings: Settings, folder: str | os.PathLike) -> Inputs | None:
-  """Inputs of a run that was converted to the workdir `folder`; None for a teacher, which was trained elsewhere."""
-  if settings.converted:
-    return None
-  saved, t = {}, settings.teacher
-  if t is not None and t.workdir:
-    saved["teacher"] = Saved(t.workdir, which_of(workdir.load_settings(t.workdir), t.which), t.step)
-  return inputs_of(settings, call(data.load, "data", settings.data), saved, folder)
-
-
 def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None) -> Settings:
   """Loads the settings of the run in `folder` with its inputs: shape and classes of its data, folder of its teacher.
 
@@ -326,11 +323,6 @@ def _computed_as(student: Choice, own: Choice) -> Choice:
   return Choice(own.kind, {**own.options, **{key: student.options[key] for key in keys if key in student.options}})
 
 
-def which_of(settings: Settings, which: str = "ema") -> str:
-  """Name of the parameters to read of a run: `which`; "params" for a converted teacher, which has no average."""
-  return "params" if settings.converted else which
-
-
 def _check_knows_nothing(own: Settings, dataset: data.Dataset, asked: TeacherSettings) -> None:
   """Raises ValueError unless there is an empty condition to guide the teacher away from."""
   if not own.converted and not own.objective.cond_dropout:
@@ -348,7 +340,8 @@ def _check_knows_nothing(own: Settings, dataset: data.Dataset, asked: TeacherSet
 def _assume(settings: Settings, dataset: data.Dataset) -> Part:
   """Makes a teacher of shapes alone that fits the student."""
   head = VELOCITY if head_class(settings.head).has_policy else settings.head
-  network = make_network(settings.model, head, dataset)
+  own = {key: value for key, value in settings.model.options.items() if key not in OF_FLOW_MAPS}
+  network = make_network(Choice(settings.model.kind, own), head, dataset)
   shapes = network.shapes(dataset)
   dtype = settings.teacher and settings.teacher.dtype
   if dtype:
@@ -371,7 +364,7 @@ def _settings_of_a_teacher(folder: str, key: str) -> Settings:
 def _check_same(
   settings: Settings, own: Settings, folder: str, sections: tuple[str, ...], dataset: data.Dataset
 ) -> None:
-  free: tuple[str, ...] = ("model.dtype", *(f"model.{key}" for key in COMPUTED), "data.max_length")
+  free: tuple[str, ...] = ("model.dtype", *(f"model.{key}" for key in (*COMPUTED, *OF_FLOW_MAPS)), "data.max_length")
   starts = tuple(f"{section}." for section in sections)
   mine, teachers = (
     {k: v for k, v in workdir.flatten(_complete(one.plain())).items() if k.startswith(starts)}

@@ -8,9 +8,12 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from pflow_jax.core.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from pflow_jax.core.objectives.flow_map import ayf_emd, ayf_lmd, consistency, mean_flow
 from pflow_jax.core.objectives.flow_matching import FlowMatching
+from pflow_jax.core.objectives.free_flow import FreeFlow
 from pflow_jax.core.objectives.imitation import Imitation
+from pflow_jax.core.objectives.improved_mean_flow import ImprovedMeanFlow
 
 PRETRAINED = "pretrained"  # kind of a model that was converted, not trained here
 
@@ -21,6 +24,9 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
   "ayf_lmd": ayf_lmd,
   "mean_flow": mean_flow,
   "consistency": consistency,
+  "improved_mean_flow": ImprovedMeanFlow,
+  "decoupled_mean_flow": DecoupledMeanFlow,
+  "free_flow": FreeFlow,
   PRETRAINED: FlowMatching,
 }
 """Makers of an objective's settings, with the defaults of its kind, by name."""

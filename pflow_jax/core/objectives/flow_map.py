@@ -70,11 +70,8 @@ class FlowMap:
       among those with s = t, and their target is not guided.
   """
 
-  sections: ClassVar[tuple[str, ...]] = (
-    "teacher",
-    "adapters",
-    "adversarial",
-  )  # sections of a config that it uses beside those of every run
+  sections: ClassVar[tuple[str, ...]] = ("teacher", "adapters", "adversarial")
+  """Sections of a config that it uses beside those of every run."""
 
   side: str = "eulerian"
   target: str = "teacher"
@@ -97,12 +94,8 @@ class FlowMap:
 
   def __post_init__(self):
     check_finite(self)
-    for name, allowed in (
-      ("side", SIDES),
-      ("target", TARGETS),
-      ("times", TIMES),
-      ("normalisation", NORMALISATIONS),
-    ):
+    names = {"side": SIDES, "target": TARGETS, "times": TIMES, "normalisation": NORMALISATIONS}
+    for name, allowed in names.items():
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
     for name in ("to_data", "anchor", "max_warmup", "cond_dropout"):
@@ -336,12 +329,22 @@ def flow_map_loss(
 
   warmup = settings.warmup(step)
   F, g, dF = residual(network, velocity, x, t, s, cond, guidance, side=settings.side, warmup=warmup, precise=precise)
-  loss, metrics = _regression(F, g, dF, settings)
+  loss, metrics = regression(F, g, dF, settings)
   return loss, metrics | {"t": t, "warmup": jnp.asarray(warmup)}
 
 
-def _regression(F: Array, g: Array, dF: Array, settings: FlowMap) -> tuple[Array, dict[str, Array]]:
-  """Loss (B,) with the gradient of |F - sg(F) + normalised residual|^2, and a value that falls with the residual."""
+def regression(F: Array, g: Array, dF: Array, settings: FlowMap) -> tuple[Array, dict[str, Array]]:
+  """Turns a residual into a loss of the gradient |F - sg(F) + normalised residual|^2.
+
+  Args:
+    F: output of the network, with its gradient.
+    g: residual, like F, without one.
+    dF: derivative, like F, for the metrics.
+    settings: its normalisation.
+
+  Returns:
+    loss (B,), whose value falls with the residual, and metrics per example.
+  """
 
   @per_example
   def of_each(F, g, dF):

@@ -57,9 +57,11 @@ class Imitation:
     method: of the rollouts, see `rollout`; "lakonlab-0.2" and "piflow-0.1" reproduce the PyTorch releases, ArcFlow's
       with its policy.
     data_free: whether the student's own trajectory from noise takes the place of data, see `imitation_loss_data_free`.
+    takes_end: whether the network is told the flow time at which its segment ends, as a flow map is; it can then start
+      from a flow map's parameters.
   """
 
-  sections: ClassVar[tuple[str, ...]] = ("teacher", "adapters")
+  sections: ClassVar[tuple[str, ...]] = ("teacher", "adapters", "adversarial")
   """Sections of a config that it uses beside those of every run."""
 
   nfe: int = 1
@@ -73,6 +75,7 @@ class Imitation:
   substeps: int = 128
   method: str = "auto"
   data_free: bool = False
+  takes_end: bool = False
 
   def __post_init__(self):
     check_finite(self)

@@ -37,9 +37,8 @@ from pflow_jax.mesh.distributed import agreed, is_first
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build, layout_of
-from pflow_jax.training.origins import use_teacher
+from pflow_jax.training.origins import use_teacher, which_of
 from pflow_jax.training.sample import evaluations, make_sampler
-from pflow_jax.training.teachers import which_of
 
 
 def evaluate_by_protocol(

@@ -29,7 +29,7 @@ from pflow_jax.torch_io.table import Row, dense
 
 Params = dict[str, Any]
 # Where the parameters lie on a mesh, see `mesh.sharding.Layout`.
-SHARDING = (("head/.*/kernel", ("fsdp", None)),)
+SHARDING = (("(velocity_)?head/.*/kernel", ("fsdp", None)),)
 
 FROM_NETWORK = ("channels", "patch_size", "layout", "use_bias")  # attributes that are filled in for the network
 

@@ -6,19 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 from pflow_jax.core.objectives import OBJECTIVES, settings_made_by
+from pflow_jax.core.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from pflow_jax.core.objectives.flow_map import FlowMap
 from pflow_jax.core.objectives.flow_matching import FlowMatching
+from pflow_jax.core.objectives.free_flow import FreeFlow
 from pflow_jax.core.objectives.imitation import Imitation
+from pflow_jax.core.objectives.improved_mean_flow import ImprovedMeanFlow
 from pflow_jax.files.registering import enter, redefines
 from pflow_jax.training.methods.base import Method as Method
+from pflow_jax.training.methods.decoupled_mean_flow import DecoupledMeanFlowMethod
 from pflow_jax.training.methods.flow_map import FlowMapMethod
 from pflow_jax.training.methods.flow_matching import FlowMatchingMethod
+from pflow_jax.training.methods.free_flow import FreeFlowMethod
 from pflow_jax.training.methods.imitation import ImitationMethod
+from pflow_jax.training.methods.improved_mean_flow import ImprovedMeanFlowMethod
 
 METHODS: dict[type, type[Method]] = {
   FlowMatching: FlowMatchingMethod,
   Imitation: ImitationMethod,
   FlowMap: FlowMapMethod,
+  ImprovedMeanFlow: ImprovedMeanFlowMethod,
+  DecoupledMeanFlow: DecoupledMeanFlowMethod,
+  FreeFlow: FreeFlowMethod,
 }
 
 

@@ -15,7 +15,7 @@ from pflow_jax import data
 from pflow_jax.core.guidance import Velocity
 from pflow_jax.core.schedule import segment_grid, shift_time
 from pflow_jax.settings.sample import SampleSettings
-from pflow_jax.settings.tree import Settings
+from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training.network import Network
 from pflow_jax.training.teachers import Teacher
 
@@ -55,9 +55,6 @@ class Method(abc.ABC, Generic[Objective]):
 
   has_policy: ClassVar[bool] = False
   """Whether it trains heads that predict a policy; other methods train those that predict a velocity."""
-
-  can_generate: ClassVar[bool] = False
-  """Whether it has `generate`."""
 
   @classmethod
   @abc.abstractmethod
@@ -138,9 +135,25 @@ class Method(abc.ABC, Generic[Objective]):
     r = np.interp(np.linspace(0, nfe, steps + 1), np.arange(nfe + 1), segments)
     return np.asarray(shift_time(r, self.shift))
 
+  @property
+  def can_generate(self) -> bool:
+    """Returns whether it has `generate`: whether one evaluation leads to data."""
+    return False
+
   def generate(self, params: Params, x0: Array, cond: Any, key: Array) -> Array:
     """One evaluation from noised data to data (B, *space, C), for an adversary to judge."""
     raise NotImplementedError
+
+  def start(self, params: Params, head: Choice, key: Array) -> Params:
+    """Makes the parameters to start from of those that a finished run has trained.
+
+    Args:
+      params: of that run.
+      head: its output layer.
+      key: a PRNG key.
+    """
+    del head, key
+    return params
 
   @property
   def shift(self) -> float:

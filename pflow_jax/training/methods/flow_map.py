@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +26,45 @@ Array = jax.Array
 logger = logging.getLogger(__name__)
 
 
-class FlowMapMethod(Method[FlowMap]):
-  """An average velocity F(x, t, s), sampled by jumps down a grid of times."""
+class Jumping(Protocol):
+  """Settings of an average velocity's objective, as far as its method needs them.
 
-  can_generate = True
+  Attributes:
+    target: the velocity that it learns, "teacher" or "data".
+    guidance: (low, high) strengths of guidance that the network is conditioned on; (1, 1) if it is not.
+    guided: whether it is.
+    shift: time shift of the sampler's grid.
+  """
+
+  @property
+  def target(self) -> str: ...
+  @property
+  def guidance(self) -> tuple[float, float]: ...
+  @property
+  def guided(self) -> bool: ...
+  @property
+  def shift(self) -> float: ...
+
+
+Objective = TypeVar("Objective", bound=Jumping)
+
+
+class JumpMethod(Method[Objective]):
+  """An average velocity F(x, t, s), sampled by jumps down a grid of times; its objective is that of a subclass."""
+
+  data_free: ClassVar[bool] = False
+  """Whether it learns without data."""
+
+  @property
+  def can_generate(self) -> bool:
+    return True
 
   @classmethod
   def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, teachers: Teachers):
     objective = settings.objective
     _check_jvp(network)
     _warn_of_scale(float(getattr(network.module, "time_scale", 1.0)))
-    if not dataset.has_x0:
+    if not cls.data_free and not dataset.has_x0:
       raise ValueError(
         f"config.objective.kind: {settings.kind!r} starts from data, and {dataset.name} has none; write prompts with "
         "`pflow cache --images`"
@@ -74,8 +103,83 @@ class FlowMapMethod(Method[FlowMap]):
 
   def _random(self, key):
     ones = jnp.ones((1,))
-    named = {"s": ones} | ({"guidance": ones} if self.objective.guided else {})
-    return self.network.init(key, self.dataset, **named)
+    return self.network.init(key, self.dataset, s=ones, **self._inputs(1.0, ones))
+
+  def _inputs(self, strength: float, t: Array, interval: tuple[float, float] = (0.0, 1.0)) -> dict[str, Array]:
+    """Named inputs of the network beside s, for times t (B,) at one strength of guidance."""
+    del interval
+    return {"guidance": jnp.full(t.shape, strength, t.dtype)} if self.objective.guided else {}
+
+  def strength(self, sampling: SampleSettings = SampleSettings()) -> float:
+    """Returns the strength of guidance that it is sampled with, by default the teacher's."""
+    if sampling.guidance is not None:
+      return sampling.guidance
+    return self.teachers_strength if self.objective.guided else self.objective.guidance[0]
+
+  def jump(self, params, strength: float | None = None, interval: tuple[float, float] = (0.0, 1.0)):
+    """Returns (x, t, s, cond) -> average velocity, at one strength of guidance.
+
+    Args:
+      params: of the network.
+      strength: by default the teacher's.
+      interval: flow times between which it counts, for a network that was trained for several.
+
+    Raises:
+      ValueError: the network was not trained for that strength.
+    """
+    low, high = self.objective.guidance
+    strength = self.strength() if strength is None else strength
+    if not low <= strength <= high:
+      raise ValueError(
+        f"config.sample.guidance (where that is not set, the teacher's): expected a strength in [{low}, {high}], which "
+        f"this flow map was trained for, got {strength}"
+      )
+
+    def jump(x, t, s, cond):
+      return self.network(params, x, t, cond, s=s, **self._inputs(strength, t, interval))
+
+    return jump
+
+  def velocity(self, params) -> Velocity:
+    """A jump of length 0."""
+    jump = self.jump(params)
+    return lambda x, t, cond: jump(x, t, t, cond)
+
+  def evaluations(self, sampling: SampleSettings) -> tuple[int, ...]:
+    return (1, 2, 4, 8)
+
+  def sampler(self, sampling: SampleSettings, nfe: int):
+    def run(params, noise, cond, keys):
+      jump = self.jump(params, self.strength(sampling), sampling.interval)
+      return sample_flow_map(jump, noise, cond, keys, grid=self._grid(nfe), gamma=sampling.gamma)
+
+    return run
+
+  def trajectory(self, sampling: SampleSettings, nfe: int):
+    def run(params, noise, cond):
+      jump = self.jump(params, self.strength(sampling), sampling.interval)
+      return sample_flow_map(jump, noise, cond, grid=self._grid(nfe), trajectory=True)
+
+    return run
+
+  def generate(self, params, x0, cond, key):
+    """One jump to the data, from states at uniform times."""
+    key_time, key_noise, key_dropout, key_guidance = jax.random.split(key, 4)
+    t = jax.random.uniform(key_time, x0.shape[:1])
+    x = add_noise(x0, jax.random.normal(key_noise, x0.shape), t)
+    inputs = self._inputs(1.0, t)
+    if self.objective.guided:
+      inputs["guidance"] = jax.random.uniform(key_guidance, t.shape, t.dtype, *self.objective.guidance)
+    average = self.network(params, x, t, cond, s=jnp.zeros_like(t), key=key_dropout, **inputs)
+    return x - over_space(t, x) * average
+
+  def _grid(self, nfe: int) -> list[float]:
+    """Flow times that it jumps between with `nfe` evaluations."""
+    return [float(shift_time(r, self.objective.shift)) for r in segment_grid(nfe)]
+
+
+class FlowMapMethod(JumpMethod[FlowMap]):
+  """Align Your Flow, MeanFlow and consistency models."""
 
   def loss(self, params, frozen, batch, key, step):
     precise, teacher = self.network.float32, self.teacher
@@ -102,69 +206,6 @@ class FlowMapMethod(Method[FlowMap]):
       null_cond=self.dataset.null_cond,
       precise=jump(precise, jax.lax.stop_gradient(params)) if precise else None,
     )
-
-  def strength(self, sampling: SampleSettings = SampleSettings()) -> float:
-    """Returns the strength of guidance that it is sampled with, by default the teacher's."""
-    if sampling.guidance is not None:
-      return sampling.guidance
-    return self.teachers_strength if self.objective.guided else self.objective.guidance[0]
-
-  def jump(self, params, strength: float | None = None):
-    """Returns (x, t, s, cond) -> average velocity, at one strength of guidance, by default the teacher's.
-
-    Raises:
-      ValueError: the network was not trained for that strength.
-    """
-    guided, (low, high) = self.objective.guided, self.objective.guidance
-    strength = self.strength() if strength is None else strength
-    if not low <= strength <= high:
-      raise ValueError(
-        f"config.sample.guidance (where that is not set, the teacher's): expected a strength in [{low}, {high}], which "
-        f"this flow map was trained for, got {strength}"
-      )
-
-    def jump(x, t, s, cond):
-      given = jnp.full(t.shape, strength, t.dtype) if guided else None
-      return self.network(params, x, t, cond, s=s, guidance=given)
-
-    return jump
-
-  def velocity(self, params) -> Velocity:
-    """A jump of length 0."""
-    jump = self.jump(params)
-    return lambda x, t, cond: jump(x, t, t, cond)
-
-  def evaluations(self, sampling: SampleSettings) -> tuple[int, ...]:
-    return (1, 2, 4, 8)
-
-  def sampler(self, sampling: SampleSettings, nfe: int):
-    def run(params, noise, cond, keys):
-      jump = self.jump(params, self.strength(sampling))
-      return sample_flow_map(jump, noise, cond, keys, grid=self._grid(nfe), gamma=sampling.gamma)
-
-    return run
-
-  def trajectory(self, sampling: SampleSettings, nfe: int):
-    def run(params, noise, cond):
-      jump = self.jump(params, self.strength(sampling))
-      return sample_flow_map(jump, noise, cond, grid=self._grid(nfe), trajectory=True)
-
-    return run
-
-  def generate(self, params, x0, cond, key):
-    """One jump to the data, from states at uniform times."""
-    key_time, key_noise, key_dropout, key_guidance = jax.random.split(key, 4)
-    t = jax.random.uniform(key_time, x0.shape[:1])
-    x = add_noise(x0, jax.random.normal(key_noise, x0.shape), t)
-    named = {}
-    if self.objective.guided:
-      named = {"guidance": jax.random.uniform(key_guidance, t.shape, t.dtype, *self.objective.guidance)}
-    average = self.network(params, x, t, cond, s=jnp.zeros_like(t), key=key_dropout, **named)
-    return x - over_space(t, x) * average
-
-  def _grid(self, nfe: int) -> list[float]:
-    """Flow times that it jumps between with `nfe` evaluations."""
-    return [float(shift_time(r, self.objective.shift)) for r in segment_grid(nfe)]
 
 
 @functools.cache  # a run is built several times by a program

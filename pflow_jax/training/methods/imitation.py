@@ -16,12 +16,13 @@ from pflow_jax.core.objectives.imitation import Imitation, imitation_loss, imita
 from pflow_jax.core.policies import Policy
 from pflow_jax.core.rollout import rollout
 from pflow_jax.core.samplers import sample_student, tempered
-from pflow_jax.core.schedule import segment_grid, shift_time
+from pflow_jax.core.schedule import segment_grid, shift_time, unshift_time
+from pflow_jax.mesh.partition import combine, without
 from pflow_jax.networks.heads import student_params_from_teacher
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.methods.base import Method, Teachers
-from pflow_jax.training.network import Network
+from pflow_jax.training.network import Network, head_class
 
 Array = jax.Array
 WAYPOINTS = 32  # states on the trajectory of a sample, over all its segments
@@ -45,12 +46,26 @@ class ImitationMethod(Method[Imitation]):
   def init(self, key, frozen):
     assert self.teacher is not None
     if not self.teacher.has_network:
-      return self.network.init(key, self.dataset)
-    noise = self.teacher.settings.bias_noise
-    return student_params_from_teacher(frozen["strong"], self.network.module, key, bias_noise=noise)
+      return self._random(key)
+    params = self._from_velocity(frozen["strong"], key)
+    # Its own part, for the end of a segment, starts neutral.
+    return combine(without(self._random(key), params), params) if self.objective.takes_end else params
 
   def shapes(self):
-    return self.network.shapes(self.dataset)
+    return jax.eval_shape(self._random, jax.random.key(0))
+
+  def start(self, params, head, key):
+    """Starts from a policy as it is, and from a flow map with its velocity as the policy's."""
+    return params if head_class(head).has_policy else self._from_velocity(params, key)
+
+  def _random(self, key):
+    inputs = {"s": jnp.zeros((1,))} if self.objective.takes_end else {}
+    return self.network.init(key, self.dataset, **inputs)
+
+  def _from_velocity(self, params, key):
+    assert self.teacher is not None
+    noise = self.teacher.settings.bias_noise
+    return student_params_from_teacher(params, self.network.module, key, bias_noise=noise)
 
   def loss(self, params, frozen, batch, key, step):
     assert self.teacher is not None
@@ -72,7 +87,8 @@ class ImitationMethod(Method[Imitation]):
     head, segment, shift = self.network.head, self.objective.max_segment, self.objective.shift
 
     def student(x, t, cond):
-      outputs = self.network(params, x, t, cond, key=key)
+      inputs = {"s": self._end(t)} if self.objective.takes_end else {}
+      outputs = self.network(params, x, t, cond, key=key, **inputs)
       create = jax.vmap(lambda x, t, out: head.policy(x, t, out, segment=segment, shift=shift))
       return per_example(create)(x, t, outputs)
 
@@ -82,6 +98,33 @@ class ImitationMethod(Method[Imitation]):
     """Velocity of a policy at the state and time at which it was predicted."""
     student = self.student(params)
     return lambda x, t, cond: jax.vmap(lambda p, x, t: p.velocity(x, t))(student(x, t, cond), x, t)
+
+  def _end(self, t: Array) -> Array:
+    """Flow times (B,) at which the segments end that begin at flow times t (B,)."""
+    grid = jnp.asarray(segment_grid(self.objective.nfe, self.objective.final_scale), t.dtype)
+    # The last point of the grid that is clearly before t.
+    r = unshift_time(t, self.objective.shift)[:, None]
+    ends = jnp.max(jnp.where(grid[None] < r - 1e-4, grid[None], 0.0), axis=1)
+    return shift_time(ends, self.objective.shift)
+
+  @property
+  def can_generate(self) -> bool:
+    return self.objective.nfe == 1
+
+  def generate(self, params, x0, cond, key):
+    """The policy's walk from noise to data."""
+    objective = self.objective
+    key_noise, key_dropout = jax.random.split(key)
+    noise = jax.random.normal(key_noise, x0.shape, x0.dtype)
+    policies = self.student(params, key_dropout)(noise, jnp.ones(x0.shape[:1], x0.dtype), cond)
+
+    @per_example
+    @jax.vmap
+    def walk(policy, x):
+      shift, substeps, method = objective.shift, objective.substeps, objective.method
+      return rollout(policy, x, 1.0, 0.0, shift=shift, substeps=substeps, method=method)
+
+    return walk(policies, noise)
 
   def evaluations(self, sampling: SampleSettings) -> tuple[int, ...]:
     return (self.objective.nfe,)
