@@ -358,7 +358,7 @@ def test_a_shard_with_an_index_and_without_its_records_is_not_complete(tmp_path,
   monkeypatch.setattr(os, "fsync", lambda number: events.append(path.exists()) or real(number))
   with shards.writing(path) as write:
     for _ in range(40):
-      write(bytes(8192))
+      write(bytes(range(256)) * 32)
   assert events == [False, True], "the content before, the name after"
   assert shards.is_complete(path, 40)
   whole = path.read_bytes()
