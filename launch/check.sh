@@ -4,11 +4,12 @@
 # A line of the report begins with ok, missing or unknown: what nobody could tell. The line below it mends it.
 # shellcheck shell=bash disable=SC2154 # settings and functions are those of launch/tpu.sh
 
-lacking=0 probe=''
+lacking=0 doubts=0 probe=''
 
 tell() { # ok|missing|unknown WHAT [REMEDY]
   if ((dry)); then return; fi
   if [[ $1 == missing ]]; then lacking=$((lacking + 1)); fi
+  if [[ $1 == unknown ]]; then doubts=$((doubts + 1)); fi
   printf '%-9s%s\n' "$1" "$2" | printable
   if [[ ${3:-} ]]; then printf '%-9s%s\n' '' "${3% }" | printable; fi
 }
@@ -314,15 +315,60 @@ check_service_account() {
   tell ok "service account: $service_account is there; whether you may attach it (iam.serviceAccountUser), nobody tells"
 }
 
+# ---- What is on the workers.
+
+# Prints the bucket that --prepare mounts with gcsfuse; nothing where that cannot be told.
+mounted() {
+  local word words=() plain=() text=${prepare//[\"\']/}
+  read -ra words <<<"${text//[$'\n;&|(){}']/ ; } ;"
+  for word in "${words[@]}"; do
+    case "$word" in
+      gcsfuse | */gcsfuse) plain=(gcsfuse) ;;
+      -*) ;;
+      \;)
+        # Before the last two words, BUCKET FOLDER, there may be values of flags.
+        if ((${#plain[@]} > 2)) && matches "${plain[-2]}" '[a-z0-9][-a-z0-9._]{1,220}'; then
+          echo "${plain[-2]}"
+          return
+        fi
+        plain=()
+        ;;
+      *) if ((${#plain[@]})); then plain+=("$word"); fi ;;
+    esac
+  done
+}
+
+# Says that a path of the workers' own disks has nothing on a TPU that is new, unless --prepare brings it.
+check_data() { # WHAT NAME
+  local path=$2
+  if [[ $path =~ ^(latents|folder|parquet|webdataset|npz|prompts|lakonlab|edm2|meanflow):(.*)$ ]]; then
+    path=${BASH_REMATCH[2]}
+  elif [[ $path != */* || $path == *:* ]]; then
+    return # a data set that has no files of yours
+  fi
+  if [[ $prepare || $path == gs://* ]]; then return; fi
+  if ask READY compute tpus tpu-vm describe "${nodes[0]}" "${where[@]}" '--format=value(state)'; then
+    tell unknown "data: whether $path, $1, is on the workers of $name" \
+      '--prepare COMMAND brings it, also to a TPU that is made anew'
+  elif ((absent)); then
+    tell missing "data: $path, $1, is not on a new TPU" "--prepare 'sudo install -d -o \$USER /data; mountpoint -q /data || \
+gcsfuse --implicit-dirs BUCKET /data'  # what it lies in"
+  else
+    tell unknown "data: whether $path, $1, is on the workers: $reason"
+  fi
+}
+
 # ---- The run.
 
 check_storage() {
-  local folder rest="${flags[*]}" bucket seen=' ' gone=' '
+  local folder rest="${flags[*]}" bucket mount seen=' ' gone=' ' i
   folders "$needed"
   if [[ $problem ]]; then tell missing "folders: $problem"; fi
   if [[ $scopes && ! $scopes =~ /(cloud-platform|devstorage\.(read_write|full_control))(,|$) ]]; then
     tell missing 'scopes: with these the workers cannot write to buckets' '--scopes=cloud-platform, or none'
   fi
+  mount=$(mounted)
+  if [[ $mount ]]; then rest+=" gs://$mount"; fi
   while [[ $rest =~ gs://([a-z0-9][-a-z0-9._]{1,220}) ]]; do
     bucket=${BASH_REMATCH[1]}
     rest=${rest#*"gs://$bucket"}
@@ -331,12 +377,25 @@ check_storage() {
   done
   folder=${out:-$workdir}
   bucket=${folder#gs://} bucket=${bucket%%/*}
-  if [[ $gone == *" $bucket "* ]]; then return; fi
-  if matches "$folder" 'gs://[a-z0-9][-a-z0-9._]{1,220}(/[-A-Za-z0-9._=/]*)?'; then
+  if [[ $folder != gs://* || $gone == *" $bucket "* ]]; then
+    : # nothing to try
+  elif matches "$folder" 'gs://[a-z0-9][-a-z0-9._]{1,220}(/[-A-Za-z0-9._=/]*)?'; then
     check_bucket "$bucket"
-  elif [[ $folder == gs://* ]]; then
+  else
     tell unknown "bucket: what may be done in ${folder@Q}, a name with other signs than letters, digits and -._=/"
   fi
+  folder=gs://$mount
+  if [[ $mount && $gone != *" $mount "* && $mount != "$bucket" ]]; then
+    check_bucket "$mount"
+  elif [[ $prepare && ! $mount ]]; then
+    tell unknown 'data: what --prepare brings to the workers; only a bucket of gcsfuse BUCKET FOLDER is looked at'
+  fi
+  for ((i = 0; i < ${#flags[@]}; i++)); do
+    case "${flags[i]}" in
+      --images=* | -images=*) check_data 'of --images' "${flags[i]#*=}" ;;
+      --images | -images) check_data 'of --images' "${flags[i + 1]:-}" ;;
+    esac
+  done
 }
 
 # Has pflow read the config and compile its step for the slice, on this machine.
@@ -372,6 +431,7 @@ check_plan() {
   else
     tell unknown 'config: it parses; whether it fits, only the compiler knows' "$(words "${plan[@]}") # what to install"
   fi
+  if line=$(grep -a -m 1 '^data ' "$temporary/plan"); then check_data 'of the config' "$(printable <<<"${line#data }")"; fi
 }
 
 check() {
@@ -400,5 +460,9 @@ check() {
   fi
   check_plan
   if ((lacking)); then fail "$lacking missing; below each is what mends it"; fi
-  if ((!dry)); then say 'nothing that could be looked at is missing'; fi
+  if ((doubts)); then
+    say "nothing is missing of what could be looked at; $doubts above are unknown"
+  elif ((!dry)); then
+    say 'nothing that could be looked at is missing'
+  fi
 }

@@ -32,6 +32,7 @@
 #                              `setup` has bash run it in the home folder of every worker once the project is installed,
 #                              and again when it is called again; `run` does on a TPU that it made anew or that was
 #                              repaired. So it has to be safe to run twice. If it fails, the setup has failed
+#   --delete-when-done         has `run` delete the TPU, which is billed until then, when the run has ended or is given up
 #   --dry-run                  prints the commands and runs none
 # In the environment only:
 #   RESTARTS=10                how often `run` starts a run again: on the same TPU, or on a new one if it was preempted
@@ -80,12 +81,13 @@ iap=$(switch IAP "${IAP:-}")
 spot=$(switch SPOT "${SPOT:-}")
 reserved=$(switch RESERVED "${RESERVED:-}")
 queued=$(switch QUEUED "${QUEUED:-}")
+when_done=$(switch DELETE_WHEN_DONE "${DELETE_WHEN_DONE:-}")
 restarts=${RESTARTS:-10} poll=${POLL:-30} grace=${GRACE:-120}
 command='' worker='' slice=0 dry=0 sure=0 program=train flags=()
 
 valued='--name|--zone|--project|--type|--version|--slices|--network|--subnetwork|--prepare|--worker|--slice|--scopes'
 valued+='|--service-account|--labels'
-plain='--queued|--spot|--reserved|--internal-ips|--iap|--dry-run|--yes'
+plain='--queued|--spot|--reserved|--internal-ips|--iap|--delete-when-done|--dry-run|--yes'
 
 while (($#)); do
   if [[ $1 =~ ^($valued)= ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
@@ -95,6 +97,7 @@ while (($#)); do
     --reserved) reserved=1 ;;
     --internal-ips) internal=1 ;;
     --iap) iap=1 ;;
+    --delete-when-done) when_done=1 ;;
     --dry-run) dry=1 ;;
     --yes) sure=1 ;;
     check | create | setup | run | logs | status | stop | delete)
@@ -293,9 +296,14 @@ condition() {
 
 # Waits until the TPU is ready, and says each new state.
 await() {
-  local now last='' reason
+  local now last='' reason misses=0
   while true; do
     now=$(condition) || now='waiting UNKNOWN'
+    if [[ $now == *UNKNOWN ]]; then misses=$((misses + 1)); else misses=0; fi
+    if ((misses > 20)); then
+      say "gcloud could not tell the state of $name $misses times: $(tail -n 1 "$temporary/look")"
+      return 1
+    fi
     # A dry run fails there when nobody reads it any more.
     if ((dry)); then return; fi
     if [[ $now != "$last" ]]; then say "$name: ${now#* }"; fi
@@ -332,6 +340,11 @@ make() {
 
 remove() {
   local kind=tpu-vm force=() found
+  # Deleted alone, the TPU of a queued resource would leave that behind.
+  if ((!queued && !dry)); then
+    found=$(look queued-resources "$name" 'value(name)') || return 1
+    if [[ $found != NOT_FOUND ]]; then queued=1; fi
+  fi
   if ((queued)); then kind=queued-resources force=(--force); fi
   found=$(look "$kind" "$name" 'value(name)' "$name") || return 1
   if [[ $found == NOT_FOUND ]]; then
@@ -470,7 +483,7 @@ restore() {
 workdir='' out='' fleeting='' problem=''
 # shellcheck disable=SC2034
 folders() { # WORKERS
-  local i flag needed=workdir
+  local i flag needed=workdir somewhere=gs://...
   workdir='' out='' fleeting='' problem=''
   for ((i = 0; i < ${#flags[@]}; i++)); do
     case "${flags[i]}" in
@@ -481,8 +494,14 @@ folders() { # WORKERS
     esac
   done
   if [[ $program == latents || $program == convert ]]; then needed=out; fi
+  if [[ $program == latents ]]; then somewhere=/data/...; fi
   if [[ -z ${!needed} ]]; then
-    problem="--$needed is missing in the flags for pflow: launch/tpu.sh run SETTINGS -- $program ... --$needed gs://..."
+    problem="--$needed is missing in the flags for pflow: launch/tpu.sh run SETTINGS -- $program ... --$needed $somewhere"
+    return
+  fi
+  if [[ $program == latents && (! $out == /* || -z $prepare) ]]; then
+    problem="--out=$out: latents are written to a file system, and a worker's own goes with it: give the whole path of a \
+folder that --prepare mounts on every worker"
     return
   fi
   for flag in workdir out; do
@@ -523,6 +542,22 @@ setup() {
   install "$(git rev-parse HEAD)" || fail "setup failed on some worker; the same command goes on"
 }
 
+# Whether `run` leaves a TPU, which costs money until it is deleted.
+remains=0
+at_end() {
+  if ((remains)); then say "$name is still there, and is billed: $(call delete)"; fi
+  rm -rf -- "$temporary"
+}
+
+# Ends `run`, when the program has ended for good.
+leave() { # CODE
+  if ((when_done)); then
+    say "deleting $name"
+    if remove; then remains=0; fi
+  fi
+  exit "$1"
+}
+
 run() {
   local node count now code=0 told=0 open=0 closed=0 outcome tries=0 settled=1 revision
   folders "$slices"
@@ -531,6 +566,8 @@ run() {
   if [[ $now != ready ]]; then
     mistake "$name is ${now#* }, not ready: $(call create). A TPU of several slices needs its --slices here too"
   fi
+  trap at_end EXIT
+  remains=$((!dry))
   for node in "${nodes[@]}"; do
     count=$(look tpu-vm "$node" 'value(networkEndpoints.len())' 1) || fail "gcloud cannot tell the workers of $node"
     whole "$count" 1 100000 || fail "gcloud cannot tell the workers of $node: it answers ${count@Q} for their number"
@@ -538,7 +575,10 @@ run() {
   done
   folders "$workers"
   if [[ $problem ]]; then mistake "$problem"; fi
-  if [[ $fleeting ]]; then say "--$fleeting=${!fleeting} is on the TPU's own disk: it goes when the TPU goes"; fi
+  if [[ $fleeting ]]; then
+    if ((when_done)); then mistake "--delete-when-done deletes --$fleeting=${!fleeting} too; give a folder in gs://"; fi
+    say "--$fleeting=${!fleeting} is on the TPU's own disk: it goes when the TPU goes"
+  fi
   local start="$worker_script start $program ${flags[*]@Q}"
   survey || fail "not all $workers workers answer: $(tail -n 3 "$temporary/errors")"
   if ((dry)); then
@@ -566,20 +606,21 @@ run() {
     else
       everywhere "$worker_script kill" || true
     fi
-    if ((code == 0 || code == 2)); then exit "$code"; fi
-    if ((told)); then exit 130; fi
+    if ((code == 0 || code == 2)); then leave "$code"; fi
+    if ((told)); then leave 130; fi
     now=$(condition) || now=unknown
     if ((code == 130)); then
       # A preempted machine tells its programs to end: was it that? Its state may lag.
       if [[ $now == ready ]]; then sleep "$poll" && { now=$(condition) || now=unknown; }; fi
-      if [[ $now == ready || $now == unknown ]]; then exit 130; fi
+      if [[ $now == ready || $now == unknown ]]; then leave 130; fi
     fi
     while true; do
       # On its way, it can be neither used nor deleted.
       while [[ $now == gone\ *ING ]]; do sleep "$poll" && { now=$(condition) || now=unknown; }; done
+      if [[ $now == 'gone NOT_FOUND' ]]; then remains=0; else remains=1; fi
       if ((tries >= restarts)); then
         say "the run ended with code $code; given up after $tries restarts"
-        exit "$code"
+        leave "$code"
       fi
       if [[ $now == 'gone STOPPED' ]]; then
         fail "$name was stopped, which no preemption does: start it (gcloud compute tpus tpu-vm start), then run again"
@@ -589,6 +630,7 @@ run() {
       fi
       tries=$((tries + 1))
       say "pflow $program ended with code $code, the TPU is ${now#* }; restart $tries of $restarts"
+      remains=1
       if restore "$now"; then break; fi
       sleep "$poll"
       now=$(condition) || now=unknown
@@ -631,18 +673,13 @@ status() {
 stop() { everywhere "$worker_script stop" || fail "not all workers have ended: $(call status)"; }
 
 delete() {
-  local answer='' found
-  # Deleted alone, the TPU of a queued resource would leave that behind.
-  if ((!queued && !dry)); then
-    found=$(look queued-resources "$name" 'value(name)') || fail "gcloud cannot tell what $name is"
-    if [[ $found != NOT_FOUND ]]; then queued=1; fi
-  fi
+  local answer=''
   if ((!sure && !dry)); then
     say "this deletes $name in $zone with its disks; a launch/tpu.sh run that follows it would make it anew, end it first"
     read -r -p "Delete $name? [y/N] " answer || true
     if [[ $answer != [yY]* ]]; then fail "not deleted"; fi
   fi
-  remove
+  remove || fail "$name could not be deleted; try again: $(call delete)"
 }
 
 following=0

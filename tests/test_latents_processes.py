@@ -104,12 +104,15 @@ def test_kills_at_any_moment_lose_nothing(words, whole, tmp_path):
     for child in children:
       child.send_signal(signal.SIGKILL)
       child.wait()
-    if (out / "info.json").exists():
+    if finished := (out / "info.json").exists():
       break
   codes, log = ended(start(words, out, 1), out)
   assert codes == [0], log
-  assert "going on after " in log
-  assert contents(out) == whole
+  assert finished or "going on after " in log
+  left = contents(out)
+  if finished:
+    left.pop("lock.json", None)  # of the process that was killed; there was nothing left to take it for
+  assert left == whole
 
 
 def test_told_to_stop_it_says_how_to_go_on(words, tmp_path):

@@ -837,6 +837,7 @@ def test_tpu_run_starts_on_every_worker_and_shows_the_first_ones_log(pod):
     assert (pod.home(host) / "exit").read_text() == "0\n"
     assert (pod.home(host) / "program").read_text() == "train\n"
   assert pod.out.read_text() == "pod-w-0 works\npod-w-0 warns\n"
+  assert "pod is still there, and is billed: launch/tpu.sh delete --name=pod --zone=z\n" in pod.err.read_text()
   starts = [call for call in pod.calls if "tpu_worker.sh start" in call[-1]]
   assert [call[:5] for call in starts] == [["tpu-vm", "ssh", "pod", "--zone=z", "--worker=all"]]
   assert "create" not in pod.verbs()
@@ -846,7 +847,7 @@ def test_tpu_run_starts_on_every_worker_and_shows_the_first_ones_log(pod):
   ("words", "call"),
   [
     (["train", *RUN], f"train {' '.join(RUN)}"),
-    (["latents", "--images=folder:a b", "--out", "gs://b/z"], "latents --images=folder:a b --out gs://b/z"),
+    (["convert", "--source=a b", "--out", "gs://b/z"], "convert --source=a b --out gs://b/z"),
     (["evaluate", "--workdir=gs://b/w", "--also", "it's"], "evaluate --workdir=gs://b/w --also it's"),
     (["sample", "--workdir", "gs://b/w", "--labels=3,7"], "sample --workdir gs://b/w --labels=3,7"),
   ],
@@ -924,7 +925,10 @@ def test_tpu_run_reaches_internal_addresses_from_outside(cloud):
       ("--", "convert", "--source=gs://b/x", "--out=x"),
       "begin with gs://, or with the path of a folder that --prepare",
     ),
-    (("--", "latents", "--out=/data/z"), "begin with gs://"),
+    (("--", "latents", "--out=/data/z"), "give the whole path of a folder that --prepare mounts"),
+    (("--prepare=true", "--", "latents", "--out=gs://b/z"), "latents are written to a file system"),
+    (("--prepare=true", "--", "latents", "--out=data/z"), "give the whole path of a folder"),
+    (("--prepare=true", "--", "latents", "--images=x"), "--out /data/..."),
     (("--", "evaluate", "--out=gs://b/x"), "--workdir is missing"),
     (("--", "evaluate", "--workdir=gs://b/x", "--out", "x"), "begin with gs://"),
     (("--", "plan", *RUN), "run: expected a program that several workers run together (train latents convert sample"),
@@ -996,6 +1000,29 @@ def test_tpu_run_gives_up_after_its_restarts(pod):
   assert pod("run", *POD, "--", *RUN, RESTARTS="1") == 9
   assert len(pod.read("pflow/pod-w-0")) == 2
   assert "given up after 1 restarts" in pod.err.read_text()
+  assert "pod is still there, and is billed: launch/tpu.sh delete --name=pod --zone=z" in pod.err.read_text()
+
+
+@pytest.mark.parametrize(("ends", "code"), [("exit 0", 0), ("exit 2", 2), ("run", 130), ("exit 9", 9)])
+def test_tpu_run_deletes_what_it_is_done_with(pod, ends, code):
+  pod.plan(ends)
+  script = pod.start("tpu.sh", "run", *POD, "--delete-when-done", "--", *RUN, RESTARTS="0")
+  err = pod.err
+  if ends == "run":
+    until(lambda: len(pod.read("pids")) == 2)
+    assert pod("stop", *POD) == 0
+  assert script.wait(timeout=20) == code, err.read_text()
+  assert pod.verbs()[-1] == "delete"
+  assert not (pod.state / "tpus" / "pod").exists()
+  assert "billed" not in err.read_text()
+
+
+def test_tpu_run_deletes_no_results(cloud):
+  cloud.write("workers", "1")
+  cloud.write("tpus/pod", "READY")
+  assert cloud("run", *POD, "--delete-when-done", "--", "--workdir=runs/w") == 2
+  assert "--delete-when-done deletes --workdir=runs/w too" in cloud.err.read_text()
+  assert "delete" not in cloud.verbs()
 
 
 def test_tpu_run_kills_what_outlives_the_others(pod):
@@ -1073,6 +1100,7 @@ def test_tpu_an_interrupt_leaves_the_run_going_and_says_how_to_go_on(pod):
   assert script.wait(timeout=20) == 130
   said = pod.err.read_text()
   assert "the run goes on" in said
+  assert "is billed: launch/tpu.sh delete --name=pod" in said
   assert "launch/tpu.sh logs --name=pod --zone=z" in said
   assert "launch/tpu.sh stop --name=pod --zone=z" in said
 
@@ -1262,6 +1290,14 @@ def test_tpu_a_gcloud_that_cannot_tell_is_not_taken_for_a_preemption(cloud):
   assert cloud("run", *POD, "--", *RUN) == 1
   assert "PERMISSION_DENIED" in cloud.err.read_text()
   assert cloud("delete", "--yes", *POD) == 1
+  # Nor is it asked for ever, when it has forgotten who signed in.
+  lost = 'echo "ERROR: (gcloud) Reauthentication failed" >&2; exit 1'
+  absent = 'if ! test -e $STANDIN/made; then echo "ERROR: NOT_FOUND" >&2; exit 1; fi'
+  cloud.put("gcloud", f'case "$*" in *create*) touch $STANDIN/made; exit;; esac\n{absent}\n{lost}')
+  assert cloud("create", *POD, POLL="0") == 1
+  assert (
+    "gcloud could not tell the state of pod 21 times: ERROR: (gcloud) Reauthentication failed" in cloud.err.read_text()
+  )
 
 
 # ---- launch/requirements-tpu.txt

@@ -272,8 +272,45 @@ def test_folders_that_not_all_workers_see_are_found_before_the_tpu_is_made(cloud
   report = check(cloud, code=1, run=("latents", "--images=x", "--out=/data/z"))
   assert ("missing", "folders") in states(report)
   assert ("missing", "folders") in states(check(cloud, code=1, run=("--config=c",)))
-  check(cloud, "--prepare=mount /data", run=("latents", "--images=x", "--out=/data/z"))
-  check(cloud, "--type=v5e-8", run=("latents", "--images=x", "--out=/data/z"))
+  report = check(cloud, "--prepare=mount /data", run=("latents", "--images=/data/x", "--out=/data/z"))
+  assert ("unknown", "data") in states(report)
+  assert "unknown" in cloud.err.read_text()
+  report = check(cloud, "--prepare=mount /data", code=1, run=("latents", "--images=/data/x", "--out=gs://b/z"))
+  told = next(told for state, what, told in report if (state, what) == ("missing", "folders"))
+  assert told.startswith("--out=gs://b/z: latents are written to a file system")
+
+
+@pytest.mark.parametrize(
+  ("prepare", "bucket"),
+  [
+    ("mountpoint -q /data || { sudo install -d -o $USER /data && gcsfuse --implicit-dirs results /data; }", "results"),
+    ("sudo apt install -y gcsfuse; gcsfuse -o allow_other 'my-data' ~/data", "my-data"),
+    ("/usr/bin/gcsfuse\tb.c_1 data", "b.c_1"),
+    ("gcsfuse /data", ""),
+    ("gcsfuse --implicit-dirs $BUCKET /data", ""),
+    ("mount server:/data /data", ""),
+  ],
+)
+def test_the_bucket_that_is_mounted_is_tried_too(cloud, prepare, bucket):
+  run = ("--config=c", "--workdir=gs://results/w")
+  report = check(cloud, f"--prepare={prepare}", run=run)
+  assert (("unknown", "data") in states(report)) == (not bucket)
+  described = [call.split("\t")[3] for call in cloud.read("calls") if "\tbuckets\tdescribe\t" in call]
+  assert described == ["gs://results", *([f"gs://{bucket}"] if bucket not in ("", "results") else [])]
+  written = {call.split("\t")[3].rpartition("/")[0] for call in cloud.read("calls") if call.startswith("storage\tcp")}
+  assert written == {"gs://results/w", *([f"gs://{bucket}"] if bucket not in ("", "results") else [])}
+
+
+@pytest.mark.parametrize(("there", "state"), [(False, "missing"), (True, "unknown")])
+def test_data_on_a_disk_that_nothing_brings_to_the_workers_is_told(cloud, there, state):
+  cloud.put("pflow", 'echo "data latents:/data/imagenet256"; echo "  fits: peak 1 GiB of 15.75 GiB"')
+  if there:
+    cloud.write("tpus/pod", "READY")
+  report = check(cloud, code=int(not there))
+  (told,) = [told for found, what, told in report if (found, what) == (state, "data")]
+  assert "/data/imagenet256, of the config, is" in told
+  cloud.put("pflow", 'echo "data tfds:mnist"; echo "  fits: peak 1 GiB of 15.75 GiB"')
+  assert not [what for _, what, _ in check(cloud) if what == "data"]
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,10 @@ import numpy as np
 
 from pflow_jax.conversion.latent_writing import MAX_BAD, Chosen, write
 from pflow_jax.data.dataset import Scaling, check_classes
+from pflow_jax.data.image_source import digest_of
 from pflow_jax.data.latent_shards import SHARD_RECORDS
 from pflow_jax.data.latents import VALUES, Info, check_scale
-from pflow_jax.families.autoencoder import load_autoencoder, other_scale
+from pflow_jax.families.autoencoder import SD_SCALE, load_autoencoder, other_scale
 from pflow_jax.files.array_files import read_npy
 from pflow_jax.files.foreign import (
   check_arguments,
@@ -43,7 +44,6 @@ from pflow_jax.files.foreign import (
 from pflow_jax.files.nearest import did_you_mean
 from pflow_jax.torch_io.pickled import PickledAlike
 
-SD_SCALE = 0.18215  # of Stable Diffusion's autoencoders, sd-vae-ft-ema and sd-vae-ft-mse
 # Of EDM2's StabilityVAEEncoder, for pictures in [0, 1]: the mean and standard deviation that it assumes, and makes 0.5.
 EDM2_MEAN, EDM2_STD, EDM2_FINAL = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
 _BATCH = 256  # records that are read together
@@ -59,13 +59,27 @@ class ForeignLatents(abc.ABC):
   """
 
   info: Info
+  _classes: np.ndarray | None = None
 
   @abc.abstractmethod
   def __len__(self) -> int: ...
 
+  @property
+  def labels(self) -> np.ndarray | None:
+    """Classes of all records, None where only their files tell."""
+    return self._classes
+
   @abc.abstractmethod
   def key(self, row: int) -> str:
     """Returns the path of a record."""
+
+  def common_name(self, row: int) -> str:
+    """Returns the path of a record."""
+    return self.key(row)
+
+  @abc.abstractmethod
+  def content(self, row: int) -> str:
+    """Returns a digest of a record's file."""
 
   @abc.abstractmethod
   def load(self, row: int) -> tuple[np.ndarray, int]:
@@ -113,6 +127,9 @@ class _Pickled(ForeignLatents):
   def key(self, row: int) -> str:
     return self._paths[row]
 
+  def content(self, row: int) -> str:
+    return digest_of(read_bytes(os.path.join(self._root, self._paths[row]), _MAX_RECORD))
+
   def load(self, row: int) -> tuple[np.ndarray, int]:
     path = regular_file(os.path.join(self._root, self._paths[row]))
     if path.stat().st_size > _MAX_RECORD:
@@ -127,6 +144,8 @@ class _Pickled(ForeignLatents):
 
 class LakonLab(_Pickled):
   """The cache of π-Flow's release."""
+
+  _classes: np.ndarray
 
   def __init__(self, path: str, *, root: str | None = None, num_classes: int | None = None):
     """Opens a list.
@@ -184,6 +203,8 @@ class _DatasetJson:
 class EDM2(ForeignLatents):
   """The data sets that EDM2's dataset_tool.py encodes."""
 
+  _classes: np.ndarray
+
   def __init__(self, path: str, *, num_classes: int | None = None):
     """Opens a folder or an archive.
 
@@ -221,6 +242,9 @@ class EDM2(ForeignLatents):
 
   def key(self, row: int) -> str:
     return self._paths[row]
+
+  def content(self, row: int) -> str:
+    return digest_of(self._bytes(self._paths[row], _MAX_RECORD))
 
   def load(self, row: int) -> tuple[np.ndarray, int]:
     name = self._paths[row]
@@ -286,8 +310,9 @@ def adopt(
     if problem := other_scale(codec.normalisation, info.scaling):
       raise ValueError(f"autoencoder: makes latents of another scale than {name} has: {problem}; leave it out")
     info = dataclasses.replace(info, autoencoder=codec.folder)
-  chosen = Chosen(name, found)
-  info = dataclasses.replace(info, made={"images": kind, "keys": chosen.digest, "repeated": chosen.repeated})
+  chosen = Chosen(found)
+  kept = {key: value for key, value in options.items() if key != "root"}
+  info = dataclasses.replace(info, made={"images": kind, **chosen.described, "options": kept})
   info = write(out, info, chosen, _stored, _BATCH, shard_records=shard_records, max_bad=max_bad)
   check_scale(name, info.scaling)
   return info

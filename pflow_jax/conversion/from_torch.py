@@ -23,6 +23,7 @@ from pflow_jax.conversion.origin import told_by_folder
 from pflow_jax.conversion.progress import digest, in_words, megabytes
 from pflow_jax.conversion.runs import read_run
 from pflow_jax.core.objectives import PRETRAINED, FlowMatching
+from pflow_jax.families.autoencoder import SD_SCALE
 from pflow_jax.families.names import Source
 from pflow_jax.families.registry import FAMILIES, sharding_rules
 from pflow_jax.files import foreign
@@ -44,6 +45,8 @@ from pflow_jax.training.origins import inputs_of_import
 
 SOURCE = "source.json"  # of a workdir that was converted: of what
 _MARK_BYTES = 2**16
+# Classes of ImageNet, whose published DiTs are all of the latents of Stable Diffusion's autoencoders, of 4 channels.
+_IMAGENET = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +176,11 @@ def _import_teacher(
   source = {"class": config["_class_name"], "folder": name, **told_by_folder(path)}
   if "sample_size" in model.attributes:
     source["sample_size"] = model.attributes["sample_size"]
+  data = students.data_of(model)
+  if (data.get("num_classes"), data["shape"][-1]) == (_IMAGENET, 4):
+    source |= {"latent_shift": 0.0, "latent_scale": SD_SCALE}
   own = Settings(
-    data=students.data_of(model),
+    data=data,
     model=Choice(model.kind, model.options | {"dtype": _compute_dtype(leaves)}),
     head=model.head,
     kind=PRETRAINED,

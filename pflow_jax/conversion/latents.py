@@ -17,15 +17,18 @@ from pflow_jax.conversion.encoding import Encoder, Store
 from pflow_jax.conversion.foreign_latents import adopt, is_foreign
 from pflow_jax.conversion.latent_writing import MAX_BAD, Chosen, encoded, naming, say, too_many, write
 from pflow_jax.data.dataset import IN_MEMORY
-from pflow_jax.data.image_source import Pictures
-from pflow_jax.data.latent_shards import SHARD_RECORDS, check_values
+from pflow_jax.data.image_source import Pictures, digest_of
+from pflow_jax.data.latent_parts import check_values
+from pflow_jax.data.latent_shards import SHARD_RECORDS
 from pflow_jax.data.latents import UNREADABLE, Info, check_scale, read_info
 from pflow_jax.data.records import ArrayRecords, SourceRecords
-from pflow_jax.data.tfds_source import TfdsSource
 from pflow_jax.families.autoencoder import Codec, load_autoencoder
 from pflow_jax.files.folders import checked_folder
 from pflow_jax.files.foreign import check_memory
 from pflow_jax.files.progress import progress
+
+# Options of data sets that do not change the pictures: where they are, and how they are looked at beforehand.
+_ELSEWHERE = ("name", "data_dir", "embeddings", "check", "allow_unreadable")
 
 
 def encode(
@@ -43,8 +46,8 @@ def encode(
 ) -> data.Dataset:
   """Encodes the pictures of a data set, in their order, with their classes and texts, on all devices.
 
-  Pictures that cannot be read are left out, and named together in unreadable.txt of the folder. So are those whose key
-  (path in their folder, name in their archive) was there before.
+  Pictures that cannot be read are left out, and named together in unreadable.txt of the folder; the same call reads
+  them anew. A picture is left out too if one before has its name (in another archive, say), its class and its bytes.
 
   Args:
     dataset: pictures (H, W, 3) in [-1, 1].
@@ -85,15 +88,15 @@ def encode(
       raise ValueError(f"{name}: {drawn}; give out=, a folder")
     if embeddings:
       raise ValueError(f"{name}: {drawn}, embeddings are for what is in memory; leave out embeddings=")
-  chosen = Chosen(name, pictures)
+  chosen = Chosen(pictures)
   texts = [dataset.texts[row] for row in chosen.rows] if dataset.texts else []
   if out is None:
     return _in_memory(dataset, chosen, codec, encoder, texts, max_bad)
   scaling = codec.normalisation
   made = {
     "images": name.partition(":")[0],
-    "keys": chosen.digest,
-    "repeated": chosen.repeated,
+    **chosen.described,
+    "options": {key: value for key, value in dataset.options.items() if key not in _ELSEWHERE},
     "pictures": list(dataset.shape),
     "crop": getattr(getattr(pictures, "form", pictures), "crop", "none"),
     "autoencoder_digest": codec.digest(),
@@ -101,8 +104,6 @@ def encode(
     "dtype": jnp.dtype(codec.module.dtype).name,
     "seed": seed,
   }
-  if isinstance(pictures, _Records | TfdsSource):  # whose keys are but their numbers
-    made |= {"content": data.fingerprint(dataset)}
   info = Info(
     encoder.shape,
     dataset.num_classes,
@@ -168,7 +169,7 @@ def make(
   if info.unreadable:
     raise ValueError(
       f"{info.unreadable:,} pictures could not be read and are left out; {out}/{UNREADABLE} names them. The latents of "
-      "the others are complete"
+      "the others are complete; once some are repaired, the same command adds them"
     )
   return info
 
@@ -211,11 +212,22 @@ class _Records:
   def __init__(self, records: ArrayRecords | SourceRecords, num_classes: int):
     self._records, self._num_classes = records, num_classes
 
+  @property
+  def labels(self) -> np.ndarray | None:
+    return self._records.label if isinstance(self._records, ArrayRecords) and self._num_classes else None
+
   def __len__(self) -> int:
     return int(self._records.num_records)
 
   def key(self, row: int) -> str:
     return str(row)
+
+  def common_name(self, row: int) -> str:
+    return str(row)
+
+  def content(self, row: int) -> str:
+    picture, label = self.read(row)
+    return digest_of(picture.tobytes() + str(label).encode())
 
   def read(self, row: int) -> tuple[np.ndarray, int]:
     records = self._records

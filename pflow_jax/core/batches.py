@@ -42,6 +42,12 @@ def per_example(function: F) -> F:
   return run  # type: ignore[return-value]
 
 
+def traced_device_kind() -> str:
+  """JAX's name of the devices that this is traced for: those of the mesh in whose context it is, else the default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
 def current_mesh() -> AbstractMesh | None:
   """The mesh in whose context this is traced; None for a mesh of others, and inside of a shard_map."""
   mesh = jax.sharding.get_abstract_mesh()

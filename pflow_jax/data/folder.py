@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from pflow_jax.data.dataset import Dataset, check_classes, split_rows
 from pflow_jax.data.image_source import Form, ImageSource
 from pflow_jax.data.pixels import Crop, image_endings
@@ -33,6 +35,10 @@ class FolderSource(ImageSource):
 
   def label(self, row: int) -> int:
     return self.files[row][1]
+
+  @property
+  def labels(self) -> np.ndarray:
+    return np.array([label for _, label in self.files], np.int32)
 
   def key(self, row: int) -> str:
     return self.files[row][0].removeprefix(self.root).lstrip(os.sep)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 import glob
+import hashlib
 import os
 import re
+from collections.abc import Sequence
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
 from pflow_jax.data.pixels import Crop, check_image_options, read_pixels, to_unit
 from pflow_jax.data.records import Record
-from pflow_jax.files.foreign import regular_file
+from pflow_jax.files.foreign import MAX_IMAGE_FILE, read_bytes, regular_file
 
 _MAX_FILES = 1_000_000  # that a pattern with {0..9} may name
 
@@ -21,6 +23,10 @@ _MAX_FILES = 1_000_000  # that a pattern with {0..9} may name
 @runtime_checkable
 class Pictures(Protocol):
   """Random access to pictures as they are encoded."""
+
+  @property
+  def labels(self) -> np.ndarray | None:
+    """Classes of all pictures, (n,) integers; None where only reading a picture tells its class."""
 
   def __len__(self) -> int: ...
 
@@ -32,7 +38,17 @@ class Pictures(Protocol):
     """
 
   def key(self, row: int) -> str:
-    """Returns the name that tells a picture from others, whatever the order and the place of the files."""
+    """Returns the name that a picture alone has in its set: its file's, below the folder of the set, and its place."""
+
+  def common_name(self, row: int) -> str:
+    """Returns what a copy of a picture has too, wherever it lies in the set, as far as it is known without reading."""
+
+  def content(self, row: int) -> str:
+    """Returns a digest of a picture's bytes.
+
+    Raises:
+      ValueError: they cannot be read.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +93,23 @@ class ImageSource(abc.ABC):
   def label(self, row: int) -> int:
     """Returns the class of an image."""
 
+  @property
+  @abc.abstractmethod
+  def labels(self) -> np.ndarray:
+    """Classes of all images, (n,) integers."""
+
   @abc.abstractmethod
   def key(self, row: int) -> str:
-    """Returns the name that tells an image from others, see `Pictures`."""
+    """Returns the name that an image alone has, see `Pictures`."""
+
+  def common_name(self, row: int) -> str:
+    """Returns what copies of an image have too, see `Pictures`; by default none are looked for."""
+    return self.key(row)
+
+  def content(self, row: int) -> str:
+    """Returns a digest of an image's file, see `Pictures`."""
+    file, _ = self.open(row)
+    return digest_of(read_bytes(file, MAX_IMAGE_FILE) if isinstance(file, str) else file)
 
   def read(self, row: int) -> tuple[np.ndarray, int]:
     """Returns the pixels of an image, (size, size, channels) uint8, and its class.
@@ -93,6 +123,19 @@ class ImageSource(abc.ABC):
   def __getitem__(self, row: SupportsIndex) -> Record:
     pixels, label = self.read(int(row))
     return {"x0": to_unit(pixels), "label": np.asarray(label, np.int32)}
+
+
+def digest_of(content: bytes | np.ndarray) -> str:
+  """Returns a hash of bytes, or of an array's values."""
+  data = content if isinstance(content, bytes) else np.ascontiguousarray(content).tobytes()
+  return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def relative_names(path: str, files: Sequence[str]) -> list[str]:
+  """Returns names of the files that `find_files` found, below the folder that `path` begins with."""
+  path = os.path.expanduser(path)
+  root = path if os.path.isdir(path) else os.path.dirname(re.split(r"[*?\[{]", path, maxsplit=1)[0])
+  return [os.path.relpath(file, root or os.curdir) for file in files]
 
 
 def find_files(name: str, path: str, ending: str) -> list[str]:

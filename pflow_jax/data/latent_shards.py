@@ -1,7 +1,8 @@
 """Writing of latents: shards that are whole or not there, so that a run that was stopped goes on.
 
-Beside each shard lies a small file, see `Part`, with what is known of it; a shard without one is made anew. When all
-are there, info.json is made of these files, and they go. `data.latents` describes the result.
+Beside each shard lies a small file, see `data.latent_parts.Part`, with what is known of it; a shard without one is made
+anew. When all are there, info.json is made of these files. They stay: by them another run knows whether it has the same
+pictures, and whether some that could not be read can be now. `data.latents` describes the result.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pydantic
 
+from pflow_jax.data.latent_parts import Part, Shard, Totals, check_values
 from pflow_jax.data.latents import INFO, LABEL, TEXTS, UNREADABLE, VALUES, Info, read_info
 from pflow_jax.data.shards import (
   ENDING,
@@ -35,110 +36,8 @@ from pflow_jax.files.foreign import MAX_JSON, is_there, read_json, real_folder, 
 SHARD_RECORDS = 4096
 _PARTS = ".part.json"
 _MOST_SHARDS = 100_000  # whose names sort as their numbers
-
-Floats = tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Totals:
-  """Sums over latents, a number a channel, of which mean and standard deviation follow.
-
-  Attributes:
-    count: numbers that were added, of one channel.
-    sums: of x0, or of the means of moments.
-    squares: of these squared.
-    variances: of moments: sums of the variances.
-  """
-
-  count: int = 0
-  sums: Floats = ()
-  squares: Floats = ()
-  variances: Floats = ()
-
-  def __add__(self, other: Totals) -> Totals:
-    if not self.count:
-      return other
-    if not other.count:
-      return self
-    plus = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
-    return Totals(
-      self.count + other.count,
-      plus(self.sums, other.sums),
-      plus(self.squares, other.squares),
-      plus(self.variances, other.variances),
-    )
-
-  @classmethod
-  def of(cls, info: Info, values: np.ndarray) -> Totals:
-    """Sums over stored values (n, views, parts, *space, C)."""
-    wide, axes = values.astype(np.float64), tuple(range(values.ndim - 2))  # without the axis of parts
-    first = wide[:, :, 0]
-    sums, squares = first.sum(axes), np.square(first).sum(axes)
-    variances = np.square(wide[:, :, 1]).sum(axes) if info.moments else np.zeros_like(sums)
-    count = first.size // first.shape[-1]
-    return cls(count, tuple(sums.tolist()), tuple(squares.tolist()), tuple(variances.tolist()))
-
-  def measured(self, info: Info) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of x0, one a channel."""
-    mean = np.array(self.sums) / self.count
-    var = np.maximum(np.array(self.squares) / self.count - mean**2, 0) + np.array(self.variances) / self.count
-    std = np.sqrt(var)
-    if info.moments:
-      mean, std = (mean - info.shift) * info.scale, std * np.abs(info.scale)
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """A shard's file: what is known of it without reading it.
-
-  Attributes:
-    records: of the shard, which is no file if there are none.
-    unreadable: rows of its pictures that could not be read, and why.
-    totals: over its records.
-  """
-
-  records: pydantic.NonNegativeInt
-  unreadable: tuple[tuple[int, str], ...] = ()
-  totals: Totals = Totals()
-
-
-class Shard:
-  """A shard that is being written."""
-
-  def __init__(self, info: Info, write: Any):
-    self._info, self._write = info, write
-    self._records, self._totals = 0, Totals()
-    self._unreadable: list[tuple[int, str]] = []
-
-  def add(self, values: np.ndarray, label: np.ndarray) -> None:
-    """Writes records.
-
-    Args:
-      values: (n, views, parts, *space, C), float16.
-      label: (n,) integers.
-
-    Raises:
-      ValueError: shapes or labels do not fit, or values are not finite.
-    """
-    info = self._info
-    if values.shape[1:] != info.stored or label.shape != values.shape[:1]:
-      raise ValueError(f"expected values (n, {info.stored}) and label (n,), got {values.shape} and {label.shape}.")
-    check_values(values, label, info.num_classes)
-    if len(values):
-      self._totals += Totals.of(info, values)
-    for one, number in zip(values, np.asarray(label, LABEL), strict=True):
-      self._write(number.tobytes() + one.tobytes())
-    self._records += len(values)
-
-  def leave_out(self, row: int, reason: str) -> None:
-    """Notes a picture that could not be read."""
-    self._unreadable.append((row, reason))
-
-  @property
-  def part(self) -> Part:
-    """Its description."""
-    return Part(self._records, tuple(self._unreadable), self._totals)
+_COMPARED = 1024  # pictures that are compared when a run is gone on with, about; at least one a shard
+_VERSION = 2  # of what is told of pictures: those of another version cannot be compared
 
 
 class LatentFolder:
@@ -156,7 +55,8 @@ class LatentFolder:
 
   def __init__(self, path: str | os.PathLike, info: Info, count: int, shard_records: int = SHARD_RECORDS):
     self.path, self.count, self.shard_records = pathlib.Path(path), count, shard_records
-    self.info = dataclasses.replace(info, made=json.loads(json.dumps({**info.made, "shard_records": shard_records})))
+    made = {**info.made, "shard_records": shard_records, "version": _VERSION}
+    self.info = dataclasses.replace(info, made=json.loads(json.dumps(made, default=str)))
     if self.num_shards > _MOST_SHARDS:
       raise ValueError(
         f"{path}: expected at most {_MOST_SHARDS:,} shards, got {self.num_shards:,}; raise shard_records"
@@ -183,6 +83,11 @@ class LatentFolder:
       other = read_info(str(self.path), name)
       if other is None:
         continue
+      if other.made and other.made.get("version") != _VERSION:
+        raise ValueError(
+          f"{self.path} was written by another version, which did not note what its pictures can be known by: go on "
+          f"with that version, or give another folder; once it has {INFO}, training reads it as it is"
+        )
       if differing := self._differing(other):
         raise ValueError(f"{self.path} holds other latents; give another folder, or remove it:{differing}")
       if name == INFO:
@@ -208,6 +113,18 @@ class LatentFolder:
   def todo(self) -> list[int]:
     """Numbers of the shards that are not complete."""
     return [number for number in range(self.num_shards) if not self._is_complete(number)]
+
+  def is_noted(self, row: int) -> bool:
+    """Returns whether the digest of a picture is kept, by which another run knows it."""
+    return row % max(1, min(self.count // _COMPARED, self.shard_records)) == 0
+
+  def reopen(self, numbers: Iterable[int]) -> None:
+    """Takes shards, and with them the folder, for not complete."""
+    if is_there(self.path / INFO):
+      write_atomically(self.path / (INFO + PARTIAL), _as_json(self.info))
+      (self.path / INFO).unlink()
+    for number in numbers:
+      self._part(number).unlink(missing_ok=True)
 
   def check_room(self, todo: Sequence[int]) -> None:
     """Tells the size of the folder, and whether its disk has room for these shards.
@@ -245,7 +162,7 @@ class LatentFolder:
     return {row: why for number in numbers for row, why in self.part(number).unreadable}
 
   def finish(self, names: Sequence[str] | None = None, texts: Sequence[str] = ()) -> Info:
-    """Describes the folder, whose shards are complete, and removes what was of use until then.
+    """Describes the folder, whose shards are complete, and removes what killed processes left.
 
     Args:
       names: of the pictures, for the list of those that could not be read; by default their numbers.
@@ -275,15 +192,17 @@ class LatentFolder:
     return info
 
   def tell(self, left_out: dict[int, str], names: Sequence[str] | None = None) -> None:
-    """Writes the list of pictures that could not be read, if there are any."""
-    if left_out:
+    """Writes the list of pictures that could not be read, or removes it if there are none."""
+    if not left_out:
+      (self.path / UNREADABLE).unlink(missing_ok=True)
+    else:
       lines = [f"{names[row] if names else row}: {why}\n" for row, why in sorted(left_out.items())]
       write_atomically(self.path / UNREADABLE, "".join(lines).encode(errors="backslashreplace"))
 
   def clean(self) -> None:
-    """Removes what was of use until info.json was there, and what killed processes left half written."""
+    """Removes the mark of an unfinished folder, and what killed processes left half written."""
     for path in self.path.iterdir():
-      if path.name.endswith((_PARTS, PARTIAL)):
+      if path.name.endswith(PARTIAL):
         path.unlink(missing_ok=True)
 
   def _part(self, number: int) -> pathlib.Path:
@@ -305,15 +224,6 @@ def _as_json(info: Info) -> str:
   own, plain = dataclasses.asdict(info), Info((1,), 0)
   kept = {key: value for key, value in own.items() if key in ("shape", "num_classes") or value != getattr(plain, key)}
   return json.dumps(kept, ensure_ascii=False) + "\n"
-
-
-def check_values(values: np.ndarray, label: np.ndarray, num_classes: int) -> None:
-  """Raises ValueError for values that are not finite, and labels that are not in [0, num_classes)."""
-  if label.dtype.kind not in "iu" or np.any((label < 0) | (label >= max(num_classes, 1))):
-    got = f"{label.dtype}, {label.min()} to {label.max()}"
-    raise ValueError(f"labels must lie in [0, {max(num_classes, 1)}), integers, got {got}.")
-  if not np.isfinite(values).all():
-    raise ValueError("x0 holds values that are not finite, or not in float16; scale or remove them.")
 
 
 def write_latents(

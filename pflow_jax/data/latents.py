@@ -3,8 +3,8 @@
 A folder holds info.json, see `Info`, and shards named *.array_record, read in the order of their names. A record is its
 label, int32, and its values, float16, both little-endian, in row-major order: x0, or the mean and the standard
 deviation of a latent, from which x0 is drawn each time it is read; and after them the same of the mirror image, where
-the folder has that. Beside them texts.json may have a text a record, in their order, and unreadable.txt names the
-pictures that are left out.
+the folder has that. Beside them texts.json may have a text a record, in their order; unreadable.txt names the
+pictures that are left out, and *.part.json tell a later writer what the shards were made of.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pflow_jax.data.dataset import Dataset, check_classes
-from pflow_jax.data.image_source import Form, ImageSource, find_files
+from pflow_jax.data.image_source import Form, ImageSource, find_files, relative_names
 from pflow_jax.data.pixels import Crop
 from pflow_jax.data.records import SourceRecords
 from pflow_jax.data.tar_source import check_split, numbered_classes
@@ -30,11 +29,20 @@ class ParquetSource(ImageSource):
   """Random access to the images of parquet files, see `ImageSource`."""
 
   def __init__(
-    self, groups: Sequence[tuple[str, int, int]], column: str, keys: Sequence[str], labels: np.ndarray, form: Form
+    self,
+    groups: Sequence[tuple[str, int, int]],
+    files: Sequence[tuple[str, int]],
+    column: str,
+    names: Sequence[str | None],
+    labels: np.ndarray,
+    form: Form,
   ):
-    """Takes path, number and rows of each row group, the column of bytes, and the key and class of each image."""
-    self.groups, self.column, self.keys, self.labels, self.form = groups, column, keys, labels, form
+    """Takes path, number and rows of each row group, name and rows of each file, the column of bytes, and of each image
+    the path that its row tells, if any, and its class."""
+    self.groups, self.files, self.column = groups, files, column
+    self.names, self._labels, self.form = names, labels, form
     self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
+    self._begins = np.cumsum([0, *(rows for _, rows in files)])
     self._forget()
 
   def _forget(self) -> None:
@@ -49,7 +57,7 @@ class ParquetSource(ImageSource):
     self._forget()
 
   def __len__(self) -> int:
-    return len(self.keys)
+    return len(self.names)
 
   def open(self, row: int) -> tuple[str | bytes, str]:
     number = int(np.searchsorted(self._starts, row, "right")) - 1
@@ -57,16 +65,24 @@ class ParquetSource(ImageSource):
     place = row - int(self._starts[number])
     with decoding(f"{path}, row group {group}"):
       content = self._group(number)[place].as_py()
-    name = f"{self.keys[row]} of {path}"
+    name = f"{self.names[row] or f'group {group}, row {place}'} of {path}"
     if content is None:
       raise ValueError(f"{name}: there are no bytes of an image")
     return content, name
 
   def label(self, row: int) -> int:
-    return int(self.labels[row])
+    return int(self._labels[row])
+
+  @property
+  def labels(self) -> np.ndarray:
+    return self._labels
 
   def key(self, row: int) -> str:
-    return self.keys[row]
+    file = int(np.searchsorted(self._begins, row, "right")) - 1
+    return f"{self.files[file][0]}:{row - int(self._begins[file])}"
+
+  def common_name(self, row: int) -> str:
+    return self.names[row] or self.key(row)
 
   def _group(self, number: int) -> Any:
     """The column of a row group; of several threads that want it one reads it."""
@@ -116,31 +132,33 @@ def parquet(
   form = Form.checked(name, image_size, channels, crop)
   paths = find_files(name, path, ".parquet")
   groups: list[tuple[str, int, int]] = []
-  keys: list[str] = []
+  files: list[tuple[str, int]] = []
+  names: list[str | None] = []
   labels: list[np.ndarray] = []
   column, class_names = "", None
-  for file in paths:
+  for file, short in zip(paths, relative_names(path, paths), strict=True):
     with decoding(f"{file} cannot be read as parquet"):
       opened = _open(file)
-      column, key_column = _columns(opened.schema_arrow, image_key)
+      column, name_column = _columns(opened.schema_arrow, image_key)
       class_names = class_names or _names(opened.schema_arrow, label_key)
       for group in range(opened.num_row_groups):
         about = opened.metadata.row_group(group)
         check_memory(f"row group {group}", 2 * _KEPT * about.total_byte_size, "write it with fewer rows in a group")
         groups.append((file, group, about.num_rows))
-      keys += _keys(opened, os.path.basename(file), key_column)
+      files.append((short, opened.metadata.num_rows))
+      names += _names_of_rows(opened, name_column)
       if label_key is not None:
         labels.append(_labels(opened, label_key))
-  if not keys:
+  if not names:
     raise ValueError(f"{name}: there are no rows.")
-  found, names = np.zeros(len(keys), np.int32), tuple[str, ...]()
+  found, classes = np.zeros(len(names), np.int32), tuple[str, ...]()
   if label_key is not None:
     count = len(class_names) if class_names and num_classes is None else num_classes
-    found, names = numbered_classes(name, np.concatenate(labels), count)
-    names = class_names if class_names and len(class_names) == len(names) else names
-  check_classes(name, len(names))
-  source = ParquetSource(groups, column, keys, found, form)
-  return Dataset(name, form.shape, len(names), names, SourceRecords(source))
+    found, classes = numbered_classes(name, np.concatenate(labels), count)
+    classes = class_names if class_names and len(class_names) == len(classes) else classes
+  check_classes(name, len(classes))
+  source = ParquetSource(groups, files, column, names, found, form)
+  return Dataset(name, form.shape, len(classes), classes, SourceRecords(source))
 
 
 def _open(path: str) -> Any:
@@ -173,13 +191,11 @@ def _column(table: Any, name: str) -> Any:
   return column.field(name.rpartition(".")[2]) if "." in name else column
 
 
-def _keys(opened: Any, file: str, column: str | None) -> list[str]:
-  """Keys of the rows of a file: the paths of the images where there are any, else their places."""
-  count = opened.metadata.num_rows
-  paths = [None] * count
-  if column is not None:
-    paths = _column(opened.read(columns=[column]), column).to_pylist()
-  return [path or f"{file}:{row}" for row, path in enumerate(paths)]
+def _names_of_rows(opened: Any, column: str | None) -> list[str | None]:
+  """The paths of images that the rows of a file tell; None where there are none."""
+  if column is None:
+    return [None] * opened.metadata.num_rows
+  return _column(opened.read(columns=[column]), column).to_pylist()
 
 
 def _labels(opened: Any, label_key: str) -> np.ndarray:

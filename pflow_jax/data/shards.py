@@ -13,8 +13,9 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
+from pflow_jax.files.atomic import replace_safely
 from pflow_jax.files.foreign import decoding, regular_file
 
 ENDING = ".array_record"
@@ -128,15 +129,19 @@ def writing(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
     if count and not is_complete(partial, count):
       raise RuntimeError(f"{partial}: {count} records were written and are not there; is the disk full?")
     if count:
-      os.replace(partial, path)
+      replace_safely(partial, path)
   finally:
     partial.unlink(missing_ok=True)
 
 
 def is_complete(path: pathlib.Path, count: int) -> bool:
-  """Returns whether a shard is there and has so many records."""
+  """Returns whether a shard is there and has so many records, of which the first and the last are read.
+
+  The library checks the sum of what it reads, so blocks that were never written are found where they end a file.
+  """
   try:
-    return num_records(path) == count
+    with _opened(path) as reader:
+      return reader.num_records() == count and len(reader.read(sorted({0, count - 1}))) > 0
   except ValueError:
     return False
 
@@ -147,6 +152,12 @@ def num_records(path: str | os.PathLike) -> int:
   Raises:
     ValueError: it is of another format, or cannot be opened.
   """
+  with _opened(path) as reader:
+    return reader.num_records()
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
   from array_record.python.array_record_module import ArrayRecordReader
 
   file = regular_file(path)
@@ -155,7 +166,7 @@ def num_records(path: str | os.PathLike) -> int:
     try:
       if not reader.ok():
         reader.read([0])  # raises the reason
-      return reader.num_records()
+      yield reader
     finally:
       reader.close()
 

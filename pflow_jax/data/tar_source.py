@@ -13,13 +13,14 @@ import dataclasses
 import io
 import os
 import tarfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from pflow_jax.data.dataset import Dataset, check_classes
-from pflow_jax.data.image_source import Form, ImageSource, find_files
+from pflow_jax.data.image_source import Form, ImageSource, find_files, relative_names
 from pflow_jax.data.pixels import Crop, image_endings
 from pflow_jax.data.records import SourceRecords
 from pflow_jax.files.foreign import MAX_IMAGE_FILE, decoding, in_bytes, shown
@@ -35,13 +36,13 @@ class _Image:
   """An image in an archive.
 
   Attributes:
-    key: name of the record in its archive, without the ending.
+    record: its name in its archive, without the ending.
     start: of its bytes in the archive.
     size: of it in bytes.
     label: that its .cls file has, or None.
   """
 
-  key: str
+  record: str
   start: int
   size: int
   label: int | None
@@ -53,22 +54,24 @@ class TarSource(ImageSource):
   def __init__(
     self,
     paths: Sequence[str],
+    names: Sequence[str],
     archives: np.ndarray,
     places: np.ndarray,
-    keys: Sequence[str],
+    records: Sequence[str],
     labels: np.ndarray,
     form: Form,
   ):
-    """Takes the number of each image's archive (n,), its start and size (n, 2), its key and its class (n,)."""
-    self.paths, self.archives, self.places = paths, archives, places
-    self.keys, self.labels, self.form = keys, labels, form
+    """Takes the archives' paths and names, and of each image its archive's number (n,), its start and size (n, 2), its
+    record's name and its class (n,)."""
+    self.paths, self.names, self.archives, self.places = paths, names, archives, places
+    self.records, self._labels, self.form = records, labels, form
 
   def __len__(self) -> int:
-    return len(self.keys)
+    return len(self.records)
 
   def open(self, row: int) -> tuple[str | bytes, str]:
     path, (start, size) = self.paths[self.archives[row]], self.places[row]
-    name = f"{self.keys[row]} of {path}"
+    name = f"{self.records[row]} of {path}"
     if size > MAX_IMAGE_FILE:
       raise ValueError(f"{name}: expected at most {in_bytes(MAX_IMAGE_FILE)}, got {in_bytes(int(size))}")
     with open(path, "rb") as file:
@@ -76,10 +79,17 @@ class TarSource(ImageSource):
       return file.read(size), name
 
   def label(self, row: int) -> int:
-    return int(self.labels[row])
+    return int(self._labels[row])
+
+  @property
+  def labels(self) -> np.ndarray:
+    return self._labels
 
   def key(self, row: int) -> str:
-    return self.keys[row]
+    return f"{self.names[self.archives[row]]}/{self.records[row]}"
+
+  def common_name(self, row: int) -> str:
+    return f"{self.records[row]}, {self.places[row, 1]} bytes"
 
 
 def webdataset(
@@ -93,13 +103,16 @@ def webdataset(
 ) -> Dataset:
   """Images in tar archives; the class of one is the number in the .cls file beside it, else the folder that it is in.
 
+  An image whose name has several dots is a record of its own, unless the part before the first dot names one that has
+  an image or a class: 7.mask.png beside 7.jpg is left out, with one warning that counts such files.
+
   Args:
     path: an archive, a folder of *.tar, or a pattern: data-{000..146}.tar, data-*.tar.
     split: "train"; for others give their own archives.
     image_size: side in pixels, required.
     channels: 3 (RGB) or 1 (grey).
     crop: "adm" cuts and scales as the published work on ImageNet does, see `data.pixels.center_crop`.
-    num_classes: of numbered classes, by default one more than the largest.
+    num_classes: by default one more than the largest number, or the number of folders.
 
   Raises:
     ValueError: for archives that are compressed, cut short or without images, and for classes that do not fit.
@@ -108,15 +121,20 @@ def webdataset(
   check_split(name, split)
   form, paths = Form.checked(name, image_size, channels, crop), find_files(name, path, ".tar")
   with ThreadPoolExecutor(min(len(paths), 16)) as pool:
-    found = list(pool.map(_images, paths))
+    found, beside = zip(*pool.map(_images, paths), strict=True)
   images = [image for one in found for image in one]
+  left_out = [f"{record} of {path}" for path, records in zip(paths, beside, strict=True) for record in records]
+  if left_out:
+    left = f"{len(left_out):,} images, such as {shown(left_out[0])}, belong to the record before their first dot"
+    warnings.warn(f"{name}: {left}, and are left out; rename them if they are records of their own.", stacklevel=3)
   if not images:
     endings = ", ".join(sorted(image_endings()))
     raise ValueError(f"{name}: there are no images; their names end with {endings}.")
   labels, names = _classes(name, images, num_classes)
   archives = np.repeat(np.arange(len(paths), dtype=np.int32), [len(one) for one in found])
   places = np.array([(image.start, image.size) for image in images], np.int64)
-  source = TarSource(paths, archives, places, _keys(paths, archives, images), labels, form)
+  records = [image.record for image in images]
+  source = TarSource(paths, relative_names(path, paths), archives, places, records, labels, form)
   return Dataset(name, form.shape, len(names), names, SourceRecords(source))
 
 
@@ -128,24 +146,42 @@ def check_split(name: str, split: str) -> None:
     )
 
 
-def _images(path: str) -> list[_Image]:
-  """Finds the images of an archive, in their order, with their classes."""
-  endings, places, labels = image_endings(), {}, {}
+def _images(path: str) -> tuple[list[_Image], list[str]]:
+  """Finds the images of an archive, in their order, with their classes, and the names of those beside a record's own.
+
+  WebDataset's name of a record ends at the first dot, which names like photo.v2.png are not made for.
+  """
+  endings, several = image_endings(), set[str]()
+  places, labels = dict[str, tuple[int, int]](), dict[str, int]()
   with open(path, "rb") as file, decoding(f"{path} cannot be read as a tar archive"):
     for member in _members(file):
-      folder, _, base = member.name.removeprefix("./").rpartition("/")
-      stem, dot, ending = base.partition(".")
-      ending, key = (dot + ending).lower(), f"{folder}/{stem}" if folder else stem
-      if stem and ending in endings:
-        if key in places:
-          raise ValueError(f"{shown(key)} has several images; give archives with one image a record")
-        places[key] = member.offset_data, member.size
+      record, ending = os.path.splitext(member.name.removeprefix("./"))
+      ending = ending.lower()
+      if os.path.basename(record).startswith("."):
+        continue
+      if ending in endings:
+        if record in places:
+          several.add(record)
+        places[record] = member.offset_data, member.size
       elif ending == _CLASS:
         here = file.tell()
         file.seek(member.offset_data)
-        labels[key] = _number(key, file.read(min(member.size, _MAX_CLASS)))
+        labels[record] = _number(record, file.read(min(member.size, _MAX_CLASS)))
         file.seek(here)
-  return [_Image(key, *place, labels.get(key)) for key, place in places.items()]
+    others = {*places, *labels}
+    beside = [record for record in places if (first := _first(record)) != record and first in others]
+    for record in beside:
+      del places[record]
+    several &= places.keys()
+    if several:
+      raise ValueError(f"{shown(min(several))} has several images; give archives with one image a record")
+  return [_Image(record, *place, labels.get(record)) for record, place in places.items()], beside
+
+
+def _first(record: str) -> str:
+  """The name of a record up to the first dot of its file's name."""
+  folder, slash, base = record.rpartition("/")
+  return folder + slash + base.partition(".")[0]
 
 
 def _members(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
@@ -197,10 +233,16 @@ def _classes(name: str, images: Sequence[_Image], num_classes: int | None) -> tu
     if len(numbers) < len(images):
       raise ValueError(f"{name}: expected a {_CLASS} file beside each of {len(images)} images, got {len(numbers)}.")
     return numbered_classes(name, np.array(numbers), num_classes)
-  folders = [image.key.rpartition("/")[0] for image in images]
+  folders = [image.record.rpartition("/")[0] for image in images]
   known = sorted(set(folders))
-  check_classes(name, len(known))
-  if known == [""] or (len(known) == 1 and num_classes is None):
+  count = 0 if known == [""] or (len(known) == 1 and not num_classes) else len(known)
+  check_classes(name, count)
+  if num_classes not in (None, count):
+    raise ValueError(
+      f"{name}: num_classes: expected {num_classes}, got {count} folders of images and no {_CLASS} files; leave it "
+      f"out, or give archives with {_CLASS} files."
+    )
+  if not count:
     return np.zeros(len(images), np.int32), ()
   of = {folder: number for number, folder in enumerate(known)}
   return np.array([of[folder] for folder in folders], np.int32), tuple(known)
@@ -222,14 +264,3 @@ def numbered_classes(name: str, labels: np.ndarray, num_classes: int | None) -> 
   if labels.min() < 0 or labels.max() >= count:
     raise ValueError(f"{name}: expected classes in [0, {count}), got {labels.min()} to {labels.max()}.")
   return labels.astype(np.int32), tuple(map(str, range(count)))
-
-
-def _keys(paths: Sequence[str], archives: np.ndarray, images: Sequence[_Image]) -> list[str]:
-  """Keys of all images: their names, with those of their archives before them where archives count anew.
-
-  Archives do so if images of one name have different sizes. Else an image whose name comes again is the same image.
-  """
-  sizes: dict[str, int] = {}
-  if all(sizes.setdefault(image.key, image.size) == image.size for image in images):
-    return [image.key for image in images]
-  return [f"{os.path.basename(paths[number])}/{image.key}" for number, image in zip(archives, images, strict=True)]

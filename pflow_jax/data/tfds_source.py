@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pflow_jax.data.dataset import Dataset, check_classes
+from pflow_jax.data.image_source import digest_of
 from pflow_jax.data.pixels import MODES, Crop, center_crop, check_image_options, to_pixels, to_unit
 from pflow_jax.data.records import Record, SourceRecords
 from pflow_jax.files.foreign import MAX_JSON, decoding, in_bytes, open_image, read_json, regular_file, shown
@@ -45,9 +46,28 @@ class TfdsSource:
   def __len__(self) -> int:
     return len(self.source)
 
+  @property
+  def labels(self) -> np.ndarray | None:
+    """Returns None: the records have them."""
+    return None
+
   def key(self, row: int) -> str:
     """Returns the number of a record, see `data.image_source.Pictures`."""
     return str(row)
+
+  def common_name(self, row: int) -> str:
+    """Returns the number of a record: copies are not looked for."""
+    return str(row)
+
+  def content(self, row: int) -> str:
+    """Returns a digest of a record, which holds for the same one prepared anew."""
+    raw = getattr(self.source, "data_source", None)
+    record = raw[row] if raw is not None else None
+    if isinstance(record, bytes):
+      # Counts of bytes do not depend on the order of a record's features, which changes when it is prepared anew.
+      return digest_of(np.bincount(np.frombuffer(record, np.uint8), minlength=256))
+    pixels, label = self.read(row)
+    return digest_of(pixels.tobytes() + str(label).encode())
 
   def __getitem__(self, row: SupportsIndex) -> Record:
     pixels, label = self.read(int(row))

@@ -32,6 +32,8 @@ from pflow_jax.torch_io.shards import ModelFolder, Planned
 from pflow_jax.torch_io.table import flat_shapes, to_flax, to_torch, torch_shapes_of
 from pflow_jax.torch_io.tensors import open_tensors
 
+SD_SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoders, sd-vae-ft-ema and sd-vae-ft-mse
+
 
 def classes() -> dict[str, TorchNames]:
   """Returns the names of the autoencoders of all families, by their classes in config.json."""
@@ -222,13 +224,14 @@ def other_scale(own: Scaling, data: Scaling | None) -> str:
   """Returns the differences of an autoencoder's scale from that of data, in words; "" where one is not known.
 
   Args:
-    own: shift and scale of the autoencoder.
+    own: shift and scale of the autoencoder, or those that a teacher knows, of which one number is for all channels.
     data: those of the data.
   """
   if data is None or not own.scale or not data.scale:
     return ""
   pairs = {"shift": (own.shift, data.shift), "scale": (own.scale, data.scale)}
-  differing = [name for name, pair in pairs.items() if len({*map(len, pair)}) > 1 or not np.allclose(*pair, rtol=1e-3)]
+  fits = lambda a, b: len(a) in (1, len(b)) and np.allclose(a, b, rtol=1e-3)
+  differing = [name for name, pair in pairs.items() if not fits(*pair)]
   return "; ".join(f"{name} {shown(pairs[name][0])}, the data's {shown(pairs[name][1])}" for name in differing)
 
 

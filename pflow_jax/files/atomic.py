@@ -1,11 +1,31 @@
-"""Atomic writing: a file is there whole or not at all, whenever a process is killed; and waiting for the disk."""
+"""Atomic writing: a file is there whole or not at all, whenever a process is killed or its machine dies."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 
 from etils import epath
+
+from pflow_jax.files.folders import is_remote
+
+
+def replace_safely(partial: epath.Path | pathlib.Path, path: epath.Path | pathlib.Path) -> None:
+  """Renames a file once its content is on the disk, where the new name follows.
+
+  Without that a machine that dies may leave the name of a file whose blocks were never written. An object store has
+  what it took.
+
+  Raises:
+    OSError: the disk does not take them.
+  """
+  if is_remote(path):
+    partial.replace(path)
+    return
+  sync(partial)
+  partial.replace(path)
+  sync(path.parent)
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
@@ -24,7 +44,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
   partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
   try:
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(file)
+    replace_safely(partial, file)
   except BaseException:
     with contextlib.suppress(OSError):  # the first error is the one to raise
       partial.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Chip:
     cores: TensorCores, which the Cloud names of some generations count.
     dimensions: axes of a slice's torus; 1 for a node of GPUs, which a switch connects.
     max_chips: largest number of chips of a slice, or of GPUs of a node.
+    vmem_bytes: on-chip memory of one TensorCore, which a kernel computes in; 0 of a GPU.
     platform: "tpu" or "gpu".
   """
 
@@ -45,6 +46,7 @@ class Chip:
   cores: int
   dimensions: int
   max_chips: int
+  vmem_bytes: int
   platform: str = "tpu"
 
   @property
@@ -61,17 +63,18 @@ class Chip:
 # 100 Gbit/s adapter for the four chips of a host.
 # GPUs: data sheets of H100 SXM and H200 SXM, dense operations; memory as nvidia-smi tells it; NVLink 4, one way; an
 # adapter of 400 Gbit/s for each GPU, as in NVIDIA's DGX H100.
+# On-chip memory: jax/_src/pallas/mosaic/tpu_info.py of JAX 0.10.
 CHIPS: dict[str, Chip] = {
   chip.name: chip
   for chip in (
-    Chip("v3", int(2 * 15.48 * GIB), 123e12, 900e9, 3.3e11, 4, 3.125e9, 2, 2, 2, 1024),
-    Chip("v4", int(30.75 * GIB), 275e12, 1200e9, 2.7e11, 6, 6.25e9, 1, 2, 3, 4096),
-    Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 2.0e11, 4, 3.125e9, 1, 1, 2, 256),
-    Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 6.0e11, 6, 6.25e9, 1, 2, 3, 8960),
-    Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 4.0e11, 4, 12.5e9, 1, 1, 2, 256),
-    Chip("tpu7x", int(2 * 94.75 * GIB), 2307e12, 7380e9, 6.0e11, 6, 12.5e9, 2, 2, 3, 9216),
-    Chip("h100", 81559 * 2**20, 989e12, 3350e9, 4.5e11, 1, 5e10, 1, 1, 1, 8, "gpu"),
-    Chip("h200", 143771 * 2**20, 989e12, 4800e9, 4.5e11, 1, 5e10, 1, 1, 1, 8, "gpu"),
+    Chip("v3", int(2 * 15.48 * GIB), 123e12, 900e9, 3.3e11, 4, 3.125e9, 2, 2, 2, 1024, 16 * MIB),
+    Chip("v4", int(30.75 * GIB), 275e12, 1200e9, 2.7e11, 6, 6.25e9, 1, 2, 3, 4096, 16 * MIB),
+    Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 2.0e11, 4, 3.125e9, 1, 1, 2, 256, 128 * MIB),
+    Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 6.0e11, 6, 6.25e9, 1, 2, 3, 8960, 64 * MIB),
+    Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 4.0e11, 4, 12.5e9, 1, 1, 2, 256, 128 * MIB),
+    Chip("tpu7x", int(2 * 94.75 * GIB), 2307e12, 7380e9, 6.0e11, 6, 12.5e9, 2, 2, 3, 9216, 64 * MIB),
+    Chip("h100", 81559 * MIB, 989e12, 3350e9, 4.5e11, 1, 5e10, 1, 1, 1, 8, 0, "gpu"),
+    Chip("h200", 143771 * MIB, 989e12, 4800e9, 4.5e11, 1, 5e10, 1, 1, 1, 8, 0, "gpu"),
   )
 }
 
@@ -99,6 +102,15 @@ def peak_flops(device_kind: str) -> float | None:
     chip = CHIPS[TPUS[device_kind]]
     return chip.peak_flops / chip.devices
   return next((rate for pattern, rate in GPUS if re.search(pattern, device_kind)), None)
+
+
+def vmem_bytes(device_kind: str) -> int:
+  """On-chip memory of one TensorCore, in bytes; that of a TPU v5e where no TPU of that kind is known.
+
+  Args:
+    device_kind: JAX's name, such as "TPU v5 lite".
+  """
+  return CHIPS[TPUS.get(device_kind, "v5e")].vmem_bytes
 
 
 def chip_of(topology: str) -> Chip:

@@ -134,7 +134,10 @@ def _short(qkv: tuple[jax.Array, ...], num_heads: int, interpret: bool = False) 
   if mesh is None:
     return short_attention(qkv, num_heads, interpret)
   columns = "tensor" if len(qkv) > 1 else None
-  spec, own = PartitionSpec(BATCH, None, columns), num_heads // (mesh.shape["tensor"] if columns else 1)
+  parts = mesh.shape["tensor"] if columns else 1
+  if num_heads % parts:
+    raise ValueError(f"mesh.tensor: expected a number that divides {num_heads} heads, got {parts}; give another")
+  spec, own = PartitionSpec(BATCH, None, columns), num_heads // parts
 
   def local(*qkv: jax.Array) -> jax.Array:
     return short_attention(qkv, own, interpret)

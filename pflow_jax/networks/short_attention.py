@@ -18,9 +18,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# On-chip memory that the kernels may ask for: half of that of a v5e or v6e. What they ask for is missing to the
-# compiler, which keeps a layer's inputs and outputs there where they fit.
-MAX_BYTES = 64 * 2**20
+from pflow_jax.core.batches import traced_device_kind
+from pflow_jax.mesh.chips import vmem_bytes
+
+# The kernels may ask for half of a core's on-chip memory. What they ask for is missing to the compiler, which keeps a
+# layer's inputs and outputs there where they fit.
+SHARE = 1 / 2
 SCORES = 16  # arrays (T, T) in float32 that Mosaic holds at once, heads being unrolled; measured
 LANES = 128
 
@@ -102,8 +105,13 @@ def _call(
 
 
 def is_short(tokens: int, width: int, dtype: Any) -> bool:
-  """Returns whether the kernels take sequences of so many tokens of H * D = `width` channels: 512 of DiT-XL/2's."""
-  return _on_chip(tokens, 7 * width * jnp.dtype(dtype).itemsize) <= MAX_BYTES
+  """Returns whether the kernels take sequences of so many tokens of H * D = `width` channels.
+
+  Of DiT-XL/2's width, 1152 in bfloat16, they take 768 on v5e and v6e, 384 on v5p and tpu7x, 128 on the others. It
+  depends on the devices of the mesh that this is traced for, which for a plan are those of its topology.
+  """
+  needed = _on_chip(tokens, 7 * width * jnp.dtype(dtype).itemsize)
+  return needed <= SHARE * vmem_bytes(traced_device_kind())
 
 
 def _on_chip(tokens: int, row: int) -> int:

@@ -230,6 +230,7 @@ def _step(
     "batch_size": length.batch_size,
     "accumulation": program.step.accumulation,
     "remat": settings.model.get("remat", "none"),
+    "data": str(settings.data.get("name")),
     "steps": length.steps,
     "parameters": {"trained": _count(state.params), "teacher": _count(program.frozen)},
     "flops": flops,

@@ -24,6 +24,7 @@ def as_text(report: dict[str, Any]) -> str:
   lines = [
     f"{what} on {slices}{report['topology']}: {report['chips']} chips, mesh {mesh}",
     f"batch {report['batch_size']}, accumulation {report['accumulation']}, remat {report['remat']}",
+    f"data {report['data']}",
     f"parameters: {report['parameters']['trained']:,} train, the teacher has {report['parameters']['teacher']:,}",
   ]
   if "note" in report:

@@ -20,6 +20,8 @@ from etils import epath
 
 from pflow_jax.checkpoints.stream import Stored, open_leaves
 from pflow_jax.data import Dataset, Description, Fingerprint, changes
+from pflow_jax.data.dataset import Scaling
+from pflow_jax.families.autoencoder import other_scale
 from pflow_jax.files import foreign
 from pflow_jax.files.checksums import CHECKSUMS
 
@@ -259,17 +261,28 @@ def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_scale(folder: str, expected: float, dataset: Dataset) -> None:
-  """Compares the scale of latents, as it was measured, with the one that a converted teacher was trained on.
+def check_scale(folder: str, expected: float, source: Mapping[str, Any], dataset: Dataset) -> None:
+  """Compares the scale of latents with the one that a converted teacher was trained on.
 
   Args:
     folder: of the teacher, for errors.
     expected: standard deviation of a teacher's data, about.
+    source: origin of the teacher; "latent_shift" and "latent_scale" are those of its data, where they are known.
     dataset: that a student is trained on.
 
   Raises:
-    ValueError: the standard deviation is another by far; one that is somewhat other is a warning.
+    ValueError: shift or scale is another, or the standard deviation as it was measured is another by far; one that is
+      somewhat other is a warning.
   """
+  known = [source.get(key) for key in ("latent_shift", "latent_scale")]
+  if all(isinstance(value, int | float) for value in known):
+    shift, scale = ((float(value),) for value in known if value is not None)
+    if problem := other_scale(Scaling(shift, scale), dataset.scaling):
+      raise ValueError(
+        f"config.data.name: {dataset.name} has latents of another shift or scale than the teacher in {folder}: "
+        f"{problem}; give latents of its autoencoder, or, if it was trained on these, mend latent_shift and "
+        f"latent_scale in {CONFIG} there"
+      )
   std = dataset.scaling.std if dataset.scaling else None
   if not std:
     return

@@ -289,7 +289,7 @@ def check_fit(
     )
   if own.converted:
     kind = head_class(own.head)
-    check_scale(folder, own.head.get("sigma_data", getattr(kind, "sigma_data", 1.0)), dataset)
+    check_scale(folder, own.head.get("sigma_data", getattr(kind, "sigma_data", 1.0)), own.source or {}, dataset)
   if is_guided and not asked.autoguided:
     _check_knows_nothing(own, dataset, asked)
   sections = ("model",) if has_policy else ("model", "head")

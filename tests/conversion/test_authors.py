@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pflow_jax.checkpoints.checkpoint import load_params
-from pflow_jax.conversion import models
+from pflow_jax.conversion import from_torch, models
 from pflow_jax.conversion.from_torch import open_source
 from pflow_jax.conversion.program import convert
 from pflow_jax.networks.dit import DIT_SIZES
@@ -144,6 +144,15 @@ def test_files_are_recognised_without_a_config(tmp_path, golden, case):
   np.testing.assert_array_equal(layer, want)
   assert ("left out: projectors, 6 tensors" in notes) == case.startswith("repa's")
   assert ("'ema' is taken" in notes) == ("checkpoint" in case)
+
+
+@pytest.mark.parametrize(("classes", "known"), [(1000, {}), (5, {"latent_shift": 0.0, "latent_scale": 0.18215})])
+def test_a_teacher_of_imagenet_tells_the_scale_of_its_latents(tmp_path, golden, monkeypatch, classes, known):
+  monkeypatch.setattr(from_torch, "_IMAGENET", classes)
+  path = save(tmp_path / "files", "sit_imagenet.safetensors", released(states(golden, "sit"), "sit"))
+  convert(path, tmp_path / "run")
+  source = workdir.load_settings(tmp_path / "run").source
+  assert {key: value for key, value in source.items() if key.startswith("latent_")} == known
 
 
 def test_outputs_for_a_variance_that_nothing_was_learned_for_are_sits(tmp_path, golden, monkeypatch):

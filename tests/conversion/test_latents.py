@@ -14,8 +14,10 @@ import zlib
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet as pq
 
 import pflow_jax as pf
 from pflow_jax import data
@@ -100,13 +102,13 @@ def test_an_encoding_that_failed_says_so_at_once_and_is_gone_on_with(tmp_path, a
   x0 = PIXELS.astype(np.float32) / 127.5 - 1
   x0[60] *= 1e9
   out = tmp_path / "latents"
+  broken = data.from_arrays(x0, np.arange(70) % 3, class_names=("a", "b", "c"), texts=TEXTS)
   with pytest.raises(ValueError, match=r"latents of '60': .*not in float16") as error:  # which keeps its frames
-    pf.encode(data.from_arrays(x0), autoencoder, out=out, batch_size=8)
+    pf.encode(broken, autoencoder, out=out, batch_size=8)
   assert "stopped" in capsys.readouterr().out, error
   with pytest.raises(ValueError, match=r"there is no info\.json"):
     data.load(f"latents:{out}")
-  with pytest.raises(ValueError, match="holds other latents(.*\n)*  content: it has"):
-    pf.encode(pictures, autoencoder, out=out)
+  assert pf.encode(pictures, autoencoder, out=out, batch_size=8).num_records == 70, "nothing of the others is kept"
   with pytest.raises(ValueError, match="mount the bucket"):
     pf.encode(pictures, autoencoder, out="gs://bucket/latents")
   assert pf.encode(pictures, autoencoder, out=tmp_path / "whole").num_records == 70
@@ -114,7 +116,7 @@ def test_an_encoding_that_failed_says_so_at_once_and_is_gone_on_with(tmp_path, a
   assert pf.encode(pictures, autoencoder, out=tmp_path / "whole").num_records == 70
   assert "is complete" in capsys.readouterr().out
   others = data.from_arrays(255 - PIXELS, np.arange(70) % 3, class_names=("a", "b", "c"), texts=TEXTS)
-  with pytest.raises(ValueError, match="holds other latents(.*\n)*  content: it has"):
+  with pytest.raises(ValueError, match="holds other latents: '0' was another picture when it was encoded"):
     pf.encode(others, autoencoder, out=tmp_path / "whole")
 
 
@@ -139,8 +141,11 @@ def test_other_records_of_tfds_are_not_taken_for_the_rest_of_those_that_were_beg
   load = lambda split: picture_set("tfds:tiny_colours", 8, split=split, options={"data_dir": str(tmp_path)})
   assert encode(load("train[:5]"), autoencoder, out=tmp_path / "z").num_records == 5
   encode(load("train[:5]"), autoencoder, out=tmp_path / "z")
-  with pytest.raises(ValueError, match="holds other latents(.*\n)*  content: it has"):
+  with pytest.raises(ValueError, match=r"holds other latents(.*\n)*  options: it has .*'train\[:5\]'"):
     encode(load("train[5:10]"), autoencoder, out=tmp_path / "z")
+  prepared_anew = dataclasses.replace(load("train[5:10]"), options=load("train[:5]").options)
+  with pytest.raises(ValueError, match="holds other latents: '0' was another picture when it was encoded"):
+    encode(prepared_anew, autoencoder, out=tmp_path / "z")
 
 
 def test_the_data_of_a_loaded_run_are_told_to_be_loaded_anew(pictures, autoencoder):
@@ -355,8 +360,131 @@ def test_a_picture_that_was_there_before_is_left_out(tmp_path, kl, capsys):
   assert info.num_records == 3
   for name in "cdefg":
     (tmp_path / f"{name}.tar").write_bytes((tmp_path / "a.tar").read_bytes())
-  with pytest.raises(ValueError, match="expected names that tell pictures apart, 18 of 21 are repeated, such as '0'"):
-    make(f"webdataset:{tmp_path}", f"{tmp_path}/other", autoencoder=str(kl), size=8)
+  info = make(f"webdataset:{tmp_path}", f"{tmp_path}/other", autoencoder=str(kl), size=8, store="mean")
+  assert (info.num_records, info.made["repeated"]) == (3, 18)
+
+
+def write_parquet(path, names, contents, labels):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  images = [{"bytes": content, "path": name} for name, content in zip(names, contents, strict=True)]
+  pq.write_table(pa.table({"image": images, "label": labels}), path)
+
+
+def test_other_pictures_of_one_name_are_all_kept(tmp_path):
+  """Of the same size too, as in files that count their images anew for each class, or in each folder."""
+  of = lambda number: encoded(Image.new("RGB", (9, 9), (number, 0, 0)), "BMP")
+  for name, labels in (("a", (0, 1)), ("b", (0, 1))):
+    first = 2 * (name == "b")
+    write_parquet(tmp_path / name / "0.parquet", ["000.png"] * 2, [of(first), of(first + 1)], labels)
+    with tarfile.open(tmp_path / name / "0.tar", "w") as tar:
+      for label in labels:
+        member = tarfile.TarInfo(f"{label}/000.bmp")
+        member.size = len(of(0))
+        tar.addfile(member, io.BytesIO(of(first + label)))
+  for kind, ending in (("parquet", "parquet"), ("webdataset", "tar")):
+    pictures = picture_set(f"{kind}:{tmp_path}/*/0.{ending}", 8).records.source
+    chosen = latent_writing.Chosen(pictures)
+    assert (len(chosen), chosen.repeated, len(set(chosen.numbers.tolist()))) == (4, 0, 4), kind
+  # One of the same bytes in another class is no copy either; one of the same class is.
+  write_parquet(tmp_path / "c" / "0.parquet", ["000.png"] * 2, [of(0), of(1)], (1, 1))
+  chosen = latent_writing.Chosen(picture_set(f"parquet:{tmp_path}/*/0.parquet", 8).records.source)
+  assert (list(chosen), chosen.repeated) == (
+    [f"{name}/0.parquet:{row}" for name in "ab" for row in (0, 1)] + ["c/0.parquet:0"],
+    1,
+  )
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_another_input_into_a_folder_that_is_complete_is_refused(tmp_path, kl, kind):
+  def write(shade, labels):
+    contents = [encoded(Image.new("RGB", (9, 9), (shade, 9 * i, 0))) for i in range(3)]
+    if kind == "folder":
+      shutil.rmtree(tmp_path / "x", ignore_errors=True)
+      for i in range(3):
+        (tmp_path / "x" / "abc"[labels[i]]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / "abc"[labels[i]] / f"{i}.png").write_bytes(contents[i])
+      return str(tmp_path / "x")
+    if kind == "parquet":
+      write_parquet(tmp_path / "x.parquet", [f"{i}.png" for i in range(3)], contents, labels)
+      return f"parquet:{tmp_path}/x.parquet"
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+      for i in range(3):
+        for name, content in ((f"{i}.png", contents[i]), (f"{i}.cls", str(labels[i]).encode())):
+          member = tarfile.TarInfo(name)
+          member.size = len(content)
+          tar.addfile(member, io.BytesIO(content))
+    return f"webdataset:{tmp_path}/x.tar"
+
+  run = lambda shade, labels, **options: make(
+    write(shade, labels), f"{tmp_path}/z", autoencoder=str(kl), size=8, store="mean", options=options
+  )
+  run(1, [0, 1, 2])
+  run(1, [0, 1, 2])
+  with pytest.raises(ValueError, match="holds other latents: '.*0.*' was another picture when it was encoded"):
+    run(2, [0, 1, 2])
+  with pytest.raises(ValueError, match="holds other latents(.*\n)*  (keys|labels): it has"):
+    run(1, [0, 2, 1])
+  if kind != "folder":
+    with pytest.raises(ValueError, match="holds other latents(.*\n)*  num_classes: it has 3, this run 5"):
+      run(1, [0, 1, 2], num_classes=5)
+
+
+def test_what_an_earlier_version_wrote_is_read_and_not_gone_on_with(tmp_path, kl, photos):
+  out = tmp_path / "z"
+  encode(picture_set(str(photos), 8), kl, out=out)
+  info = json.loads((out / "info.json").read_text())
+  del info["made"]["version"]
+  for name in ("info.json", "info.json.partial"):
+    (out / "info.json").unlink(missing_ok=True)
+    (out / name).write_text(json.dumps(info))
+    with pytest.raises(
+      ValueError, match="was written by another version, which did not note .*, or give another folder"
+    ):
+      encode(picture_set(str(photos), 8), kl, out=out)
+    if name == "info.json":
+      assert data.load(f"latents:{out}").num_records == 16
+
+
+def test_pictures_that_were_repaired_are_added(tmp_path, photos, kl, capsys):
+  """To a folder that stopped at too many, and to one that is complete; others stay as they are."""
+  root, out = tmp_path / "photos", tmp_path / "z"
+  shutil.copytree(photos, root)
+  repair = lambda name: (root / name).write_bytes((photos / "cat" / "05.png").read_bytes())
+  run = lambda out, **options: encode(picture_set(str(root), 8), kl, out=out, batch_size=2, shard_records=3, **options)
+  with pytest.raises(ValueError, match="repair them, or go on with a larger number"):
+    run(out, max_bad=1)
+  repair("cat/03.png")
+  with pytest.raises(ValueError, match="max_bad: more than 1 pictures cannot be read"):
+    run(out, max_bad=1)
+  repair("cat/07.png")
+  repair("dog/04.png")
+  assert run(out, max_bad=1).num_records == 19, "those that were repaired do not count any more"
+  assert (out / "unreadable.txt").read_text().startswith("dog/06.png: ")
+  kept = (out / "00000.array_record").stat().st_mtime_ns
+  capsys.readouterr()
+  assert run(out).num_records == 19
+  assert "is complete" in capsys.readouterr().out
+  repair("dog/06.png")
+  assert run(out).num_records == 20
+  assert "going on after 17 pictures" in capsys.readouterr().out
+  assert (out / "00000.array_record").stat().st_mtime_ns == kept
+  run(tmp_path / "whole")
+  assert contents(out) == contents(tmp_path / "whole")
+  assert not (out / "unreadable.txt").exists()
+
+
+def test_pictures_that_cannot_be_read_are_counted_over_all_processes(tmp_path, photos, kl, monkeypatch):
+  out, real = tmp_path / "z", latent_writing._write_shards
+  # Each of two processes has two of them.
+  count_alone = lambda folder, todo, chosen, values, batch_size, bad, max_bad: real(
+    folder, todo, chosen, values, batch_size, {}, 2 * max_bad
+  )
+  monkeypatch.setattr(latent_writing, "_write_shards", count_alone)
+  for _ in range(2):
+    with pytest.raises(ValueError, match="max_bad: more than 3 pictures cannot be read"):
+      encode(picture_set(str(photos), 8), kl, out=out, max_bad=3)
+    assert not (out / "info.json").exists()
+  assert encode(picture_set(str(photos), 8), kl, out=out, max_bad=4).num_records == 16
 
 
 def test_draws_of_the_same_pictures_are_the_same_whatever_lies_beside_them(tmp_path, photos, kl):
@@ -416,7 +544,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, photos, kl):
   assert run(0, whole).returncode == 2
   assert contents(out) == contents(whole)
   assert sorted(contents(out)) == [
-    *(f"{number:05d}.array_record" for number in range(4)),
+    *(f"{number:05d}.{ending}" for number in range(4) for ending in ("array_record", "part.json")),
     "info.json",
     "unreadable.txt",
   ]
@@ -501,6 +629,19 @@ def test_latents_of_another_scale_than_a_converted_teacher_takes_are_told(tmp_pa
     build(config)
   assert re.search(r"has a standard deviation of 0\.[45].*, the teacher in ", caplog.text)
   assert "takes latents of about 1: are they of its autoencoder?" in caplog.text
+  own = json.loads((tmp_path / "teacher" / "config.json").read_text())
+  own["source"] |= {"latent_shift": 0.0, "latent_scale": 0.18215}
+  (tmp_path / "teacher" / "config.json").write_text(json.dumps(own))
+  info = json.loads((tmp_path / "z" / "info.json").read_text())
+  for shift, scale in ((0.0, 0.18215), (0.0, 0.13025), (0.5, 0.18215)):  # of one standard deviation all
+    (tmp_path / "z" / "info.json").write_text(json.dumps(info | {"shift": [shift] * 4, "scale": [scale] * 4}))
+    if (shift, scale) == (0.0, 0.18215):
+      build(config)
+    else:
+      with pytest.raises(
+        ValueError, match=r"another shift or scale than the teacher in .*: (scale|shift) \(0\.\d+,\), the"
+      ):
+        build(config)
   latents(5.49)  # as those of Stable Diffusion before they are scaled
   with pytest.raises(
     ValueError, match=r"config.data.name: latents:.* has a standard deviation of 5\.[45].*, the teacher in"

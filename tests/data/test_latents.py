@@ -13,7 +13,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from pflow_jax import data
-from pflow_jax.data.latent_shards import LatentFolder, Totals, write_latents
+from pflow_jax.data import shards
+from pflow_jax.data.latent_parts import Totals
+from pflow_jax.data.latent_shards import LatentFolder, write_latents
 from pflow_jax.data.latents import INFO, Info, _normal_quantiles
 from pflow_jax.data.records import Draws, _grain_rows
 
@@ -349,15 +351,29 @@ def contents(path):
   return {one.name: one.read_bytes() for one in sorted(path.iterdir())}
 
 
+def test_a_shard_with_an_index_and_without_its_records_is_not_complete(tmp_path, monkeypatch):
+  """As a machine that died may leave it, unless its disk had all before the file had its name."""
+  path, events = tmp_path / "00000.array_record", []
+  real = os.fsync
+  monkeypatch.setattr(os, "fsync", lambda number: events.append(path.exists()) or real(number))
+  with shards.writing(path) as write:
+    for _ in range(40):
+      write(bytes(range(256)) * 32)
+  assert events == [False, True], "the content before, the name after"
+  assert shards.is_complete(path, 40)
+  whole = path.read_bytes()
+  path.write_bytes(whole[:200] + bytes(7800) + whole[8000:])
+  assert shards.num_records(path) == 40
+  assert not shards.is_complete(path, 40)
+
+
 def test_a_folder_that_was_begun_is_gone_on_with_and_ends_the_same(tmp_path):
   whole = begin(tmp_path / "whole")
   assert whole.claim()
   fill(whole, whole.todo())
   assert whole.finish(texts=[f"text {i}" for i in range(11)]).num_records == 11
   assert sorted(contents(tmp_path / "whole")) == [
-    "00000.array_record",
-    "00001.array_record",
-    "00002.array_record",
+    *(f"{number:05d}.{ending}" for number in range(3) for ending in ("array_record", "part.json")),
     "info.json",
     "texts.json",
   ]

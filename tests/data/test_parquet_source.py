@@ -43,7 +43,11 @@ def test_rows_are_pictures_with_classes_and_names(hub):
   source = pickle.loads(pickle.dumps(dataset.records.source))
   for row in (7, 0, 3, 2, 6):
     got, label = source.read(row)
-    assert (got[0, 0].tolist(), label, source.key(row)) == ([row, 100, 200], row % 3, f"n{row}.png")
+    assert (got[0, 0].tolist(), label, source.common_name(row)) == ([row, 100, 200], row % 3, f"n{row}.png")
+  assert [source.key(row) for row in (0, 2, 3)] == [
+    f"train-0000{key}" for key in ("0.parquet:0", "0.parquet:2", "1.parquet:0")
+  ]
+  assert source.labels.tolist() == [row % 3 for row in range(8)]
   assert next(data.batches(dataset, 5, seed=0))["x0"].shape == (5, 4, 4, 3)
   assert data.load(f"parquet:{hub}/train-00001.parquet", image_size=4, label_key=None).num_classes == 0
 
@@ -53,7 +57,16 @@ def test_the_crop_of_adm(tmp_path, golden):
   write(tmp_path / "a.parquet", range(1), image=images)
   source = data.load(f"parquet:{tmp_path}", image_size=16, crop="adm").records.source
   np.testing.assert_array_equal(source.read(0)[0], golden("adm_center_crop")["wide"])
-  assert source.key(0) == "a.parquet:0"
+  assert source.key(0) == source.common_name(0) == "a.parquet:0"
+
+
+def test_files_of_one_name_in_several_folders_have_keys_of_their_own(tmp_path):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    write(tmp_path / name / "0000.parquet", range(1), image=[{"bytes": picture(1), "path": None}])
+  source = data.load(f"parquet:{tmp_path}/*/0000.parquet", image_size=4).records.source
+  assert [source.key(row) for row in (0, 1)] == ["a/0000.parquet:0", "b/0000.parquet:0"]
+  assert source.content(0) == source.content(1)
 
 
 def test_a_column_of_bytes_and_classes_by_number(tmp_path):

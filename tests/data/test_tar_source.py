@@ -46,7 +46,9 @@ def test_records_are_pictures_with_the_class_beside_them(tars, pattern):
   source = pickle.loads(pickle.dumps(dataset.records.source))
   for row in range(6):
     got, label = source.read(row)
-    assert (got[0, 0].tolist(), label, source.key(row)) == ([row, 100, 200], row % 3, f"{row:06d}")
+    assert (got[0, 0].tolist(), label) == ([row, 100, 200], row % 3)
+    assert source.key(row) == f"train-{row // 3:04d}.tar/{row:06d}"
+  assert source.labels.tolist() == [0, 1, 2, 0, 1, 2]
   assert next(data.batches(dataset, 4, seed=0))["x0"].dtype == "float32"
   one = data.load(f"webdataset:{tars}/train-0001.tar", image_size=4, num_classes=10)
   assert (one.num_records, one.num_classes) == (3, 10)
@@ -67,15 +69,28 @@ def test_folders_in_an_archive_are_classes(tmp_path):
   assert data.load(f"webdataset:{tmp_path}", image_size=4).num_classes == 0
 
 
-def test_an_image_that_comes_again_has_its_key_and_archives_that_count_anew_have_keys_of_their_own(tmp_path):
-  def keys(**contents):
-    for name, content in contents.items():
-      write_tar(tmp_path / f"{name}.tar", {"0.png": content})
-    source = data.load(f"webdataset:{tmp_path}", image_size=4).records.source
-    return [source.key(row) for row in range(len(source))]
+def test_images_of_one_name_have_keys_of_their_own_and_copies_have_a_name_in_common(tmp_path):
+  for name, content in dict(a=picture(1), b=encoded(Image.fromarray(pixels(20, 20))), c=picture(1)).items():
+    (tmp_path / name).mkdir()
+    write_tar(tmp_path / name / "0.tar", {"0.png": content})
+  source = data.load(f"webdataset:{tmp_path}/*/0.tar", image_size=4).records.source
+  assert [source.key(row) for row in range(3)] == ["a/0.tar/0", "b/0.tar/0", "c/0.tar/0"]
+  assert source.common_name(0) == source.common_name(2) != source.common_name(1)
+  assert source.content(0) == source.content(2) != source.content(1)
 
-  assert keys(a=picture(1), c=picture(1)) == ["0", "0"]
-  assert keys(b=encoded(Image.fromarray(pixels(20, 20)))) == ["a.tar/0", "b.tar/0", "c.tar/0"]
+
+def test_a_name_with_several_dots_is_an_image_of_its_own_unless_its_record_has_one(tmp_path):
+  """WebDataset's name of a record ends at the first dot, and its other files have any ending."""
+  members = {"p0.v2.png": picture(1), "p1.png": picture(2), "a.b/x.1.PNG": picture(3), "._p.v.png": b"no image"}
+  source = data.load(f"webdataset:{write_tar(tmp_path / 'a.tar', members)}", image_size=4).records.source
+  assert source.records == ["p0.v2", "p1", "a.b/x.1"]
+  members |= {"p0.v2.cls": b"4", "p1.cls": b"2", "a.b/x.1.cls": b"0"}
+  members |= {"p1.mask.png": picture(4), "p2.cls": b"1", "p2.depth.png": picture(5)}
+  with pytest.warns(
+    UserWarning, match=r"2 images, such as 'p1\.mask of .*a\.tar', belong to the record before their first"
+  ):
+    source = data.load(f"webdataset:{write_tar(tmp_path / 'a.tar', members)}", image_size=4).records.source
+  assert (source.records, source.labels.tolist()) == (["p0.v2", "p1", "a.b/x.1"], [4, 2, 0])
 
 
 def test_members_that_are_no_files_are_not_followed(tmp_path):
@@ -89,7 +104,7 @@ def test_members_that_are_no_files_are_not_followed(tmp_path):
     member.size = len(picture(1))
     tar.addfile(member, io.BytesIO(picture(1)))
   source = data.load(f"webdataset:{path}", image_size=4).records.source
-  assert [source.key(row) for row in range(len(source))] == ["../../outside"]
+  assert source.records == ["../../outside"]
   assert sorted(os.listdir(tmp_path)) == ["a.tar"], "nothing is unpacked"
 
 
@@ -134,6 +149,14 @@ def test_records_without_their_class_or_with_several_images_are_refused(tmp_path
 def test_other_refusals(tars):
   refused(tars, r"expected classes in \[0, 2\), got 0 to 2", num_classes=2)
   refused(tars, "expected split='train', got 'test'", split="test")
+  one = write_tar(tars / "one.tar", {"dog/1.png": picture(1), "cat/1.png": picture(1)})
+  none = "num_classes: expected 1000, got {} folders of images and no .cls files; leave it out, or give archives"
+  refused(one, none.format(2), num_classes=1000)
+  refused(write_tar(tars / "one.tar", {"1.png": picture(1)}), none.format(0), num_classes=1000)
+  assert (
+    data.load(f"webdataset:{write_tar(one, {'dog/1.png': picture(1)})}", image_size=4, num_classes=1).num_classes == 1
+  )
+  os.remove(one)
   refused(tars / "none-*.tar", "there are no files")
   refused(f"{tars}/train-{{0000..0002}}.tar", r"train-0002\.tar: there is no such file")
   refused(f"{tars}/train-{{0000..9999999}}.tar", "at most 1,000,000 files")

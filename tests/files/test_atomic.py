@@ -1,5 +1,8 @@
 """Files that appear whole or not at all."""
 
+import os
+import pathlib
+
 import pytest
 from etils import epath
 
@@ -32,6 +35,23 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, method, error):
     write_atomically(tmp_path / "file", "after")
   monkeypatch.undo()
   assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
+
+
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_at_the_end(tmp_path, monkeypatch):
+  events, real, replace = [], os.fsync, pathlib.Path.replace
+
+  def fsync(number):
+    events.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+    real(number)
+
+  def renamed(self, target):
+    events.append("renamed")
+    return replace(self, target)
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", renamed)
+  write_atomically(tmp_path / "file", "text")
+  assert events == [f"file.{os.getpid()}.partial", "renamed", tmp_path.name]
 
 
 def test_what_cannot_be_removed_hides_no_error(tmp_path):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from pflow_jax.core.batches import traced_device_kind
 from pflow_jax.mesh.sharding import make_layout
 from pflow_jax.networks import attention as module
+from pflow_jax.networks import short_attention as module_of_kernel
 from pflow_jax.networks.attention import IMPLEMENTATIONS, attention, check_platform, self_attention, supports_jvp
 from pflow_jax.networks.short_attention import is_short, short_attention
 
@@ -201,6 +203,26 @@ def test_sequences_are_short_that_fit_on_the_chip():
   assert is_short(512, 1152, jnp.bfloat16)
   assert not is_short(1024, 1152, jnp.bfloat16), "latents of 512 x 512 pixels"
   assert not is_short(4608, 3072, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+  ("kind", "most"),
+  [("TPU v5 lite", 768), ("TPU v6 lite", 768), ("TPU v5p", 384), ("TPU7x", 384), ("TPU v4", 128), ("TPU v3", 128)],
+)
+def test_the_chip_that_this_is_traced_for_says_how_long_is_short(monkeypatch, kind, most):
+  """Half of the on-chip memory of its core, which a plan knows as well as a run."""
+  with make_layout(dict(data=8), ()).context():
+    assert traced_device_kind() == jax.devices()[0].device_kind
+  monkeypatch.setattr(module_of_kernel, "traced_device_kind", lambda: kind)
+  assert max(tokens for tokens in range(128, 2048, 128) if is_short(tokens, 1152, jnp.bfloat16)) == most
+
+
+@pytest.mark.usefixtures("float32")
+def test_heads_that_the_mesh_does_not_divide_are_refused():
+  """6 heads in 4 parts would be 4 of 12 columns."""
+  qkv = np.zeros((8, 24, 3 * 6 * 8), np.float32)
+  with make_layout(dict(data=2, tensor=4), ()).context(), pytest.raises(ValueError, match="divides 6 heads, got 4"):
+    jax.eval_shape(lambda qkv: self_attention(qkv, 6, implementation="pallas"), qkv)
 
 
 @pytest.mark.usefixtures("float32")

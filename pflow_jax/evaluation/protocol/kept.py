@@ -19,7 +19,7 @@ from pflow_jax.evaluation.protocol.parts import Parts
 from pflow_jax.evaluation.protocol.settings import PART, Keep
 from pflow_jax.families.autoencoder import codec_of
 from pflow_jax.files.array_files import Npz
-from pflow_jax.files.atomic import sync
+from pflow_jax.files.atomic import replace_safely, sync
 from pflow_jax.files.foreign import in_bytes
 
 SHOWN = 64  # samples in the picture
@@ -115,9 +115,7 @@ def _save_npz(parts: Parts, path: pathlib.Path) -> None:
           np.lib.format.write_array_header_1_0(file, header)
           for start in range(0, rows.shape[0], PART):
             file.write(np.ascontiguousarray(rows[start : start + PART]).data)
-    sync(partial)  # the parts' pictures are removed then
-    partial.replace(path)
-    sync(path.parent)
+    replace_safely(partial, path)  # the parts' pictures are removed then
   except BaseException:
     partial.unlink(missing_ok=True)
     raise
