@@ -44,6 +44,7 @@ from pflow_jax.training.teachers import inputs_of_import
 
 SOURCE = "source.json"  # of a workdir that was converted: of what
 _MARK_BYTES = 2**16
+_SAID = ("_encoder", "_license")  # fields of a config.json about the file, which a run's source has too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +174,7 @@ def _import_teacher(
   source = {"class": config["_class_name"], "folder": name, **told_by_folder(path)}
   if "sample_size" in model.attributes:
     source["sample_size"] = model.attributes["sample_size"]
+  source |= {key.removeprefix("_"): config[key] for key in _SAID if key in config}
   own = Settings(
     data=students.data_of(model),
     model=Choice(model.kind, model.options | {"dtype": _compute_dtype(leaves)}),

@@ -223,7 +223,7 @@ def read_layer(row: Row, read: Read, index: int | None = None) -> np.ndarray:
 def tensors_of_layer(row: Row, layer: np.ndarray, index: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (name, tensor) of layer `index` of the leaf, or of the leaf itself where it has no layers."""
   names = row.at(index)
-  parts = [layer] * len(names) if row.tied else np.split(layer, len(names), axis=-1)
+  parts = [layer] * len(names) if row.tied or len(names) == 1 else np.split(layer, len(names), axis=-1)
   for name, part in zip(names, parts, strict=True):
     yield name, turn_back(row, part)
 
@@ -240,7 +240,7 @@ def torch_shapes_of(row: Row, shape: Shape, exported: bool = False) -> dict[str,
     row = dataclasses.replace(row, take=None)
   layers: Sequence[int | None] = range(shape[0]) if row.stacked else [None]
   rest = tuple(shape[1:]) if row.stacked else tuple(shape)
-  one = turn_shape_back(row, (*rest[:-1], rest[-1] // row.joined))
+  one = turn_shape_back(row, rest if row.joined == 1 else (*rest[:-1], rest[-1] // row.joined))
   return {name: one for index in layers for name in row.at(index)}
 
 
