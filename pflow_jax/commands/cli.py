@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, plot, merge, compare, plan, data, convert, push, latents,
+"""The command `pflow`: train, sample, evaluate, plot, merge, ema, compare, plan, data, convert, push, latents,
 reference, cache, demo.
 
 Exit codes; all but 0 come with one sentence on stderr:
@@ -111,6 +111,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "reference": _command(reference, joins=False),
   "plot": _command(programs.plot, joins=False),
   "merge": _command(programs.merge, joins=False),
+  "ema": _command(programs.ema, joins=False),
   "compare": _command(programs.compare, _config_file, joins=False),
   "plan": _plan,
   "data": _data,

@@ -44,7 +44,7 @@ from pflow_jax.training.teachers import inputs_of_import
 
 SOURCE = "source.json"  # of a workdir that was converted: of what
 _MARK_BYTES = 2**16
-_SAID = ("_encoder", "_license")  # fields of a config.json about the file, which a run's source has too
+_SAID = ("_encoder", "_file", "_license")  # fields of a config.json about the file, which a run's source has too
 
 
 @dataclasses.dataclass(frozen=True)

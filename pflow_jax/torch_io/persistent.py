@@ -66,9 +66,7 @@ def open_persistent(file: pathlib.Path, key: str = "") -> Tensors:
     loaded, _ = read_inert(_Bounded(pickled, size), make, held=_Held)  # type: ignore[arg-type]
     network, others, chosen = _choose(loaded, key)
     views = _views(network)
-  places: dict[str, Place] = {
-    name: view.at(file, size, name, starts[view.storage.key]) for name, view in views.items()
-  }
+  places: dict[str, Place] = {name: view.at(file, size, name, starts[view.storage.key]) for name, view in views.items()}
   about = _described(network) | {"others": {name: _described(one) for name, one in others.items()}}
   metadata = {PERSISTENT: json.dumps(about)} | ({CHOSEN: chosen} if chosen is not None else {})
   return Tensors(checked_names(file, places), metadata)

@@ -252,7 +252,7 @@ def to_flax(table: Table, tensors: Mapping[str, np.ndarray]) -> Params:
       depth = next(i for i in range(len(tensors) + 1) if row.at(i)[0] not in tensors)
       leaf = np.stack([read_layer(row, tensors.__getitem__, i) for i in range(depth)])
     else:
-      leaf = np.ascontiguousarray(read_layer(row, tensors.__getitem__))
+      leaf = np.asarray(read_layer(row, tensors.__getitem__), order="C")
     flat[tuple(row.flax.split("/"))] = leaf
   return unflatten_dict(flat)
 
@@ -274,7 +274,7 @@ def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     row = rows[path]
     for index in range(len(leaf)) if row.stacked else [None]:
       pairs = tensors_of_layer(row, leaf if index is None else leaf[index], index)
-      tensors |= {name: np.ascontiguousarray(tensor) for name, tensor in pairs}
+      tensors |= {name: np.asarray(tensor, order="C") for name, tensor in pairs}
   return tensors
 
 

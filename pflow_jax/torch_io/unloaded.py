@@ -160,7 +160,7 @@ def load_old(file: pathlib.Path, refusal: Callable[[str], str]) -> tuple[Any, Ca
   """
   size = file.stat().st_size
   with file.open("rb") as f, decoding(file):
-    loaded, asked, storages, starts = _old_stream(f, MAX_PICKLE)
+    loaded, asked, starts = _old_stream(f, MAX_PICKLE)
   if asked:
     raise ValueError(refusal(asked[0]))
 
@@ -187,7 +187,7 @@ def load_old_storage(f: IO[bytes], start: int, length: int) -> tuple[Storage, in
     ValueError: it holds more than a storage, or is damaged.
   """
   f.seek(start)
-  loaded, asked, _, starts = _old_stream(f, min(length, _MAX_DESCRIPTION))
+  loaded, asked, starts = _old_stream(f, min(length, _MAX_DESCRIPTION))
   if asked or not isinstance(loaded, Storage) or loaded.key not in starts:
     raise ValueError(f"expected numbers alone, got {shown(asked[0] if asked else type(loaded).__name__)}")
   if starts[loaded.key] + loaded.count * loaded.dtype.itemsize > start + length:
@@ -195,11 +195,11 @@ def load_old_storage(f: IO[bytes], start: int, length: int) -> tuple[Storage, in
   return loaded, starts[loaded.key]
 
 
-def _old_stream(f: IO[bytes], limit: int) -> tuple[Any, list[str], dict[str, Storage], dict[str, int]]:
+def _old_stream(f: IO[bytes], limit: int) -> tuple[Any, list[str], dict[str, int]]:
   """Reads what torch.save wrote from where `f` stands, in pickles of at most `limit` bytes.
 
   Returns:
-    the object, names of what its pickle asks to be called, the storages by key, and where in `f` their numbers begin.
+    the object, names of what its pickle asks to be called, and where in `f` the numbers of each storage begin, by key.
   """
   storages, asked = dict[str, Storage](), list[str]()
 
@@ -233,7 +233,7 @@ def _old_stream(f: IO[bytes], limit: int) -> tuple[Any, list[str], dict[str, Sto
       raise ValueError(f"storage {shown(key)} has another size than its tensors")
     starts[key] = f.tell()
     f.seek(count * storages[key].dtype.itemsize, os.SEEK_CUR)
-  return loaded, asked, storages, starts
+  return loaded, asked, starts
 
 
 def inert_tensor(name: str, arguments: tuple[Any, ...]) -> Any:

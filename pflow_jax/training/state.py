@@ -23,6 +23,7 @@ class TrainState:
   ema: PyTree  # like params, float32
   opt_state: PyTree
   opponent: PyTree = None  # of an adversarial run: the discriminator's parameters and optimizer state
+  profiles: PyTree = None  # more averages, a tuple of trees like ema, for others that are made of them afterwards
 
   def __repr__(self) -> str:
     step = f", step {self.step}" if jax.core.is_concrete(self.step) else ""
@@ -35,15 +36,19 @@ def count_parameters(params: PyTree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params) if hasattr(leaf, "size"))
 
 
-def create_state(params: PyTree, optimizer: optax.GradientTransformation, opponent: PyTree = None) -> TrainState:
-  """State at step 0, its average a float32 copy of `params`.
+def create_state(
+  params: PyTree, optimizer: optax.GradientTransformation, opponent: PyTree = None, profiles: int = 0
+) -> TrainState:
+  """State at step 0, its average and `profiles` more of them float32 copies of `params`.
 
-  A real copy, so that a jitted step may donate the state. Works under jit and jax.eval_shape.
+  Real copies, so that a jitted step may donate the state. Works under jit and jax.eval_shape.
   """
+  copy = lambda: jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params),
+    ema=copy(),
     opt_state=optimizer.init(params),
     opponent=opponent,
+    profiles=tuple(copy() for _ in range(profiles)) or None,
   )

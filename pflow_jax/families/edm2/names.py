@@ -91,7 +91,10 @@ class EDM2Names(NetworkNames):
         rows.append(_conv(theirs, name))
         continue
       rows += [_conv(f"{theirs}.conv_res{i}", f"{name}/conv_res{i}") for i in range(2)]
-      rows += [_linear(f"{theirs}.emb_linear", f"{name}/emb_linear"), Row(f"{theirs}.emb_gain", f"{name}/emb_linear/gain")]
+      rows += [
+        _linear(f"{theirs}.emb_linear", f"{name}/emb_linear"),
+        Row(f"{theirs}.emb_gain", f"{name}/emb_linear/gain"),
+      ]
       rows += [_pointwise(f"{theirs}.{layer}", f"{name}/{layer}") for layer in block]
     return tuple(rows)
 
@@ -151,7 +154,7 @@ class EDM2Names(NetworkNames):
       "num_blocks": model["num_blocks"],
       "attn_resolutions": [model["sample_size"] >> level for level in model["attn_levels"]],
       "channels_per_head": model["channels_per_head"],
-      **{f"_{key}": value for key, value in of_head.items() if key != "sigma_data"},
+      **{key: value for key, value in of_head.items() if key != "sigma_data"},  # of ours, which NVIDIA's class refuses
     }
 
   def constants(self, model: Mapping[str, Any]) -> dict[str, np.ndarray]:

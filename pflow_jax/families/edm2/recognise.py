@@ -43,12 +43,14 @@ def recognise(source: Source) -> Source | None:
     if len(first) != 1:
       return None
     told = _told_by_shapes(source, int(first[0][1]))
-    source = source.noted("taken to be an EDM2 with 64 channels a head and sigma_data 0.5, which its tensors do not tell")
+    source = source.noted(
+      "taken to be an EDM2 with 64 channels a head and sigma_data 0.5, which its tensors do not tell"
+    )
   if told is None and "_class_name" not in source.config:
     return None
   config = {**(told or {}), **source.config}
   if _PUBLISHED.fullmatch(source.published):
-    config["_license"] = LICENCE
+    config |= {"_file": source.published, "_license": LICENCE}
   aside = [name for name in source.tensors.places if name.startswith(_LOGVAR)]
   source = dataclasses.replace(source, tensors=source.tensors.without(aside), config=config)
   if aside:
