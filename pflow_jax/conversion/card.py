@@ -64,8 +64,8 @@ _PIPELINES = {
 
 _CLASSES = {
   SIT: "With the code of SiT, or of REPA: the tensors are the state dict of its `SiT`, without projectors.\n",
-  PRECOND: "With the code of [EDM2](https://github.com/NVlabs/edm2): `config` is config.json without the names that begin "
-  "with an underscore.\n\n```python\nfrom safetensors.torch import load_file\nfrom training.networks_edm2 import "
+  PRECOND: "With the code of [EDM2](https://github.com/NVlabs/edm2); `config` is config.json without `_class_name`:\n\n"
+  "```python\nfrom safetensors.torch import load_file\nfrom training.networks_edm2 import "
   'Precond\n\nPrecond(**config).load_state_dict(load_file("FOLDER/diffusion_pytorch_model.safetensors"))\n```\n',
 }
 """How other code reads an export, by the class in its config.json."""

@@ -84,7 +84,8 @@ def read_inert(
     if opcode.name == "STOP":
       return machine.value(), stream.tell()
     if held is not None and opcode.name in _BYTES:
-      argument = held(stream.tell() - len(argument), len(argument))
+      length = len(argument)  # type: ignore[arg-type]
+      argument = held(stream.tell() - length, length)
     machine.step(opcode.name, argument)
   raise ValueError("expected a pickle that ends")  # genops has raised
 

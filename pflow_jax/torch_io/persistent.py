@@ -163,7 +163,7 @@ def _state(made: Made) -> Mapping[Any, Any]:
 
 
 def _views(network: Made) -> dict[str, View]:
-  """Returns the parameters and buffers of a module and of those in it by the names of a state dict, each module once."""
+  """Returns the parameters and buffers of a module and of those within, by the names of a state dict."""
   found: dict[str, View] = {}
   todo, seen = [("", network)], set[int]()
   while todo:

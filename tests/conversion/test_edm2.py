@@ -89,7 +89,7 @@ def test_tensors_alone_tell_their_sizes(tmp_path, kind):
   state = edm2.state_dict(kind)
   path = tmp_path / "training-state-0134217.pt"
   torch.save(
-    {"state": {"cur_nimg": 3}, "net": state, "ema": {"stds": [0.05], "emas": [state]}, "loss_fn": {"a": 1}}, path
+    {"state": {"cur_nimg": 3}, "net": dict(state), "ema": {"stds": [0.05], "emas": [state]}, "loss_fn": {"a": 1}}, path
   )
   for key in ("net", "ema.emas.0"):
     source = models.recognise(open_source(path, key))

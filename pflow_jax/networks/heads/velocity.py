@@ -57,7 +57,7 @@ class DenoiserHead(VelocityHead):
     low, high = (sigma / (1 + sigma) for sigma in (self.min_sigma, self.max_sigma))
 
     def velocity(x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
-      # The modules take flow time, whose logit is log sigma: float32 would lose digits of 1 - t on the way back from it.
+      # The modules take flow time, whose logit is log sigma; on the way back from that, float32 loses digits of 1 - t.
       time = jnp.clip(t, low, high)
       denoise = edm_denoiser(lambda x, _, cond: apply(x, time, cond), self.sigma_data)
       return denoiser_velocity(denoise, self.max_sigma, self.min_sigma)(x, t, cond)
