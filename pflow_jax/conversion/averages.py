@@ -69,7 +69,7 @@ def average(folder: str | os.PathLike, out: str | os.PathLike, *, sigma_rel: flo
   adversary stay behind, so that it does not train on.
 
   Args:
-    folder: workdir of a run that was trained with `ema.profiles`.
+    folder: workdir of a run that was trained with profiles, see `settings.optimizer.EmaSettings`.
     out: the new workdir.
     sigma_rel: width of the average, a share of the run.
     step: at which it ends, one of the snapshots'; None is the last.
