@@ -1,4 +1,4 @@
-"""Networks that NVIDIA's module torch_utils.persistence pickled (.pkl), such as EDM2's, read without running what they hold.
+"""Networks pickled by NVIDIA's module torch_utils.persistence (.pkl), EDM2's say, read without running what they hold.
 
 Such a file has the source of its classes in it, which Python's own unpickler runs. Here no name in it is looked up: an
 object stays what it is made of, see `files.inert`, and a tensor is a place in the file.

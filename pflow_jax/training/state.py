@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,21 @@ class TrainState:
   ema: PyTree  # like params, float32
   opt_state: PyTree
   opponent: PyTree = None  # of an adversarial run: the discriminator's parameters and optimizer state
-  profiles: PyTree = None  # more averages, a tuple of trees like ema, for others that are made of them afterwards
+
+  profiles: ClassVar[PyTree] = None
 
   def __repr__(self) -> str:
     step = f", step {self.step}" if jax.core.is_concrete(self.step) else ""
     rival = ", and an opponent" if self.opponent is not None else ""
     return f"TrainState({count_parameters(self.params):,} parameters that train{rival}{step})"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class ProfiledState(TrainState):
+  """The state of a run with more averages, a class of its own: a checkpoint has an entry for every field, even None."""
+
+  profiles: PyTree = None  # type: ignore[misc]  # a tuple of trees like ema, of which others are made afterwards
 
 
 def count_parameters(params: PyTree) -> int:
@@ -44,11 +53,12 @@ def create_state(
   Real copies, so that a jitted step may donate the state. Works under jit and jax.eval_shape.
   """
   copy = lambda: jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-  return TrainState(
+  own: dict[str, Any] = {"profiles": tuple(copy() for _ in range(profiles))} if profiles else {}
+  return (ProfiledState if profiles else TrainState)(
     step=jnp.zeros((), jnp.int32),
     params=params,
     ema=copy(),
     opt_state=optimizer.init(params),
     opponent=opponent,
-    profiles=tuple(copy() for _ in range(profiles)) or None,
+    **own,
   )

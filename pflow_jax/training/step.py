@@ -83,7 +83,7 @@ class Step:
       params = self.project(params)
     ema = optim.update_ema(state.ema, params, self.ema_decay(state.step))
     averages = zip(state.profiles or (), self.profile_decays, strict=True)
-    profiles = tuple(optim.update_ema(average, params, decay(state.step)) for average, decay in averages) or None
+    profiles = tuple(optim.update_ema(average, params, decay(state.step)) for average, decay in averages)
     in_a_row, total = optim.skipped(opt_state)
     metrics = {
       "loss": loss,
@@ -95,7 +95,9 @@ class Step:
     if self.schedule is not None:
       # On the host this would be one more program, which waits for the steps in progress.
       metrics["learning_rate"] = self.schedule(jnp.maximum(state.step - total, 0))
-    return TrainState(state.step + 1, params, ema, opt_state, opponent, profiles), metrics
+    new: dict[str, Any] = {"step": state.step + 1, "params": params, "ema": ema, "opt_state": opt_state}
+    new |= {"opponent": opponent} | ({"profiles": profiles} if profiles else {})
+    return dataclasses.replace(state, **new), metrics
 
   def _gradient(self, state, frozen, batch, key):
     """Mean loss, mean metrics and gradient over the batch."""
