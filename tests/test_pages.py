@@ -65,6 +65,7 @@ PARSED = {
   r"pflow convert .*(last\.pt|SiT-XL-2|_imagenet|runs/sit )": (
     "weights of 675 million parameters; tests/conversion/test_authors.py converts tiny ones"
   ),
+  r"pflow convert .*edm2": "weights of 280 million parameters; tests/conversion/test_edm2.py converts tiny ones",
   r"pflow (convert|sample) .*runs/(repa|released)": (
     "weights of REPA's teacher; tests/evaluation/test_sample.py samples a small one by the same flags"
   ),

@@ -1,4 +1,4 @@
-"""The command `pflow`: train, sample, evaluate, plot, merge, compare, plan, data, convert, push, latents,
+"""The command `pflow`: train, sample, evaluate, plot, merge, ema, compare, plan, data, convert, push, latents,
 reference, cache, demo.
 
 Exit codes; all but 0 come with one sentence on stderr:
@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from pflow_jax.commands import programs
 from pflow_jax.commands.command import USAGE, ConfigSource, fail, one_sentence, run_command
+from pflow_jax.commands.ema import ema
 from pflow_jax.commands.evaluate import evaluate
 from pflow_jax.commands.reference import reference
 from pflow_jax.files.output import logged_tracebacks, tolerant_output
@@ -111,6 +112,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
   "reference": _command(reference, joins=False),
   "plot": _command(programs.plot, joins=False),
   "merge": _command(programs.merge, joins=False),
+  "ema": _command(ema, joins=False),
   "compare": _command(programs.compare, _config_file, joins=False),
   "plan": _plan,
   "data": _data,

@@ -29,6 +29,7 @@ USAGE = """usage: pflow COMMAND [flags]
   pflow evaluate --workdir runs/student                                      measure a student beside its teacher
   pflow plot     runs/student runs/other --metric loss --out curves.png      curves of runs, here and in a picture
   pflow merge    --workdir runs/adapters --out runs/merged                   a run with adapters as one without
+  pflow ema      --workdir runs/teacher --sigma_rel 0.05                     a run with another average, made afterwards
   pflow compare  --config configs/compare/digits.py --workdir runs/compare   train and measure methods side by side
   pflow plan     --config configs/imagenet.py:gmrepa_1nfe --topology v5e-256 does it fit on these TPUs, and the cost
   pflow data     emoji                                                       fetch a data set that is not in a package

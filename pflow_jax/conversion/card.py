@@ -19,6 +19,7 @@ import yaml
 from pflow_jax.conversion.origin import README, Origin, data_name, origin_of, plain
 from pflow_jax.evaluation.tables import markdown_table
 from pflow_jax.families.dit.authors import SIT
+from pflow_jax.families.edm2.recognise import PRECOND
 from pflow_jax.families.registry import FAMILIES, network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically
@@ -60,6 +61,14 @@ _PIPELINES = {
   ("qwen_image", "DX"): ("PiQwenImagePipeline", "pipeline_piqwen", "Qwen/Qwen-Image"),
   ("qwen_image", "ArcFlow"): ("ArcQwenImagePipeline", "arcqwen_pipeline", "Qwen/Qwen-Image"),
 }
+
+_CLASSES = {
+  SIT: "With the code of SiT, or of REPA: the tensors are the state dict of its `SiT`, without projectors.\n",
+  PRECOND: "With the code of [EDM2](https://github.com/NVlabs/edm2); `config` is config.json without `_class_name`:\n\n"
+  "```python\nfrom safetensors.torch import load_file\nfrom training.networks_edm2 import "
+  'Precond\n\nPrecond(**config).load_state_dict(load_file("FOLDER/diffusion_pytorch_model.safetensors"))\n```\n',
+}
+"""How other code reads an export, by the class in its config.json."""
 
 
 def write_card(out: pathlib.Path, text: str) -> bool:
@@ -248,9 +257,7 @@ def _use(settings: Settings, policy: str | None, config: Mapping[str, Any]) -> s
       "x0.npy\n```\n"
     )
   if policy is None and not is_flow_map:
-    timm = "With the code of SiT, or of REPA: the tensors are the state dict of its `SiT`, without projectors.\n"
-    diffusers = "With diffusers: its class has the name of the network above.\n"
-    blocks.append(timm if config["_class_name"] == SIT else diffusers)
+    blocks.append(_CLASSES.get(config["_class_name"], "With diffusers: its class has the name of the network above.\n"))
   elif policy is not None and (kind, policy) in _PIPELINES and adapters:
     blocks.append(_pipeline(settings, policy))
   return "## Use\n\n" + "\n".join(blocks)

@@ -47,6 +47,7 @@ SOURCE = "source.json"  # of a workdir that was converted: of what
 _MARK_BYTES = 2**16
 # Classes of ImageNet, whose published DiTs are all of the latents of Stable Diffusion's autoencoders, of 4 channels.
 _IMAGENET = 1000
+_SAID = ("_encoder", "_file", "_license")  # fields of a config.json about the file, which a run's source has too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +177,9 @@ def _import_teacher(
   source = {"class": config["_class_name"], "folder": name, **told_by_folder(path)}
   if "sample_size" in model.attributes:
     source["sample_size"] = model.attributes["sample_size"]
+  source |= {key.removeprefix("_"): config[key] for key in _SAID if key in config}
   data = students.data_of(model)
-  if (data.get("num_classes"), data["shape"][-1]) == (_IMAGENET, 4):
+  if model.kind == "dit" and (data.get("num_classes"), data["shape"][-1]) == (_IMAGENET, 4):
     source |= {"latent_shift": 0.0, "latent_scale": SD_SCALE}
   own = Settings(
     data=data,

@@ -95,7 +95,7 @@ class Model:
     embedding = None
     if "text_width" in attributes:
       embedding = Embedding((1,), attributes["text_width"], True, attributes.get("pooled_width") or 0)
-    side, classes = attributes.get("patch_size", 1), attributes.get("num_classes", 0)
+    side, classes = self.names.smallest_side(attributes), attributes.get("num_classes", 0)
     records = ArrayRecords(np.zeros((0, 0)), np.zeros(0))
     shape = (side, side, attributes["channels"])
     return Dataset("none", shape, classes, (), records, embedding=embedding)
@@ -201,16 +201,10 @@ def model_of_run(
     raise ValueError(f"config.model: {', '.join(missing)} must be set")
   patch = attributes.get("patch_size", 1)
   made = head_class(head)(channels=1, patch_size=patch, **head.options)
-  bias = shapes.get(f"head/{made.velocity_layer}/bias", ())
-  if len(bias) != 1:
-    raise ValueError(
-      f"the checkpoint has no output layer {made.velocity_layer!r}, expected that of the head {head.kind!r}"
-    )
-  attributes["channels"] = bias[0] // (patch**2 * made.maps)
+  sizes = formats[format].sizes(shapes, made, patch)
+  attributes["channels"] = sizes["channels"]
   if "classes" in network_kind(kind).conditions:
-    attributes |= data or {}
-    classes = classes_of(shapes)
-    attributes |= {} if classes is None else {"num_classes": classes}
+    attributes |= {**(data or {}), **sizes}
     if attributes.get("num_classes") is None:
       raise ValueError(
         "config.data.num_classes: PyTorch's DiT is conditioned on classes, and neither the run's config nor its "
@@ -250,6 +244,8 @@ def _required(kind: str) -> list[str]:
 
 
 def classes_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-  """Classes of a DiT by the shapes of its parameters, if those are told that the table of them is among."""
-  table = shapes.get("class_embed/embedding", ())
-  return table[0] - 1 if len(table) == 2 else None
+  """Classes of a network by the shapes of its parameters, if the table of them is among these."""
+  for path, beside in (("class_embed/embedding", 1), ("class_embed/mp_kernel", 0)):
+    if len(table := shapes.get(path, ())) == 2:
+      return table[0] - beside
+  return None

@@ -13,7 +13,7 @@ from pflow_jax.conversion.models import Model
 from pflow_jax.files import foreign
 from pflow_jax.settings.tree import Settings
 from pflow_jax.torch_io.check import check_tensors
-from pflow_jax.torch_io.fields import Depth, Epsilon, Number, Positive, Side, Size
+from pflow_jax.torch_io.fields import Blocks, Depth, Epsilon, Number, Positive, Side, Size, Sizes
 from pflow_jax.torch_io.table import is_lora
 from pflow_jax.training import workdir
 
@@ -39,6 +39,12 @@ class _ModelSection:
   frequency_shift: Literal[0, 1] | None = None
   flip_time: bool | None = None
   guidance: _Number = None
+  model_channels: Size | None = None
+  channel_mult: Sizes | None = None
+  num_blocks: Blocks | None = None
+  attn_levels: tuple[int, ...] | None = None
+  channels_per_head: Size | None = None
+  time_embedding: str | None = None
   dtype: str | None = None
   residual_dtype: str | None = None
   remat: str | None = None
@@ -55,6 +61,9 @@ class _HeadSection:
   log_std: Number | str | None = None
   basis: str | None = None
   compat: bool | None = None
+  sigma_data: Positive | None = None
+  max_sigma: Positive | None = None
+  min_sigma: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pflow_jax.core.policies import temperature as with_temperature
 from pflow_jax.core.policies.base import Array, as_float
 from pflow_jax.core.rollout import rollout
 from pflow_jax.core.schedule import longest_segment, segment_grid, shift_time, unshift_time
-from pflow_jax.core.solvers import Scheme, check_solver, make_scheme
+from pflow_jax.core.solvers import NOISE_LEVELS, RHO, Scheme, check_solver, make_scheme
 
 MIN_PRODUCT = 1e-6  # lower bound of denominators, as in the PyTorch release
 
@@ -174,6 +174,8 @@ def sample_teacher(
   solver: str = "euler",
   diffusion: str = "sigma",
   terminal: float = 0.04,
+  sigmas: tuple[float, float] = NOISE_LEVELS,
+  rho: float = RHO,
   trajectory: bool = False,
 ) -> Array:
   """Samples of a velocity field, by steps even in schedule time.
@@ -183,12 +185,14 @@ def sample_teacher(
     noise: initial states at t = 1, (B, *space, C).
     cond: condition, passed on.
     keys: PRNG keys (B,); needed by "sde" and when h > 0.
-    steps: number of steps. Heun's method evaluates the teacher 2 steps - 1 times, the others once a step.
+    steps: number of steps. "heun" and "edm" evaluate the teacher 2 steps - 1 times, the others once a step.
     shift: time shift m, see `shift_time`.
     h: noise level of FlowSDE, which renews noise between Euler's steps; 0 is deterministic.
-    solver: one of `core.solvers.SOLVERS`: "euler", "heun", "dpmpp_2m" or "sde".
+    solver: one of `core.solvers.SOLVERS`: "euler", "heun", "dpmpp_2m", "sde" or "edm", which has times of its own.
     diffusion: coefficient of "sde", one of `core.solvers.DIFFUSIONS`.
     terminal: flow time at which the last step of "sde" begins, see `core.solvers.make_scheme`.
+    sigmas: noise levels of "edm", lowest and highest, see `core.solvers.edm`.
+    rho: exponent of the grid of "edm".
     trajectory: return all states, (steps + 1, B, *space, C), from noise to data.
 
   Returns:
@@ -200,10 +204,12 @@ def sample_teacher(
   if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
     raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
   _check_level(h)
-  check_solver(solver, diffusion, terminal, h)
+  check_solver(solver, diffusion, terminal, h, sigmas, rho)
   teacher = checked("sample_teacher: teacher(x, t, cond)", teacher)
   (noise,) = as_float(noise)
-  scheme = make_scheme(solver, steps, shift, noise.dtype, diffusion=diffusion, terminal=terminal)
+  scheme = make_scheme(
+    solver, steps, shift, noise.dtype, diffusion=diffusion, terminal=terminal, sigmas=sigmas, rho=rho
+  )
   if h > 0:
     scheme = _with_renewed_noise(scheme, h)
   if scheme.is_stochastic and keys is None:
@@ -217,7 +223,8 @@ def sample_teacher(
     x, memory = scheme.step(x, memory, v, row, fresh)
     return (x, memory), x if trajectory else None
 
-  start = (noise, scheme.remember(noise))
+  first = noise * scheme.scale
+  start = (first, scheme.remember(first))
   (x, _), states = jax.lax.scan(evaluate, start, (jnp.arange(len(scheme.rows[0])), scheme.rows))
   return jnp.concatenate([noise[None], states[scheme.ends]]) if trajectory else x
 

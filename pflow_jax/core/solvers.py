@@ -19,7 +19,12 @@ from pflow_jax.core.schedule import shift_time
 
 Array = jax.Array
 
-SOLVERS = ("euler", "heun", "dpmpp_2m", "sde")
+SOLVERS = ("euler", "heun", "dpmpp_2m", "sde", "edm")
+NOISE_LEVELS = (0.002, 80.0)  # of EDM and EDM2, in sigma = t / (1 - t)
+RHO = 7.0  # of their grid
+
+_LEAST_STEPS = {"sde": 2, "edm": 2}
+_IN_PAIRS = ("heun", "edm")  # a step has two evaluations, but for the last
 
 DIFFUSIONS: dict[str, Callable[[Array], Array]] = {
   "sigma": lambda t: 2 * t,
@@ -45,6 +50,7 @@ class Scheme:
     remember: x -> the memory before the first evaluation.
     ends: (N,) evaluations whose result is the state at the end of a step.
     is_stochastic: whether it needs noise.
+    scale: of the noise at the first evaluation, whose flow time may be below 1.
   """
 
   rows: tuple[Array, ...]
@@ -52,6 +58,7 @@ class Scheme:
   remember: Callable[[Array], Any]
   ends: np.ndarray
   is_stochastic: bool = False
+  scale: float = 1.0
 
 
 def euler(times: Array) -> Scheme:
@@ -84,6 +91,38 @@ def heun(times: Array) -> Scheme:
 
   ends = np.append(np.arange(1, len(at), 2), len(at) - 1)
   return Scheme((at, lengths, corrects), step, lambda x: (x, x), ends)
+
+
+def edm(steps: int, dtype: Any, sigmas: tuple[float, float] = NOISE_LEVELS, rho: float = RHO) -> Scheme:
+  """Heun's method of EDM and EDM2: in sigma, on a grid that is even in sigma^(1 / rho) and ends in a step to 0.
+
+  The EDM state is y = x (1 + sigma), and the slope in sigma is eps = x + (1 - t) v. 2 N - 1 evaluations make N steps.
+
+  Args:
+    steps: N, at least 2.
+    dtype: of the times.
+    sigmas: lowest noise level, above 0, and the highest, where the samples begin.
+    rho: exponent of the grid.
+
+  References:
+    EDM, arXiv:2206.00364, Algorithm 1 and Eq. 5; edm_sampler of EDM2's release without noise between the steps.
+  """
+  low, high = (sigma ** (1 / rho) for sigma in sigmas)
+  grid = np.append(np.linspace(high, low, steps) ** rho, 0.0)
+  at, to, lengths = np.repeat(grid[:-1], 2)[1:], np.repeat(grid[1:], 2)[:-1], np.repeat(np.diff(grid), 2)[:-1]
+  corrects = jnp.arange(len(at)) % 2 == 1
+
+  def step(x, memory, v, row, noise):
+    begin, first = memory
+    _, sigma, target, length, corrects = row
+    slope = x + v / (1 + sigma)
+    begin = jnp.where(corrects, begin, x * (1 + sigma))
+    y = begin + length * jnp.where(corrects, (first + slope) / 2, slope)
+    return y / (1 + target), (begin, slope)
+
+  rows = (*(jnp.asarray(row, dtype) for row in (at / (1 + at), at, to, lengths)), corrects)
+  ends = np.append(np.arange(1, len(at), 2), len(at) - 1)
+  return Scheme(rows, step, lambda x: (x, x), ends, scale=grid[0] / (1 + grid[0]))
 
 
 def dpmpp_2m(times: Array) -> Scheme:
@@ -138,25 +177,38 @@ def euler_maruyama(times: Array, diffusion: str = "sigma") -> Scheme:
 
 
 def make_scheme(
-  solver: str, steps: int, shift: float, dtype: Any, *, diffusion: str = "sigma", terminal: float = 0.04
+  solver: str,
+  steps: int,
+  shift: float,
+  dtype: Any,
+  *,
+  diffusion: str = "sigma",
+  terminal: float = 0.04,
+  sigmas: tuple[float, float] = NOISE_LEVELS,
+  rho: float = RHO,
 ) -> Scheme:
   """Returns a solver on `steps` steps from noise to data.
 
   Args:
     solver: one of SOLVERS.
-    steps: number of steps; at least 2 for "sde".
-    shift: time shift m of the grid, even in schedule time, see `shift_time`; may be traced.
+    steps: number of steps; at least 2 for "sde" and "edm".
+    shift: time shift m of the grid, even in schedule time, see `shift_time`; may be traced. "edm" has its own grid.
     dtype: of the times.
     diffusion: of "sde", one of DIFFUSIONS.
     terminal: flow time in (0, 1) at which the last step of "sde" begins: the others are stretched, so that their times
       are even, or shifted, from 1 to there.
+    sigmas: noise levels of "edm", see `edm`.
+    rho: exponent of the grid of "edm".
 
   Raises:
     ValueError: there is no such solver, or it does not take these settings.
   """
-  check_solver(solver, diffusion, terminal)
-  if solver == "sde" and steps < 2:
-    raise ValueError(f"steps: expected at least 2 with solver='sde', whose last step begins at {terminal}, got {steps}")
+  check_solver(solver, diffusion, terminal, sigmas=sigmas, rho=rho)
+  if steps < least_steps(solver):
+    why = f"whose last step begins at {terminal}" if solver == "sde" else "whose grid has two ends"
+    raise ValueError(f"steps: expected at least {least_steps(solver)} with solver={solver!r}, {why}, got {steps}")
+  if solver == "edm":
+    return edm(steps, dtype, sigmas, rho)
   times = shift_time(jnp.linspace(1.0, 0.0, steps + 1, dtype=dtype), shift)
   if solver != "sde":
     return {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}[solver](times)
@@ -164,7 +216,14 @@ def make_scheme(
   return euler_maruyama(jnp.append(stretched, jnp.zeros_like(times[:1])), diffusion)
 
 
-def check_solver(solver: str, diffusion: str = "sigma", terminal: float = 0.04, h: float = 0.0) -> None:
+def check_solver(
+  solver: str,
+  diffusion: str = "sigma",
+  terminal: float = 0.04,
+  h: float = 0.0,
+  sigmas: tuple[float, float] = NOISE_LEVELS,
+  rho: float = RHO,
+) -> None:
   """Raises ValueError for a solver or a setting of one that there is not; `h` is FlowSDE's noise level."""
   if solver not in SOLVERS:
     raise ValueError(f"solver: expected one of {SOLVERS}, got {solver!r}")
@@ -172,13 +231,25 @@ def check_solver(solver: str, diffusion: str = "sigma", terminal: float = 0.04, 
     raise ValueError(f"diffusion: expected one of {tuple(DIFFUSIONS)}, got {diffusion!r}")
   if not 0 < terminal < 1:
     raise ValueError(f"terminal: expected a flow time in (0, 1), got {terminal}")
+  if len(sigmas) != 2 or not 0 < sigmas[0] < sigmas[1] < np.inf or not 0 < rho < np.inf:
+    raise ValueError(f"sigmas, rho: expected noise levels 0 < low < high and an exponent > 0, got {sigmas}, {rho}")
   if h > 0 and solver != "euler":
     raise ValueError(f"h: expected 0 with solver={solver!r}, got {h}; the noise level h is that of solver='euler'")
 
 
 def evaluations_of(solver: str, steps: int) -> int:
   """Number of evaluations that `steps` steps take."""
-  return 2 * steps - 1 if solver == "heun" else steps
+  return 2 * steps - 1 if solver in _IN_PAIRS else steps
+
+
+def least_steps(solver: str) -> int:
+  """Smallest number of steps that a solver takes."""
+  return _LEAST_STEPS.get(solver, 1)
+
+
+def flow_of(solver: str) -> str:
+  """Returns the solver that walks the same flow without noise, at times that are even in schedule time."""
+  return {"sde": "euler", "edm": "heun"}.get(solver, solver)  # an SDE's flow has the same marginals
 
 
 def steps_of(solver: str, nfe: int) -> int:
@@ -187,7 +258,7 @@ def steps_of(solver: str, nfe: int) -> int:
   Raises:
     ValueError: no number of steps does.
   """
-  if solver != "heun":
+  if solver not in _IN_PAIRS:
     return nfe
   if nfe % 2 == 0:
     raise ValueError(
@@ -199,4 +270,4 @@ def steps_of(solver: str, nfe: int) -> int:
 
 def fitting(solver: str, nfe: int) -> int:
   """Largest number of evaluations up to `nfe` that a whole number of steps takes."""
-  return nfe - 1 if solver == "heun" and nfe % 2 == 0 else nfe
+  return nfe - 1 if solver in _IN_PAIRS and nfe % 2 == 0 else nfe

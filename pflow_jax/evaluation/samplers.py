@@ -13,7 +13,7 @@ import numpy as np
 
 from pflow_jax.core.guidance import Velocity
 from pflow_jax.core.samplers import sample_teacher
-from pflow_jax.core.solvers import fitting, steps_of
+from pflow_jax.core.solvers import evaluations_of, fitting, flow_of, least_steps, steps_of
 from pflow_jax.mesh.sharding import Layout, to_host
 from pflow_jax.settings.sample import EvaluateSettings, SampleSettings
 from pflow_jax.training.experiment import Experiment
@@ -76,13 +76,13 @@ def velocity_samplers(
       steps, field = steps_of(solver, nfe), velocity(params)
       return sample_teacher(field, noise, labels, keys, steps=steps, shift=shift, solver=solver, trajectory=trajectory)
 
-    flow = "euler" if solver == "sde" else solver  # a path has no noise
-    path = lambda x, c: to_host(walk(params, x, c, solver=flow, trajectory=True))
+    path = lambda x, c: to_host(walk(params, x, c, solver=flow_of(solver), trajectory=True))
     return Sampler(name, nfe, functools.partial(walk, params), path, solver=solver)
 
   found = [make(teacher_name(steps), "euler", steps) for steps in settings.teacher_steps]
   for solver in settings.solvers:
-    counts = {fitting(solver, nfe) for nfe in settings.teacher_steps if nfe > 1 or solver != "sde"}
+    least = evaluations_of(solver, least_steps(solver))
+    counts = {fitting(solver, nfe) for nfe in settings.teacher_steps if nfe >= least}
     found += [make(f"teacher, {solver}, {nfe} NFE", solver, nfe) for nfe in sorted(counts)]
   return found
 

@@ -15,6 +15,7 @@ from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.table import Row
 
 TEACHER = VelocityHead()
+Shape = tuple[int, ...]
 # Attributes that say nothing of which network it is.
 _HIDDEN = ("head", "dtype", "residual_dtype", "remat", "attention", "scan_unroll")
 
@@ -251,6 +252,35 @@ class NetworkNames(TorchNames):
     if source.convention is not None:
       raise ValueError(f"convention: only the files of a DiT leave it open, this is a {name}; leave it out")
     return source
+
+  def sizes(self, shapes: Mapping[str, Shape], head: Head, patch_size: int) -> dict[str, int]:
+    """Returns what the parameters of a run tell of its data: "channels", and "num_classes" if they tell.
+
+    Args:
+      shapes: of the parameters, by path.
+      head: of the network, for one channel.
+      patch_size: of the network.
+
+    Raises:
+      ValueError: there is no output layer.
+    """
+    bias = shapes.get(f"head/{head.velocity_layer}/bias", ())
+    if len(bias) != 1:
+      raise ValueError(
+        f"the checkpoint has no output layer {head.velocity_layer!r}, expected that of the head "
+        f"{head_options_of(head)[0]!r}"
+      )
+    table = shapes.get("class_embed/embedding", ())
+    told = {"num_classes": table[0] - 1} if len(table) == 2 else {}
+    return {"channels": bias[0] // (patch_size**2 * head.maps), **told}
+
+  def smallest_side(self, model: Mapping[str, Any]) -> int:
+    """Returns the side of the smallest input that the network takes.
+
+    Args:
+      model: attributes of the network.
+    """
+    return model.get("patch_size", 1)
 
   def constants(self, model: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns tensors of PyTorch's class that no parameter of ours makes, by name.

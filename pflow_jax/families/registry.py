@@ -8,6 +8,7 @@ from pflow_jax.data.prompts.records import MAX_LENGTHS, MODELS, Fields, read_ind
 from pflow_jax.families import kl_names
 from pflow_jax.families.dit import authors as dit_authors
 from pflow_jax.families.dit import names as dit_names
+from pflow_jax.families.edm2 import names as edm2_names
 from pflow_jax.families.family import Family
 from pflow_jax.families.flux import names as flux_names
 from pflow_jax.families.flux.encoder import FluxEncoder
@@ -90,6 +91,7 @@ def _key(family: Family) -> type | None:
 register_family(
   Family("dit", NETWORKS["dit"], dit_names.NAMES, students=_OF_CLASSES, formats={"timm": dit_authors.NAMES})
 )
+register_family(Family("edm2", NETWORKS["edm2"], edm2_names.NAMES))
 register_family(
   Family(
     "flux",

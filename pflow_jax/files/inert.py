@@ -11,7 +11,7 @@ import dataclasses
 import io
 import pickletools
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from pflow_jax.files.foreign import shown
 
@@ -46,7 +46,8 @@ Make = Callable[[str, tuple[Any, ...]], Any]
 """Returns what stands for the value of a call or for a new object, by the name of its function or class."""
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_NEW: dict[str, Callable[[], Any]] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+_NEW: dict[str, Callable[[], Any]] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_BYTES = frozenset(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"))
 _VALUES = frozenset(  # the argument is the value
   (
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINSTRING", "BINSTRING"),
@@ -57,13 +58,19 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PUT, _GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 
 
-def read_inert(data: bytes, make: Make, persistent: Callable[[Any], Any] | None = None) -> tuple[Any, int]:
+def read_inert(
+  data: bytes | IO[bytes],
+  make: Make,
+  persistent: Callable[[Any], Any] | None = None,
+  held: Callable[[int, int], Any] | None = None,
+) -> tuple[Any, int]:
   """Reads the first pickle in `data`, of protocol 2 to 5.
 
   Args:
-    data: that begins with a pickle.
+    data: bytes, or a stream, that begin with a pickle.
     make: returns what stands for an object that the pickle would make.
     persistent: returns what stands for something outside of the pickle, by its identity; None if there is nothing.
+    held: returns what stands for a string of bytes, by where it begins in `data` and by its length; None keeps bytes.
 
   Returns:
     the value, and the number of bytes that the pickle has.
@@ -71,11 +78,14 @@ def read_inert(data: bytes, make: Make, persistent: Callable[[Any], Any] | None 
   Raises:
     ValueError: the pickle is cut short or damaged, or has operations of older protocols.
   """
-  stream = io.BytesIO(data)
+  stream = io.BytesIO(data) if isinstance(data, bytes) else data
   machine = _Machine(make, persistent)
   for opcode, argument, _ in pickletools.genops(stream):
     if opcode.name == "STOP":
       return machine.value(), stream.tell()
+    if held is not None and opcode.name in _BYTES:
+      length = len(argument)  # type: ignore[arg-type]
+      argument = held(stream.tell() - length, length)
     machine.step(opcode.name, argument)
   raise ValueError("expected a pickle that ends")  # genops has raised
 
@@ -129,6 +139,9 @@ class _Machine:
     elif name in ("APPEND", "APPENDS"):
       values = self._pop(1) if name == "APPEND" else self._to_mark()
       self._top_as(list).extend(values)
+    elif name == "ADDITEMS":
+      values = self._to_mark()
+      self._top_as(set).update(values)
     elif name in ("SETITEM", "SETITEMS"):
       values = self._pop(2) if name == "SETITEM" else self._to_mark()
       self._top_as(dict).update(zip(values[::2], values[1::2], strict=True))

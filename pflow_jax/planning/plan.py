@@ -213,7 +213,7 @@ def _step(
   state = program.state
   memory: dict[str, Any] = {
     "parameters": bytes_of_device(state.params),
-    "average": bytes_of_device(state.ema),
+    "average": bytes_of_device((state.ema, state.profiles)),
     "optimizer": bytes_of_device(state.opt_state) + bytes_of_device(state.opponent),
     "teacher": bytes_of_device(program.frozen),
     "batch": bytes_of_device(program.batch),

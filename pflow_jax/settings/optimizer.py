@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from pflow_jax.core.averages import MAX_WIDTH, exponent_of
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
@@ -84,14 +86,38 @@ class EmaSettings:
     start: step up to which the average is the parameters themselves.
     gamma: exponent of "karras".
     decay: share of the past in "constant".
+    sigma_rel: width of "karras" as a share of the run, EDM2's number, in place of gamma; 0.0827 is gamma 7.
+    profiles: widths of more such averages, from step 0 on; EDM2 has (0.05, 0.10). Others are made of them afterwards,
+      see `pflow ema`. Each takes the memory of another average.
+    snapshot_every: steps between two times at which the profiles are kept, besides the end.
+    snapshot_dtype: of what is kept, "float32", "float16" or "bfloat16".
   """
 
   kind: str = "karras"
   start: int = 0
   gamma: float = 7.0
   decay: float = 0.9999
+  sigma_rel: float | None = None
+  profiles: tuple[float, ...] = ()
+  snapshot_every: int = 0
+  snapshot_dtype: str = "float16"
+
+  @property
+  def exponent(self) -> float:
+    """The exponent of "karras"."""
+    return self.gamma if self.sigma_rel is None else float(exponent_of(self.sigma_rel))
 
   def __post_init__(self):
+    for name, widths in (("sigma_rel", [self.sigma_rel]), ("profiles", list(self.profiles))):
+      if not all(width is None or 0 < width < MAX_WIDTH for width in widths):
+        raise ValueError(f"ema: {name}: expected above 0 and below {MAX_WIDTH:.4f}, got {widths}")
+    if len(set(self.profiles)) < len(self.profiles) or bool(self.profiles) != (self.snapshot_every > 0):
+      raise ValueError(
+        "ema: profiles, snapshot_every: expected different widths and the steps between two snapshots of them, or "
+        f"neither, got {self.profiles} and {self.snapshot_every}"
+      )
+    if self.snapshot_dtype not in ("float32", "float16", "bfloat16"):
+      raise ValueError(f"ema: snapshot_dtype: expected 'float32', 'float16' or 'bfloat16', got {self.snapshot_dtype!r}")
     if self.kind not in ("karras", "constant"):
       raise ValueError(f"ema: kind must be 'karras' or 'constant', got {self.kind!r}")
     if self.start < 0 or self.gamma <= 0 or not 0 <= self.decay < 1:

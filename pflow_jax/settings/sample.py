@@ -6,7 +6,7 @@ import dataclasses
 
 from pflow_jax.core.objectives.imitation import MAX_SUBSTEPS
 from pflow_jax.core.policies import auto_temperature
-from pflow_jax.core.solvers import SOLVERS, check_solver
+from pflow_jax.core.solvers import NOISE_LEVELS, RHO, SOLVERS, check_solver
 
 MAX_EVALUATIONS = 10_000
 REFERENCE_STEPS, YARDSTICK_STEPS = 128, 4  # Euler steps of the teacher; students are measured against both
@@ -24,9 +24,12 @@ class SampleSettings:
     auto_temperature: take the release's temperature for each nfe instead, see `core.policies.auto_temperature`.
     substeps: of the rollouts, in a unit of schedule time, see `core.rollout.rollout`.
     method: of the rollouts, see `core.rollout.rollout`.
-    solver: of a teacher that is sampled itself: "euler", "heun", "dpmpp_2m" or "sde", see `core.solvers`.
+    solver: of a teacher that is sampled itself: "euler", "heun", "dpmpp_2m", "sde" or "edm", see
+      `core.solvers`.
     diffusion: coefficient of "sde", see `core.solvers.DIFFUSIONS`.
     terminal: flow time at which the last step of "sde" begins.
+    sigmas: lowest and highest noise level of "edm", sigma = t / (1 - t).
+    rho: exponent of the grid of "edm".
     gamma: noise that a flow map renews between its steps, see `core.samplers.sample_flow_map`.
     guidance: strength of guidance. A flow map that was trained for several takes this one; None is its teacher's
       (teacher.guidance), which evaluation always compares with. A teacher that is sampled itself takes it as the
@@ -46,6 +49,8 @@ class SampleSettings:
   solver: str = "euler"
   diffusion: str = "sigma"
   terminal: float = 0.04
+  sigmas: tuple[float, float] = NOISE_LEVELS
+  rho: float = RHO
   gamma: float = 0.0
   guidance: float | None = None
   interval: tuple[float, float] = (0.0, 1.0)
@@ -74,7 +79,7 @@ class SampleSettings:
         "config.sample: expected h and temperature of at least 0 and gamma in [0, 1], got "
         f"{self.h}, {self.temperature}, {self.gamma}"
       )
-    check_solver(self.solver, self.diffusion, self.terminal, self.h)
+    check_solver(self.solver, self.diffusion, self.terminal, self.h, self.sigmas, self.rho)
     if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
       raise ValueError(f"interval: expected flow times (low, high), 0 <= low <= high <= 1, got {self.interval}")
 

@@ -218,9 +218,10 @@ def _state_dicts(loaded: Any, kind: type) -> Iterator[tuple[str, Mapping[str, An
   todo, seen = [("", loaded)], set()
   while todo:
     path, value = todo.pop()
-    if not isinstance(value, Mapping) or id(value) in seen:
+    if not isinstance(value, (Mapping, list, tuple)) or id(value) in seen:
       continue
     seen.add(id(value))
+    value = value if isinstance(value, Mapping) else dict(enumerate(value))
     tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, kind)}
     if tensors and all(isinstance(name, str) for name in tensors):
       yield path, tensors

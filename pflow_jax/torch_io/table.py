@@ -223,7 +223,7 @@ def read_layer(row: Row, read: Read, index: int | None = None) -> np.ndarray:
 def tensors_of_layer(row: Row, layer: np.ndarray, index: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (name, tensor) of layer `index` of the leaf, or of the leaf itself where it has no layers."""
   names = row.at(index)
-  parts = [layer] * len(names) if row.tied else np.split(layer, len(names), axis=-1)
+  parts = [layer] * len(names) if row.tied or len(names) == 1 else np.split(layer, len(names), axis=-1)
   for name, part in zip(names, parts, strict=True):
     yield name, turn_back(row, part)
 
@@ -240,7 +240,7 @@ def torch_shapes_of(row: Row, shape: Shape, exported: bool = False) -> dict[str,
     row = dataclasses.replace(row, take=None)
   layers: Sequence[int | None] = range(shape[0]) if row.stacked else [None]
   rest = tuple(shape[1:]) if row.stacked else tuple(shape)
-  one = turn_shape_back(row, (*rest[:-1], rest[-1] // row.joined))
+  one = turn_shape_back(row, rest if row.joined == 1 else (*rest[:-1], rest[-1] // row.joined))
   return {name: one for index in layers for name in row.at(index)}
 
 
@@ -252,7 +252,7 @@ def to_flax(table: Table, tensors: Mapping[str, np.ndarray]) -> Params:
       depth = next(i for i in range(len(tensors) + 1) if row.at(i)[0] not in tensors)
       leaf = np.stack([read_layer(row, tensors.__getitem__, i) for i in range(depth)])
     else:
-      leaf = np.ascontiguousarray(read_layer(row, tensors.__getitem__))
+      leaf = np.asarray(read_layer(row, tensors.__getitem__), order="C")
     flat[tuple(row.flax.split("/"))] = leaf
   return unflatten_dict(flat)
 
@@ -274,7 +274,7 @@ def to_torch(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     row = rows[path]
     for index in range(len(leaf)) if row.stacked else [None]:
       pairs = tensors_of_layer(row, leaf if index is None else leaf[index], index)
-      tensors |= {name: np.ascontiguousarray(tensor) for name, tensor in pairs}
+      tensors |= {name: np.asarray(tensor, order="C") for name, tensor in pairs}
   return tensors
 
 

@@ -13,6 +13,7 @@ import struct
 from typing import Any
 
 from pflow_jax.files.foreign import MAX_JSON, in_bytes, is_there, parse_json, read_json, regular_file, shown
+from pflow_jax.torch_io.persistent import open_persistent
 from pflow_jax.torch_io.pickled import open_pickled
 from pflow_jax.torch_io.places import DTYPES, NEEDS_TORCH, Place, Tensors, checked_names
 
@@ -20,6 +21,7 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+PERSISTENT = ".pkl"  # of a network that carries its classes
 _METADATA = "__metadata__"
 
 
@@ -34,8 +36,8 @@ def open_tensors(path: str | os.PathLike, key: str = "") -> Tensors:
   """Opens the tensors of a model, without reading them.
 
   Args:
-    path: folder with diffusers' names, in one file or in shards; or a .safetensors or a .pth file.
-    key: of a .pth file, see `torch_io.pickled.open_pickled`.
+    path: folder with diffusers' names, in one file or in shards; or a .safetensors, a .pth or a .pkl file.
+    key: of a .pth or a .pkl file, see `torch_io.pickled.open_pickled` and `torch_io.persistent.open_persistent`.
 
   Raises:
     ValueError: the file is none, is cut short, or says what cannot be.
@@ -47,8 +49,10 @@ def open_tensors(path: str | os.PathLike, key: str = "") -> Tensors:
     raise ValueError(f"there is no file or folder {path}")
   if path.suffix in PICKLED:
     return open_pickled(path, key)
+  if path.suffix == PERSISTENT:
+    return open_persistent(path, key)
   if path.suffix != ".safetensors":
-    raise ValueError(f"{path}: expected a folder, or a file .safetensors, .pth, .pt, .bin or .ckpt")
+    raise ValueError(f"{path}: expected a folder, or a file .safetensors, .pth, .pt, .bin, .ckpt or .pkl")
   return open_safetensors(path)
 
 

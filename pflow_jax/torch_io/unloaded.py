@@ -18,7 +18,7 @@ import pathlib
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +30,7 @@ from pflow_jax.torch_io.places import Place, placed
 MAX_PICKLE = 4 * 2**20  # bytes of the pickle in a file, without the tensors' data: some 20,000 tensors
 PICKLE, PROGRAM = "data.pkl", "constants.pkl"  # the second is there beside a program
 
+_MAX_DESCRIPTION = 4096  # bytes of a pickle that describes one storage
 _HEADER, _LENGTHS = 30, 26  # bytes of an entry's header, and where in it are the lengths of what follows it
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what torch.save began a file with
 MAGIC_PICKLE = b"\x80\x02\x8a\x0a" + _MAGIC.to_bytes(10, "little") + b"."
@@ -104,7 +105,7 @@ def open_program(file: pathlib.Path) -> dict[str, Place]:
     entries = {entry.filename: entry for entry in archive.infolist()}
   root = next(name for name in entries if name.rpartition("/")[2] == PICKLE).removesuffix(PICKLE)
   with decoding(file):
-    value, _ = read_inert(stored(file, entries[root + PICKLE], MAX_PICKLE), _inert, _storage)
+    value, _ = read_inert(stored(file, entries[root + PICKLE], MAX_PICKLE), inert_tensor, _storage)
   places = {}
   for name, view in _views(value).items():
     entry = entries.get(f"{root}data/{view.storage.key}")
@@ -157,40 +158,9 @@ def load_old(file: pathlib.Path, refusal: Callable[[str], str]) -> tuple[Any, Ca
   Raises:
     ValueError: it holds more than tensors, or is damaged.
   """
-  size, storages, asked = file.stat().st_size, dict[str, Storage](), list[str]()
-
-  def make(name: str, arguments: tuple[Any, ...]) -> Any:
-    value = _inert(name, arguments)
-    if isinstance(value, Made):
-      asked.append(name)
-    return value
-
-  def storage(identity: Any) -> Storage:
-    found = _storage(identity)
-    if storages.setdefault(found.key, found) != found:
-      raise ValueError(f"storage {shown(found.key)} is described in two ways")
-    return found
-
+  size = file.stat().st_size
   with file.open("rb") as f, decoding(file):
-
-    def following() -> Any:
-      start = f.tell()
-      value, length = read_inert(f.read(MAX_PICKLE), make, storage)
-      f.seek(start + length)
-      return value
-
-    magic, protocol, system, loaded, keys = (following() for _ in range(5))
-    if (magic, protocol) != (_MAGIC, _PROTOCOL) or not isinstance(system, dict) or not isinstance(keys, list):
-      raise ValueError("expected a file of torch.save")
-    if system.get("little_endian") is not True:
-      raise ValueError("expected numbers whose lowest byte is first")
-    starts: dict[str, int] = {}
-    for key in keys:
-      (count,) = struct.unpack("<q", f.read(8))
-      if key not in storages or count != storages[key].count:
-        raise ValueError(f"storage {shown(key)} has another size than its tensors")
-      starts[key] = f.tell()
-      f.seek(count * storages[key].dtype.itemsize, os.SEEK_CUR)
+    loaded, asked, starts = _old_stream(f, MAX_PICKLE)
   if asked:
     raise ValueError(refusal(asked[0]))
 
@@ -202,7 +172,71 @@ def load_old(file: pathlib.Path, refusal: Callable[[str], str]) -> tuple[Any, Ca
   return loaded, place
 
 
-def _inert(name: str, arguments: tuple[Any, ...]) -> Any:
+def load_old_storage(f: IO[bytes], start: int, length: int) -> tuple[Storage, int]:
+  """Reads a storage that torch.save wrote alone, as it did before version 1.6, within a file of other things.
+
+  Args:
+    f: the file.
+    start: where in the file it begins.
+    length: bytes that it has.
+
+  Returns:
+    the storage, and where in the file its numbers begin.
+
+  Raises:
+    ValueError: it holds more than a storage, or is damaged.
+  """
+  f.seek(start)
+  loaded, asked, starts = _old_stream(f, min(length, _MAX_DESCRIPTION))
+  if asked or not isinstance(loaded, Storage) or loaded.key not in starts:
+    raise ValueError(f"expected numbers alone, got {shown(asked[0] if asked else type(loaded).__name__)}")
+  if starts[loaded.key] + loaded.count * loaded.dtype.itemsize > start + length:
+    raise ValueError(f"storage {shown(loaded.key)} has fewer bytes than it says")
+  return loaded, starts[loaded.key]
+
+
+def _old_stream(f: IO[bytes], limit: int) -> tuple[Any, list[str], dict[str, int]]:
+  """Reads what torch.save wrote from where `f` stands, in pickles of at most `limit` bytes.
+
+  Returns:
+    the object, names of what its pickle asks to be called, and where in `f` the numbers of each storage begin, by key.
+  """
+  storages, asked = dict[str, Storage](), list[str]()
+
+  def make(name: str, arguments: tuple[Any, ...]) -> Any:
+    value = inert_tensor(name, arguments)
+    if isinstance(value, Made):
+      asked.append(name)
+    return value
+
+  def storage(identity: Any) -> Storage:
+    found = _storage(identity)
+    if storages.setdefault(found.key, found) != found:
+      raise ValueError(f"storage {shown(found.key)} is described in two ways")
+    return found
+
+  def following() -> Any:
+    start = f.tell()
+    value, length = read_inert(f.read(limit), make, storage)
+    f.seek(start + length)
+    return value
+
+  magic, protocol, system, loaded, keys = (following() for _ in range(5))
+  if (magic, protocol) != (_MAGIC, _PROTOCOL) or not isinstance(system, dict) or not isinstance(keys, list):
+    raise ValueError("expected a file of torch.save")
+  if system.get("little_endian") is not True:
+    raise ValueError("expected numbers whose lowest byte is first")
+  starts: dict[str, int] = {}
+  for key in keys:
+    (count,) = struct.unpack("<q", f.read(8))
+    if key not in storages or count != storages[key].count:
+      raise ValueError(f"storage {shown(key)} has another size than its tensors")
+    starts[key] = f.tell()
+    f.seek(count * storages[key].dtype.itemsize, os.SEEK_CUR)
+  return loaded, asked, starts
+
+
+def inert_tensor(name: str, arguments: tuple[Any, ...]) -> Any:
   """Stands in for what a pickle of PyTorch calls: tensors become views, everything else what it is made of."""
   if name == "torch._utils._rebuild_tensor_v2":
     return _view(*arguments[:4])
@@ -210,7 +244,7 @@ def _inert(name: str, arguments: tuple[Any, ...]) -> Any:
     return arguments[0]
   if name == "collections.OrderedDict" and not arguments:
     return {}
-  return Made(name)
+  return Made(name, arguments=arguments)
 
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any) -> View:

@@ -63,6 +63,9 @@ class Keeper:
   def save(self, step: int, state: TrainState) -> None:
     """Keeps a state."""
 
+  def snapshot(self, step: int, profiles: Any) -> None:
+    """Keeps the averages that others are made of."""
+
   def finish(self) -> None:
     """Waits until all is kept."""
 
@@ -110,6 +113,7 @@ class WorkdirKeeper(Keeper):
       max_to_keep=self._length.keep_checkpoints,
       keep_period=self._length.keep_every or None,
     )
+    self._averages = Checkpointer(f"{folder}/{workdir.AVERAGES}", max_to_keep=None)
     self._writer: MetricsWriter | None = None
     self._exits = contextlib.ExitStack()
 
@@ -157,8 +161,15 @@ class WorkdirKeeper(Keeper):
     with self._lock.writing():
       self._checkpointer.save(step, state)
 
+  def snapshot(self, step: int, profiles: Any) -> None:
+    dtype = self._settings.ema.snapshot_dtype
+    narrow = jax.jit(lambda trees: jax.tree.map(lambda leaf: leaf.astype(dtype), trees))
+    with self._lock.writing():
+      self._averages.save(step, {str(i): tree for i, tree in enumerate(narrow(profiles))})
+
   def finish(self) -> None:
     with self._lock.writing():
+      self._averages.wait()
       self._checkpointer.wait()
       if is_first() and self._checkpointer.latest_step() is None:
         raise OSError("the checkpoint that was saved last is gone")
@@ -175,7 +186,7 @@ class WorkdirKeeper(Keeper):
   def __enter__(self) -> WorkdirKeeper:
     # The lock outlasts the last save.
     with contextlib.ExitStack() as stack:
-      for one in (self._lock, logged(self.name), self._checkpointer):
+      for one in (self._lock, logged(self.name), self._averages, self._checkpointer):
         stack.enter_context(one)
       self._exits = stack.pop_all()
     return self

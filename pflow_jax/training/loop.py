@@ -119,6 +119,9 @@ def _fit(
           if stop or step == length.steps or _due(step, length.checkpoint_every):
             with meter.paused():
               keeper.save(step, state)
+          if state.profiles is not None and (step == length.steps or _due(step, settings.ema.snapshot_every)):
+            with meter.paused():
+              keeper.snapshot(step, state.profiles)
           if draw and _due(step, draw_every):
             with meter.paused():
               keeper.picture(step, functools.partial(draw, experiment.complete(state.ema, frozen)))

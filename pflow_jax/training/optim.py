@@ -122,7 +122,7 @@ def skipped(opt_state: optax.OptState) -> tuple[Array, Array]:
 def make_ema_decay(settings: EmaSettings) -> Callable[[Array | int], Array]:
   """Share of the old average kept at a 0-based step; 0 up to and including step `start`.
 
-  "karras": (1 - 1/k)^(gamma + 1), k = step - start + 1; "constant": `decay`.
+  "karras": (1 - 1/k)^(gamma + 1), k = step - start + 1, a power function of time; "constant": `decay`.
 
   Args:
     settings: the kind of average and its numbers.
@@ -137,10 +137,15 @@ def make_ema_decay(settings: EmaSettings) -> Callable[[Array | int], Array]:
   def kept(step: Array | int) -> Array:
     after = jnp.asarray(step, jnp.int32) - settings.start
     k = jnp.maximum(after, 0).astype(jnp.float32) + 1.0
-    share = (1.0 - 1.0 / k) ** (settings.gamma + 1.0) if settings.kind == "karras" else settings.decay
+    share = (1.0 - 1.0 / k) ** (settings.exponent + 1.0) if settings.kind == "karras" else settings.decay
     return jnp.where(after > 0, share, 0.0).astype(jnp.float32)
 
   return kept
+
+
+def make_profile_decays(settings: EmaSettings) -> tuple[Callable[[Array | int], Array], ...]:
+  """The same for each of the profiles, which have no start: the parameters at step 0 weigh nothing."""
+  return tuple(make_ema_decay(EmaSettings(sigma_rel=width)) for width in settings.profiles)
 
 
 def update_ema(ema: PyTree, params: PyTree, decay: Array | float) -> PyTree:

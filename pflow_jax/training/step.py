@@ -41,6 +41,7 @@ class Step:
     project: projection of the parameters after an update, for a network whose parameters stay on a surface; or None.
     adversary: adds a loss of the student's samples, and trains the network that it needs, in the same step.
     schedule: learning rate by the number of updates, for the metrics.
+    profile_decays: as ema_decay, of each of the state's profiles.
   """
 
   loss_fn: Loss
@@ -50,11 +51,12 @@ class Step:
   project: Callable[[Any], Any] | None = None
   adversary: Adversary | Corrector | None = None
   schedule: optax.Schedule | None = None
+  profile_decays: tuple[Callable[[Array], Array], ...] = ()
 
   def init(self, key: Array, params: Any, frozen: Any = None) -> TrainState:
     """Makes the state at step 0; `key`, and the teacher's parameters, are for the adversary's network."""
     opponent = self.adversary.init(key, frozen) if self.adversary else None
-    return create_state(params, self.optimizer, opponent)
+    return create_state(params, self.optimizer, opponent, len(self.profile_decays))
 
   def __call__(
     self, state: TrainState, frozen: Any, batch: dict[str, Array], key: Array
@@ -81,6 +83,8 @@ class Step:
     if self.project is not None:
       params = self.project(params)
     ema = optim.update_ema(state.ema, params, self.ema_decay(state.step))
+    averages = zip(state.profiles or (), self.profile_decays, strict=True)
+    profiles = tuple(optim.update_ema(average, params, decay(state.step)) for average, decay in averages)
     in_a_row, total = optim.skipped(opt_state)
     metrics = {
       "loss": loss,
@@ -92,7 +96,9 @@ class Step:
     if self.schedule is not None:
       # On the host this would be one more program, which waits for the steps in progress.
       metrics["learning_rate"] = self.schedule(jnp.maximum(state.step - total, 0))
-    return TrainState(state.step + 1, params, ema, opt_state, opponent), metrics
+    new: dict[str, Any] = {"step": state.step + 1, "params": params, "ema": ema, "opt_state": opt_state}
+    new |= {"opponent": opponent} | ({"profiles": profiles} if profiles else {})
+    return dataclasses.replace(state, **new), metrics
 
   def _gradient(self, state, frozen, batch, key):
     """Mean loss, mean metrics and gradient over the batch."""
@@ -132,7 +138,8 @@ def make_step(experiment: Experiment) -> Step:
       f"{accumulation}"
     )
   project = experiment.network.project
-  return Step(experiment.loss, optimizer, ema_decay, accumulation, project, adversary, schedule)
+  profiles = optim.make_profile_decays(settings.ema)
+  return Step(experiment.loss, optimizer, ema_decay, accumulation, project, adversary, schedule, profiles)
 
 
 @dataclasses.dataclass(frozen=True)

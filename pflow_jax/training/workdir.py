@@ -33,6 +33,8 @@ from pflow_jax.training.inputs import (
 )
 from pflow_jax.training.network import COMPUTED, head_class
 
+AVERAGES = "averages"  # folder, in a run's, of snapshots of its profiles
+
 # Keys that may differ when a run is resumed: its length and its reports.
 CHANGEABLE = (
   *("teacher.workdir", "teacher.weak_workdir", "start.workdir"),  # they may have moved; their steps are checked

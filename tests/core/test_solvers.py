@@ -164,6 +164,10 @@ TIMES = {
   "heun": [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25],
   "dpmpp_2m": [1, 0.75, 0.5, 0.25],
   "sde": [1, 0.68, 0.36, 0.04],
+  # Noise levels whose 7th roots are even, as flow times: 80, 80^(2/7) .002^(1/7) and so on, to .002.
+  "edm": [
+    s / (1 + s) for s in (((80 ** (1 / 7) * (3 - i) + 0.002 ** (1 / 7) * i) / 3) ** 7 for i in (0, 1, 1, 2, 2, 3, 3))
+  ],
 }
 
 
@@ -189,6 +193,21 @@ def test_evaluations_are_those_that_are_counted(solver):
     np.testing.assert_allclose(path[:-1, 0, 0], spread[:-1], atol=0.06)
 
 
+def test_edms_steps_converge_to_the_closed_form():
+  """A normal number keeps its quantile: x0 = m + s (y - m) / sqrt(80^2 + s^2) from y = 80 eps, in any state space."""
+  mean, std, eps = 0.3, 0.5, np.linspace(-2.0, 2.0, 9)[:, None]
+  exact = mean + std * (80 * eps - mean) / np.sqrt(80**2 + std**2)
+  counts = np.array([16, 32, 64, 128])
+
+  def error(steps):
+    options = dict(steps=int(steps), solver="edm", sigmas=(1e-4, 80.0))
+    return float(np.abs(sample_teacher(gaussian(mean, std)[0], jnp.asarray(eps), None, **options) - exact).max())
+
+  errors = [error(steps) for steps in counts]
+  assert -np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(2, abs=0.25), errors
+  assert errors[-1] < 2e-3
+
+
 def test_heuns_number_of_evaluations_is_odd():
   assert [solvers.fitting("heun", n) for n in (1, 2, 3, 4, 128)] == [1, 1, 3, 3, 127]
   assert [solvers.fitting(name, 128) for name in ("euler", "dpmpp_2m", "sde")] == [128] * 3
@@ -205,6 +224,8 @@ def test_what_does_not_fit_is_refused():
     (dict(steps=1, solver="sde", keys=keys), "at least 2 with solver='sde'"),
     (dict(steps=2, solver="sde", keys=keys, diffusion="SBDM"), "diffusion: expected one of .*'sigma'"),
     (dict(steps=2, solver="sde", keys=keys, terminal=0.0), r"terminal: expected a flow time in \(0, 1\), got 0"),
+    (dict(steps=1, solver="edm"), "at least 2 with solver='edm'"),
+    (dict(steps=2, solver="edm", sigmas=(1.0, 0.5)), r"noise levels 0 < low < high .* got \(1.0, 0.5\)"),
     (dict(steps=2, solver="heun", h=0.5, keys=keys), "h: expected 0 with solver='heun', got 0.5"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import pickle
+import pickletools
 import random
 import tarfile
 import zipfile
@@ -120,4 +121,25 @@ def _zip(rng: random.Random, file: pathlib.Path) -> str:
   return f"zip {kind} {name}"
 
 
-OF_PICKLES = {"pth": [_pickle, _zip], "pt": [_zip]}
+def _operations(rng: random.Random, file: pathlib.Path) -> str:
+  """A pickle with operations put in, dropped or doubled, calls of something among them."""
+  content = file.read_bytes()
+  places = [at for _, _, at in pickletools.genops(content)]
+  at, end = sorted(rng.sample(places, 2))
+  end = min(end, places[min(places.index(at) + rng.choice([1, 1, 2, 5]), len(places) - 1)])
+  code = pickle.dumps(_Call(os.mkdir, "ran"), 4)[2:-1]  # without the protocol, and without the end
+  kind = rng.choice(["put", "put", "dropped", "doubled", "swapped"])
+  if kind == "put":
+    parts = [code, b"cposix\nmkdir\n", b"N", b"0", b"(", b"t", b"u", b"b", b"R", b"}", b"\x8f", b"h\x07", b"2", b"Q"]
+    added = b"".join(rng.choices(parts, k=rng.choice([1, 1, 3])))
+    content = content[:at] + added + content[rng.choice([at, end]) :]
+  elif kind == "swapped":
+    other = rng.choice(places)
+    content = content[:at] + content[other : other + end - at] + content[end:]
+  else:
+    content = content[:at] + (content[at:end] * 2 if kind == "doubled" else b"") + content[end:]
+  file.write_bytes(content)
+  return f"operations {kind} at {at}"
+
+
+OF_PICKLES = {"pth": [_pickle, _zip], "pt": [_zip], "pkl": [_operations, _operations]}

@@ -31,7 +31,7 @@ from pflow_jax.torch_io import shards
 from pflow_jax.torch_io.tensors import open_tensors
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
-from tests import authors, encoders
+from tests import authors, edm2, encoders
 from tests.conftest import GOLDEN
 from tests.conversion.folders import make_torch, write_torch
 
@@ -112,6 +112,12 @@ def pickled(folder: pathlib.Path) -> Seed:
   fields |= {"_class_name": "DiTTransformer2DModelMod", "num_timesteps": 1, "flip_model_timesteps": True}
   (path / "config.json").write_text(json.dumps(fields))
   return path, lambda: read_source(path / "teacher.pth")
+
+
+def snapshot(folder: pathlib.Path) -> Seed:
+  """An EDM2 as NVIDIA's code pickles it, with its classes."""
+  path = edm2.snapshot(folder / "model.pkl", "weak")
+  return path, lambda: read_source(path)
 
 
 def checkpoint(folder: pathlib.Path) -> Seed:
@@ -259,6 +265,7 @@ SEEDS: dict[str, Callable[[pathlib.Path], Seed]] = {
   "pipeline": pipeline,
   "pickled": pickled,
   "checkpoint": checkpoint,
+  "snapshot": snapshot,
   "full_student": full_student,
   "adapter": adapter,
   "base": base,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from pflow_jax.networks.denoiser import denoiser_velocity, edm_denoiser
@@ -53,6 +54,12 @@ class DenoiserHead(VelocityHead):
 
   @nn.nowrap
   def field(self, apply: Callable[[jax.Array, jax.Array, Any], Any]) -> Callable[[jax.Array, jax.Array, Any], Any]:
-    # The modules take flow time, whose logit is log sigma.
-    denoise = edm_denoiser(lambda x, c_noise, cond: apply(x, jax.nn.sigmoid(4 * c_noise), cond), self.sigma_data)
-    return denoiser_velocity(denoise, self.max_sigma, self.min_sigma)
+    low, high = (sigma / (1 + sigma) for sigma in (self.min_sigma, self.max_sigma))
+
+    def velocity(x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
+      # The modules take flow time, whose logit is log sigma; on the way back from that, float32 loses digits of 1 - t.
+      time = jnp.clip(t, low, high)
+      denoise = edm_denoiser(lambda x, _, cond: apply(x, time, cond), self.sigma_data)
+      return denoiser_velocity(denoise, self.max_sigma, self.min_sigma)(x, t, cond)
+
+    return velocity

@@ -10,7 +10,7 @@ from pflow_jax import data
 from pflow_jax.core.guidance import Velocity, guided
 from pflow_jax.core.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.core.samplers import sample_teacher
-from pflow_jax.core.solvers import fitting, steps_of
+from pflow_jax.core.solvers import fitting, flow_of, steps_of
 from pflow_jax.settings.sample import REFERENCE_STEPS, SampleSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.methods.base import Method, Teachers
@@ -65,12 +65,14 @@ class FlowMatchingMethod(Method[FlowMatching]):
         solver=sampling.solver,
         diffusion=sampling.diffusion,
         terminal=sampling.terminal,
+        sigmas=sampling.sigmas,
+        rho=sampling.rho,
       )
 
     return run
 
   def trajectory(self, sampling: SampleSettings, nfe: int):
-    solver = "euler" if sampling.solver == "sde" else sampling.solver  # the SDE's flow has the same marginals
+    solver = flow_of(sampling.solver)
     field, steps = self._field(sampling), steps_of(solver, nfe)
 
     def run(params, noise, cond):

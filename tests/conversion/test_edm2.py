@@ -1,0 +1,153 @@
+"""EDM2 through `pflow convert`: a snapshot, a state dict and a training state in, NVIDIA's class out, to the bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pflow_jax.checkpoints.checkpoint import load_params
+from pflow_jax.conversion import models
+from pflow_jax.conversion.from_torch import open_source
+from pflow_jax.conversion.program import convert
+from pflow_jax.core.samplers import sample_teacher
+from pflow_jax.settings.defaults import default_config
+from pflow_jax.torch_io.tensors import WEIGHTS
+from pflow_jax.training import workdir
+from pflow_jax.training.experiment import build
+from tests import edm2
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("edm2")
+  path = edm2.snapshot(folder / "edm2-img64-xs-0134217-0.110.pkl", "weak")
+  convert(path, folder / "run")
+  convert(folder / "run", folder / "torch")
+  return folder
+
+
+def test_a_snapshot_becomes_a_teacher(files, capsys):
+  settings = workdir.load_settings(files / "run")
+  assert settings.head.plain() == {"kind": "denoiser", "sigma_data": 0.5, "max_sigma": 80.0, "min_sigma": 0.002}
+  sizes = dict(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_levels=(1,), channels_per_head=8)
+  assert settings.model.plain() == {"kind": "edm2", **sizes, "time_embedding": "fourier", "dtype": "float16"}
+  assert settings.data == {"name": "synthetic", "shape": (16, 16, 3), "num_classes": 5}
+  assert settings.source == {
+    "class": "Precond",
+    "folder": files.name,
+    "sample_size": 16,
+    "encoder": "StandardRGBEncoder",
+    "file": "edm2-img64-xs-0134217-0.110",
+    "license": "cc-by-nc-sa-4.0",
+  }
+  notes = models.recognise(open_source(files / "edm2-img64-xs-0134217-0.110.pkl")).notes
+  assert notes[-1] == "teacher: edm2 8, 16 x 16 x 3, 5 classes, sigma_data 0.5, encoder StandardRGBEncoder"
+  assert "left out: logvar_fourier.freqs, logvar_fourier.phases, logvar_linear.weight" in notes[0]
+
+
+def test_there_and_back_is_exact(files, tmp_path):
+  """Halves as the release has them, whole numbers, and a state dict that NVIDIA's class loads with all its names."""
+  want = edm2.state_dict("weak")
+  got = load_file(files / "torch" / WEIGHTS)
+  assert got.keys() == want.keys()
+  for name, tensor in want.items():
+    if name.startswith("logvar"):
+      assert not got[name].any()  # u(sigma) = 0: the loss is not weighted
+    else:
+      assert torch.equal(got[name], tensor.half()), name
+  config = json.loads((files / "torch" / "config.json").read_text())
+  defaults = {"use_fp16": True, "sigma_data": 0.5}
+  assert {key: value for key, value in config.items() if key[0] != "_"} | defaults == edm2.KINDS["weak"] | defaults
+  card = (files / "torch" / "README.md").read_text()
+  assert "license: cc-by-nc-sa-4.0" in card
+  assert "Precond(**config).load_state_dict" in card
+  convert(files / "torch", tmp_path / "again")
+  ours, again = (
+    load_params(folder / workdir.CHECKPOINTS, which="params") for folder in (files / "run", tmp_path / "again")
+  )
+  jax.tree.map(np.testing.assert_array_equal, ours, again)
+  assert workdir.load_settings(tmp_path / "again").model == workdir.load_settings(files / "run").model
+
+
+def test_float32_goes_there_and_back(tmp_path):
+  state = edm2.state_dict("weak")
+  convert(edm2.snapshot(tmp_path / "a.pkl", "weak", torch.float32), tmp_path / "run")
+  assert workdir.load_settings(tmp_path / "run").model.get("dtype") == "float32"
+  convert(tmp_path / "run", tmp_path / "torch")
+  got = load_file(tmp_path / "torch" / WEIGHTS)
+  assert all(torch.equal(got[name], tensor) for name, tensor in state.items() if not name.startswith("logvar"))
+
+
+@pytest.mark.parametrize("kind", ["weak", "img512"])
+def test_tensors_alone_tell_their_sizes(tmp_path, kind):
+  """A state dict without a config, as in the training states of NVIDIA's code."""
+  state = edm2.state_dict(kind)
+  path = tmp_path / "training-state-0134217.pt"
+  torch.save(
+    {"state": {"cur_nimg": 3}, "net": dict(state), "ema": {"stds": [0.05], "emas": [state]}, "loss_fn": {"a": 1}}, path
+  )
+  for key in ("net", "ema.emas.0"):
+    source = models.recognise(open_source(path, key))
+    model = models.model_of_torch(source.config, source.tensors.metadata, source.tensors)
+    assert "64 channels a head and sigma_data 0.5, which its tensors do not tell" in source.notes[0]
+    want = edm2.NAMES.model_from_config(edm2.KINDS[kind])
+    assert model.attributes == want | {"channels_per_head": 64}
+  save_file(state, tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text('{"channels_per_head": 8}')
+  assert models.recognise(open_source(tmp_path / "model.safetensors")).config["channels_per_head"] == 8
+
+
+CHANGES = {
+  "clip_act": (128, "clip_act: input should be greater than or equal to 256"),
+  "channel_mult_noise": (2, "channel_mult_noise, channel_mult_emb: expected 1 and the largest of channel_mult, got 2"),
+  "num_blocks": (60, "num_blocks: 2 levels of 60 blocks cannot be in 60 tensors"),
+  "resample_filter": ([1, 3, 3, 1], "resample_filter"),
+  "img_resolution": (17, "img_resolution: expected a multiple of 2, got 17"),
+  "gelu": (True, "fields that this package does not know.*gelu = True"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_networks_are_refused(tmp_path, name):
+  value, match = CHANGES[name]
+  path = edm2.snapshot(tmp_path / "a.pkl", "weak")
+  (tmp_path / "config.json").write_text(json.dumps({name: value}))
+  with pytest.raises(ValueError, match=match):
+    convert(path, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_nvidias_class_has_no_place_for_are_refused(files):
+  settings = workdir.load_settings(files / "run")
+  shapes = {"out_conv/mp_kernel": (3, 3, 8, 3), "class_embed/mp_kernel": (5, 16)}
+  data = {"sample_size": 16}
+  made = models.model_of_run(settings, shapes, data)
+  assert (made.attributes["channels"], made.attributes["num_classes"]) == (3, 5)
+  with pytest.raises(ValueError, match="expected an EDM2's"):
+    models.model_of_run(settings, {}, data)
+  slow = models.model_of_run(settings.changed("model", time_embedding="positional"), shapes, data)
+  with pytest.raises(ValueError, match="Precond has time_embedding 'fourier', .* got 'positional'"):
+    _ = slow.torch_config
+
+
+def test_a_converted_teacher_with_a_weak_one_makes_nvidias_samples(golden, tmp_path):
+  """A student's teacher and its weaker guide, by their workdirs, walked as the release walks them."""
+  for kind in ("strong", "weak"):
+    convert(edm2.snapshot(tmp_path / f"{kind}.pkl", kind, torch.float32), tmp_path / kind)
+  own = workdir.load_settings(tmp_path / "strong")
+  config = default_config("ayf_emd")
+  config.data = dict(name="synthetic", shape=(16, 16, 3), num_classes=5)
+  config.model, config.head = own.model.plain(), own.head.plain()
+  config.teacher.workdir, config.teacher.weak_workdir = str(tmp_path / "strong"), str(tmp_path / "weak")
+  config.teacher.guidance = 2.1
+  experiment = build(config)
+  velocity = experiment.teacher.velocity(experiment.load_frozen())
+  noise = np.random.default_rng(2).standard_normal((3, 16, 16, 3)).astype(np.float32)
+  samples = jax.jit(lambda x, c: sample_teacher(velocity, x, c, steps=32, solver="edm"))(noise, np.array([0, 2, 4]))
+  want = golden("edm2_samples")["guided"]
+  assert np.linalg.norm(np.moveaxis(samples, -1, 1) - want) < 1e-4 * np.linalg.norm(want)
