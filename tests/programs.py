@@ -78,7 +78,8 @@ def write_pretrained(values, folder, seed=0):
   # How it is computed is a student's own: no file of PyTorch tells it.
   model = {key: value for key, value in values.model.to_dict().items() if key not in COMPUTED}
   config = {"seed": 0, "model": model, "data": values.data.to_dict(), "source": {}}
-  config |= {"head": {"kind": "velocity"}, "objective": {"kind": "pretrained"}}
+  own = values.head.to_dict() if values.head.kind == "denoiser" else {"kind": "velocity"}
+  config |= {"head": own, "objective": {"kind": "pretrained"}}
   settings = Settings.of(config, converted=True)
   dataset = data.load(**values.data)
   return _write_checkpoint(settings, make_network(settings.model, settings.head, dataset).shapes(dataset), folder, seed)
