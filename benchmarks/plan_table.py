@@ -2,6 +2,8 @@
 
     python benchmarks/plan_table.py imagenet            # DiT-XL/2 by three methods
     python benchmarks/plan_table.py text_to_image       # FLUX.1 and Qwen-Image by π-ID
+    python benchmarks/plan_table.py flow_maps           # the same by AYF-EMD, with two kinds of attention
+    python benchmarks/plan_table.py imagenet512         # EDM2 S by AYF-EMD
 
 It goes on where it was stopped: reports are kept in runs/plan_<table>.json, row by row.
 
@@ -19,6 +21,7 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -30,22 +33,44 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
+class Case:
+  """A config, and the slices that it is planned for.
+
+  Attributes:
+    config: of the folder configs/.
+    slices: names of topologies.
+    changes: values of its keys by their paths, {"model.attention": "xla"}.
+  """
+
+  config: str
+  slices: tuple[str, ...]
+  changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def name(self) -> str:
+    """Returns the config with what is changed."""
+    return " ".join([self.config, *(f"{key}={value}" for key, value in self.changes.items())])
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
   """A table to print.
 
   Attributes:
     title: its heading.
-    methods: config and slices by name.
+    methods: cases by name.
     most: examples a chip that are tried first.
   """
 
   title: str
-  methods: dict[str, tuple[str, tuple[str, ...]]]
+  methods: dict[str, Case]
   most: int
 
 
 IMAGENET_SLICES = ("v5e-16", "v5e-256", "v5p-128", "v6e-64")
 SMALLEST = ("v5e:2x2", "v5e-16", "v5p:1x1x1", "v6e-4")
+IMAGENET512_SLICES = ("v5e-64", "v6e-64")
+FLOW_MAP_SLICES = ("v5e-16", "v5p:2x2x1", "v6e-16")
 SLICES = ("v5e:2x2", "v5e-16", "v5e-256", "v5p:1x1x1", "v5p:2x2x1", "v5p-128", "v6e-1", "v6e-4", "v6e-16", "v6e-64")
 
 
@@ -53,27 +78,50 @@ TABLES = {
   "imagenet": Table(
     "DiT-XL/2 on ImageNet 256",
     {
-      "π-ID, GMFlow": ("imagenet.py:gmrepa_1nfe", IMAGENET_SLICES),
-      "ArcFlow, adapters": ("imagenet.py:arc_adapters", IMAGENET_SLICES),
-      "AYF-EMD": ("imagenet.py:ayf_emd", IMAGENET_SLICES),
+      "π-ID, GMFlow": Case("imagenet.py:gmrepa_1nfe", IMAGENET_SLICES),
+      "ArcFlow, adapters": Case("imagenet.py:arc_adapters", IMAGENET_SLICES),
+      "AYF-EMD": Case("imagenet.py:ayf_emd", IMAGENET_SLICES),
     },
     most=4096,
   ),
   "text_to_image": Table(
     "Students of FLUX.1-dev and Qwen-Image at 1024 x 1024",
     {
-      "FLUX.1-dev, GMFlow": ("flux.py:gm", SLICES),
-      "the same, without data": ("flux.py:gm_data_free", SMALLEST),
-      "Qwen-Image, GMFlow": ("qwen_image.py:gm", SLICES),
+      "FLUX.1-dev, GMFlow": Case("flux.py:gm", SLICES),
+      "the same, without data": Case("flux.py:gm_data_free", SMALLEST),
+      "Qwen-Image, GMFlow": Case("qwen_image.py:gm", SLICES),
     },
     most=2,
+  ),
+  "flow_maps": Table(
+    "Flow maps of FLUX.1-dev and Qwen-Image by AYF-EMD",
+    {
+      **{
+        f"{title}, {8 * side}², {attention}": Case(
+          f"{config}.py:ayf", FLOW_MAP_SLICES, {"data.shape": (side, side, 16), "model.attention": attention}
+        )
+        for title, config in (("FLUX.1-dev", "flux"), ("Qwen-Image", "qwen_image"))
+        for side in (64, 128)
+        for attention in ("xla", "flash_jvp")
+      },
+    },
+    most=1,
+  ),
+  "imagenet512": Table(
+    "Flow maps of EDM2 S on ImageNet 512",
+    {
+      "AYF-EMD": Case("imagenet512.py:ayf_emd", IMAGENET512_SLICES),
+      "AYF-EMD, adversarial": Case("imagenet512.py:ayf_emd_adversarial", IMAGENET512_SLICES),
+    },
+    most=4096,
   ),
 }
 
 
-def fitting(config_name: str, where: plan.Slice, most: int, fast: bool) -> dict:
+def fitting(case: Case, where: plan.Slice, most: int, fast: bool) -> dict:
   """The report of the first accumulation that fits, a power of 2; the last report if none does."""
-  config = read_config_file(f"configs/{config_name}")
+  config = read_config_file(f"configs/{case.config}")
+  config.update_from_flattened_dict(case.changes)
   # Parameters are in parts over at most 16 chips: smaller parts save little memory.
   config.mesh.update(data=-1, fsdp=min(16, where.num_devices))
   if config.model.kind == "dit" and config.objective.kind == "imitation":  # a flow map needs a forward derivative
@@ -124,12 +172,12 @@ def main() -> None:
   table, kept = TABLES[args.table], pathlib.Path(args.json or f"runs/plan_{args.table}.json")
   kept.parent.mkdir(parents=True, exist_ok=True)
   reports = json.loads(kept.read_text()) if kept.exists() else {}
-  for title, (config, slices) in table.methods.items():
-    for name in slices:
+  for title, case in table.methods.items():
+    for name in case.slices:
       start = time.perf_counter()
-      key = f"{config} on {name}{', in full' * args.full}"
+      key = f"{case.name} on {name}{', in full' * args.full}"
       if key not in reports:
-        reports[key] = fitting(config, plan.Slice(name), table.most, not args.full)
+        reports[key] = fitting(case, plan.Slice(name), table.most, not args.full)
         kept.write_text(json.dumps(reports, indent=2) + "\n")
       lines.append(row(title, reports[key]))
       print(f"{lines[-1]}  ({time.perf_counter() - start:.0f} s)", flush=True)

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from pflow_jax.settings.defaults import default_config, pick
 
-JVP_ATTENTION = "xla"  # of flow maps: it must have a forward derivative
+JVP_ATTENTION = "flash_jvp"  # of flow maps: it must have a forward derivative
 
 
 def base(objective: str = "imitation") -> ConfigDict:
