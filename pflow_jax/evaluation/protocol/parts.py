@@ -37,9 +37,7 @@ def check_same(folder: pathlib.Path, there: Mapping[str, Any], about: Mapping[st
   before, now = (_flat(one, about) for one in (there, json.loads(json.dumps(about))))
   told = lambda key: f"{key} {shown(before.get(key), 80)}, not {shown(now.get(key), 80)}"
   if differing := [told(key) for key in sorted({*before, *now}) if before.get(key) != now.get(key)]:
-    raise ValueError(
-      f"{folder} holds what was made of {'; '.join(differing)}; name another folder, or remove this one"
-    )
+    raise ValueError(f"{folder} holds what was made of {'; '.join(differing)}; name another folder, or remove this one")
 
 
 def _flat(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
