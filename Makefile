@@ -17,13 +17,17 @@ QUICK := tests/core tests/settings tests/test_api.py tests/test_rooms.py tests/t
 	tests/commands/test_library.py::test_the_twelve_lines
 PACKAGES := "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test quick page fuzz notebooks installs dist lint types docs clean
+.PHONY: demo test slow quick page fuzz notebooks installs dist lint types docs clean
 
 demo: .venv/core
 	bash launch/local.sh demo $(RUN) $(SEED)
 
 test: .venv/dev lint types
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Whole programs: in several processes, killed and resumed, from a teacher to its pages.
+slow: .venv/dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 # Between edits. The compiled programs are kept: the first time takes longer.
 quick: .venv/dev lint types
@@ -46,7 +50,7 @@ build/page/installed: .venv/dev
 # CASES damaged copies of every kind of file and run that is read, from case FIRST on, and a run that is killed twenty
 # times.
 fuzz: .venv/dev
-	PFLOW_FUZZ_CASES=$(CASES) PFLOW_FUZZ_FIRST=$(FIRST) PFLOW_KILLS=20 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 \
+	PFLOW_FUZZ_CASES=$(CASES) PFLOW_FUZZ_FIRST=$(FIRST) PFLOW_KILLS=20 JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m '' \
 		tests/fuzz tests/test_processes.py::test_no_run_is_lost_to_kills
 
 # Every cell of notebooks/, shrunk; with FULL=1 as they are, and `make docs` then shows what they put out.

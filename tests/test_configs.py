@@ -24,13 +24,13 @@ CASES = [(path.stem, variant) for path in CONFIGS for variant in load_module(pat
 # tests/training/test_adversary.py.
 RUN = [
   ("emoji", "teacher"),
-  ("imagenet", "gmrepa_1nfe"),
+  pytest.param("imagenet", "gmrepa_1nfe", marks=pytest.mark.slow),
   ("checkerboard", "dx"),
-  ("digits", "arc_adapters"),
+  pytest.param("digits", "arc_adapters", marks=pytest.mark.slow),
   ("digits", "ayf_emd"),
   ("digits", "improved_mean_flow"),
   ("digits", "free_flow"),
-  ("flux", "gm_data_free"),
+  pytest.param("flux", "gm_data_free", marks=pytest.mark.slow),
 ]
 
 pytestmark = pytest.mark.usefixtures("float32")

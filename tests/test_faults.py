@@ -14,6 +14,8 @@ from pflow_jax.files.output import LOG
 from tests.programs import ROOT, command, environment, pflow
 from tests.test_processes import FLAGS, MINUTE, steps_logged, wait_for
 
+pytestmark = pytest.mark.slow
+
 LOCAL = ("bash", "launch/local.sh", "train")
 ENDLESS = (*FLAGS, "--config.train.log_every=1", "--config.train.steps=1000000")
 

@@ -405,6 +405,7 @@ def test_the_derivative_asks_for_products_in_float32(teacher):
   assert any(e.invars[0].aval.dtype == jnp.bfloat16 for e in dots if e not in precise), "the output, and the teacher"
 
 
+@pytest.mark.slow
 def test_edm2_network_trains_and_stays_normalised(tmp_path):
   """A teacher in EDM's preconditioning and a flow map of it, with EDM2's U-Net."""
   model = dict(kind="edm2", model_channels=8, channel_mult=(1, 2), num_blocks=0, attn_levels=(1,), channels_per_head=8)

@@ -15,7 +15,7 @@ from pflow_jax.commands import cli
 from pflow_jax.evaluation import feature_networks
 from tests.programs import load_module
 
-pytestmark = pytest.mark.usefixtures("float32")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float32")]
 
 ROOT = pathlib.Path(__file__).parents[1]
 

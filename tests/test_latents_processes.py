@@ -25,6 +25,8 @@ PROGRAM = """
 import sys, time
 from pflow_jax.commands.cli import main
 from pflow_jax.data.folder import FolderSource
+
+pytestmark = pytest.mark.slow
 read, wait = FolderSource.read, float(sys.argv[1])
 def slow(self, row):
   time.sleep(wait)

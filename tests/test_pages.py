@@ -376,6 +376,7 @@ def shelf(tmp_path_factory):
 # ---- Tests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [page.name for page in PAGES if fences(page) and page.name not in ELSEWHERE])
 def test_a_page_runs(name, shelf):
   shelf.run(name)

@@ -19,6 +19,8 @@ from pflow_jax.checkpoints.checkpoint import load_params
 from pflow_jax.checkpoints.steps import newest_step
 from tests.programs import ROOT, command, environment, listening
 
+pytestmark = pytest.mark.slow
+
 FLAGS = (
   "--config=configs/checkerboard.py:teacher,quicktest",
   "--config.optimizer.schedule=constant",

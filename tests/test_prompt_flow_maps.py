@@ -142,6 +142,7 @@ def test_a_teacher_is_asked_for_the_strength_in_its_own_way(teachers):
     assert experiment.method.teachers_strength == STRENGTHS[kind]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_in_the_same_bits(trained, teachers, tmp_path):
   folder, whole = trained
   shutil.copytree(folder, tmp_path / "run")
@@ -157,6 +158,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(trained, teachers, tmp_pat
   assert all(np.isfinite([row["residual"], row["derivative"]]).all() for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "steps"), [("flux", (1, 8)), ("qwen_image", (2, 4))])
 def test_it_is_sampled_and_goes_to_pytorch_and_back(trained, teachers, tmp_path, kind, steps):
   folder, _ = trained

@@ -38,6 +38,7 @@ def config(tmp_path):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_with_buckets_is_trained_sampled_and_measured(config, tmp_path, capsys):
   assert build(config).dataset.lengths == (6, 32)
   folder = tmp_path / "run"
@@ -94,6 +95,7 @@ def test_adapters_on_a_teacher_in_low_precision_are_not_merged(config, tmp_path)
   assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(config, tmp_path):
   """Each reads its own rows of every batch."""
   config.data.buckets = (32,)
@@ -111,6 +113,7 @@ def test_two_processes_train_what_one_does(config, tmp_path):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two)
 
 
+@pytest.mark.slow
 def test_a_loaded_student_of_a_guided_teacher_of_texts_is_measured(tmp_path):
   """The empty prompt, which guides the teacher, is not in what a workdir says of its data."""
   train(quick("emoji", "teacher"), tmp_path / "teacher")

@@ -22,6 +22,8 @@ from pflow_jax.commands.cli import main
 from pflow_jax.evaluation.protocol import evaluate
 from pflow_jax.evaluation.protocol.parts import Parts
 from tests.evaluation.stub_network import StubNetwork
+
+pytestmark = pytest.mark.slow
 evaluate.PART = evaluate.PAIRS_IN_PART = 16
 evaluate.open_feature_network = lambda *_: StubNetwork()
 write = Parts.write

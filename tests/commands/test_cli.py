@@ -22,6 +22,7 @@ from tests.programs import pflow, quick
 
 
 @pytest.mark.usefixtures("float32")
+@pytest.mark.slow
 def test_train_sample_evaluate_one_step_at_a_time(tmp_path, capsys):
   teacher, student = tmp_path / "teacher", tmp_path / "student"
   run = pflow("train", "--config=configs/digits.py:teacher,quicktest", "--workdir", teacher)

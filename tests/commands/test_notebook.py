@@ -18,6 +18,8 @@ import pflow_jax as pf
 from pflow_jax.training import sample as sampling
 from pflow_jax.training.keeping import Keeper
 
+pytestmark = pytest.mark.slow
+
 stop = lambda: os.kill(os.getpid(), signal.SIGINT)  # the stop button
 metrics, to_host = Keeper.metrics, sampling.to_host
 data = pf.data.from_arrays(np.random.default_rng(0).normal(size=(64, 2)), np.arange(64) % 3)

@@ -449,6 +449,7 @@ def test_comparison_configs_are_read_whole(path, variant):
 
 
 @pytest.mark.usefixtures("float32")
+@pytest.mark.slow
 def test_real_runs(tmp_path, capsys):
   """Trains a teacher and two students; the second call touches nothing."""
   board = {name: f"{ROOT}/configs/checkerboard.py:{name},quicktest" for name in ("flow_teacher", "gmflow", "ayf_emd")}

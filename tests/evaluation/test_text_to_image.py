@@ -27,6 +27,8 @@ from pflow_jax.training.workdir import load_config
 from tests import encoders
 from tests.programs import ROOT, quick, write_pretrained
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red cat", "the dog", "two cats of a photo", "blue", "a photo of the dog", "red", "cats", "a a a"]
 SIZE = dict(num_layers=1, attention_head_dim=16, num_attention_heads=2, axes_dims_rope=(4, 6, 6))
 

@@ -169,6 +169,7 @@ def test_student_starts_as_its_teachers_one_step(teacher_run):
 
 
 @pytest.mark.usefixtures("float32")
+@pytest.mark.slow
 def test_segments_without_data_do_not_add_up_in_memory():
   """Three times the segments, of which each keeps its source alone for the backward pass: 1.3 times the memory."""
 

@@ -267,6 +267,7 @@ def undisturbed(tmp_path_factory, teacher_run):
   return flags, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sigkill", "sigterm"])
 def test_killed_run_ends_in_the_same_bits(tmp_path, undisturbed, name):
   """A real process, killed in the middle of training, started again with the same command."""

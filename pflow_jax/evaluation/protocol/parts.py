@@ -30,13 +30,14 @@ def check_same(folder: pathlib.Path, there: Mapping[str, Any], about: Mapping[st
     there: its description, perhaps with more than that.
     about: the description that it should have.
   """
-  fix = "name another folder, or remove this one"
   if there.get("format") != FORMAT:
-    raise ValueError(f"{folder} holds an evaluation of another version of pflow_jax; {fix}")
+    raise ValueError(
+      f"{folder} holds an evaluation of another version of pflow_jax; name another folder, or remove this one"
+    )
   before, now = (_flat(one, about) for one in (there, json.loads(json.dumps(about))))
   told = lambda key: f"{key} {shown(before.get(key), 80)}, not {shown(now.get(key), 80)}"
   if differing := [told(key) for key in sorted({*before, *now}) if before.get(key) != now.get(key)]:
-    raise ValueError(f"{folder} holds what was made of {'; '.join(differing)}; {fix}")
+    raise ValueError(f"{folder} holds what was made of {'; '.join(differing)}; name another folder, or remove this one")
 
 
 def _flat(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

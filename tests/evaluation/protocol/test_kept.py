@@ -7,6 +7,7 @@ from PIL import Image
 from pflow_jax import data
 from pflow_jax.evaluation.protocol import kept
 from pflow_jax.evaluation.protocol.parts import Parts
+from pflow_jax.files import atomic
 from tests.evaluation.stub_network import StubNetwork
 
 COUNT, SIZE = 10, 4
@@ -27,7 +28,7 @@ def filled(folder, keep="npz", numbers=range(3)):
 
 def test_pictures_are_on_the_disk_before_their_parts_lose_them(tmp_path, monkeypatch):
   parts, synced = filled(tmp_path), []
-  monkeypatch.setattr(kept, "sync", lambda path: synced.append((path.name, parts.has("pictures"))))
+  monkeypatch.setattr(atomic, "sync", lambda path: synced.append((path.name, parts.has("pictures"))))
   assert kept.gather(parts, "npz") == ""
   assert synced == [("samples.npz.partial", True), (tmp_path.name, True)]
   with np.load(tmp_path / "samples.npz") as file:
