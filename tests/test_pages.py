@@ -498,6 +498,7 @@ def unknown(span):
   else:
     known = {flag for command in PROGRAMS for flag in flags_of(command)}
     known |= {flag for file in ROOT.glob("launch/*.sh") for flag in re.findall(r"--([\w-]+)", file.read_text())}
+    known |= {flag for file in ROOT.glob("examples/*.py") for flag in re.findall(r'"--([\w-]+)"', file.read_text())}
     known |= {"exclude"}  # of `hf download`
   return [name for name in named if name not in known | keys() and not name.startswith("config.objective.guidance")]
 
