@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import pathlib
+import re
 from types import TracebackType
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from pflow_jax.files.checksums import CHECKSUMS, checksums
 from pflow_jax.files.folders import absolute, is_remote
 from pflow_jax.mesh.distributed import is_first
 from pflow_jax.mesh.sharding import Layout
+from pflow_jax.networks.layers import CONSTANTS
 
 PyTree = Any
 
@@ -258,7 +260,7 @@ def load_params(
     ValueError: there is no checkpoint, step or part of this name, or none that is intact; the layout does not fit.
   """
   path, item = saved_part(directory, which, step)
-  as_saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
+  as_saved = {which: _as_dtype(item[which], dtype)}
   if layout is None:
     args = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), as_saved)
   else:
@@ -281,7 +283,7 @@ def params_shapes(
 ) -> PyTree:
   """Shapes and dtypes of the arrays of `load_params`; errors as there."""
   item = saved_part(directory, which, step)[1][which]
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _as_dtype(leaf.dtype, dtype)), item)
+  return _as_dtype(item, dtype)
 
 
 def saved_part(directory: str | epath.PathLike, which: str, step: int | None) -> tuple[epath.Path, dict[str, Any]]:
@@ -300,8 +302,15 @@ def saved_part(directory: str | epath.PathLike, which: str, step: int | None) ->
   return path, {which: saved[which]}
 
 
-def _as_dtype(own: Any, wanted: Any) -> Any:
-  return own if wanted is None or not jnp.issubdtype(own, jnp.floating) else jnp.dtype(wanted)
+def _as_dtype(tree: PyTree, wanted: Any) -> PyTree:
+  """Shapes of a tree whose floating leaves get another dtype; the constants of a network keep theirs."""
+
+  def one(keys: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    kept = wanted is None or not jnp.issubdtype(leaf.dtype, jnp.floating) or re.fullmatch(CONSTANTS, path)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if kept else jnp.dtype(wanted))
+
+  return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

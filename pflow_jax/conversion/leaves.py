@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pflow_jax.checkpoints.stream import Index, Stored
+from pflow_jax.networks.layers import CONSTANTS
 from pflow_jax.torch_io.places import Tensors
 from pflow_jax.torch_io.shards import Planned
 from pflow_jax.torch_io.table import Row, read_layer, torch_shapes_of, turn, turn_back
@@ -75,7 +77,8 @@ def dtype_of(row: Row, names: Sequence[str], tensors: Tensors, wanted: np.dtype 
     ValueError: they have several and none is wanted.
   """
   found = {tensors.places[name].dtype for name in names}
-  if wanted is not None and all(_is_float(dtype) for dtype in found):
+  is_constant = re.fullmatch(CONSTANTS, row.flax) is not None
+  if wanted is not None and not is_constant and all(_is_float(dtype) for dtype in found):
     return wanted
   if len(found) > 1:
     raise ValueError(

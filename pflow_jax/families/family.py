@@ -27,6 +27,7 @@ class Family:
     students: the same of its released students, by head: "nfe", "final_scale", "shift", and "temperature" where it is
       not 1.
     formats: other names of its weights in PyTorch, by the name of the format.
+    knows_empty: whether its released models were trained with the empty condition too, which then guides them.
   """
 
   name: str
@@ -38,3 +39,4 @@ class Family:
   teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   students: Mapping[type[Head], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   formats: Mapping[str, NetworkNames] = dataclasses.field(default_factory=dict)
+  knows_empty: bool = True

@@ -91,7 +91,7 @@ def _key(family: Family) -> type | None:
 register_family(
   Family("dit", NETWORKS["dit"], dit_names.NAMES, students=_OF_CLASSES, formats={"timm": dit_authors.NAMES})
 )
-register_family(Family("edm2", NETWORKS["edm2"], edm2_names.NAMES))
+register_family(Family("edm2", NETWORKS["edm2"], edm2_names.NAMES, knows_empty=False))
 register_family(
   Family(
     "flux",
@@ -116,3 +116,8 @@ register_family(
 )
 register_family(Family("minilm", encoder=MiniLMEncoder))
 register_family(Family("taesd", autoencoder=tiny_names.NAMES))
+
+
+def knows_empty(kind: str) -> bool:
+  """Returns whether the released models of a network were trained with the empty condition too."""
+  return kind not in FAMILIES or FAMILIES[kind].knows_empty

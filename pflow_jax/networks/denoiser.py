@@ -57,9 +57,10 @@ def edm_denoiser(network: Callable[[Array, Array, Any], Array], sigma_data: floa
 def denoiser_velocity(denoiser: Denoiser, max_sigma: float = 80.0, min_sigma: float = 0.002) -> Denoiser:
   """Flow velocity of a denoiser: v = (x - D(x / (1 - t), t / (1 - t))) / t on x_t = (1 - t) x0 + t eps.
 
-  Outside the noise levels [min_sigma, max_sigma] the velocity is that of the nearest one, at the same x: at t = 1 the
-  EDM state is infinite, and towards t = 0 a network's error, like rounding, grows as 1 / t while the exact velocity
-  only tends to -x. The defaults are EDM's range.
+  At t = 1 the EDM state is infinite. Above max_sigma the denoised state is that of max_sigma with the same noise, so
+  that a jump from t = 1 leads to it and keeps none of the noise. Below min_sigma the velocity is that of min_sigma at
+  the same x: towards t = 0 a network's error, like rounding, grows as 1 / t while the exact velocity only tends to -x.
+  The defaults are EDM's range.
 
   Args:
     denoiser: (y, sigma, cond) -> E[x0 | y].
@@ -78,8 +79,10 @@ def denoiser_velocity(denoiser: Denoiser, max_sigma: float = 80.0, min_sigma: fl
   denoiser = checked("denoiser_velocity: denoiser(y, sigma, cond)", denoiser)
 
   def velocity(x: Array, t: Array, cond: Any) -> Array:
-    t = jnp.clip(t, min_sigma / (1 + min_sigma), max_sigma / (1 + max_sigma))
-    time = _like(t, x)
-    return (x - denoiser(x / (1 - time), t / (1 - t), cond)) / time
+    t = jnp.maximum(t, min_sigma / (1 + min_sigma))
+    known = jnp.minimum(t, max_sigma / (1 + max_sigma))
+    # Above, x / t has the noise of a state at the highest level, less and less of the data.
+    state = x * _like(known / t / (1 - known), x)
+    return (x - denoiser(state, known / (1 - known), cond)) / _like(t, x)
 
   return velocity

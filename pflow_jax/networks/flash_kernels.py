@@ -52,7 +52,8 @@ def backward(
   Returns:
     arrays like q, k and v.
   """
-  delta = jnp.einsum("bthd,bthd->bht", out, cotangent, preferred_element_type=lse.dtype)
+  # Not a product, whose factors an accelerator may round: what it is taken from is exact.
+  delta = jnp.sum(out.astype(lse.dtype) * cotangent.astype(lse.dtype), axis=3).swapaxes(1, 2)
   run = (flash_gpu if options.gpu else flash_tpu).backward
   return run(q, k, v, mask, cotangent, lse, delta, options)
 

@@ -34,6 +34,9 @@ SHARDING = (
   ("class_embed/embedding|log_variance/.*|.*/(bias|scale)", ()),
 )
 
+# Parameters that are constants: they keep their dtype where others are rounded, and do not decay.
+CONSTANTS = r"(.*/)?fourier/(freqs|phases)"
+
 # Values of a block that the backward pass keeps: all, none, the matmul outputs, those marked with `kept`, or the matmul
 # outputs in the host's memory.
 _KEPT = "layer"

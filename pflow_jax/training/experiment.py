@@ -25,7 +25,7 @@ from pflow_jax.training import workdir
 from pflow_jax.training.inputs import read_inputs
 from pflow_jax.training.methods import METHODS, Method
 from pflow_jax.training.methods.base import Teachers
-from pflow_jax.training.network import Network, head_class, make_network
+from pflow_jax.training.network import OF_FLOW_MAPS, Network, head_class, make_network
 from pflow_jax.training.origins import Saved
 from pflow_jax.training.teachers import ROLES, Teacher, load_teacher
 
@@ -215,6 +215,13 @@ def build(
       f"config.objective.kind {settings.kind!r} does not train the head {settings.head.kind!r}: expected head.kind one "
       f"of {heads}"
     )
+  for key in OF_FLOW_MAPS:
+    # 0 late blocks are none; a depth of 0 is an output layer.
+    if (
+      settings.model.get(key) not in (None, *([0] if key == "late_blocks" else []))
+      and key not in method.network_options
+    ):
+      raise ValueError(f"config.model.{key}: the objective {settings.kind!r} does not use it; leave it out")
   inputs = read_inputs(run) if run is not None else None
   dataset = dataset or (inputs and inputs.dataset(settings.data)) or call(data.load, "data", settings.data)
   if settings.sample.autoencoder:

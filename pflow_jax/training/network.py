@@ -69,7 +69,9 @@ class Network:
     """Makes random parameters of the module, for the data's shapes; `named` as for a call of a batch of 1."""
     x, ones = jnp.zeros((1, *dataset.shape), jnp.float32), jnp.ones((1,))
     cond = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dataset.cond_shapes(1))
-    return self.module.init(key, x, ones, cond, **named)["params"]
+    # Attention has no parameters, and a kernel takes a mesh's whole batches.
+    module = self.module.clone(attention="xla") if hasattr(self.module, "attention") else self.module
+    return module.init(key, x, ones, cond, **named)["params"]
 
   def shapes(self, dataset: data.Dataset, **named: Any) -> Params:
     """Shapes of the parameters of `init`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from pflow_jax.mesh.partition import match
+from pflow_jax.mesh.partition import match, path_of
+from pflow_jax.networks.layers import CONSTANTS
 from pflow_jax.settings.optimizer import EmaSettings, OptimizerSettings
 
 PyTree = Any
@@ -79,7 +81,12 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int | None = None) 
     pi-Flow, arXiv:2510.14974 (its release: betas 0.9, 0.95, no decay); optax.
   """
   s, rate = settings, make_schedule(settings, total_steps)
-  update = optax.adamw(rate, b1=s.b1, b2=s.b2, eps=s.eps, weight_decay=s.weight_decay, mu_dtype=s.mu_dtype)
+  decay: dict[str, Any] = {"weight_decay": s.weight_decay}
+  if s.weight_decay:
+    decay["mask"] = lambda params: jax.tree_util.tree_map_with_path(
+      lambda keys, _: re.fullmatch(CONSTANTS, path_of(keys)) is None, params
+    )
+  update = optax.adamw(rate, b1=s.b1, b2=s.b2, eps=s.eps, mu_dtype=s.mu_dtype, **decay)
   if s.clip_norm is not None:
     start = s.warmup_steps if s.clip_start is None else s.clip_start
     clip = optax.conditionally_transform(optax.clip_by_global_norm(s.clip_norm), lambda count: count >= start)

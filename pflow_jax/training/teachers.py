@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pflow_jax import data
 from pflow_jax.core import guidance
-from pflow_jax.families.registry import network_kind
+from pflow_jax.families.registry import knows_empty, network_kind
 from pflow_jax.mesh.partition import differing
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.teacher import TeacherSettings
@@ -325,7 +325,7 @@ def _computed_as(student: Choice, own: Choice) -> Choice:
 
 def _check_knows_nothing(own: Settings, dataset: data.Dataset, asked: TeacherSettings) -> None:
   """Raises ValueError unless there is an empty condition to guide the teacher away from."""
-  if not own.converted and not own.objective.cond_dropout:
+  if not (knows_empty(own.model.kind) if own.converted else own.objective.cond_dropout):
     raise ValueError(
       f"config.teacher.guidance: {asked.guidance} needs a teacher that knows the empty condition; train it with "
       "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"

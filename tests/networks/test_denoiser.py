@@ -37,16 +37,23 @@ def test_velocity_of_gaussian_data_is_exact(space):
   np.testing.assert_allclose(v, gaussian_velocity(x, t), rtol=1e-10, atol=1e-10)
 
 
-def test_ends_take_the_nearest_noise_level():
+def test_below_the_lowest_noise_level_its_velocity_counts():
   x, _, cond = states()
   velocity = jax.jit(denoiser_velocity(gaussian_denoiser))
-  for end, sigma in ((0.0, 0.002), (1.0, 80.0)):
-    nearest = gaussian_velocity(x, np.full(5, sigma / (1 + sigma)))
-    np.testing.assert_allclose(velocity(x, jnp.full(5, end), cond), nearest, rtol=1e-10)
+  nearest = gaussian_velocity(x, np.full(5, 0.002 / 1.002))
+  np.testing.assert_allclose(velocity(x, jnp.zeros(5), cond), nearest, rtol=1e-10)
   # The exact limit at the data is -x.
   np.testing.assert_allclose(velocity(x, jnp.zeros(5), cond), -x, atol=0.1)
-  v = denoiser_velocity(gaussian_denoiser, max_sigma=3.0, min_sigma=0.5)(x, jnp.array([0.0, 0.3, 0.5, 0.8, 1]), cond)
-  np.testing.assert_allclose(v, gaussian_velocity(x, [1 / 3, 1 / 3, 0.5, 0.75, 0.75]), rtol=1e-10)
+  v = denoiser_velocity(gaussian_denoiser, max_sigma=3.0, min_sigma=0.5)(x, jnp.array([0.0, 0.3, 0.5, 0.7, 0.75]), cond)
+  np.testing.assert_allclose(v, gaussian_velocity(x, [1 / 3, 1 / 3, 0.5, 0.7, 0.75]), rtol=1e-10)
+
+
+@pytest.mark.parametrize("t", [1.0, 0.9, 0.8])
+def test_a_jump_from_above_the_highest_noise_level_lands_on_its_denoised_state(t):
+  """Of the same noise, sigma x / t: none of it is left."""
+  x, _, cond = states()
+  v = denoiser_velocity(gaussian_denoiser, max_sigma=3.0)(x, jnp.full(5, t), cond)
+  np.testing.assert_allclose(x - t * v, gaussian_denoiser(3.0 * x / t, jnp.full(5, 3.0), cond), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0])

@@ -1,11 +1,13 @@
 """Networks of improved and decoupled MeanFlow and FreeFlow: their start, what trains, and policies from a flow map."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pflow_jax.training.experiment import build
+from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.step import make_step
 from pflow_jax.training.train import train
 from tests.programs import quick, write_random
@@ -175,3 +177,23 @@ def test_an_adversary_joins_a_policy_of_one_evaluation_alone(teacher):
   config.objective.nfe = 2
   with pytest.raises(ValueError, match="one evaluation"):
     make_step(build(config))
+
+
+@pytest.mark.parametrize(
+  ("variant", "option"), [("ayf_emd", "velocity_depth"), ("teacher", "late_blocks"), ("gmflow", "late_blocks")]
+)
+def test_a_branch_of_the_network_that_the_objective_does_not_use_is_refused(teacher, variant, option):
+  config = quick("digits", variant, None if variant == "teacher" else teacher)
+  config.model[option] = 1
+  with pytest.raises(ValueError, match=f"config.model.{option}: the objective .* does not use it"):
+    build(config)
+
+
+def test_parameters_start_on_a_mesh_without_its_kernels(teacher):
+  """A kernel takes whole batches of the mesh, and the parameters are made for one example."""
+  experiment = build(quick("digits", "ayf_emd", teacher))
+  network = dataclasses.replace(experiment.network, module=experiment.network.module.clone(attention="flash_jvp"))
+  layout = layout_of(experiment.settings, jax.devices()[:8])
+  with layout.context():
+    shapes = jax.eval_shape(lambda key: network.init(key, experiment.dataset, s=jnp.ones((1,))), jax.random.key(0))
+  assert jax.tree.structure(shapes) == jax.tree.structure(experiment.method.shapes())

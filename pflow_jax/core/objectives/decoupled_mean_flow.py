@@ -40,11 +40,11 @@ class DecoupledMeanFlow:
     pair_means: of the two logit-normals from which t and s are drawn, and sorted.
     pair_stds: of these.
     shift: time shift applied to all drawn times and to the sampler's grid.
-    omega: strength of the network's guidance of its own target, v + omega (F(x, t, t, cond) - F(x, t, t, empty)), with
-      target="data".
+    omega: strength of the network's guidance of its own target, v + omega (F(x, t, t, cond) - F(x, t, t, empty)), by
+      its current parameters as in the release's code. It is 0 with target="teacher".
     interval: flow times (low, high) of t, inclusive, in which it counts.
-    cond_dropout: share of the examples whose condition is replaced by the empty one, with target="data"; their target
-      is not guided.
+    cond_dropout: share of the examples whose condition is replaced by the empty one; their target is not guided. It is
+      0 with target="teacher".
     offset: of the mean square under the logarithm.
   """
 
@@ -129,7 +129,7 @@ def decoupled_mean_flow_loss(
 
   Returns:
     loss per example (B,), which has no lower bound, and metrics per example: rms of both residuals and of the
-      derivative, and the flow time "t" of MeanFlow's.
+      derivative, share left out, and the flow time "t" of MeanFlow's.
 
   Raises:
     ValueError: for a network or teacher that returns anything but an array like x.
@@ -148,7 +148,7 @@ def decoupled_mean_flow_loss(
   else:
     dropped, given = jnp.zeros((batch,), bool), cond
 
-  def term(key: Array, t: Array, s: Array, jump: bool) -> tuple[Array, Array, Array]:
+  def term(key: Array, t: Array, s: Array, jump: bool) -> tuple[Array, Array, Array, Array]:
     eps = jax.random.normal(key, x0.shape, x0.dtype)
     x = add_noise(x0, eps, t)
     if settings.target == "teacher":
@@ -159,10 +159,10 @@ def decoupled_mean_flow_loss(
     return error(network, log_variance, x, t, s, v, given, offset=settings.offset, jump=jump, precise=precise)
 
   keys = jax.random.split(key_noise)
-  flow, flow_squares, _ = term(keys[0], time, time, jump=False)
-  map_, map_squares, dF = term(keys[1], t, s, jump=True)
+  flow, flow_squares, _, _ = term(keys[0], time, time, jump=False)
+  map_, map_squares, dF, masked = term(keys[1], t, s, jump=True)
   metrics = {"residual": jnp.sqrt(map_squares), "flow_residual": jnp.sqrt(flow_squares)}
-  return (flow + map_) / 2, metrics | {"derivative": jnp.sqrt(_mean(dF**2)), "t": t}
+  return (flow + map_) / 2, metrics | {"derivative": jnp.sqrt(_mean(dF**2)), "masked": masked, "t": t}
 
 
 def guided_target(
@@ -209,7 +209,7 @@ def error(
   offset: float,
   jump: bool,
   precise: Network | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
   """One term: log(mean square / exp(l) + offset) + l, l = log_variance(t, s).
 
   Args:
@@ -225,15 +225,19 @@ def error(
     precise: see `core.objectives.flow_map.residual`.
 
   Returns:
-    the term, and its mean squares, both (B,); the derivative, like x.
+    the term, and its mean squares, both (B,); the derivative, like x; 1 for an example that is left out because its
+      target is not finite, (B,).
   """
   if jump:
     F, g, dF = residual(network, lambda x, t: v, x, t, s, cond, None, side="eulerian", warmup=1.0, precise=precise)
     target = jax.lax.stop_gradient(F) - g
   else:
     F, target, dF = network(x, t, s, cond, None), jax.lax.stop_gradient(v), jnp.zeros_like(x)
+  finite = jnp.all(jnp.isfinite(target), axis=tuple(range(1, x.ndim)))
+  F, target, dF = (jnp.where(over_space(finite, a), a, 0.0) for a in (F, target, dF))
   squares, scale = _mean((F - target) ** 2), log_variance(t, s)
-  return jnp.log(squares * jnp.exp(-scale) + offset) + scale, squares, dF
+  term = jnp.log(squares * jnp.exp(-scale) + offset) + scale
+  return jnp.where(finite, term, 0.0), squares, dF, 1.0 - finite
 
 
 def _mean(x: Array) -> Array:

@@ -56,6 +56,9 @@ class Method(abc.ABC, Generic[Objective]):
   has_policy: ClassVar[bool] = False
   """Whether it trains heads that predict a policy; other methods train those that predict a velocity."""
 
+  network_options: ClassVar[tuple[str, ...]] = ()
+  """Options of its network that only it uses, of `training.network.OF_FLOW_MAPS`."""
+
   @classmethod
   @abc.abstractmethod
   def bind(cls, settings: Settings, network: Network, dataset: data.Dataset, teachers: Teachers) -> Method:

@@ -52,6 +52,8 @@ Objective = TypeVar("Objective", bound=Jumping)
 class JumpMethod(Method[Objective]):
   """An average velocity F(x, t, s), sampled by jumps down a grid of times; its objective is that of a subclass."""
 
+  network_options = ("late_blocks",)
+
   data_free: ClassVar[bool] = False
   """Whether it learns without data."""
 

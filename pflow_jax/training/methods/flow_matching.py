@@ -11,6 +11,7 @@ from pflow_jax.core.guidance import Velocity, guided
 from pflow_jax.core.objectives.flow_matching import FlowMatching, flow_matching_loss
 from pflow_jax.core.samplers import sample_teacher
 from pflow_jax.core.solvers import fitting, flow_of, steps_of
+from pflow_jax.families.registry import knows_empty
 from pflow_jax.settings.sample import REFERENCE_STEPS, SampleSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.methods.base import Method, Teachers
@@ -27,7 +28,7 @@ class FlowMatchingMethod(Method[FlowMatching]):
     if settings.adapters.table:
       raise ValueError("config.adapters: a teacher trains in full, expected no rows")
     objective = settings.objective
-    if settings.converted:  # a converted model knows the empty condition
+    if settings.converted and knows_empty(settings.model.kind):
       objective = dataclasses.replace(objective, cond_dropout=objective.cond_dropout or CONVERTED_DROPOUT)
     return cls(objective, network, dataset, None)
 

@@ -15,6 +15,8 @@ from pflow_jax.training.methods.flow_map import JumpMethod
 class ImprovedMeanFlowMethod(JumpMethod[ImprovedMeanFlow]):
   """A network of two outputs, of which samples need the first."""
 
+  network_options = ("velocity_depth",)
+
   @classmethod
   def bind(cls, settings, network, dataset, teachers):
     module = network.module

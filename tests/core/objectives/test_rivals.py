@@ -227,3 +227,21 @@ def test_the_samples_own_field_is_learned_by_flow_matching():
 def test_settings_that_do_not_fit_are_refused(make, changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(make(), **changes)
+
+
+def test_an_example_of_decoupled_mean_flow_that_is_not_finite_does_not_count():
+  """Its derivative is not: that of the root of 0."""
+  x0, bad = jax.random.normal(jax.random.key(0), (8, 3)), jnp.arange(8) == 2
+
+  def loss(w):
+    network = lambda x, t, s, cond, guidance: w * x + jnp.sqrt(jnp.where(cond == 1, 0.0, 1.0) * t)[:, None]
+    settings = DecoupledMeanFlow(omega=0.0, cond_dropout=0.0)
+    scale = lambda t, s: jnp.zeros_like(t)
+    each, metrics = decoupled_mean_flow.decoupled_mean_flow_loss(
+      network, scale, None, x0, bad.astype(int), jax.random.key(1), settings
+    )
+    return jnp.sum(each), metrics["masked"]
+
+  gradient, masked = jax.grad(loss, has_aux=True)(0.5)
+  assert np.isfinite(gradient)
+  np.testing.assert_array_equal(masked, bad)
