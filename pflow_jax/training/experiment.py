@@ -216,11 +216,9 @@ def build(
       f"of {heads}"
     )
   for key in OF_FLOW_MAPS:
-    # 0 late blocks are none; a depth of 0 is an output layer.
-    if (
-      settings.model.get(key) not in (None, *([0] if key == "late_blocks" else []))
-      and key not in method.network_options
-    ):
+    value = settings.model.get(key)
+    is_set = value is not None and (key, value) != ("late_blocks", 0)  # a depth of 0 is an output layer
+    if is_set and key not in method.network_options:
       raise ValueError(f"config.model.{key}: the objective {settings.kind!r} does not use it; leave it out")
   inputs = read_inputs(run) if run is not None else None
   dataset = dataset or (inputs and inputs.dataset(settings.data)) or call(data.load, "data", settings.data)
