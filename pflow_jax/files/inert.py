@@ -1,8 +1,9 @@
 """Pickles read without running anything: a small machine of stacks knows the operations and no function or class.
 
 Python's own unpickler looks up what a pickle names, and calls it. Here a name stays a name, and what a pickle wants to
-have called is handed to the reader as a name with its arguments. Nothing takes more memory than the pickle has bytes,
-but for containers, of which each takes an operation.
+have called is handed to the reader as a name with its arguments. An operation makes one value at most, of no more
+memory than its bytes in the pickle and a few hundred more. A value can be in many places, so that what is written out
+of it has no bound: a reader that does so bounds that.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Make = Callable[[str, tuple[Any, ...]], Any]
 """Returns what stands for the value of a call or for a new object, by the name of its function or class."""
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_NEW: dict[str, Callable[[], Any]] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_NEW: dict[str, Callable[[], Any]] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
 _BYTES = frozenset(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"))
 _VALUES = frozenset(  # the argument is the value
   (
@@ -55,6 +56,8 @@ _VALUES = frozenset(  # the argument is the value
   )
 )
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_KEYS = frozenset((str, bytes, int, float, bool, type(None)))  # a dict's; C hashes nested ones without end
+_MAX_KEY = 64  # values in a tuple that is a key
 _PUT, _GET = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 
 
@@ -63,6 +66,7 @@ def read_inert(
   make: Make,
   persistent: Callable[[Any], Any] | None = None,
   held: Callable[[int, int], Any] | None = None,
+  limit: int | None = None,
 ) -> tuple[Any, int]:
   """Reads the first pickle in `data`, of protocol 2 to 5.
 
@@ -71,16 +75,19 @@ def read_inert(
     make: returns what stands for an object that the pickle would make.
     persistent: returns what stands for something outside of the pickle, by its identity; None if there is nothing.
     held: returns what stands for a string of bytes, by where it begins in `data` and by its length; None keeps bytes.
+    limit: the most operations that the pickle may have; None for as many as there are.
 
   Returns:
     the value, and the number of bytes that the pickle has.
 
   Raises:
-    ValueError: the pickle is cut short or damaged, or has operations of older protocols.
+    ValueError: the pickle is cut short, damaged or too long, or has operations of older protocols.
   """
   stream = io.BytesIO(data) if isinstance(data, bytes) else data
   machine = _Machine(make, persistent)
-  for opcode, argument, _ in pickletools.genops(stream):
+  for count, (opcode, argument, _) in enumerate(pickletools.genops(stream), 1):
+    if limit is not None and count > limit:
+      raise ValueError(f"expected a pickle of at most {limit:,} operations")
     if opcode.name == "STOP":
       return machine.value(), stream.tell()
     if held is not None and opcode.name in _BYTES:
@@ -136,15 +143,12 @@ class _Machine:
       self._push(tuple(self._to_mark()))
     elif name in _TUPLES:
       self._push(tuple(self._pop(_TUPLES[name])))
-    elif name in ("APPEND", "APPENDS"):
+    elif name in ("APPEND", "APPENDS", "ADDITEMS"):  # a set is a list of its members, which need no hash so
       values = self._pop(1) if name == "APPEND" else self._to_mark()
       self._top_as(list).extend(values)
-    elif name == "ADDITEMS":
-      values = self._to_mark()
-      self._top_as(set).update(values)
     elif name in ("SETITEM", "SETITEMS"):
       values = self._pop(2) if name == "SETITEM" else self._to_mark()
-      self._top_as(dict).update(zip(values[::2], values[1::2], strict=True))
+      self._top_as(dict).update(zip(map(_key, values[::2]), values[1::2], strict=True))
     elif name == "GLOBAL":
       self._push(Named(argument.replace(" ", ".", 1)))
     elif name == "STACK_GLOBAL":
@@ -192,3 +196,15 @@ class _Machine:
       raise ValueError("expected a mark on the pickle's stack")
     values, self._stack = self._stack, self._below.pop()
     return values
+
+
+def _key(value: Any) -> Any:
+  """Returns a key of a dict whose hash takes few steps, and which few others share.
+
+  Raises:
+    ValueError: it is none of these: text, bytes, a number, None, or a short tuple of them.
+  """
+  parts = value if type(value) is tuple and len(value) <= _MAX_KEY else (value,)
+  if not all(type(part) in _KEYS and (type(part) is not int or abs(part) < 2**63) for part in parts):
+    raise ValueError(f"expected text, numbers or a flat tuple of them as a key of a dict, got a {type(value).__name__}")
+  return value

@@ -10,27 +10,32 @@ References:
 from __future__ import annotations
 
 import json
-import math
 import pathlib
-from collections.abc import Mapping
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any, TypeVar
 
 from pflow_jax.files.foreign import decoding, in_bytes, regular_file, shown
-from pflow_jax.files.inert import Made, read_inert
+from pflow_jax.files.inert import Made, Named, read_inert
 from pflow_jax.torch_io.pickled import CHOSEN
 from pflow_jax.torch_io.places import Place, Tensors, checked_names
-from pflow_jax.torch_io.unloaded import Storage, View, inert_tensor, load_old_storage
+from pflow_jax.torch_io.unloaded import Storage, View, inert_tensor, load_old_storage, views_within
 
 PERSISTENT = "network of torch_utils.persistence"
 """In `Tensors.metadata`: class, arguments and companions of a network, as JSON."""
 
-MAX_DESCRIPTION = 64 * 2**20  # bytes of a file that are no tensors'; the largest published one has 2 MB
+MAX_DESCRIPTION = 8 * 2**20  # bytes of a file that are no tensors'; the largest published one has 2 MB
+MAX_OPERATIONS = 2**21  # of a pickle, of which each may make a value; a tensor with its module takes some 150
+MAX_TOLD = 10**6  # characters that are told of a file in `Tensors.metadata`; each value counts as _VALUE more
+_VALUE = 10
+_CUT = "…"  # stands where more is not told
 _WHOLE = 2**20  # bytes that are read at once; longer strings of bytes are passed over
 _PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 _LOAD = "torch.storage._load_from_bytes"
 _DICTS = ("dnnlib.util.EasyDict",)
 _TOLD = "ema"  # the network of a snapshot
 _DEPTH = 4  # of lists within arguments
+
+_T = TypeVar("_T")
 
 
 def open_persistent(file: pathlib.Path, key: str = "") -> Tensors:
@@ -49,6 +54,7 @@ def open_persistent(file: pathlib.Path, key: str = "") -> Tensors:
   """
   regular_file(file)
   starts: dict[str, int] = {}
+  storages: dict[int, Storage] = {}
   with file.open("rb") as pickled, file.open("rb") as stored, decoding(f"{file} cannot be read"):
     size = file.stat().st_size
 
@@ -57,17 +63,19 @@ def open_persistent(file: pathlib.Path, key: str = "") -> Tensors:
         return {}
       if name == _LOAD and len(arguments) == 1 and isinstance(arguments[0], _Held):
         at = arguments[0]
-        storage, start = load_old_storage(stored, at.start, at.length)
-        one = Storage(f"{start}", storage.dtype, storage.count)
-        starts[one.key] = start
-        return one
+        if at.start not in storages:  # a pickle can ask for one string again and again
+          storage, start = load_old_storage(stored, at.start, at.length)
+          storages[at.start] = Storage(f"{start}", storage.dtype, storage.count)
+          starts[storages[at.start].key] = start
+        return storages[at.start]
       return inert_tensor(name, arguments)
 
-    loaded, _ = read_inert(_Bounded(pickled, size), make, held=_Held)  # type: ignore[arg-type]
+    stream = _Bounded(pickled, size)
+    loaded, _ = read_inert(stream, make, held=stream.held, limit=MAX_OPERATIONS)  # type: ignore[arg-type]
     network, others, chosen = _choose(loaded, key)
-    views = _views(network)
+    views = views_within(network, _entries)
+    about = _Description().all_of(network, others)
   places: dict[str, Place] = {name: view.at(file, size, name, starts[view.storage.key]) for name, view in views.items()}
-  about = _described(network) | {"others": {name: _described(one) for name, one in others.items()}}
   metadata = {PERSISTENT: json.dumps(about)} | ({CHOSEN: chosen} if chosen is not None else {})
   return Tensors(checked_names(file, places), metadata)
 
@@ -95,7 +103,7 @@ class _Skipped:
 
 
 class _Bounded:
-  """A stream of a file that reads no more of it than MAX_DESCRIPTION, and passes long strings over.
+  """A stream of a file that keeps no more of it than MAX_DESCRIPTION, and passes long strings over.
 
   Args:
     file: to be read.
@@ -121,6 +129,11 @@ class _Bounded:
   def readline(self) -> bytes:
     """Reads to the end of a line."""
     return self._counted(self._file.readline(_WHOLE))
+
+  def held(self, start: int, length: int) -> _Held:
+    """Returns what stands for a string of bytes that was just read, which does not count: it stays in the file."""
+    self._left += length if length <= _WHOLE else 0
+    return _Held(start, length)
 
   def _counted(self, data: bytes) -> bytes:
     self._left -= len(data)
@@ -162,44 +175,58 @@ def _state(made: Made) -> Mapping[Any, Any]:
   return state if isinstance(state, dict) else {}
 
 
-def _views(network: Made) -> dict[str, View]:
-  """Returns the parameters and buffers of a module and of those within, by the names of a state dict."""
-  found: dict[str, View] = {}
-  todo, seen = [("", network)], set[int]()
-  while todo:
-    path, module = todo.pop()
-    if not isinstance(module, Made) or id(module) in seen:
-      continue
-    seen.add(id(module))
-    state = _state(module)
-    groups = {name: state.get(name) for name in ("_parameters", "_buffers", "_modules")}
-    for group, values in groups.items():
-      for name, value in values.items() if isinstance(values, dict) else ():
-        if group == "_modules":
-          todo.append((f"{path}{name}.", value))
-        elif isinstance(value, View):
-          found[f"{path}{name}"] = value
-  return found
+def _entries(module: Made) -> Iterator[tuple[Any, Any]]:
+  """Yields parameters, buffers and modules of a module, by name."""
+  state = _state(module)
+  for group, kind in (("_parameters", View), ("_buffers", View), ("_modules", Made)):
+    values = state.get(group)
+    for name, value in values.items() if isinstance(values, dict) else ():
+      yield name, value if isinstance(value, kind) else None
 
 
-def _described(made: Made) -> dict[str, Any]:
-  """Returns class and arguments of a persistent object, as far as they are plain values."""
-  meta, state = _meta(made), _state(made)
-  kwargs, args = state.get("_init_kwargs"), state.get("_init_args")
-  named = {name: _plain(value) for name, value in kwargs.items()} if isinstance(kwargs, dict) else {}
-  return {
-    "class": _plain(meta.get("class_name")),
-    "positional": len(args) if isinstance(args, (tuple, list)) else 0,
-    "arguments": {name: value for name, value in named.items() if isinstance(name, str)},
-  }
+class _Description:
+  """Tells objects as JSON, up to MAX_TOLD: a small pickle can have one value in many places."""
 
+  def __init__(self) -> None:
+    self._left = MAX_TOLD
 
-def _plain(value: Any, depth: int = _DEPTH) -> Any:
-  """Returns a plain value as JSON has it, text in place of any other."""
-  if value is None or isinstance(value, (bool, str)):
-    return value
-  if isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < 2**63:
-    return value
-  if isinstance(value, (list, tuple)) and depth:
-    return [_plain(inner, depth - 1) for inner in value]
-  return shown(value)
+  def all_of(self, network: Made, others: Mapping[str, Made]) -> dict[str, Any]:
+    """Returns what is told of a network and of the objects beside it, by name."""
+    told = self._object(network)
+    return told | {"others": {self._plain(name): self._object(one) for name, one in self._some(others.items())}}
+
+  def _object(self, made: Made) -> dict[str, Any]:
+    """Returns class and arguments of a persistent object, as far as they are plain values."""
+    meta, state = _meta(made), _state(made)
+    kwargs, args = state.get("_init_kwargs"), state.get("_init_args")
+    named = {}
+    for name, value in self._some(kwargs.items() if isinstance(kwargs, dict) else ()):
+      key, told = self._plain(name), self._plain(value)
+      if isinstance(name, str):
+        named[key] = told
+    return {
+      "class": self._plain(meta.get("class_name")),
+      "positional": len(args) if isinstance(args, (tuple, list)) else 0,
+      "arguments": named,
+    }
+
+  def _plain(self, value: Any, depth: int = _DEPTH) -> Any:
+    """Returns a plain value as JSON has it, text in place of any other."""
+    value = value.name if isinstance(value, Named) else value
+    if isinstance(value, (int, float)) and not abs(value) < 2**63:  # nor a float that is no number
+      value = shown(value)
+    self._left -= _VALUE + (len(value) if isinstance(value, str) else 0)
+    if self._left < 0:
+      return _CUT
+    if value is None or isinstance(value, (int, float, str)):
+      return value
+    if isinstance(value, (list, tuple)) and depth:
+      return [self._plain(inner, depth - 1) for inner in self._some(value)]
+    return type(value).__name__
+
+  def _some(self, values: Iterable[_T]) -> Iterator[_T]:
+    """Yields values until one was cut off."""
+    for value in values:
+      if self._left < 0:
+        return
+      yield value

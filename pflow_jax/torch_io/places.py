@@ -16,7 +16,9 @@ from pflow_jax.files.foreign import in_bytes, shown
 
 NEEDS_TORCH = "reading PyTorch's files needs `pip install 'pflow-jax[torch]'`"
 
-_NAME = re.compile(r"[\w.\-]{1,400}", re.ASCII)
+MAX_NAME = 400  # characters of a tensor's name
+
+_NAME = re.compile(rf"[\w.\-]{{1,{MAX_NAME}}}", re.ASCII)
 
 # Names of dtypes in safetensors. The 4- and 6-bit ones have no whole number of bytes, and are left out.
 DTYPES: dict[str, np.dtype] = {

@@ -17,7 +17,7 @@ import os
 import pathlib
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any
 
 import ml_dtypes
@@ -25,11 +25,12 @@ import numpy as np
 
 from pflow_jax.files.foreign import decoding, shown
 from pflow_jax.files.inert import Made, Named, read_inert
-from pflow_jax.torch_io.places import Place, placed
+from pflow_jax.torch_io.places import MAX_NAME, Place, placed
 
 MAX_PICKLE = 4 * 2**20  # bytes of the pickle in a file, without the tensors' data: some 20,000 tensors
 PICKLE, PROGRAM = "data.pkl", "constants.pkl"  # the second is there beside a program
 
+_MAX_ENTRIES = 2**17  # names in all modules, once for each place that a module's names are in
 _MAX_DESCRIPTION = 4096  # bytes of a pickle that describes one storage
 _HEADER, _LENGTHS = 30, 26  # bytes of an entry's header, and where in it are the lengths of what follows it
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what torch.save began a file with
@@ -106,8 +107,9 @@ def open_program(file: pathlib.Path) -> dict[str, Place]:
   root = next(name for name in entries if name.rpartition("/")[2] == PICKLE).removesuffix(PICKLE)
   with decoding(file):
     value, _ = read_inert(stored(file, entries[root + PICKLE], MAX_PICKLE), inert_tensor, _storage)
+    views = views_within(value, _attributes)
   places = {}
-  for name, view in _views(value).items():
+  for name, view in views.items():
     entry = entries.get(f"{root}data/{view.storage.key}")
     if entry is None or entry.file_size < view.storage.count * view.storage.dtype.itemsize:
       raise ValueError(f"{file}: the data of {shown(name)} are missing or cut short; bring it anew")
@@ -229,7 +231,7 @@ def _old_stream(f: IO[bytes], limit: int) -> tuple[Any, list[str], dict[str, int
   starts: dict[str, int] = {}
   for key in keys:
     (count,) = struct.unpack("<q", f.read(8))
-    if key not in storages or count != storages[key].count:
+    if type(key) is not str or key not in storages or count != storages[key].count:
       raise ValueError(f"storage {shown(key)} has another size than its tensors")
     starts[key] = f.tell()
     f.seek(count * storages[key].dtype.itemsize, os.SEEK_CUR)
@@ -270,20 +272,39 @@ def _storage(identity: Any) -> Storage:
   return Storage(key, _DTYPES[kind.name], count)
 
 
-def _views(value: Any) -> dict[str, View]:
-  """Returns the tensors of a module's attributes and of those of the modules in it, each module once."""
+def views_within(module: Any, entries: Callable[[Made], Iterable[tuple[Any, Any]]]) -> dict[str, View]:
+  """Returns the tensors of a module and of the modules in it, each module once, by the names of a state dict.
+
+  Args:
+    module: the outermost; anything but an object has no tensors.
+    entries: returns names and values within a module, of which tensors and objects are looked at.
+
+  Raises:
+    ValueError: a name is no text or too long, or there are too many.
+  """
   found: dict[str, View] = {}
-  todo, seen = [("", value)], set[int]()
+  todo, seen, count = [("", module)], set[int](), 0
   while todo:
-    path, module = todo.pop()
-    state: Any = module.state if isinstance(module, Made) else None
-    if not isinstance(state, Mapping) or id(module) in seen:
+    path, one = todo.pop()
+    if not isinstance(one, Made) or id(one) in seen:
       continue
-    seen.add(id(module))
-    for name, inner in state.items():
-      full = f"{path}.{name}" if path else str(name)
+    seen.add(id(one))
+    for name, inner in entries(one):
+      count += 1
+      if count > _MAX_ENTRIES:
+        raise ValueError(f"expected at most {_MAX_ENTRIES:,} names of tensors and modules")
+      if not isinstance(inner, (View, Made)):
+        continue
+      if type(name) is not str or len(path) + len(name) > MAX_NAME:
+        raise ValueError(
+          f"expected names of tensors of at most {MAX_NAME} characters, got {shown(name)} in {shown(path)}"
+        )
       if isinstance(inner, View):
-        found[full] = inner
+        found[path + name] = inner
       else:
-        todo.append((full, inner))
+        todo.append((f"{path}{name}.", inner))
   return found
+
+
+def _attributes(module: Made) -> Iterable[tuple[Any, Any]]:
+  return module.state.items() if isinstance(module.state, Mapping) else ()

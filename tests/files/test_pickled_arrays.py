@@ -141,7 +141,7 @@ def test_a_call_is_named(path):
     (b"\x80\x02K\x01Q.", "got 'BINPERSID'"),
     (b"\x80\x02\x82\x01.", "got 'EXT1'"),
     (b"I1\n.", "got 'INT'"),
-    (b"\x80\x04}]K\x01s.", "unhashable"),
+    (b"\x80\x04}]K\x01s.", "as a key of a dict, got a list"),
     (b"\x80\x04)\x93.", "expected 2 values"),
     (b"\x80\x04K\x01)R.", "expected a name and arguments to REDUCE, got int"),
     (b"\x80\x04K\x01}b.", "expected an object that has a state, got int"),

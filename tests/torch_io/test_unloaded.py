@@ -161,3 +161,26 @@ def test_old_files_whose_sizes_disagree_are_refused(old):
   path.write_bytes(content.replace(struct.pack("<q", 12) + BASE.numpy().tobytes(), struct.pack("<q", 11)))
   with pytest.raises(ValueError, match="another size than its tensors"):
     open_tensors(path)
+
+
+@pytest.mark.parametrize("nested", [b"\x85" * 350_000, b"".join(b"q%ch%c\x86" % (n, n) for n in range(60))])
+def test_keys_of_storages_that_have_no_end_are_refused(tmp_path, nested):
+  """The hash of such a key would end the process, or never end."""
+  system = pickle.dumps({"little_endian": True}, 2)
+  head = pickled.unloaded.MAGIC_PICKLE + pickle.dumps(1001, 2) + system + pickle.dumps({}, 2)
+  path = tmp_path / "old.pth"
+  path.write_bytes(head + b"\x80\x02]N" + nested + b"a." + bytes(8))
+  with pytest.raises(ValueError, match=r"old\.pth.*has another size than its tensors"):
+    open_tensors(path)
+  path.write_bytes(head[: -len(pickle.dumps({}, 2))] + b"\x80\x02}N" + nested + b"Ns.")
+  with pytest.raises(ValueError, match=r"old\.pth.*as a key of a dict, got a tuple"):
+    open_tensors(path)
+
+
+def test_long_names_are_refused_before_they_are_put_together(program):
+  """Each of a program's modules is within the one before; names of all would take the square of its bytes."""
+  name = b"X\x64\x00\x00\x00" + b"a" * 100
+  deep = b"".join(b"c__torch__\nM\n)\x81}" + name for _ in range(1000)) + b"N" + b"sb" * 1000
+  rewritten(program[0], lambda entries: entries.update({"data.pkl": b"\x80\x02" + deep + b"."}))
+  with pytest.raises(ValueError, match=r"program\.pt.*expected names of tensors of at most 400 characters"):
+    open_tensors(program[0])
