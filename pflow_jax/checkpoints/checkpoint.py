@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from pflow_jax.checkpoints.steps import STATE, in_short, leaves_of, newest_agreed, newest_intact, steps_of, storage
 from pflow_jax.files.checksums import CHECKSUMS, checksums
 from pflow_jax.files.folders import absolute, is_remote
-from pflow_jax.mesh.distributed import is_first
+from pflow_jax.mesh.distributed import agreed, is_first
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.networks.layers import CONSTANTS
 
@@ -140,6 +140,31 @@ class Checkpointer:
       state = reader.restore(path / STATE, args=ocp.args.StandardRestore(target))
     return state, found
 
+  def clear_after(self, step: int) -> list[int]:
+    """Makes room for a run that goes on from `step`, before its first save: later checkpoints are not of it.
+
+    They are removed, since the run makes them again. From step 0 another run begins, and they may be all that is left
+    of one: they are renamed to <step>.earlier, but in an object store, which cannot rename.
+
+    Args:
+      step: which the run has reached.
+
+    Returns:
+      the steps of those checkpoints, equal in all processes.
+    """
+
+    def compute() -> list[int]:
+      later = [one for one in steps_of(self._directory) if one > step]
+      for one in later:
+        if step > 0 or is_remote(self._directory):
+          (self._directory / str(one)).rmtree()
+        else:
+          self._rename(one, "earlier")
+      return later
+
+    with storage(self._directory):
+      return agreed(compute)
+
   def all_steps(self) -> list[int]:
     """Steps with a complete checkpoint, ascending, less those found damaged."""
     self.wait()
@@ -226,14 +251,17 @@ class Checkpointer:
   def _set_aside(self) -> None:
     if is_first():
       for step in self._damaged:
-        aside = self._directory / f"{step}.damaged"
-        while aside.exists():
-          aside = aside.with_name(aside.name + "+")
-        (self._directory / str(step)).rename(aside)
+        self._rename(step, "damaged")
     multihost_utils.sync_global_devices("pflow_jax.checkpoints.checkpoint: damaged set aside")
     self._damaged.clear()
     if self._manager is not None:
       self._manager.reload()
+
+  def _rename(self, step: int, why: str) -> None:
+    aside = self._directory / f"{step}.{why}"
+    while aside.exists():
+      aside = aside.with_name(aside.name + "+")
+    (self._directory / str(step)).rename(aside)
 
 
 def load_params(

@@ -56,7 +56,7 @@ def newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None, 
     raise ValueError(f"no checkpoint of step {step} in {directory}, there are {steps}")
   damaged: dict[int, str] = {}
   for candidate in reversed(steps) if step is None else [step]:
-    reason = None if is_remote(path := directory / str(candidate)) else damage(pathlib.Path(path))
+    reason = damage_of(directory / str(candidate))
     if reason is None:
       return candidate, damaged
     damaged[candidate] = reason
@@ -68,6 +68,11 @@ def newest_intact(directory: epath.Path, step: int | None) -> tuple[int | None, 
       "start over"
     )
   return None, damaged
+
+
+def damage_of(path: epath.Path) -> str | None:
+  """Describes the damage of a saved step; None if it is intact, or in an object store, which checks its own."""
+  return None if is_remote(path) else damage(pathlib.Path(path))
 
 
 def newest_agreed(directory: epath.Path, step: int | None) -> tuple[int | None, dict[int, str]]:

@@ -25,7 +25,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from pflow_jax.checkpoints.checkpoint import UNFINISHED, Checkpointer, handlers_of, saved_part
-from pflow_jax.checkpoints.steps import STATE, storage
+from pflow_jax.checkpoints.steps import STATE, leaves_of, storage
 from pflow_jax.files import foreign
 from pflow_jax.files.folders import absolute, is_remote
 from pflow_jax.mesh.sharding import Layout
@@ -346,10 +346,30 @@ def open_leaves(directory: str | epath.PathLike, *, which: str = "ema", step: in
   Arguments and errors are those of `checkpoints.checkpoint.load_params`.
   """
   path, item = saved_part(directory, which, step)
+  return _open(path, item[which], which)
+
+
+def open_parts(path: epath.Path) -> dict[str, dict[str, Stored]]:
+  """Opens all parts of the checkpoint of one step, like `open_leaves`, without a look at its checksums.
+
+  Args:
+    path: of the step, absolute.
+
+  Returns:
+    leaves by their paths, by the names of the parts. A part that is a single leaf has the path "".
+
+  Raises:
+    ValueError: a leaf cannot be opened.
+    OSError: the storage may be at fault.
+  """
+  return {which: _open(path, item, which) for which, item in leaves_of(path).items()}
+
+
+def _open(path: epath.Path, item: PyTree, which: str) -> dict[str, Stored]:
   folder = path / STATE
   driver = "zarr3" if foreign.read_json(str(folder / "_METADATA")).get("use_zarr3") else "zarr"
   leaves, context = {}, _context()
-  for keys, leaf in flatten_dict(item).items():
+  for keys, leaf in flatten_dict({which: item}).items():
     with storage(folder):
       store = ts.open(_spec(folder, ".".join(keys), driver), open=True, context=context).result()
     leaves["/".join(keys[1:])] = Stored(store, tuple(leaf.shape), np.dtype(leaf.dtype), folder)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pflow_jax.checkpoints.checkpoint import Checkpointer
-from pflow_jax.checkpoints.steps import newest_step
+from pflow_jax.checkpoints.steps import newest_step, steps_of
+from pflow_jax.checkpoints.stream import open_parts
+from pflow_jax.files.folders import absolute
 from pflow_jax.files.lock import Lock, Unwritable
 from pflow_jax.files.output import logged
-from pflow_jax.mesh.distributed import is_first
+from pflow_jax.mesh.distributed import agreed, is_first
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.inputs import Inputs
@@ -114,6 +119,7 @@ class WorkdirKeeper(Keeper):
       keep_period=self._length.keep_every or None,
     )
     self._averages = Checkpointer(f"{folder}/{workdir.AVERAGES}", max_to_keep=None)
+    self._run = np.zeros(0, np.uint8)  # goes with its snapshots; drawn once the run holds the folder
     self._writer: MetricsWriter | None = None
     self._exits = contextlib.ExitStack()
 
@@ -123,7 +129,14 @@ class WorkdirKeeper(Keeper):
 
   def restore(self, shapes: TrainState) -> tuple[TrainState, int] | None:
     workdir.claim(self.name, self._settings, self._inputs, write=is_first())
-    return self._checkpointer.restore(shapes)
+    restored = self._checkpointer.restore(shapes)
+    start = restored[1] if restored else 0
+    with self._lock.writing():
+      if later := self._averages.clear_after(start):
+        fate = "set aside" if start == 0 else "removed"
+        logger.warning("%s starts from step %d: its snapshots of averages at %s are %s", self.name, start, later, fate)
+      self._run = np.frombuffer(bytes.fromhex(agreed(lambda: _run_of(f"{self.name}/{workdir.AVERAGES}"))), np.uint8)
+    return restored
 
   @contextlib.contextmanager
   def logging(self, start: int):
@@ -163,9 +176,16 @@ class WorkdirKeeper(Keeper):
 
   def snapshot(self, step: int, profiles: Any) -> None:
     dtype = self._settings.ema.snapshot_dtype
-    narrow = jax.jit(lambda trees: jax.tree.map(lambda leaf: leaf.astype(dtype), trees))
+    trees, finite = _narrow({str(i): tree for i, tree in enumerate(profiles)}, dtype)
+    flags = jax.tree_util.tree_leaves_with_path(jax.device_get(finite))
+    lost = [jax.tree_util.keystr(keys[1:], simple=True, separator="/") for keys, flag in flags if not flag]
+    if lost:
+      logger.warning(
+        "the snapshot of step %d is of no use: config.ema.snapshot_dtype=%r cannot hold %s; a run with 'bfloat16' can",
+        *(step, dtype, ", ".join(dict.fromkeys(lost))),
+      )
     with self._lock.writing():
-      self._averages.save(step, {str(i): tree for i, tree in enumerate(narrow(profiles))})
+      self._averages.save(step, {**trees, workdir.RUN: self._run})
 
   def finish(self) -> None:
     with self._lock.writing():
@@ -193,3 +213,19 @@ class WorkdirKeeper(Keeper):
 
   def __exit__(self, kind, error, trace):
     return self._exits.__exit__(kind, error, trace)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _narrow(trees: Any, dtype: str) -> tuple[Any, Any]:
+  """Returns the trees in another dtype, and whether each leaf is finite in it."""
+  narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), trees)
+  return narrow, jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), narrow)
+
+
+def _run_of(place: str) -> str:
+  """Returns the name, in hexadecimal digits, of the run whose snapshots are in a folder; a new one if none is."""
+  folder = absolute(place)
+  for step in reversed(steps_of(folder)):
+    with contextlib.suppress(ValueError, OSError):  # a damaged one; those before it are of the same run
+      return workdir.run_of(open_parts(folder / str(step)))
+  return uuid.uuid4().hex

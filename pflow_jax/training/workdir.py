@@ -7,13 +7,16 @@ import json
 import os
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from pflow_jax import data
 from pflow_jax.checkpoints.steps import newest_step
+from pflow_jax.checkpoints.stream import Stored
 from pflow_jax.families.registry import network_kind
 from pflow_jax.files import foreign
 from pflow_jax.files.atomic import write_atomically
@@ -34,6 +37,7 @@ from pflow_jax.training.inputs import (
 from pflow_jax.training.network import COMPUTED, head_class
 
 AVERAGES = "averages"  # folder, in a run's, of snapshots of its profiles
+RUN = "run"  # part of a snapshot, beside the profiles: 16 random bytes that all snapshots of a run share
 
 # Keys that may differ when a run is resumed: its length and its reports.
 CHANGEABLE = (
@@ -98,6 +102,23 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   settings = load_settings(workdir)
   owners = {"model": network_kind(settings.model.kind).module, "head": head_class(settings.head)}
   return settings.config({section: typing.get_type_hints(owner) for section, owner in owners.items()})
+
+
+def run_of(snapshot: Mapping[str, Mapping[str, Stored]]) -> str:
+  """Returns the name of the run that a snapshot is of, 32 hexadecimal digits, which are 0 where it has none.
+
+  Args:
+    snapshot: as opened by `checkpoints.stream.open_parts`.
+
+  Raises:
+    ValueError: the name is no such one.
+  """
+  if RUN not in snapshot:
+    return bytes(16).hex()
+  leaf = snapshot[RUN].get("")
+  if leaf is None or leaf.shape != (16,) or leaf.dtype != np.uint8:
+    raise ValueError(f"{RUN}: expected 16 bytes that name a run, got {leaf and (leaf.shape, leaf.dtype.name)}")
+  return leaf.read(()).tobytes().hex()
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:

@@ -255,6 +255,25 @@ def test_damaged_twice_keeps_both(tmp_path):
   assert {p.name for p in tmp_path.iterdir()} == {"100", "200", "200.damaged", "200.damaged+"}
 
 
+def test_a_run_that_goes_on_removes_what_comes_later(tmp_path):
+  saved(tmp_path)
+  with Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.clear_after(200) == []
+    assert checkpointer.clear_after(100) == [200]
+    assert checkpointer.all_steps() == [100]
+    assert checkpointer.save(150, make_state(150))
+  assert {p.name for p in tmp_path.iterdir()} == {"100", "150"}
+
+
+def test_a_run_that_begins_anew_sets_all_aside(tmp_path):
+  for _ in range(2):
+    saved(tmp_path)
+    with Checkpointer(tmp_path) as checkpointer:
+      assert checkpointer.clear_after(0) == [100, 200]
+      assert checkpointer.latest_step() is None
+  assert {p.name for p in tmp_path.iterdir()} == {"100.earlier", "100.earlier+", "200.earlier", "200.earlier+"}
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b'{"metrics": 4}'])
 def test_broken_notes_of_orbax_do_not_stop_a_run(tmp_path, content):
   """_CHECKPOINT_METADATA is not needed to restore, so breaking it must not break resuming."""
