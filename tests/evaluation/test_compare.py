@@ -441,7 +441,7 @@ def test_comparison_configs_are_read_whole(path, variant):
   runs = plan(config, seed=0)
   methods = read_methods(config)
   for name, method in methods.items():
-    assert sorted(nfe for run in runs if run.method == name for nfe in run.nfe) == [1, 2, 4, 8], name
+    assert sorted(nfe for run in runs if run.method == name for nfe in run.nfe) in ([1], [1, 2, 4, 8]), name
     assert method.title
   assert load_module(path).__doc__
   with pytest.raises(ValueError, match="quicktest"):

@@ -173,7 +173,7 @@ def test_a_teacher_is_sampled_by_the_solver_that_flags_name(tmp_path):
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    (dict(solver="rk4"), r"solver: expected one of \('euler', 'heun', 'dpmpp_2m', 'sde'\), got 'rk4'"),
+    (dict(solver="rk4"), r"solver: expected one of \('euler', 'heun', 'dpmpp_2m', 'sde', 'edm'\), got 'rk4'"),
     (dict(solver="heun", h=0.5), "h: expected 0 with solver='heun', got 0.5"),
     (dict(diffusion="SBDM"), "diffusion: expected one of"),
     (dict(terminal=1.0), "terminal: expected a flow time"),

@@ -215,10 +215,12 @@ def refused(config, match):
 
 
 def test_runs_that_have_no_use_for_it_are_refused(teacher_run):
-  for variant, teacher in (("gmflow", teacher_run), ("teacher", None)):
+  for variant, teacher in (("gmflow_2nfe", teacher_run), ("teacher", None)):
     config = quick("digits", variant, teacher)
     config.adversarial = dict(weight=0.1)
-    refused(config, rf"config\.adversarial: .*flow map, got '{config.objective.kind}'; set adversarial\.weight=0")
+    refused(
+      config, rf"config\.adversarial: .*one evaluation, .*got '{config.objective.kind}'; set adversarial\.weight=0"
+    )
     config.adversarial.weight = 0.0
     assert make_step(build(config)).adversary is None
   refused(board(accumulation=2), r"config\.train\.accumulation: .*expected 1, got 2")

@@ -67,7 +67,7 @@ def test_sections_that_do_not_belong_together_are_refused(teacher_run, student_r
   refused("holds a student", teacher=student_run)
   refused("no run in", teacher="/nonexistent")
   refused(r"data\.held_out: the teacher has '\(default\)', the student 10", data=dict(name="digits", held_out=10))
-  refused(r"(?s)model\.depth.*model\.num_heads", model=dict(depth=2, num_heads=4))
+  refused(r"(?s)model\.depth.*model\.num_heads", model=dict(depth=3, num_heads=4))
   refused("cond_dropout=0.1", teacher_=dict(guidance=4.0))
   refused("does not train the head 'velocity'", head=dict(kind="velocity"))
   refused("does not train the head 'gmflow'", head=dict(kind="gmflow"), variant="ayf_emd")

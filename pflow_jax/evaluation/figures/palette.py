@@ -20,6 +20,10 @@ METHODS = (
   *(("ayf_emd", "AYF-EMD", 4), ("ayf_emd_autoguided", "AYF-EMD + autoguidance", 9)),
   *(("ayf_emd_adversarial", "AYF-EMD + adversarial", 8), ("ayf_lmd", "AYF-LMD", 5)),
   *(("mean_flow", "MeanFlow", 3), ("consistency", "consistency", 10)),
+  # From 12 on a colour is taken again, with a hollow marker.
+  *(("free_flow", "FreeFlow", 7), ("decoupled_mean_flow", "DMF", 11), ("improved_mean_flow", "iMF", 15)),
+  *(("gmflow_adversarial", "π-Flow, GMFlow + adversarial", 12), ("gmflow_from_map", "π-Flow, GMFlow from AYF-EMD", 16)),
+  ("gmflow_twice", "π-Flow, GMFlow, twice the training", 14),
 )
 _KNOWN = {label: place for name, title, place in METHODS for label in (name, title)}
 

@@ -342,7 +342,7 @@ def test_adaptive_weight_is_the_releases(power):
   settings = flow_map.mean_flow(norm_power=power)
   g = jnp.array([[3.0, 4.0], [0.03, 0.04]])
   squares = jnp.sum(g**2, axis=1)
-  ours, _ = flow_map._regression(jnp.zeros_like(g), g, g, settings)
+  ours, _ = flow_map.regression(jnp.zeros_like(g), g, g, settings)
   np.testing.assert_allclose(ours, squares / (squares + 0.01) ** power, rtol=1e-12)
 
 

@@ -157,10 +157,10 @@ def test_its_tangent_is_the_networks_own_velocity():
   """Whatever the data say: with eps - x0 in its place, as in MeanFlow, du/dt would be another."""
   x, t, s = states()
   slope = jnp.arange(3.0)
-  network = lambda x, t, s, cond, w, i: ((x * slope[None]).sum(axis=1, keepdims=True) * jnp.ones(3), 2 * x)
+  network = lambda x, t, s, cond, w, i: ((x * slope[None]).sum(axis=1, keepdims=True) * jnp.ones((1, 3)), 2 * x)
   dropped = jnp.zeros(len(t), bool)
   *_, dF = improved_mean_flow.residuals(network, x, t, s, 7 * x, jnp.zeros(len(t), int), None, None, dropped=dropped)
-  np.testing.assert_allclose(dF, 2 * (x * slope[None]).sum(axis=1, keepdims=True) * jnp.ones(3), rtol=1e-10)
+  np.testing.assert_allclose(dF, 2 * (x * slope[None]).sum(axis=1, keepdims=True) * jnp.ones((1, 3)), rtol=1e-10)
 
 
 def test_free_flow_predicts_nothing_more_for_the_exact_map():
