@@ -18,6 +18,8 @@ from pflow_jax.networks.vae import AutoencoderKL
 from tests.data.adm_pictures import encoded, pixels
 from tests.programs import ROOT, environment
 
+pytestmark = pytest.mark.slow
+
 MINUTE, COUNT = 60, 40
 KL = AutoencoderKL(widths=(4,), depth=1, groups=2, latent_channels=3, scale=0.5, mid_attention=False)
 # Slow pictures, so that there is a middle to be killed in.
@@ -25,8 +27,6 @@ PROGRAM = """
 import sys, time
 from pflow_jax.commands.cli import main
 from pflow_jax.data.folder import FolderSource
-
-pytestmark = pytest.mark.slow
 read, wait = FolderSource.read, float(sys.argv[1])
 def slow(self, row):
   time.sleep(wait)

@@ -14,6 +14,8 @@ from pflow_jax.evaluation import metrics
 from pflow_jax.evaluation.references import Reference
 from tests.programs import ROOT, environment
 
+pytestmark = pytest.mark.slow
+
 MINUTE = 60
 # A feature network without a file, small parts, and time between them to be killed in.
 PROGRAM = """
@@ -22,8 +24,6 @@ from pflow_jax.commands.cli import main
 from pflow_jax.evaluation.protocol import evaluate
 from pflow_jax.evaluation.protocol.parts import Parts
 from tests.evaluation.stub_network import StubNetwork
-
-pytestmark = pytest.mark.slow
 evaluate.PART = evaluate.PAIRS_IN_PART = 16
 evaluate.open_feature_network = lambda *_: StubNetwork()
 write = Parts.write

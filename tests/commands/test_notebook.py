@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 CELLS = {
   "start": """
 import os, signal
@@ -17,8 +19,6 @@ import numpy as np
 import pflow_jax as pf
 from pflow_jax.training import sample as sampling
 from pflow_jax.training.keeping import Keeper
-
-pytestmark = pytest.mark.slow
 
 stop = lambda: os.kill(os.getpid(), signal.SIGINT)  # the stop button
 metrics, to_host = Keeper.metrics, sampling.to_host
