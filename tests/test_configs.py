@@ -87,7 +87,10 @@ def check_trace(experiment, devices=None):
 
 @pytest.mark.parametrize(("config", "variant"), CASES)
 def test_quicktest_fits_its_teacher_and_traces(config, variant, teachers):
-  check_trace(build(quick(config, variant, teachers(config, variant))))
+  values = quick(config, variant, teachers(config, variant))
+  if values.head.kind == "denoiser" and values.teacher.guidance != 1:  # EDM2's know no empty condition
+    values.teacher.weak_workdir = values.teacher.workdir
+  check_trace(build(values))
 
 
 @pytest.fixture
