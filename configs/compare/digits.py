@@ -6,10 +6,10 @@
 The table is runs/compare/compare.md, the numbers of every run compare.json, the picture compare.png. The same command
 goes on where it was stopped, tries failed runs again, and repeats no finished one.
 
-Hardware and cost: any; a seed is a teacher of 6.5e12 operations and 22 students of 4e12, 9.5e13 in all, and 22
-evaluations: about an hour on one core. --config.flops=2e13 asks for five times as much, in another workdir.
+Hardware and cost: any; a seed is a teacher of 6.5e12 operations and 28 students of 4e12, 1.2e14 in all, and 28
+evaluations: more than an hour on one core. --config.flops=2e13 asks for five times as much, in another workdir.
 
-Measured with three seeds: docs/compare_digits.md, read in docs/methods.md.
+Measured with three seeds, without the last six methods: docs/compare_digits.md, read in docs/methods.md.
 
 Fairness and limits of the comparison:
 

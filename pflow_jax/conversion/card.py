@@ -68,7 +68,7 @@ _CLASSES = {
   "```python\nfrom safetensors.torch import load_file\nfrom training.networks_edm2 import "
   'Precond\n\nPrecond(**config).load_state_dict(load_file("FOLDER/diffusion_pytorch_model.safetensors"))\n```\n',
 }
-"""How other code reads an export, by the class in its config.json."""
+"""Instructions for other code that reads an export, by the class in its config.json."""
 
 
 def write_card(out: pathlib.Path, text: str) -> bool:

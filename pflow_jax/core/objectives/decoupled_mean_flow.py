@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pflow_jax.core.checks import check_finite, checked
 from pflow_jax.core.guidance import broadcast_condition
 from pflow_jax.core.objectives.flow_map import TARGETS, Network, Teacher, residual
-from pflow_jax.core.objectives.flow_matching import drop_condition, sample_time
+from pflow_jax.core.objectives.flow_matching import replace_condition, sample_time
 from pflow_jax.core.policies.base import as_float
 from pflow_jax.core.schedule import add_noise, over_space, shift_time
 
@@ -134,19 +134,18 @@ def decoupled_mean_flow_loss(
   Raises:
     ValueError: for a network or teacher that returns anything but an array like x.
   """
-  where = "decoupled_mean_flow_loss: {}(x, t, {}cond, guidance)"
-  network = checked(where.format("network", "s, "), network)
+  network = checked("decoupled_mean_flow_loss: network(x, t, s, cond, guidance)", network)
+  teacher = teacher and checked("decoupled_mean_flow_loss: teacher(x, t, cond, guidance)", teacher)
   (x0,) = as_float(x0)
   if settings.target == "teacher" and teacher is None:
     raise ValueError("decoupled_mean_flow_loss: target='teacher' needs a teacher, got None")
   key_time, key_noise, key_drop = jax.random.split(key, 3)
   batch = x0.shape[0]
   time, t, s = (a.astype(x0.dtype) for a in sample_times(key_time, batch, settings))
-  if settings.target == "data":
+  dropped, given = jnp.zeros((batch,), bool), cond
+  if settings.cond_dropout:
     dropped = jax.random.bernoulli(key_drop, settings.cond_dropout, (batch,))
-    given = drop_condition(key_drop, cond, null_cond, settings.cond_dropout)
-  else:
-    dropped, given = jnp.zeros((batch,), bool), cond
+    given = replace_condition(dropped, cond, null_cond)
 
   def term(key: Array, t: Array, s: Array, jump: bool) -> tuple[Array, Array, Array, Array]:
     eps = jax.random.normal(key, x0.shape, x0.dtype)

@@ -116,7 +116,7 @@ class Joined:
 
 
 Samples = ArrayLike | Joined
-"""What metrics of features take: an array, in memory or in a file, or parts of one."""
+"""Rows for metrics of features: an array, in memory or in a file, or parts of one."""
 
 
 def same_features(a: Rows, b: Rows, name: str) -> None:

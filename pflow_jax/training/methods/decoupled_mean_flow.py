@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from pflow_jax.core.objectives.decoupled_mean_flow import DecoupledMeanFlow, decoupled_mean_flow_loss
-from pflow_jax.networks.dit import DiT
 from pflow_jax.networks.layers import sinusoid
 from pflow_jax.training.methods.flow_map import JumpMethod
 
@@ -18,8 +17,7 @@ class DecoupledMeanFlowMethod(JumpMethod[DecoupledMeanFlow]):
 
   @classmethod
   def bind(cls, settings, network, dataset, teachers):
-    module = network.module
-    if not isinstance(module, DiT) or not module.late_blocks:
+    if not getattr(network.module, "late_blocks", 0):
       raise ValueError(
         f"config.objective.kind: {settings.kind!r} conditions the last blocks on where a jump ends; set "
         "config.model.kind='dit' and config.model.late_blocks, such as 8 of XL/2's 28"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pflow_jax.core.objectives.improved_mean_flow import ImprovedMeanFlow, improved_mean_flow_loss
 from pflow_jax.mesh.partition import combine, without
-from pflow_jax.networks.dit import DiT, with_velocity_branch
+from pflow_jax.networks.dit import with_velocity_branch
 from pflow_jax.training.methods.base import Teachers, copied
 from pflow_jax.training.methods.flow_map import JumpMethod
 
@@ -19,8 +19,7 @@ class ImprovedMeanFlowMethod(JumpMethod[ImprovedMeanFlow]):
 
   @classmethod
   def bind(cls, settings, network, dataset, teachers):
-    module = network.module
-    if not isinstance(module, DiT) or module.velocity_depth is None:
+    if getattr(network.module, "velocity_depth", None) is None:
       raise ValueError(
         f"config.objective.kind: {settings.kind!r} learns an instantaneous velocity beside the average one; set "
         "config.model.kind='dit' and config.model.velocity_depth, such as 8 of XL/2's 28 blocks, or 0"
