@@ -239,7 +239,7 @@ def test_curve_panels_give_a_label_one_look_and_one_legend():
   assert all(c.max() > legend for c in columns.values()), "both in the legend"
 
 
-def test_ten_methods_have_a_column_each_over_the_others_in_grey():
+def test_many_methods_have_a_column_each_over_the_others_in_grey():
   nfe = [1, 2, 4, 8]
   titles = [title for _, title, _ in METHODS if title != "ArcFlow"]
   series = {title: (nfe, np.linspace(1, 0.5, 4) + i, np.full(4, 0.1)) for i, title in enumerate(titles)}
@@ -255,7 +255,8 @@ def test_ten_methods_have_a_column_each_over_the_others_in_grey():
     assert axes.collections, "bars"
   texts = [text.get_text() for text in figure.texts]
   assert "teacher: black dashes; grey: the other methods; bars: over 3 seeds" in texts
-  assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == [*panels, *panels]
+  rows = -(-len(titles) // figure.axes[0].get_gridspec().ncols)
+  assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == [*panels] * rows
   assert_nothing_overlaps(figure)
 
 
