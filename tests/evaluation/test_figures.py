@@ -246,7 +246,7 @@ def test_many_methods_have_a_column_each_over_the_others_in_grey():
   panels = {"alignment\n(lower is better)": {"teacher": (nfe, [9, 5, 3, 2])} | series, "FD": series}
   figure = curve_panels(panels, xlabel="NFE", dashed=("teacher",), note="bars: over 3 seeds")
   columns = [axes for axes in figure.axes if axes.get_title(loc="left")]
-  assert [axes.get_title(loc="left") for axes in columns] == titles
+  assert [axes.get_title(loc="left").replace("\n", " ") for axes in columns] == titles
   for axes, title in zip(columns, titles, strict=True):
     colours = [line.get_color() for line in axes.lines if len(line.get_xdata()) == 4]
     assert colours.count(styles([title])[title]["color"]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ Lines = Mapping[str, tuple[Array, Array, Array]]
 
 CROSSING = 5  # lines that share a panel; more get a panel each
 ABREAST = 5  # such panels side by side
+TITLE = 26  # characters that fit above one of them
 
 
 def curves(
@@ -122,7 +124,9 @@ def _multiples(drawn: Mapping[str, Lines], looks: Any, own: Sequence[str], xlabe
               axes.plot(x, y, color=PALE, lw=0.9, zorder=1)
           _draw_lines(axes, {k: lines[k] for k in (*references, label) if k in lines}, looks)
           if i == 0:
-            axes.set_title(label, loc="left", fontsize=9, color=INK, parse_math=False)
+            axes.set_title(
+              textwrap.fill(label, TITLE, break_on_hyphens=False), loc="left", fontsize=9, color=INK, parse_math=False
+            )
         row[0].set_ylabel(title, fontsize=8)
         for axes in row:
           _format(axes, lines)
