@@ -13,6 +13,7 @@ from pflow_jax.files.foreign import check_memory, decoding, read_bytes, shown
 from pflow_jax.files.inert import Made, Named, read_inert
 
 MAX_PICKLE = 4 * 2**30  # bytes; the features of 50,000 images are a tenth of that
+MAX_OPERATIONS = 2**22  # of a pickle, of which each may make a value; one of arrays has a hundred
 
 _DTYPE = re.compile(r"[<>|=]?[biuf]\d{1,2}")
 _DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict", "torch_utils.misc.EasyDict")
@@ -31,12 +32,13 @@ def read_pickled(path: str | os.PathLike) -> Any:
     the value; arrays are NumPy's and cannot be written to, and of NumPy's numbers 0-dimensional ones.
 
   Raises:
-    ValueError: the pickle has anything else, is damaged, or is larger than MAX_PICKLE or a third of the memory.
+    ValueError: the pickle has anything else, is damaged, has more than MAX_OPERATIONS, or is larger than MAX_PICKLE or
+      a third of the memory.
   """
   check_memory(f"{path}", 3 * os.stat(path).st_size if os.path.isfile(path) else 0)
   data = read_bytes(path, MAX_PICKLE)
   with decoding(f"{path} cannot be read as a pickle of arrays"):
-    value, _ = read_inert(data, _make)
+    value, _ = read_inert(data, _make, limit=MAX_OPERATIONS)
     return _plain(value, {})
 
 

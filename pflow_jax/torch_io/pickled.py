@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -25,6 +26,11 @@ from pflow_jax.torch_io.unloaded import MAX_PICKLE, PICKLE
 _MOST_KNOWN = 4096  # layouts of files that are remembered
 ARGUMENTS, CHOSEN = "args of torch.save", "key of torch.save"  # in `Tensors.metadata`
 _TOLD = ("ema", "state_dict", "model")  # state dicts of a training's checkpoint, the best first
+# A value can be in many places of a pickle, so that what is written out of it needs bounds of its own.
+_MOST_DICTS = 20_000  # of tensors in a file; an optimizer has one for each parameter
+_DEPTH = 8  # of dicts within dicts that are looked at
+_LONGEST = 200  # characters of a key that is looked at
+_MOST_ARGUMENTS = 10**6  # characters of a training's arguments
 
 
 def open_pickled(file: pathlib.Path, key: str = "") -> Tensors:
@@ -98,7 +104,8 @@ def _arguments(loaded: Any) -> dict[str, str]:
   found = loaded.get("args") if isinstance(loaded, Mapping) else None
   values = found.values if isinstance(found, _Arguments) else found if isinstance(found, Mapping) else {}
   plain = {name: value for name, value in values.items() if isinstance(name, str) and _is_plain(value)}
-  return {ARGUMENTS: json.dumps(plain)} if plain else {}
+  length = sum(len(name) + (len(value) if isinstance(value, str) else 1) for name, value in plain.items())
+  return {ARGUMENTS: json.dumps(plain)} if plain and length <= _MOST_ARGUMENTS else {}
 
 
 def _is_plain(value: Any) -> bool:
@@ -199,7 +206,9 @@ def _check_archive(file: pathlib.Path) -> bool:
 
 def _choose(file: pathlib.Path, loaded: Any, key: str, kind: type) -> tuple[Mapping[str, Any], dict[str, str]]:
   """Returns the dict of tensors, of type `kind`, that `key` names, or the only one, or the best, and what is CHOSEN."""
-  found = dict(_state_dicts(loaded, kind))
+  found = dict(itertools.islice(_state_dicts(loaded, kind), _MOST_DICTS + 1))
+  if len(found) > _MOST_DICTS:
+    raise ValueError(f"{file}: expected at most {_MOST_DICTS:,} dicts of tensors; have its state dict saved alone")
   if not key and len(found) == 1:
     return next(iter(found.values())), {}
   if key in found:
@@ -215,7 +224,8 @@ def _choose(file: pathlib.Path, loaded: Any, key: str, kind: type) -> tuple[Mapp
 
 def _state_dicts(loaded: Any, kind: type) -> Iterator[tuple[str, Mapping[str, Any]]]:
   """Yields paths and dicts with tensors in `loaded`, each dict once, whatever holds it: it may hold itself."""
-  todo, seen = [("", loaded)], set()
+  todo: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
+  seen = set()
   while todo:
     path, value = todo.pop()
     if not isinstance(value, (Mapping, list, tuple)) or id(value) in seen:
@@ -224,8 +234,10 @@ def _state_dicts(loaded: Any, kind: type) -> Iterator[tuple[str, Mapping[str, An
     value = value if isinstance(value, Mapping) else dict(enumerate(value))
     tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, kind)}
     if tensors and all(isinstance(name, str) for name in tensors):
-      yield path, tensors
-    todo += [(f"{path}.{name}" if path else str(name), inner) for name, inner in value.items()]
+      yield ".".join(path), tensors
+    if len(path) < _DEPTH:
+      named = ((str(key), inner) for key, inner in value.items() if isinstance(key, (str, int)))
+      todo += [((*path, name), inner) for name, inner in named if len(name) <= _LONGEST]
 
 
 def _place(file: pathlib.Path, size: int, name: str, tensor: Any) -> Place:

@@ -177,6 +177,16 @@ def test_a_pickle_beyond_the_memory_is_refused_before_it_is_read(path, monkeypat
     read_pickled(path.with_name("b.pkl"))
 
 
+def test_a_pickle_of_many_small_values_is_refused(path, monkeypatch):
+  """A value takes a hundred times the memory of its operation."""
+  monkeypatch.setattr("pflow_jax.files.pickled_arrays.MAX_OPERATIONS", 100)
+  path.write_bytes(pickle.dumps([np.zeros(3), {}]))
+  assert len(read_pickled(path)) == 2
+  path.write_bytes(pickle.dumps([{} for _ in range(100)]))
+  with pytest.raises(ValueError, match="expected a pickle of at most 100 operations"):
+    read_pickled(path)
+
+
 def test_a_pickle_may_be_followed_by_another(path):
   first = pickle.dumps([1, 2], 2)
   assert read_inert(first + pickle.dumps(3), lambda *_: None) == ([1, 2], len(first))

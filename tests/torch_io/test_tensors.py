@@ -242,6 +242,24 @@ def test_damaged_pickles_are_refused(tmp_path):
     open_tensors(tmp_path / "model.bin")
 
 
+def test_small_pickles_that_say_much_are_told_in_bounds(tmp_path):
+  """A value in many places takes the memory of one, and what is written out of it would take that of all."""
+  long = "n" * 10**5
+  arguments = {str(i): long for i in range(100)}
+  torch.save({"ema": {"a": torch.zeros(1)}, "args": arguments, long: {"a": torch.ones(1)}}, tmp_path / "args.pt")
+  tensors = open_tensors(tmp_path / "args.pt")
+  assert (tensors.read("a"), tensors.metadata) == (0, {})
+  one = {"a": torch.zeros(1)}
+  torch.save([dict(one) for _ in range(20_001)], tmp_path / "many.pt")
+  with pytest.raises(ValueError, match="expected at most 20,000 dicts of tensors"):
+    open_tensors(tmp_path / "many.pt")
+  within = one
+  for _ in range(10):
+    within = {"in": within}
+  torch.save({"out": one | {"b": one["a"]}, "deep": within}, tmp_path / "deep.pt")
+  assert set(open_tensors(tmp_path / "deep.pt").places) == {"a", "b"}
+
+
 def test_what_is_no_model_is_said(tmp_path):
   with pytest.raises(ValueError, match="no file or folder"):
     open_tensors(tmp_path / "none")
