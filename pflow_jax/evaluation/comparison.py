@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,7 +13,14 @@ FIRST = ((1,),)  # a student for 1 evaluation
 
 
 def all_methods(
-  path: pathlib.Path, variant: str, *, flops: float, weak_steps: int, adapters: bool, rivals: bool = False
+  path: pathlib.Path,
+  variant: str,
+  *,
+  flops: float,
+  weak_steps: int,
+  adapters: bool,
+  rivals: bool = False,
+  changes: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
   """Makes a comparison of the variants of one config file, see `compare`.
 
@@ -24,6 +31,7 @@ def all_methods(
     weak_steps: training steps of the weak teacher.
     adapters: whether the file has ArcFlow with adapters too.
     rivals: whether it has the one-step methods of others, and the policies with an adversary and from a flow map.
+    changes: of the teacher's settings, by section; data, network and evaluation are the students' too.
 
   Raises:
     ValueError: there is no such variant.
@@ -37,8 +45,10 @@ def all_methods(
     return dict(name=name, title=title, config=config, students=students, **options)
 
   def teacher(**train: int) -> dict[str, Any]:
-    config = method("flow_teacher", "", ())["config"]
-    return dict(config=config, **({"overrides": dict(train=train)} if train else {}))
+    overrides = {section: dict(values) for section, values in (changes or {}).items()}
+    if train:
+      overrides["train"] = overrides.get("train", {}) | train
+    return dict(config=method("flow_teacher", "", ())["config"], overrides=overrides)
 
   config = ConfigDict()
   config.teacher, config.weak = teacher(), teacher(steps=2 if quicktest else weak_steps)

@@ -19,6 +19,7 @@ from pflow_jax.files.lock import Lock
 from tests.programs import ROOT, load_module
 
 COMPARISONS = sorted((ROOT / "configs" / "compare").glob("*.py"))
+DATA_OF_COMPARISONS = {"mnist": "mnist5k"}
 
 
 def digits(variant):
@@ -439,6 +440,7 @@ def test_unknown_methods_are_refused_with_the_nearest(programs, tmp_path):
 def test_comparison_configs_are_read_whole(path, variant):
   config = load_module(path).get_config(variant)
   runs = plan(config, seed=0)
+  assert {run.settings.data["name"] for run in runs} == {DATA_OF_COMPARISONS.get(path.stem, path.stem)}
   methods = read_methods(config)
   for name, method in methods.items():
     assert sorted(nfe for run in runs if run.method == name for nfe in run.nfe) in ([1], [1, 2, 4, 8]), name
