@@ -24,6 +24,7 @@ KINDS = {
     for name, width in (("strong", 16), ("weak", 8))
   },
 }
+KINDS["uncond"] = KINDS["weak"] | dict(label_dim=0)
 CLIPPED = "unet.dec.8x8_in1.emb_gain"  # of "img512": so large that the block's output is clipped
 SIGMA = (0.3, 20.0)  # of the examples
 

@@ -27,7 +27,8 @@ from pflow_jax.training.methods import METHODS, Method
 from pflow_jax.training.methods.base import Teachers
 from pflow_jax.training.network import OF_FLOW_MAPS, Network, head_class, make_network
 from pflow_jax.training.origins import Saved
-from pflow_jax.training.teachers import ROLES, Teacher, load_teacher
+from pflow_jax.training.parts import ROLES
+from pflow_jax.training.teachers import Teacher, load_teacher
 
 Array = jax.Array
 Params = Any

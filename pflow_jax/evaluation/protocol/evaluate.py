@@ -38,7 +38,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.origins import use_teacher, which_of
-from pflow_jax.training.sample import evaluations, make_sampler
+from pflow_jax.training.sample import evaluations, make_sampler, with_guide
 
 
 def evaluate_by_protocol(
@@ -134,6 +134,7 @@ def evaluate_by_protocol(
 
     write(finished=False)
     params = experiment.load(folder, which, layout, step=step)
+    params = with_guide(experiment.method, settings.sample, params, layout)
     runs = {n: functools.partial(run, params) for n, run in samplers.items()}
     labels = drawn_labels(protocol, dataset.num_classes)
     drawing = Drawing(layout, settings.sample.batch_size, draws(dataset.shape, protocol.seed), labels, lock)
