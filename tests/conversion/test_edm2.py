@@ -20,6 +20,9 @@ from pflow_jax.conversion.from_torch import open_source
 from pflow_jax.conversion.program import convert
 from pflow_jax.core.samplers import sample_teacher
 from pflow_jax.evaluation import sample as evaluation_sample
+from pflow_jax.families.autoencoder import codec_of
+from pflow_jax.families.edm2.latents import scaling_of
+from pflow_jax.networks.vae import AutoencoderKL
 from pflow_jax.settings.defaults import default_config
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.torch_io.tensors import WEIGHTS
@@ -241,3 +244,35 @@ def test_guides_of_samples_that_do_not_fit_are_refused(pair, tmp_path, capsys):
       cli.main([*run, *flags])
     assert ended.value.code == 2
     assert re.search(problem, capsys.readouterr().err)
+
+
+def test_samples_of_latents_are_decoded_as_nvidia_does(tmp_path):
+  """Of pictures in [0, 1], scaled by channel; an autoencoder that did not make EDM2's latents is refused."""
+  encoder = edm2.persistent("StabilityVAEEncoder", base=object, vae_name="stabilityai/sd-vae-ft-mse")
+  convert(edm2.snapshot(tmp_path / "a.pkl", "img512", torch.float32, encoder=encoder), tmp_path / "run")
+  mean, std = np.array([5.81, 3.25, 0.12, -2.15]), np.array([4.17, 4.62, 3.71, 3.28])
+  vae = AutoencoderKL(widths=(2,), depth=1, groups=1, mid_attention=False)
+  params = vae.init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))["params"]
+  for name, module in (("sd", vae), ("sdxl", vae.clone(scale=0.13025))):
+    pf.Codec(module, params).save(tmp_path / name)
+  settings = workdir.load_settings(tmp_path / "run").changed("sample", autoencoder=str(tmp_path / "sd"))
+  codec = codec_of(build(settings, run=tmp_path / "run").dataset)
+  z = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+  raw = z / 0.5 * std + mean
+  picture = vae.apply({"params": params}, jnp.float32(raw * 0.18215), method="decode")  # in [0, 1]
+  np.testing.assert_allclose(codec.decode(z), 2 * picture - 1, rtol=1e-4, atol=1e-5)
+  x = np.random.default_rng(1).uniform(-1, 1, (1, 4, 4, 3)).astype(np.float32)
+  encoded = vae.apply({"params": params}, jnp.asarray((x + 1) / 2), method="encode") / 0.18215
+  np.testing.assert_allclose(codec.encode(x), (encoded - mean) / std * 0.5, rtol=1e-4, atol=1e-5)
+  other = settings.changed("sample", autoencoder=str(tmp_path / "sdxl"))
+  with pytest.raises(ValueError, match="sdxl: expected sd-vae-ft-mse, with which EDM2's latents are made"):
+    codec_of(build(other, run=tmp_path / "run").dataset)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "scale"),
+  [({"final_std": 1, "raw_std": [1, 2, 4, 8]}, (1, 0.5, 0.25, 0.125)), ({"raw_mean": "an array"}, None)],
+)
+def test_the_scale_of_an_encoder_is_that_of_its_arguments(arguments, scale):
+  found = scaling_of(arguments)
+  assert (found and found.scale) == scale
