@@ -85,6 +85,7 @@ def find_part(
   about_data = not own.converted and inputs is None
   if weak:
     _check_same(settings, own, folder, ("data",) if about_data else (), dataset)
+    _check_weak(settings, own, folder, dataset)
   else:
     check_fit(settings, own, folder, asked, dataset, is_guided and inputs is None, about_data=about_data)
   saved = Saved(folder, which_of(own, asked.which), step, asked.dtype)
@@ -107,11 +108,7 @@ def find_guide(settings: Settings, dataset: data.Dataset, workdir: str, step: in
   folder = expanded(workdir, key)
   own = _settings_of_a_teacher(folder, key)
   _check_same(settings, own, folder, () if settings.converted or own.converted else ("data",), dataset)
-  ours, theirs = (_deviation(one) for one in (settings, own))
-  if settings.converted and own.converted and ours != theirs:
-    raise ValueError(
-      f"{key}: {folder} takes data with a standard deviation of {theirs:g}, the run that it is to guide {ours:g}"
-    )
+  _check_weak(settings, own, folder, dataset)
   return _part(settings, own, Saved(folder, which_of(own), step), _as_known(own, folder, dataset, weak=True))
 
 
@@ -146,6 +143,20 @@ def _as_known(own: Settings, folder: str, dataset: data.Dataset, weak: bool) -> 
       f"{dataset.shape[-1]} and {dataset.num_classes}"
     )
   return dataset
+
+
+def _check_weak(settings: Settings, own: Settings, folder: str, dataset: data.Dataset) -> None:
+  """Raises ValueError for a converted weak model of data of another scale than those of the model that it guides."""
+  if not own.converted:
+    return
+  ours, theirs = (_deviation(one) for one in (settings, own))
+  is_known = settings.converted or hasattr(head_class(settings.head), "sigma_data")
+  if is_known and ours != theirs:
+    raise ValueError(
+      f"the weak teacher in {folder} takes data with a standard deviation of {theirs:g}, the model that it is to guide "
+      f"{ours:g}"
+    )
+  check_scale(folder, theirs, own.source or {}, dataset)
 
 
 def _deviation(settings: Settings) -> float:

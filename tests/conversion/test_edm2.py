@@ -30,6 +30,7 @@ from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build
 from pflow_jax.training.parts import find_guide
 from tests import edm2
+from tests.programs import write_pretrained
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -217,6 +218,18 @@ def test_a_weak_network_may_know_no_classes(pair):
     build(config)
 
 
+def test_a_weak_network_of_another_family_is_refused(pair, tmp_path):
+  """A DiT of latents of unit variance, beside a network of pixels with a deviation of 0.5."""
+  config = student_of(pair)
+  other = config.copy_and_resolve_references()
+  other.model, other.head = dict(kind="dit", width=8, depth=1, num_heads=1, patch_size=8), dict(kind="velocity")
+  config.teacher.weak_workdir = str(write_pretrained(other, tmp_path / "dit"))
+  with pytest.raises(
+    ValueError, match=r"weak teacher in .*dit takes data with a standard deviation of 1, .* guide 0\.5"
+  ):
+    build(config)
+
+
 def test_guides_of_samples_that_do_not_fit_are_refused(pair, tmp_path, capsys):
   settings, weak = workdir.load_settings(pair / "strong"), str(pair / "weak")
   load = lambda **changes: data.load("synthetic", **{"shape": (16, 16, 3), "num_classes": 5, **changes})
@@ -224,7 +237,7 @@ def test_guides_of_samples_that_do_not_fit_are_refused(pair, tmp_path, capsys):
     find_guide(settings, load(num_classes=7), weak, None)
   with pytest.raises(ValueError, match=r"weak is of 3 channels and 5 classes, synthetic has 4 and 5"):
     find_guide(settings, load(shape=(16, 16, 4)), weak, None)
-  with pytest.raises(ValueError, match=r"weak takes data with a standard deviation of 0\.5, the run .* guide 1"):
+  with pytest.raises(ValueError, match=r"weak takes data with a standard deviation of 0\.5, the model .* guide 1"):
     find_guide(settings.changed("head", sigma_data=1.0), load(), weak, None)
   with pytest.raises(ValueError, match="no checkpoint of step 7"):
     find_guide(settings, load(), weak, 7)
