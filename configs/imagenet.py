@@ -18,13 +18,19 @@ The networks compute in bfloat16 from float32 parameters, and a policy's teacher
 | flow_teacher | - | trains SiT's network by its recipe (arXiv:2401.08740): 2.06 with 250 steps of its SDE |
 | arc, arc_adapters | REPA's | none: ArcFlow (arXiv:2602.09014), its text-to-image students' settings, untried here |
 | ayf_emd | REPA's, or flow_teacher | none: Align Your Flow (arXiv:2506.14603), untried with this network |
+| improved_mean_flow | none | 1.70 at 1, 1.53 at 2 (iMF-XL/2, arXiv:2512.02012, a deeper network of another kind) |
+| decoupled_mean_flow | none; it starts from REPA's | 2.16 at 1, 1.51 with more (DMF-XL/2+, arXiv:2510.24474) |
+| free_flow | REPA's | 1.45 at 1 (FreeFlow-XL/2, arXiv:2511.19428) |
 
 The policies' recipes are those of π-Flow's release (LakonLab v0.2.0, configs/piflow_imagenet), dx's is its paper's. Not
 as published are: moments in float32, where the release's AdamW has 8 bits (optimizer.mu_dtype="bfloat16" halves the
 first of them); the weight decay of `teacher`, which is on biases too; and its average, whose half-life of 5 % of the
 run is not cut at 30 million images. Of GMFlow's teacher the paper says batch and number of steps; rate, decay, clip and
-times are those of its release's own model. None has been trained at this size with this code; docs/plan_imagenet.md has
-the planned needs and cost of a run.
+times are those of its release's own model. Of the last three rows: iMF's network has 48 blocks of width 1024, rotary
+positions and its conditions as tokens, of which SiT's has nothing, and its release's file is of B/2, trained for 640
+epochs; DMF's recipe is its release's script, and what the + of its best row adds is not in it; FreeFlow's code is not
+public, so that guidance (that with which the teacher alone is best), rate, batch and steps are chosen here. None has
+been trained at this size with this code; docs/plan_imagenet.md has the planned needs and cost of a run.
 
 How a converted teacher is checked: docs/teacher.md.
 """
@@ -182,10 +188,45 @@ def mean_flow() -> ConfigDict:
   return config
 
 
+def improved_mean_flow() -> ConfigDict:
+  """Improved MeanFlow on SiT's network, whose last 8 blocks an instantaneous velocity has of its own."""
+  config = base("improved_mean_flow")
+  config.model.velocity_depth = 8
+  config.optimizer.update(learning_rate=1e-4, b2=0.95, warmup_steps=epochs(10, 1024))
+  config.ema.update(kind="constant", decay=0.9999)
+  config.train.update(steps=epochs(640, 1024), batch_size=1024)
+  # Of the release's XL/2 at 1 evaluation; at 2 it is 4 in (0.36, 0.64).
+  config.sample.update(guidance=8.0, interval=(0.42, 0.62), nfe=(1,))
+  return config
+
+
+def decoupled_mean_flow() -> ConfigDict:
+  """Decoupled MeanFlow, for a start from REPA's teacher (config.teacher), whose last 8 of 28 blocks see s."""
+  config = base("decoupled_mean_flow")
+  config.model.late_blocks = 8
+  config.optimizer.update(learning_rate=1e-4, b2=0.95, clip_norm=1.0)
+  config.ema.update(kind="constant", decay=0.9999)
+  config.train.update(steps=400_000, batch_size=256)
+  config.sample.nfe = (1, 2, 4)
+  return config
+
+
+def free_flow() -> ConfigDict:
+  """FreeFlow, a student of 1 evaluation that sees noise alone."""
+  config = base("free_flow")
+  config.teacher.update(guidance=1.8, interval=(0.0, 0.7), dtype="bfloat16")
+  config.objective.warmup_steps = 10_000
+  config.optimizer.update(learning_rate=1e-4, warmup_steps=1000, clip_norm=50.0)
+  config.train.update(steps=100_000, batch_size=1024)
+  return config
+
+
 def quicktest(config: ConfigDict) -> None:
   """Shrinks a config to a smoke test."""
   config.data = dict(name="synthetic", shape=(8, 8, 4), num_classes=10)
   config.model.update(width=16, depth=2, num_heads=2)
+  for option in {"velocity_depth", "late_blocks"} & set(config.model):
+    config.model[option] = 1
   config.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, keep_every=0)
   config.optimizer.warmup_steps = config.ema.start = 1
   config.mesh.fsdp = 1
@@ -197,7 +238,7 @@ def quicktest(config: ConfigDict) -> None:
 
 TEACHERS = (teacher, flow_teacher)
 POLICIES = (gmrepa_1nfe, gmrepa_2nfe, gmdit_1nfe, dx, arc, arc_adapters)
-FLOW_MAPS = (ayf_emd, mean_flow)
+FLOW_MAPS = (ayf_emd, mean_flow, improved_mean_flow, decoupled_mean_flow, free_flow)
 VARIANTS = {variant.__name__: variant for variant in (*TEACHERS, *POLICIES, *FLOW_MAPS)}
 
 

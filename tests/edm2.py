@@ -24,6 +24,7 @@ KINDS = {
     for name, width in (("strong", 16), ("weak", 8))
   },
 }
+KINDS["uncond"] = KINDS["weak"] | dict(label_dim=0)
 CLIPPED = "unet.dec.8x8_in1.emb_gain"  # of "img512": so large that the block's output is clipped
 SIGMA = (0.3, 20.0)  # of the examples
 
@@ -76,7 +77,7 @@ def state_dict(kind):
   return {name: torch.tensor(value) for name, value in tensors.items()}
 
 
-def _persistent(name, source="import os\nos.mkdir('ran')\n", base=torch.nn.Module, **arguments):
+def persistent(name, source="import os\nos.mkdir('ran')\n", base=torch.nn.Module, **arguments):
   """An object that is pickled as `torch_utils.persistence` pickles one of a class, with the source of its module."""
 
   class Persistent(base):
@@ -114,13 +115,13 @@ def snapshot(path, kind, dtype=torch.float16, **changes):
     dtype: of its tensors.
     changes: entries beside "ema" and "encoder".
   """
-  root = _persistent("Precond", use_fp16=True, **KINDS[kind])
+  root = persistent("Precond", use_fp16=True, **KINDS[kind])
   for name, tensor in state_dict(kind).items():
     *parents, leaf = name.split(".")
     module = root
     for i, part in enumerate(parents):
       if part not in module._modules:
-        child = torch.nn.ModuleDict() if part in ("enc", "dec") else _persistent("UNet" if not i else "Block")
+        child = torch.nn.ModuleDict() if part in ("enc", "dec") else persistent("UNet" if not i else "Block")
         module.add_module(part, child)
       module = module._modules[part]
     if leaf in ("freqs", "phases"):
@@ -128,7 +129,7 @@ def snapshot(path, kind, dtype=torch.float16, **changes):
     else:
       module.register_parameter(leaf, torch.nn.Parameter(tensor.to(dtype), requires_grad=False))
   with _nvidias_modules() as easy:
-    data = easy(encoder=_persistent("StandardRGBEncoder", base=object), dataset_kwargs=easy(path="x"), loss_fn=None)
+    data = easy(encoder=persistent("StandardRGBEncoder", base=object), dataset_kwargs=easy(path="x"), loss_fn=None)
     data.update(changes)
     data["ema"] = root
     path.write_bytes(pickle.dumps(data))

@@ -15,6 +15,7 @@ from pflow_jax.training.optim import make_ema_decay, make_schedule
 from pflow_jax.training.step import make_program
 from pflow_jax.training.train import train
 from pflow_jax.training.workdir import CHECKPOINTS, load_config
+from tests.families.test_edm2 import NVIDIAS
 from tests.programs import CONFIGS, ROOT, load_module, quick, write_pretrained, write_random
 
 TEACHERS = ("teacher", "flow_teacher", "classes_teacher")
@@ -158,6 +159,27 @@ def test_recipes_of_imagenet_are_those_published(variant):
   np.testing.assert_allclose([kept(i) for i in steps[:4]], [0, 0, 0, 0.5**8], rtol=1e-6)
   parameters = sum(leaf.size for leaf in jax.tree.leaves(build(settings, abstract=True).teacher.shapes))
   assert parameters == 674_816_272, "DiT-XL/2 with a position table of its own"
+
+
+# Of generate_images.py and train_edm2.py of NVlabs/edm2: strength of the autoguided pair, channels; of Align Your Flow:
+# mean and deviation of a jump's length.
+PAIRS = {"imagenet64": (1.7, 3, (-0.6, 1.6)), "imagenet512": (2.1, 4, (-0.8, 1.0))}
+
+
+@pytest.mark.parametrize("config", PAIRS)
+def test_students_of_edm2_are_of_its_released_networks(config):
+  settings = Settings.of(load_module(ROOT / "configs" / f"{config}.py").get_config())
+  experiment = build(settings, abstract=True)
+  objective, strength = settings.objective, settings.teacher.guidance
+  channels = experiment.dataset.shape[-1]
+  assert (strength, channels, (objective.time_mean, objective.time_std)) == PAIRS[config]
+  assert (experiment.dataset.shape[:2], experiment.dataset.num_classes) == ((64, 64), 1000)
+  assert (objective.guidance, objective.max_warmup, objective.normalisation) == ((1.0, 3.0), 0.99, "rms")
+  assert (settings.sample.nfe, settings.evaluate.solvers) == ((1, 2, 4), ("edm",))
+  shapes = dict(experiment.teacher.shapes["strong"])
+  del shapes["fourier"]  # constants
+  count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert count + 128 == NVIDIAS["S"][channels - 3]  # NVIDIA's has a layer of 128 that estimates the loss
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

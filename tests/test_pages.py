@@ -65,7 +65,9 @@ PARSED = {
   r"pflow convert .*(last\.pt|SiT-XL-2|_imagenet|runs/sit )": (
     "weights of 675 million parameters; tests/conversion/test_authors.py converts tiny ones"
   ),
-  r"pflow convert .*edm2": "weights of 280 million parameters; tests/conversion/test_edm2.py converts tiny ones",
+  r"pflow (convert|sample) .*edm2": "280 million parameters; tests/conversion/test_edm2.py has tiny ones",
+  r"pflow (plan|train) .*imagenet64": "the same; tests/test_configs.py reads, traces and counts",
+  r"pflow ema .*ayf_s64": "the same; an average of another run is tested beside `conversion.averages`",
   r"pflow (convert|sample) .*runs/(repa|released)": (
     "weights of REPA's teacher; tests/evaluation/test_sample.py samples a small one by the same flags"
   ),
@@ -86,6 +88,8 @@ PARSED = {
 }
 # Recipes of students, by the teachers whose configs are left in place of a conversion.
 STUDENTS = {"FLUX.1-dev/transformer": "flux.py:gm", "repa_imagenet.pth": "imagenet.py:gmrepa_1nfe"}
+STUDENTS |= {"edm2-img64-s-1073741-0.045.pkl": "imagenet64.py:ayf_emd"}
+STUDENTS |= {"edm2-img512-s-2147483-0.070.pkl": "imagenet512.py:ayf_emd"}
 # Released students, by the recipes whose configs are left in place of a conversion.
 RELEASED = {"gmrepa_k32_imagenet_piid_1step": "imagenet.py:gmrepa_1nfe"}
 # Blocks of Python whose calls are compared with the functions' arguments, and not run, and why.

@@ -25,6 +25,7 @@ def evaluate(
   step: Annotated[int, 0, None] | None = None,
   keep: Literal["none", "npz", "png"] | None = None,
   paired: Annotated[int, 0, None] | None = None,
+  draws: Count | None = None,
 ) -> None:
   """Measures a run: a student beside its teacher, or samples as papers on ImageNet do.
 
@@ -34,8 +35,8 @@ def evaluate(
     out: folder of the results; default: <workdir>/evaluation, or <workdir>/adm
     teacher: workdir of the run's teacher, if it has moved
     features: file of the feature network, such as StyleGAN's inception-2015-12-05.pt
-    protocol: adm: 50,000 samples against a reference, in parts; keep, labels, nfe, num, paired, reference, seed,
-      step and which are of it alone
+    protocol: adm: 50,000 samples against a reference, in parts; draws, keep, labels, nfe, num, paired, reference,
+      seed, step and which are of it alone
     reference: file of moments and features, such as VIRTUAL_imagenet256_labeled.npz, or of pflow reference
     num: number of samples; default: 50000
     nfe: network evaluations; default: those of the config
@@ -45,13 +46,15 @@ def evaluate(
     step: of the checkpoint; default: that of an evaluation which was killed, or the newest
     keep: samples as a file that ADM's evaluator reads, or as a folder of pictures; default: none
     paired: more samples, which the teacher draws too, for alignment and diversity; default: 512
+    draws: draws of so many samples, with seeds one after another: the table has means and the lowest FID. EDM2's
+      is that of 3; default: 1
   """
   from pflow_jax.settings.tree import Settings
 
   settings = Settings.of(config, converted=True)
   if features is not None:
     settings = settings.changed("evaluate", features=features)
-  own: dict[str, Any] = dict(num_samples=num, seed=seed, labels=labels, keep=keep, num_paired=paired)
+  own: dict[str, Any] = dict(num_samples=num, seed=seed, labels=labels, keep=keep, num_paired=paired, draws=draws)
   own = {name: value for name, value in own.items() if value is not None}
   if protocol == "adm":
     from pflow_jax.evaluation.protocol import Protocol, evaluate_by_protocol
@@ -65,7 +68,8 @@ def evaluate(
     evaluate_by_protocol(settings, workdir, reference, **common, teacher=teacher, out=out)
     return
   if own or not (reference is nfe is which is step is None):
-    raise ValueError("num, nfe, seed, labels, which, step, keep, paired, reference: are of --protocol=adm; give it too")
+    names = "num, nfe, seed, labels, which, step, keep, paired, draws, reference"
+    raise ValueError(f"{names}: are of --protocol=adm; give it too")
   from pflow_jax.evaluation.evaluate import evaluate as run
 
   run(settings, workdir, others=also, teacher=teacher, out=out)

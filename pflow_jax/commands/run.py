@@ -35,9 +35,10 @@ from pflow_jax.training.experiment import Experiment, build
 from pflow_jax.training.inputs import absolute_path
 from pflow_jax.training.methods import Method
 from pflow_jax.training.origins import inputs_of
-from pflow_jax.training.sample import draw_noise, evaluations, in_batches, make_sampler, sample_keys
+from pflow_jax.training.parts import Part, check_fit
+from pflow_jax.training.sample import draw_noise, evaluations, in_batches, make_sampler, sample_keys, with_guide
 from pflow_jax.training.state import TrainState, count_parameters
-from pflow_jax.training.teachers import Part, Teacher, check_fit
+from pflow_jax.training.teachers import Teacher
 from pflow_jax.training.writer import write_metrics
 
 Params = Any
@@ -115,7 +116,7 @@ class Run:
     keys = sample_keys(num, seed)
     method = self._experiment.method
     run = self._sampler(method, settings, evaluations(method, settings)[0])
-    one = functools.partial(run, self.params)
+    one = functools.partial(run, with_guide(method, settings, self.params, self._layout))
     return in_batches(one, self._layout, settings.batch_size, noise, cond, keys)
 
   def decode(self, x: np.ndarray) -> np.ndarray:
@@ -171,7 +172,7 @@ class Run:
     method = self._experiment.method
     noise, cond = draw_noise(self.data, num, seed, labels)
     walk = jax.jit(method.trajectory(settings, evaluations(method, settings)[0]))
-    return to_host(walk(self.params, noise, cond))
+    return to_host(walk(with_guide(method, settings, self.params, self._layout), noise, cond))
 
   def evaluate(self, *, out: Folder | None = None, quiet: bool = False, **settings: Any) -> Report:
     """Measures it against its teacher and its data.
@@ -202,7 +203,7 @@ class Run:
       else:
         found = velocity_samplers(method, teacher.velocity, self._teachers_params(teacher), own)
       mine = student_samplers if method.is_student else own_samplers
-      return found + mine(method, sampling, self.params)
+      return found + mine(method, sampling, with_guide(method, sampling, self.params, self._layout))
 
     kept = None
     if self.workdir is not None and (teacher is None or teacher.saved):

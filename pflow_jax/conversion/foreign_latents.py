@@ -29,6 +29,7 @@ from pflow_jax.data.image_source import digest_of
 from pflow_jax.data.latent_shards import SHARD_RECORDS
 from pflow_jax.data.latents import VALUES, Info, check_scale
 from pflow_jax.families.autoencoder import SD_SCALE, load_autoencoder, other_scale
+from pflow_jax.families.edm2 import latents as edm2_latents
 from pflow_jax.files.array_files import read_npy
 from pflow_jax.files.foreign import (
   check_arguments,
@@ -44,8 +45,6 @@ from pflow_jax.files.foreign import (
 from pflow_jax.files.nearest import did_you_mean
 from pflow_jax.torch_io.pickled import PickledAlike
 
-# Of EDM2's StabilityVAEEncoder, for pictures in [0, 1]: the mean and standard deviation that it assumes, and makes 0.5.
-EDM2_MEAN, EDM2_STD, EDM2_FINAL = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
 _BATCH = 256  # records that are read together
 _MAX_LIST = 2**30  # bytes of a list, which has 60 MB for ImageNet
 _MAX_RECORD = 2**26  # bytes of a file
@@ -234,8 +233,7 @@ class EDM2(ForeignLatents):
       raise ValueError(f"{path}: dataset.json has no class of {len(missing)} files, such as {shown(missing[0])}")
     self._classes = np.array([labels.get(name, 0) for name in self._paths])
     count = int(self._classes.max()) + 1 if labels else 0
-    scaling = Scaling(EDM2_MEAN, tuple(EDM2_FINAL / std for std in EDM2_STD))
-    self._describe(True, count if num_classes is None else num_classes, scaling)
+    self._describe(True, count if num_classes is None else num_classes, edm2_latents.SCALING)
 
   def __len__(self) -> int:
     return len(self._paths)

@@ -47,7 +47,8 @@ SOURCE = "source.json"  # of a workdir that was converted: of what
 _MARK_BYTES = 2**16
 # Classes of ImageNet, whose published DiTs are all of the latents of Stable Diffusion's autoencoders, of 4 channels.
 _IMAGENET = 1000
-_SAID = ("_encoder", "_file", "_license")  # fields of a config.json about the file, which a run's source has too
+# Fields of a config.json about the file, which a run's source has too.
+_SAID = ("_encoder", "_file", "_latent_scale", "_latent_shift", "_license")
 
 
 @dataclasses.dataclass(frozen=True)

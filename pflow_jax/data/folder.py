@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import pathlib
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from pflow_jax.data.dataset import Dataset, check_classes, split_rows
 from pflow_jax.data.image_source import Form, ImageSource
 from pflow_jax.data.pixels import Crop, image_endings
 from pflow_jax.data.records import SourceRecords
-from pflow_jax.files.foreign import decoding, real_folder, shown
+from pflow_jax.files.foreign import decoding, is_there, real_folder, shown
 
 _NAMES_SHOWN = 10
 _File = tuple[str, int]  # path, of which a million take less memory as text, and label
@@ -44,6 +46,21 @@ class FolderSource(ImageSource):
     return self.files[row][0].removeprefix(self.root).lstrip(os.sep)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Absent:
+  """Records of a folder that is not there: shape and number of classes are known, and nothing can be read."""
+
+  name: str
+  is_found: ClassVar[bool] = False
+  read_threads: ClassVar[int] = 0
+
+  def _refuse(self, *_: Any) -> NoReturn:
+    raise ValueError(f"{self.name}: there is no such folder; say where it is with --config.data.name=folder:<path>.")
+
+  num_records = property(_refuse)
+  batches = sample = _refuse
+
+
 def folder(
   path: str,
   *,
@@ -51,6 +68,7 @@ def folder(
   held_out: int = 0,
   image_size: int | None = None,
   channels: int = 3,
+  num_classes: int | None = None,
   crop: Crop = "fit",
   allow_unreadable: bool = False,
   check: bool = True,
@@ -68,21 +86,28 @@ def folder(
     held_out: records kept out of "train" for "test".
     image_size: side in pixels, required.
     channels: 3 (RGB) or 1 (grey).
+    num_classes: class folders that have to be there, by default any number. With it a run can be planned on a machine
+      that does not have the folder.
     crop: "adm" cuts and scales as the published work on ImageNet does, see `data.pixels.center_crop`.
     allow_unreadable: skip files that cannot be decoded, with a warning, instead of refusing.
     check: decode every file once now. False saves that time; a broken file is then an error when it is read.
 
   Raises:
-    ValueError: for a folder without images, for images beside class folders, for class folders without images, and for
-      unreadable files: one message has their count and the first names.
+    ValueError: for a folder without images, for images beside class folders, for class folders without images, for
+      another number of them, and for unreadable files: one message has their count and the first names.
   """
   name = f"folder:{path}"
   form = Form.checked(name, image_size, channels, crop)
+  if num_classes is not None and not is_there(os.path.expanduser(path)):
+    check_classes(name, num_classes)
+    return Dataset(name, form.shape, num_classes, tuple(f"class {i}" for i in range(num_classes)), _Absent(name))
   try:
     root = real_folder(os.path.expanduser(path))
   except ValueError as error:
     raise ValueError(f"folder:{error}; give a folder with one subfolder a class, or of images.") from error
   files, class_names = _scan(name, root)
+  if num_classes not in (None, len(class_names)):
+    raise ValueError(f"{name}: expected {num_classes} class folders, got {len(class_names)}.")
   if check:
     files = _readable(name, FolderSource(str(root), files, form), allow_unreadable)
   files = [files[row] for row in split_rows(name, len(files), split, held_out)]

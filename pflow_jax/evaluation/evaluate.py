@@ -31,6 +31,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.origins import use_teacher
+from pflow_jax.training.sample import with_guide
 from pflow_jax.training.writer import read_metrics
 
 
@@ -90,7 +91,7 @@ def evaluate(
         suffix = f" ({own_name})" if others else ""
         mine, teachers = (each.teacher and each.teacher.settings.dtype for each in (one, experiment))
         shared = frozen if one.teacher and mine == teachers else None
-        params = one.load(name, layout=layout, frozen=shared)
+        params = with_guide(one.method, one.settings.sample, one.load(name, layout=layout, frozen=shared), layout)
         found += student_samplers(one.method, one.settings.sample, params, suffix)
     return found
 

@@ -29,6 +29,7 @@ from pflow_jax.training.sample import (
   make_sampler,
   sample_keys,
   warn_of_gaps,
+  with_guide,
 )
 
 SHOWN = 128  # images of a row in a picture
@@ -82,7 +83,7 @@ def sample(
   samplers = {n: make_sampler(method, sampling, n) for n in numbers}  # raises before any work if one does not fit
   layout = layout_of(settings)
   noise, cond = draw_noise(dataset, num, seed, labels)
-  params = experiment.load(folder, which_of(settings, which), layout)
+  params = with_guide(method, sampling, experiment.load(folder, which_of(settings, which), layout), layout)
   classes = labels_of(cond, num)
   keys = sample_keys(num, seed)
   rows = {}

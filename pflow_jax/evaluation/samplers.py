@@ -18,7 +18,7 @@ from pflow_jax.mesh.sharding import Layout, to_host
 from pflow_jax.settings.sample import EvaluateSettings, SampleSettings
 from pflow_jax.training.experiment import Experiment
 from pflow_jax.training.methods import Method
-from pflow_jax.training.sample import evaluations, make_sampler
+from pflow_jax.training.sample import evaluations, make_sampler, with_guide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ def teacher_samplers(
     return velocity_samplers(method, experiment.teacher.velocity, frozen, settings)
   params = experiment.load(folder, layout=layout)
   found = velocity_samplers(method, method.velocity, params, settings)
-  return found + own_samplers(method, experiment.settings.sample, params)
+  sampling = experiment.settings.sample
+  return found + own_samplers(method, sampling, with_guide(method, sampling, params, layout))
 
 
 def velocity_samplers(
@@ -88,12 +89,19 @@ def velocity_samplers(
 
 
 def own_samplers(method: Method, sampling: SampleSettings, params: Any) -> list[Sampler]:
-  """Samplers of a teacher as its own section `sample` says; none where that says Euler steps without guidance."""
+  """Samplers of a teacher as its own section `sample` says; none where that says Euler steps without guidance.
+
+  Args:
+    method: the teacher's.
+    sampling: that section.
+    params: all parameters of its network, see `training.sample.with_guide`.
+  """
   told = [sampling.solver] if sampling.solver != "euler" else []
   told += [f"noise level {sampling.h:g}"] if sampling.h > 0 else []
   if sampling.guidance not in (None, 1):
     low, high = sampling.interval
-    told.append(f"guidance {sampling.guidance:g}" + (f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""))
+    told.append(f"{'auto' * bool(sampling.weak_workdir)}guidance {sampling.guidance:g}")
+    told[-1] += f" in [{low:g}, {high:g}]" if (low, high) != (0, 1) else ""
   if not told:
     return []
   found = student_samplers(method, sampling, params)

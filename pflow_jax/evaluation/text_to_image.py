@@ -32,7 +32,15 @@ from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import Experiment, build, layout_of
 from pflow_jax.training.origins import use_teacher, which_of
-from pflow_jax.training.sample import check_room, evaluations, in_batches, make_sampler, sample_keys, warn_of_gaps
+from pflow_jax.training.sample import (
+  check_room,
+  evaluations,
+  in_batches,
+  make_sampler,
+  sample_keys,
+  warn_of_gaps,
+  with_guide,
+)
 from pflow_jax.training.workdir import CHECKPOINTS
 
 SHOWN = 64  # pictures in the overview
@@ -210,6 +218,7 @@ def draw(
   key = jax.random.key(seed)
   one = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), dataset.shape, jnp.float32))
   noise = np.asarray(one(jnp.arange(count)))
+  params = with_guide(method, settings, params, layout)
   run = functools.partial(make(method, settings, nfe), params)
   x0 = in_batches(run, layout, settings.batch_size, noise, asked.cond, sample_keys(count, seed))
   warn_of_gaps(f"{nfe} NFE", x0, params)

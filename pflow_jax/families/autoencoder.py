@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from pflow_jax.data.dataset import Dataset, Scaling
 from pflow_jax.data.pixels import read_pixels, to_unit
+from pflow_jax.families.edm2 import latents as edm2_latents
 from pflow_jax.families.names import TorchNames
 from pflow_jax.families.registry import FAMILIES
 from pflow_jax.families.taesd import files as tiny_files
@@ -206,7 +207,7 @@ def codec_of(dataset: Dataset) -> Codec | None:
   """
   if not dataset.autoencoder:
     return None
-  codec = _kept(dataset.autoencoder)
+  codec = _kept(dataset.autoencoder, edm2_latents.are_edm2s(dataset.scaling))
   if dataset.shape[-1] != codec.module.latent_channels:
     raise ValueError(
       f"{dataset.autoencoder} makes latents of {codec.module.latent_channels} channels, {dataset.name} has "
@@ -236,8 +237,14 @@ def other_scale(own: Scaling, data: Scaling | None) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _kept(folder: str) -> Codec:
-  return load_autoencoder(folder)
+def _kept(folder: str, of_edm2: bool) -> Codec:
+  codec = load_autoencoder(folder)
+  if not of_edm2:
+    return codec
+  try:
+    return dataclasses.replace(codec, module=edm2_latents.autoencoder_of(codec.module))
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
 
 
 def _open_published(path: pathlib.Path) -> tuple[TorchNames, dict[str, Any], Tensors]:

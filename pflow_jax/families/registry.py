@@ -91,7 +91,10 @@ def _key(family: Family) -> type | None:
 register_family(
   Family("dit", NETWORKS["dit"], dit_names.NAMES, students=_OF_CLASSES, formats={"timm": dit_authors.NAMES})
 )
-register_family(Family("edm2", NETWORKS["edm2"], edm2_names.NAMES, knows_empty=False))
+# The release samples with 32 of its steps.
+register_family(
+  Family("edm2", NETWORKS["edm2"], edm2_names.NAMES, teacher={"solver": "edm", "nfe": (63,)}, knows_empty=False)
+)
 register_family(
   Family(
     "flux",

@@ -15,6 +15,7 @@ from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.sample import REFERENCE_STEPS
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training.experiment import Experiment
+from pflow_jax.training.sample import with_guide
 
 Program = Callable[..., Any]
 
@@ -62,6 +63,7 @@ def row_of(name: str, experiment: Experiment, params: Any, layout: Layout) -> Ro
     layout: of them.
   """
   method, sampling = experiment.method, experiment.settings.sample
+  params = with_guide(method, sampling, params, layout)
   on = lambda dataset: dataclasses.replace(method, dataset=dataset)
 
   def sampler(dataset: data.Dataset, nfe: int) -> Program:

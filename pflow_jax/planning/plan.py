@@ -358,6 +358,8 @@ def _sampler(experiment: Experiment, layout: Layout, where: Slice, fast: bool) -
 
   key = jax.random.key(0)
   params = layout.abstract(jax.eval_shape(all_params, key, experiment.frozen))
+  if (guide := experiment.method.guide(settings)) is not None:
+    params = {"strong": params, "weak": layout.abstract(guide.shapes)}
   dataset = experiment.dataset
   noise = jax.ShapeDtypeStruct((size, *dataset.shape), jnp.float32)
   keys = jax.ShapeDtypeStruct((size,), key.dtype)

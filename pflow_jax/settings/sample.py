@@ -35,6 +35,9 @@ class SampleSettings:
       (teacher.guidance), which evaluation always compares with. A teacher that is sampled itself takes it as the
       strength of classifier-free guidance; None is none.
     interval: flow times (low, high) in which the guidance of a teacher that is sampled itself acts.
+    weak_workdir: run of a weaker model, which guides a teacher that is sampled itself in place of the empty condition
+      (autoguidance).
+    weak_step: checkpoint of that run; None is the newest.
     batch_size: samples at a time.
     autoencoder: folder of the autoencoder that shows samples of latents as pictures, a tiny one, say; "" is the one
       that made the latents, if it is known.
@@ -54,6 +57,8 @@ class SampleSettings:
   gamma: float = 0.0
   guidance: float | None = None
   interval: tuple[float, float] = (0.0, 1.0)
+  weak_workdir: str | None = None
+  weak_step: int | None = None
   batch_size: int = 256
   autoencoder: str = ""
 
@@ -82,6 +87,12 @@ class SampleSettings:
     check_solver(self.solver, self.diffusion, self.terminal, self.h, self.sigmas, self.rho)
     if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
       raise ValueError(f"interval: expected flow times (low, high), 0 <= low <= high <= 1, got {self.interval}")
+    if self.weak_step is not None and not self.weak_workdir:
+      raise ValueError("config.sample.weak_step: is of a weaker model, whose run config.sample.weak_workdir names")
+    if self.weak_workdir and self.guidance in (None, 1):
+      raise ValueError(
+        "config.sample.weak_workdir: a weaker model guides nothing at strength 1; set config.sample.guidance"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

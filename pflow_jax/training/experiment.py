@@ -22,12 +22,13 @@ from pflow_jax.networks.heads import HEADS
 from pflow_jax.settings.sections import call
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
-from pflow_jax.training.inputs import read_inputs
+from pflow_jax.training.inputs import read_inputs, scaling_told
 from pflow_jax.training.methods import METHODS, Method
 from pflow_jax.training.methods.base import Teachers
 from pflow_jax.training.network import OF_FLOW_MAPS, Network, head_class, make_network
 from pflow_jax.training.origins import Saved
-from pflow_jax.training.teachers import ROLES, Teacher, load_teacher
+from pflow_jax.training.parts import ROLES
+from pflow_jax.training.teachers import Teacher, load_teacher
 
 Array = jax.Array
 Params = Any
@@ -222,6 +223,8 @@ def build(
       raise ValueError(f"config.model.{key}: the objective {settings.kind!r} does not use it; leave it out")
   inputs = read_inputs(run) if run is not None else None
   dataset = dataset or (inputs and inputs.dataset(settings.data)) or call(data.load, "data", settings.data)
+  if settings.converted and dataset.scaling is None:  # random numbers stand for its data
+    dataset = dataclasses.replace(dataset, scaling=scaling_told(settings.source or {}, dataset.shape[-1]))
   if settings.sample.autoencoder:
     dataset = dataclasses.replace(dataset, autoencoder=settings.sample.autoencoder)
   check_memory("config.data: one example", 4 * math.prod(dataset.shape), "make it smaller")

@@ -261,6 +261,20 @@ def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def scaling_told(source: Mapping[str, Any], channels: int) -> Scaling | None:
+  """Returns shift and scale of the latents of a converted teacher; None where they are not told.
+
+  Args:
+    source: origin of the teacher, which has them as one number, or as one a channel.
+    channels: of the latents.
+  """
+  told = [np.atleast_1d(source[key]) for key in ("latent_shift", "latent_scale") if source.get(key) is not None]
+  if len(told) < 2 or not all(one.ndim == 1 and one.dtype.kind in "if" for one in told):
+    return None
+  shift, scale = (one.astype(float).tolist() * (channels if len(one) == 1 else 1) for one in told)
+  return Scaling(tuple(shift), tuple(scale))
+
+
 def check_scale(folder: str, expected: float, source: Mapping[str, Any], dataset: Dataset) -> None:
   """Compares the scale of latents with the one that a converted teacher was trained on.
 
@@ -274,15 +288,13 @@ def check_scale(folder: str, expected: float, source: Mapping[str, Any], dataset
     ValueError: shift or scale is another, or the standard deviation as it was measured is another by far; one that is
       somewhat other is a warning.
   """
-  known = [source.get(key) for key in ("latent_shift", "latent_scale")]
-  if all(isinstance(value, int | float) for value in known):
-    shift, scale = ((float(value),) for value in known if value is not None)
-    if problem := other_scale(Scaling(shift, scale), dataset.scaling):
-      raise ValueError(
-        f"config.data.name: {dataset.name} has latents of another shift or scale than the teacher in {folder}: "
-        f"{problem}; give latents of its autoencoder, or, if it was trained on these, mend latent_shift and "
-        f"latent_scale in {CONFIG} there"
-      )
+  known = scaling_told(source, dataset.shape[-1])
+  if known is not None and (problem := other_scale(known, dataset.scaling)):
+    raise ValueError(
+      f"config.data.name: {dataset.name} has latents of another shift or scale than the teacher in {folder}: "
+      f"{problem}; give latents of its autoencoder, or, if it was trained on these, mend latent_shift and "
+      f"latent_scale in {CONFIG} there"
+    )
   std = dataset.scaling.std if dataset.scaling else None
   if not std:
     return

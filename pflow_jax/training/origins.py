@@ -79,7 +79,7 @@ def inputs_of(
   Args:
     settings: of the run.
     dataset: its data.
-    saved: its teachers, by their roles, see `training.teachers.ROLES`.
+    saved: its teachers, by their roles, see `training.parts.ROLES`.
     folder: its workdir.
   """
   start = settings.start

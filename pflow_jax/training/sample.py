@@ -45,6 +45,22 @@ def make_sampler(method: Method, settings: SampleSettings, nfe: int) -> Callable
   return jax.jit(method.sampler(settings, nfe))
 
 
+def with_guide(method: Method, settings: SampleSettings, params: Any, layout: Layout | None = None) -> Any:
+  """Returns what a run's samplers take: the parameters of its network, and those of a weaker model that guides it.
+
+  Args:
+    method: of the run.
+    settings: of its samples.
+    params: all parameters of its network.
+    layout: of the guide's; by default they stay on the host.
+  """
+  guide = method.guide(settings)
+  if guide is None:
+    return params
+  assert guide.saved is not None
+  return {"strong": params, "weak": guide.saved.load(layout)}
+
+
 def in_batches(
   run: Callable[..., Any],
   layout: Layout,
@@ -210,7 +226,7 @@ def preview(experiment: Experiment, layout: Layout, draw: Callable[..., None], c
   samplers = {f"{n} NFE": make_sampler(method, settings, n) for n in evaluations(method, settings)}
 
   def picture(params, path):
-    keys = sample_keys(count, seed=0)
+    keys, params = sample_keys(count, seed=0), with_guide(method, settings, params, layout)
     rows = {
       name: in_batches(functools.partial(run, params), layout, count, noise, cond, keys)
       for name, run in samplers.items()

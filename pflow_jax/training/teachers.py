@@ -1,11 +1,9 @@
-"""The teacher of a run: its folder, its guidance, and the checks that it fits its student."""
+"""The teacher of a run: its models and its guidance."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,47 +13,16 @@ import jax.numpy as jnp
 
 from pflow_jax import data
 from pflow_jax.core import guidance
-from pflow_jax.families.registry import knows_empty, network_kind
-from pflow_jax.mesh.partition import differing
 from pflow_jax.mesh.sharding import Layout
 from pflow_jax.settings.teacher import TeacherSettings
-from pflow_jax.settings.tree import Choice, Settings
+from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
-from pflow_jax.training.inputs import check_scale, is_run, locate, paths_of_data, read_inputs
-from pflow_jax.training.network import (
-  COMPUTED,
-  OF_FLOW_MAPS,
-  Network,
-  head_class,
-  make_network,
-  own_strength,
-  velocity_of,
-)
-from pflow_jax.training.origins import Saved, use_teacher, which_of
+from pflow_jax.training.inputs import locate, read_inputs
+from pflow_jax.training.network import own_strength
+from pflow_jax.training.origins import Saved, use_teacher
+from pflow_jax.training.parts import Part, assumed_part, find_part
 
 Params = Any
-
-ROLES = {"strong": "teacher", "weak": "weak"}  # names in `inputs.Inputs` of a teacher's parts
-VELOCITY = Choice("velocity")
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """One of a teacher's models.
-
-  Attributes:
-    field: parameters -> velocity field (x, t, cond) -> v. That of a network takes a strength too, see `velocity_of`.
-    shapes: of its parameters.
-    network: the network that a student can start from; None for a function.
-    saved: place of its parameters in a workdir, or None.
-    values: its parameters, if they are in no workdir.
-  """
-
-  field: Callable[..., guidance.Velocity]
-  shapes: Params
-  network: Network | None = None
-  saved: Saved | None = None
-  values: Params = None
 
 
 class Teacher:
@@ -201,8 +168,8 @@ def load_teacher(
 
   def find() -> dict[str, Part]:
     if abstract:
-      return {name: _assume(settings, dataset) for name in names}
-    return {name: _find(settings, own, dataset, is_guided, run, weak=name == "weak") for name in names}
+      return {name: assumed_part(settings, dataset) for name in names}
+    return {name: find_part(settings, own, dataset, is_guided, run, weak=name == "weak") for name in names}
 
   teacher = FoundTeacher(find, own, dataset.null_cond)
   if run is None or _is_moved_by_hand(own, run):
@@ -215,85 +182,6 @@ def _is_moved_by_hand(settings: TeacherSettings, run: str | os.PathLike) -> bool
   inputs = read_inputs(run)
   known = inputs.models.get("teacher") if inputs else None
   return known is not None and settings.workdir != known.workdir
-
-
-def _find(
-  settings: Settings,
-  asked: TeacherSettings,
-  dataset: data.Dataset,
-  is_guided: bool,
-  run: str | os.PathLike | None,
-  weak: bool = False,
-) -> Part:
-  """Finds the teacher, or the weak one."""
-  if not asked.workdir:
-    raise ValueError(
-      "config.teacher.workdir is not set: train a teacher first (`pflow train` with the config's teacher variant), or "
-      "convert one (`pflow convert`), and pass --config.teacher.workdir=<its workdir>"
-    )
-  key, step = ("weak_workdir", asked.weak_step) if weak else ("workdir", asked.step)
-  folder = (weak and asked.weak_workdir) or asked.workdir
-  inputs = read_inputs(run) if run is not None else None
-  if inputs is not None and run is not None:
-    folder = locate(ROLES["weak" if weak else "strong"], folder, run, inputs)
-  own = _settings_of_a_teacher(folder, key)
-  # A trained student may be sampled on other data, so these are not compared. Its guidance was checked before, and the
-  # description of its data has no empty prompt to check again.
-  about_data = not own.converted and inputs is None
-  if weak:
-    _check_same(settings, own, folder, ("data",) if about_data else (), dataset)
-  else:
-    check_fit(settings, own, folder, asked, dataset, is_guided and inputs is None, about_data=about_data)
-  network = make_network(_computed_as(settings.model, own.model), own.head, dataset)
-  saved = Saved(folder, which_of(own, asked.which), step, asked.dtype)
-  shapes = saved.shapes()
-  # Attention has no parameters, and this machine need not have the kernels that the student attends with.
-  portable = own.changed("model", attention="xla").model if own.model.get("attention") else own.model
-  if others := differing(shapes, make_network(portable, own.head, dataset).shapes(dataset)):
-    raise ValueError(
-      f"{folder}: holds another network than the config beside it describes; parameters that differ: {others[:8]}; "
-      f"restore the {workdir.CONFIG} that it was trained with"
-    )
-  return Part(functools.partial(velocity_of, network), shapes, network, saved)
-
-
-def check_fit(
-  settings: Settings,
-  own: Settings,
-  folder: str,
-  asked: TeacherSettings,
-  dataset: data.Dataset,
-  is_guided: bool,
-  *,
-  about_data: bool,
-) -> None:
-  """Raises ValueError unless a student can start from a teacher, and be guided by it.
-
-  The student starts from its teacher's parameters: same data, same network; only its computation may differ.
-
-  Args:
-    settings: the student's.
-    own: the teacher's.
-    folder: of the teacher, for errors.
-    asked: its guidance.
-    dataset: the student's.
-    is_guided: whether it needs the empty condition, unless a weaker model guides it.
-    about_data: whether it must have been trained on the same data.
-  """
-  # A flow map starts as its teacher's velocity, so its output layer must be the teacher's; a policy has its own.
-  has_policy = head_class(settings.head).has_policy
-  if has_policy and not head_class(own.head).starts_policies:
-    raise ValueError(
-      f"config.teacher.workdir: {folder} holds a {own.head.kind!r}; a policy's output layer starts from that of a "
-      "teacher with head.kind='velocity'"
-    )
-  if own.converted:
-    kind = head_class(own.head)
-    check_scale(folder, own.head.get("sigma_data", getattr(kind, "sigma_data", 1.0)), own.source or {}, dataset)
-  if is_guided and not asked.autoguided:
-    _check_knows_nothing(own, dataset, asked)
-  sections = ("model",) if has_policy else ("model", "head")
-  _check_same(settings, own, folder, ("data", *sections) if about_data else sections, dataset)
 
 
 def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None) -> Settings:
@@ -315,77 +203,3 @@ def at_hand(folder: str | os.PathLike, teacher: str | os.PathLike | None = None)
       place = locate("teacher", str(settings.need("teacher").workdir), folder, inputs)
       settings = settings.changed("teacher", workdir=place)
   return settings
-
-
-def _computed_as(student: Choice, own: Choice) -> Choice:
-  """The network of a teacher with the student's way of computing blocks: it need not run where it was trained."""
-  keys = COMPUTED if own.kind == student.kind else ()
-  return Choice(own.kind, {**own.options, **{key: student.options[key] for key in keys if key in student.options}})
-
-
-def _check_knows_nothing(own: Settings, dataset: data.Dataset, asked: TeacherSettings) -> None:
-  """Raises ValueError unless there is an empty condition to guide the teacher away from."""
-  if not (knows_empty(own.model.kind) if own.converted else own.objective.cond_dropout):
-    raise ValueError(
-      f"config.teacher.guidance: {asked.guidance} needs a teacher that knows the empty condition; train it with "
-      "objective.cond_dropout=0.1, or give a weak teacher (teacher.weak_workdir, weak_step)"
-    )
-  if dataset.null_cond is None:
-    raise ValueError(
-      f"config.teacher.guidance: {asked.guidance} needs the empty prompt's embedding, which {dataset.name} lacks; "
-      "write it again with `pflow cache`"
-    )
-
-
-def _assume(settings: Settings, dataset: data.Dataset) -> Part:
-  """Makes a teacher of shapes alone that fits the student."""
-  head = VELOCITY if head_class(settings.head).has_policy else settings.head
-  own = {key: value for key, value in settings.model.options.items() if key not in OF_FLOW_MAPS}
-  network = make_network(Choice(settings.model.kind, own), head, dataset)
-  shapes = network.shapes(dataset)
-  dtype = settings.teacher and settings.teacher.dtype
-  if dtype:
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-  return Part(functools.partial(velocity_of, network), shapes, network)
-
-
-def _settings_of_a_teacher(folder: str, key: str) -> Settings:
-  if not is_run(folder):
-    raise ValueError(f"config.teacher.{key}: there is no run in {folder}; say where the teacher is with --teacher")
-  try:
-    own = workdir.load_settings(folder)
-  except ValueError as error:
-    raise ValueError(f"config.teacher.{key}: {folder} has no whole config ({error}); give a finished run") from error
-  if "teacher" in own.objective.sections:
-    raise ValueError(f"config.teacher.{key}: {folder} holds a student, expected a teacher")
-  return own
-
-
-def _check_same(
-  settings: Settings, own: Settings, folder: str, sections: tuple[str, ...], dataset: data.Dataset
-) -> None:
-  free: tuple[str, ...] = ("model.dtype", *(f"model.{key}" for key in (*COMPUTED, *OF_FLOW_MAPS)), "data.max_length")
-  starts = tuple(f"{section}." for section in sections)
-  mine, teachers = (
-    {k: v for k, v in workdir.flatten(_complete(one.plain())).items() if k.startswith(starts)}
-    for one in (settings, own)
-  )
-  places = tuple(paths_of_data(settings.data))
-  if any(mine.get(key) != teachers.get(key) for key in places if key.startswith(starts)):
-    inputs = read_inputs(folder)
-    if inputs is not None and inputs.data.fingerprint == data.fingerprint(dataset):
-      free += places  # the same data may be elsewhere
-  differing = [
-    f"\n  {key}: the teacher has {teachers.get(key, '(default)')!r}, the student {mine.get(key, '(default)')!r}"
-    for key in sorted(mine.keys() | teachers.keys())
-    if mine.get(key) != teachers.get(key) and key not in free
-  ]
-  if differing:
-    raise ValueError(f"the teacher in {folder} was trained on other data or with another network:{''.join(differing)}")
-
-
-def _complete(config: dict[str, Any]) -> dict[str, Any]:
-  """Returns a config in plain JSON with all settings of the section `model`, the defaults too."""
-  model = config.get("model", {})
-  defaults = network_kind(model["kind"]).defaults
-  return config | {"model": json.loads(json.dumps(defaults | model))}

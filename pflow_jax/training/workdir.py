@@ -150,7 +150,8 @@ def pinned(workdir: str | os.PathLike | None, settings: Settings) -> Settings:
   inputs, before = None, None
   if workdir is not None and from_first((epath.Path(workdir) / CONFIG).exists() and has_checkpoint(workdir)):
     inputs, before = read_inputs(workdir), load_settings(workdir)
-  for name, section, prefix in (("teacher", "teacher", ""), ("weak", "teacher", "weak_"), ("start", "start", "")):
+  of_models = ("teacher", "teacher", ""), ("weak", "teacher", "weak_"), ("start", "start", ""), ("", "sample", "weak_")
+  for name, section, prefix in of_models:
     values, folder, step = getattr(settings, section), prefix + "workdir", prefix + "step"
     if values is None or not getattr(values, folder):
       continue

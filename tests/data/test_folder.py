@@ -44,6 +44,28 @@ def test_grey_and_held_out(root):
   assert not set(train.records.source.files) & set(test.records.source.files)
 
 
+def test_a_folder_that_is_not_there_is_known_by_its_promises(root, tmp_path):
+  """A run is planned without its pictures; asked for one, the folder is missed, and one with other classes refused."""
+  given = {"image_size": 8, "num_classes": 2}
+  there = data.load(f"folder:{root}", **given)
+  absent = data.load(f"folder:{tmp_path / 'elsewhere'}", **given)
+  assert (absent.shape, absent.num_classes) == (there.shape, there.num_classes) == ((8, 8, 3), 2)
+  assert repr(absent).endswith("images of 8 x 8 x 3, 2 classes)")
+  for ask in (
+    lambda: absent.num_records,
+    lambda: next(data.batches(absent, 2, seed=0)),
+    lambda: data.examples(absent, 1),
+  ):
+    with pytest.raises(
+      ValueError, match=r"elsewhere: there is no such folder; say where it is with --config\.data\.name"
+    ):
+      ask()
+  with pytest.raises(ValueError, match="expected 3 class folders, got 2"):
+    data.load(f"folder:{root}", image_size=8, num_classes=3)
+  with pytest.raises(ValueError, match="elsewhere: .*give a folder"):
+    data.load(f"folder:{tmp_path / 'elsewhere'}", image_size=8)
+
+
 def break_files(root):
   (root / "cat" / "1.png").write_bytes(b"not a png")
   whole = (root / "dog" / "2.png").read_bytes()

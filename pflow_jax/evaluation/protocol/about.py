@@ -21,7 +21,8 @@ from pflow_jax.training.network import COMPUTED
 UNRELATED = {
   *("seed", "data", "teacher", "start", "adversarial", "optimizer", "ema", "train", "evaluate", "mesh", "source")
 }
-NOT_OF_SAMPLES = ("nfe", "batch_size", "autoencoder")  # of the section sample; the first and the last are told apart
+# Of the section sample; all but the size of a batch are described by themselves.
+NOT_OF_SAMPLES = ("nfe", "batch_size", "autoencoder", "weak_workdir", "weak_step")
 # Other ways of computing round otherwise, as other devices do. A stream of fewer digits is another network to measure.
 _ROUNDING = frozenset(COMPUTED) - {"residual_dtype"}
 
@@ -40,11 +41,14 @@ def of_sampler(experiment: Experiment, folder: str, step: int | None, which: str
   plain = {name: value for name, value in settings.plain().items() if name not in UNRELATED}
   sampling = {name: value for name, value in plain["sample"].items() if name not in NOT_OF_SAMPLES}
   base = {"base": experiment.saved["teacher"].digest} if experiment.network.adapters.table else {}
+  guide = experiment.method.guide(settings.sample)
+  weak = {"guide": guide.saved.digest} if guide is not None and guide.saved is not None else {}
   return {
     "parameters": digest_of_parameters(folder, step, which),
     "step": step,
     "which": which,
     **base,
+    **weak,
     **plain,
     "model": _as_computed(plain["model"]),
     "sample": {**sampling, "guidance": experiment.method.strength(settings.sample)},

@@ -38,7 +38,7 @@ from pflow_jax.settings.tree import Settings
 from pflow_jax.training import workdir
 from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.origins import use_teacher, which_of
-from pflow_jax.training.sample import evaluations, make_sampler
+from pflow_jax.training.sample import evaluations, make_sampler, with_guide
 
 
 def evaluate_by_protocol(
@@ -54,9 +54,9 @@ def evaluate_by_protocol(
 ) -> dict[str, Any]:
   """Measures the run in `folder` against a reference; writes adm.json, adm.md and samples of each sampler.
 
-  Rows of the same samples with other numbers of evaluations, or against other references, stay in both files. A
-  student is sampled with config.sample.nfe evaluations, a teacher by config.sample.solver and guidance. The features
-  are those of the network in config.evaluate.features.
+  Rows of the same samples with other numbers of evaluations, of other draws, or against other references, stay in both
+  files. A student is sampled with config.sample.nfe evaluations, a teacher by config.sample.solver and guidance. The
+  features are those of the network in config.evaluate.features.
 
   Args:
     config: of the run, perhaps with other settings for samples.
@@ -100,8 +100,13 @@ def evaluate_by_protocol(
     step = _step(folder, step, path)
     own = about.of_sampler(experiment, folder, step, which, protocol)
     of_samples = {"format": FORMAT, **own, **about.of_features(experiment, network, protocol)}
+    size = protocol.num_samples, PART
     rows = [*map(report.with_pairs, agreed(functools.partial(report.known_rows, path, of_samples)))]
-    parts = {n: _parts(path / f"{n}_nfe", {**of_samples, "nfe": n}, protocol.num_samples, PART) for n in numbers}
+    parts = {
+      (n, seed): _parts(_folder(path, n, seed, protocol), {**of_samples, "seed": seed, "nfe": n}, *size)
+      for n in numbers
+      for seed in protocol.seeds
+    }
     pairs, beside = dict[int, Parts](), None
     if protocol.num_paired and experiment.teacher is not None:
       common, sizes = {**own, **about.of_pairs(protocol)}, (protocol.num_paired, PAIRS_IN_PART)
@@ -119,9 +124,9 @@ def evaluate_by_protocol(
     if is_first() and known.notes:
       print("\n".join(known.notes), flush=True)
 
-    def score(nfe: int) -> report.Row:
+    def score(one: Parts) -> report.Row:
       assert known.reference is not None, "the first process measures"
-      return measured(parts[nfe], known.reference)
+      return measured(one, known.reference)
 
     def write(finished: bool) -> dict[str, Any]:
       device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
@@ -134,37 +139,49 @@ def evaluate_by_protocol(
 
     write(finished=False)
     params = experiment.load(folder, which, layout, step=step)
+    params = with_guide(experiment.method, settings.sample, params, layout)
     runs = {n: functools.partial(run, params) for n, run in samplers.items()}
-    labels = drawn_labels(protocol, dataset.num_classes)
-    drawing = Drawing(layout, settings.sample.batch_size, draws(dataset.shape, protocol.seed), labels, lock)
-    finish = Finished(pictures, network, labels, protocol.keep)
-    for n in numbers:
-      speed = drawing.fill(parts[n], f"{n} NFE", {"x": runs[n]}, finish)
-      row = report.row_of(rows, n, known.digest)
+    labels = {seed: drawn_labels(protocol.of(seed), dataset.num_classes) for seed in protocol.seeds}
+    drawings = {
+      seed: Drawing(layout, settings.sample.batch_size, draws(dataset.shape, seed), labels[seed], lock)
+      for seed in protocol.seeds
+    }
+    for (n, seed), samples in parts.items():
+      told = f"{n} NFE" + (f", seed {seed}" if protocol.draws > 1 else "")
+      finish = Finished(pictures, network, labels[seed], protocol.keep)
+      speed = drawings[seed].fill(samples, told, {"x": runs[n]}, finish)
+      row = report.row_of(rows, n, seed, known.digest)
       if row is None:
-        row = agreed(functools.partial(score, n))
+        row = agreed(functools.partial(score, samples))
         row |= {"reference_images": known.num_images, "notes": list(known.notes)}
-      speeds = [speed, *(one.get("images_per_second") for one in rows if one["nfe"] == n)]
+      speeds = [speed, *(one.get("images_per_second") for one in rows if (one["nfe"], one["seed"]) == (n, seed))]
       found = [one for one in speeds if one is not None]
-      row |= {"nfe": n, "reference": os.fspath(reference), "reference_digest": known.digest}
+      row |= {"nfe": n, "seed": seed, "reference": os.fspath(reference), "reference_digest": known.digest}
       rows = report.joined(rows, report.with_pairs(row | ({"images_per_second": found[0]} if found else {})))
       write(finished=False)
     if beside is not None:
-      first = protocol.num_samples
+      first, drawing = protocol.num_samples, drawings[protocol.seed]
       if agreed(beside.missing):
         drawing.fill(beside, "pairs, teacher", teacher_samplers(experiment, layout), first=first)
       for n, one in pairs.items():
         drawing.fill(one, f"pairs, {n} NFE", {"x": runs[n]}, first=first)
         row = agreed(functools.partial(paired_measures, one, beside)) | {"num_paired": protocol.num_paired}
-        rows = report.joined(rows, {**(report.row_of(rows, n, known.digest) or {}), **report.with_pairs(row)})
+        before = report.row_of(rows, n, protocol.seed, known.digest) or {}
+        rows = report.joined(rows, {**before, **report.with_pairs(row)})
     content = write(finished=True)
     if is_first():
       with lock.writing():
         for told in filter(None, [gather(one, protocol.keep) for one in parts.values()]):
           print(told)
-      print(report.table([row for row in rows if row["nfe"] in numbers and row["reference_digest"] == known.digest]))
+      own_rows = [row for row in rows if (row["nfe"], row["seed"]) in parts and row["reference_digest"] == known.digest]
+      print(report.table(own_rows))
       print(f"wrote {path}/adm.md and adm.json")
   return content
+
+
+def _folder(path: pathlib.Path, nfe: int, seed: int, protocol: Protocol) -> pathlib.Path:
+  """Folder of the samples of one draw."""
+  return path / (f"{nfe}_nfe" if seed == protocol.seed else f"{nfe}_nfe_seed{seed}")
 
 
 def _parts(folder: pathlib.Path, of: Mapping[str, Any], count: int, size: int) -> Parts:

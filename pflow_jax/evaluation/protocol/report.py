@@ -1,4 +1,7 @@
-"""The results of evaluations in one folder: adm.json with a row for every sampler and reference, and adm.md.
+"""The results of evaluations in one folder: adm.json with a row for every sampler, draw and reference, and adm.md.
+
+The table has the means of several draws, and beside them the lowest FID, which is lower than that of another draw is to
+be expected.
 
 adm.json is there from the start, with "finished" false until the end. A killed evaluation finds in it the checkpoint
 that it was of, and the rows that it had measured.
@@ -7,9 +10,12 @@ that it was of, and the rows that it had measured.
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from pflow_jax.evaluation.protocol.parts import check_same
 from pflow_jax.evaluation.protocol.scores import NEAREST
@@ -25,7 +31,9 @@ _KEYS = {"nfe", "reference", "reference_digest", "reference_images", "notes"}  #
 
 COLUMNS = {
   "nfe": "NFE",
+  "num_draws": "draws",
   "fid": "FID",
+  "fid_lowest": "FID, lowest draw",
   "fid_interval": "FID at infinitely many samples",
   "sfid": "sFID",
   "inception_score": "IS",
@@ -39,6 +47,10 @@ COLUMNS = {
   "diversity_ratio": "diversity / teacher-128",
   "images_per_second": "samples/s",
 }
+_OF_DRAWS = (  # numbers of which several draws have a mean
+  *("fid", "fid_unbiased", "sfid", "inception_score", "kid", "precision", "recall", "density", "coverage"),
+  "images_per_second",
+)
 
 
 def begun_step(folder: pathlib.Path) -> int | None:
@@ -68,18 +80,50 @@ def known_rows(folder: pathlib.Path, about: Mapping[str, Any]) -> list[Row]:
     raise ValueError(
       f"{path}: expected rows with {', '.join(sorted(_KEYS))}; remove it, and the same command measures anew"
     )
-  return [with_pairs(row) for row in rows]
+  return [with_pairs({"seed": there["seed"], **row}) for row in rows]
 
 
-def row_of(rows: Sequence[Row], nfe: int, digest: str) -> Row | None:
-  """Returns the row of a number of evaluations and a reference."""
-  return next((row for row in rows if (row["nfe"], row["reference_digest"]) == (nfe, digest)), None)
+def row_of(rows: Sequence[Row], nfe: int, seed: int, digest: str) -> Row | None:
+  """Returns the row of a number of evaluations, a draw and a reference."""
+  wanted = nfe, seed, digest
+  return next((row for row in rows if (row["nfe"], row["seed"], row["reference_digest"]) == wanted), None)
 
 
 def joined(rows: Sequence[Row], row: Row) -> list[Row]:
-  """Returns rows with one more, which takes the place of that of the same evaluations and reference."""
-  others = [one for one in rows if one is not row_of(rows, row["nfe"], row["reference_digest"])]
-  return sorted([*others, row], key=lambda one: (one["reference_digest"], one["nfe"]))
+  """Returns rows with one more, which takes the place of that of the same evaluations, draw and reference."""
+  others = [one for one in rows if one is not row_of(rows, row["nfe"], row["seed"], row["reference_digest"])]
+  return sorted([*others, row], key=lambda one: (one["reference_digest"], one["nfe"], one["seed"]))
+
+
+def over_draws(rows: Sequence[Row]) -> list[Row]:
+  """Returns a row for each number of evaluations: that of its draw, or means of its draws and their lowest FID.
+
+  Args:
+    rows: of one reference.
+  """
+  by_nfe = {nfe: [row for row in rows if row["nfe"] == nfe] for nfe in dict.fromkeys(row["nfe"] for row in rows)}
+  return [draws[0] if len(draws) == 1 else _mean(draws) for draws in by_nfe.values()]
+
+
+def _mean(draws: Sequence[Row]) -> Row:
+  """Returns the row of several draws; what the teacher draws too is of the first of them.
+
+  FID has the error of its mean. Other errors, and the interval of FID, are those of a draw and are left out.
+  """
+  row = {key: value for key, value in draws[0].items() if key != "fid_interval"}
+  row |= {key: float(np.mean([_value(one[key]) for one in draws])) for key in _OF_DRAWS if _all_have(draws, key)}
+  row |= {"num_draws": len(draws), "fid_lowest": min(_value(one["fid"]) for one in draws)}
+  if all(isinstance(one["fid"], tuple) for one in draws):
+    row["fid"] = row["fid"], math.hypot(*(one["fid"][1] for one in draws)) / len(draws)
+  return row
+
+
+def _value(number: float | tuple[float, float]) -> float:
+  return number[0] if isinstance(number, tuple) else number
+
+
+def _all_have(rows: Sequence[Row], key: str) -> bool:
+  return all(key in row for row in rows)
 
 
 def with_pairs(row: Row) -> Row:
@@ -96,15 +140,18 @@ def write(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-  """Returns the rows as a table in Markdown."""
+  """Returns the rows of one reference as a table in Markdown."""
+  rows = over_draws(rows)
   return markdown_table(rows, {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)})
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
   """Returns the text of adm.md: a table for every reference, and how it was made."""
   step = "" if report["step"] is None else f", step {report['step']:,}"
+  seeds = [report["seed"], *sorted({row["seed"] for row in report["rows"]} - {report["seed"]})]
+  several = "; numbers of several draws are their means" if len(seeds) > 1 else ""
   told = [
-    f"{report['num_samples']:,} samples of {report['labels']} classes, seed {report['seed']}",
+    f"{report['num_samples']:,} samples of {report['labels']} classes, seed {' and '.join(map(str, seeds))}{several}",
     f"features of {report['network']}",
     f"precision and recall with k = {NEAREST}",
   ]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pflow_jax.families.edm2 import latents
 from pflow_jax.families.names import Source
 from pflow_jax.files.foreign import parse_json, shown
 from pflow_jax.networks.edm2 import EDM2_SIZES
@@ -69,7 +70,10 @@ def _told_by_pickle(source: Source) -> dict[str, Any] | None:
     raise ValueError(f"{source.file}: expected the arguments of its network by name, got {about['positional']} without")
   config = {"_class_name": PRECOND, **{key: v for key, v in about["arguments"].items() if not key.startswith("_")}}
   encoder = about["others"].get("encoder")
-  return config | ({"_encoder": encoder["class"]} if encoder else {})
+  config |= {"_encoder": encoder["class"]} if encoder else {}
+  if encoder and encoder["class"] == latents.ENCODER and (scaling := latents.scaling_of(encoder["arguments"])):
+    config |= {"_latent_shift": list(scaling.shift), "_latent_scale": list(scaling.scale)}
+  return config
 
 
 def _told_by_shapes(source: Source, side: int) -> dict[str, Any]:

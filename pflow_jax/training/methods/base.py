@@ -17,6 +17,7 @@ from pflow_jax.core.schedule import segment_grid, shift_time
 from pflow_jax.settings.sample import SampleSettings
 from pflow_jax.settings.tree import Choice, Settings
 from pflow_jax.training.network import Network
+from pflow_jax.training.parts import Part
 from pflow_jax.training.teachers import Teacher
 
 Array = jax.Array
@@ -113,15 +114,28 @@ class Method(abc.ABC, Generic[Objective]):
   def sampler(self, sampling: SampleSettings, nfe: int) -> Callable[..., Array]:
     """Draws samples: (params, noise, cond, keys) -> x0, with `nfe` evaluations; to be traced.
 
-    Where there is a policy, the keyword `temperature`, (), takes the place of that of the settings.
+    Where there is a policy, the keyword `temperature`, (), takes the place of that of the settings. Where there is a
+    `guide`, params are {"strong": those of the network, "weak": the guide's}.
     """
 
   @abc.abstractmethod
   def trajectory(self, sampling: SampleSettings, nfe: int) -> Callable[..., Array]:
     """Draws samples without stochastic steps: (params, noise, cond) -> their states (steps + 1, B, *space, C).
 
-    Every evaluation has as many of the steps, even in schedule time; `times` has theirs. `temperature` as of `sampler`.
+    Every evaluation has as many of the steps, even in schedule time; `times` has theirs. Arguments as of `sampler`.
     """
+
+  def guide(self, sampling: SampleSettings) -> Part | None:
+    """Returns the weaker model that guides samples, or None; see `training.sample.with_guide`.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    if sampling.weak_workdir:
+      raise ValueError(
+        "config.sample.weak_workdir: guides a teacher that is sampled itself, and this run is a student; leave it out"
+      )
+    return None
 
   def strength(self, sampling: SampleSettings) -> float | None:
     """Returns the strength of guidance that `sampler` draws with; None is none."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import zipfile
 
@@ -19,6 +20,7 @@ from pflow_jax.evaluation.protocol.drawing import Drawing
 from pflow_jax.evaluation.protocol.draws import drawn_labels, draws
 from pflow_jax.evaluation.protocol.parts import Parts
 from pflow_jax.evaluation.protocol.reference import comparable, open_reference
+from pflow_jax.evaluation.protocol.report import over_draws
 from pflow_jax.evaluation.protocol.scores import measured
 from pflow_jax.evaluation.references import Reference, load_reference
 from pflow_jax.files.lock import Lock
@@ -317,6 +319,49 @@ def test_rows_of_other_references_and_evaluations_stay(student_run, tmp_path, mo
   assert "of 200 images; no sFID: the reference has 5" in text
 
 
+def test_several_draws_are_evaluations_of_several_seeds(student_run, tmp_path, monkeypatch, capsys):
+  """EDM2's protocol: the table has the mean FID of three, and the lowest; what is there is not drawn again."""
+  (alone,) = evaluated(student_run, tmp_path, num_paired=0)["rows"]
+  write, written = Parts.write, []
+
+  def killed(self, number, *rest, **options):
+    write(self, number, *rest, **options)
+    written.append((self.folder.name, number))
+    if len(written) == 4:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(Parts, "write", killed)
+  with pytest.raises(KeyboardInterrupt):
+    evaluated(student_run, tmp_path, num_paired=0, draws=3)
+  capsys.readouterr()
+  rows = evaluated(student_run, tmp_path, num_paired=0, draws=3)["rows"]
+  assert written == [(f"1_nfe_seed{seed}", number) for seed in (1, 2) for number in range(3)]
+  assert [row["seed"] for row in rows] == [0, 1, 2]
+  assert rows[0] == alone
+  numbers = lambda row: {key: row[key] for key in ("fid", "sfid", "kid", "precision", "inception_score")}
+  own = evaluate_by_protocol(
+    config_of(student_run),
+    student_run,
+    tmp_path / "reference.npz",
+    protocol=Protocol(NUMBER, seed=1, num_paired=0),
+    out=tmp_path / "own",
+  )
+  assert numbers(own["rows"][0]) == numbers(rows[1]) != numbers(rows[0])
+  (mean,) = over_draws(rows)
+  fids = [row["fid"][0] for row in rows]
+  assert mean["fid"] == pytest.approx((np.mean(fids), np.sqrt(sum(row["fid"][1] ** 2 for row in rows)) / 3))
+  assert (mean["num_draws"], mean["fid_lowest"]) == (3, min(fids))
+  assert mean["kid"] == pytest.approx(np.mean([row["kid"][0] for row in rows]))
+  assert "fid_interval" not in mean
+  text = (tmp_path / "adm" / "adm.md").read_text()
+  for told in (text, capsys.readouterr().out):
+    assert re.search(r"\| NFE \| draws \| +FID \| FID, lowest draw \|", told)
+  assert "seed 0 and 1 and 2; numbers of several draws are their means" in text
+  assert evaluated(student_run, tmp_path, num_paired=0)["rows"] == rows, "one draw of the three is there"
+  with pytest.raises(ValueError, match="seeds below 2.32, got 4294967294 and 3"):
+    Protocol(seed=2**32 - 2, draws=3)
+
+
 def test_a_killed_evaluation_keeps_its_checkpoint_while_it_is_there(student_run, tmp_path, monkeypatch, capsys):
   run, step = tmp_path / "run", max(steps_of(epath.Path(student_run / "checkpoints")))
   shutil.copytree(student_run, run)
@@ -403,15 +448,19 @@ def test_all_batches_are_of_one_size_and_may_be_of_several_parts(tmp_path, batch
 
 def test_the_command(student_run, tmp_path, capsys):
   flags = ["--protocol=adm", "--features=inception.pt", f"--reference={reference_of(tmp_path)}", "--num=64"]
-  cli.main(["evaluate", f"--workdir={student_run}", *flags, "--paired=0", f"--out={tmp_path / 'out'}", "--nfe=2"])
+  cli.main(
+    ["evaluate", f"--workdir={student_run}", *flags, "--paired=0", f"--out={tmp_path / 'out'}", "--nfe=2", "--draws=2"]
+  )
   assert "| NFE |" in capsys.readouterr().out
-  assert json.loads((tmp_path / "out" / "adm.json").read_text())["rows"][0]["nfe"] == 2
+  rows = json.loads((tmp_path / "out" / "adm.json").read_text())["rows"]
+  assert [(row["nfe"], row["seed"]) for row in rows] == [(2, 0), (2, 1)]
 
 
 @pytest.mark.parametrize(
   ("flags", "problem"),
   [
     (["--num=64"], "are of --protocol=adm"),
+    (["--draws=3"], "are of --protocol=adm"),
     (["--protocol=adm"], "reference: expected a file of moments"),
     (["--protocol=adm", "--reference=x.npz", "--also=y"], "also: expected one run"),
     (["--protocol=adm", "--reference=x.npz"], "features: expected the file of a feature network"),
