@@ -52,8 +52,11 @@ def backward(
   Returns:
     arrays like q, k and v.
   """
-  # Not a product, whose factors an accelerator may round: what it is taken from is exact.
-  delta = jnp.sum(out.astype(lse.dtype) * cotangent.astype(lse.dtype), axis=3).swapaxes(1, 2)
+  # Not a product, whose factors an accelerator may round: what it is taken from is exact. And the kernels read a
+  # rounded cotangent, which XLA, fusing this with what made it, would not round: the difference would be an error.
+  kept = jnp.finfo(cotangent.dtype)
+  rounded = jax.lax.reduce_precision(cotangent.astype(lse.dtype), kept.nexp, kept.nmant)
+  delta = jnp.sum(out.astype(lse.dtype) * rounded, axis=3).swapaxes(1, 2)
   run = (flash_gpu if options.gpu else flash_tpu).backward
   return run(q, k, v, mask, cotangent, lse, delta, options)
 

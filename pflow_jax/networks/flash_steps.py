@@ -93,9 +93,10 @@ def add_keys(state, q, k, v, valid, tangents, scale: float, precision) -> tuple[
   if not tangents:
     return top, total, o
   (dq, of_q, of_k, dv), (b, a) = tangents, rest
-  change = weights * (product(dq, of_q, 1, 1) + product(q, of_k, 1, 1))
-  b = shrink * b + jnp.sum(change, axis=1, keepdims=True)
-  a = shrink * a + product(change.astype(v.dtype), v, 1, 0) + product(rounded, dv, 1, 0)
+  # Both sums are of the same rounded numbers: their errors then cancel in dO for what all values have in common.
+  change = (weights * (product(dq, of_q, 1, 1) + product(q, of_k, 1, 1))).astype(v.dtype)
+  b = shrink * b + jnp.sum(change, axis=1, keepdims=True, dtype=b.dtype)
+  a = shrink * a + product(change, v, 1, 0) + product(rounded, dv, 1, 0)
   return top, total, o, b, a
 
 
