@@ -38,4 +38,4 @@ PATH = pathlib.Path(__file__).parents[1] / "digits.py"
 def get_config(variant: str = "full") -> ConfigDict:
   """Returns the config of a variant: "full", or "quicktest" for a smoke test."""
   flops = 3e8 if variant == "quicktest" else 4e12
-  return all_methods(PATH, variant, flops=flops, weak_steps=300, adapters=True, rivals=True)
+  return all_methods(PATH, variant, flops=flops, weak_steps=1000, adapters=True, rivals=True)

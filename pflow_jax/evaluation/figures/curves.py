@@ -139,7 +139,7 @@ def _multiples(drawn: Mapping[str, Lines], looks: Any, own: Sequence[str], xlabe
     key = f"{', '.join(references)}: black dashes; " if references else ""
     text = f"{key}grey: the other methods" + (f"; {note}" if note else "")
     figure.supxlabel(f"{xlabel}\n", fontsize=9)
-    figure.text(0.01, 0.012, text, fontsize=8, color=MUTED)
+    figure.text(0.01, 0.06 / figure.get_figheight(), text, fontsize=8, color=MUTED, va="bottom")
   return figure
 
 
