@@ -57,7 +57,7 @@ def test_long_tensors_are_passed_over(tmp_path, monkeypatch, state):
 
 
 def test_a_key_chooses_a_network(tmp_path):
-  net = edm2._persistent("Precond")
+  net = edm2.persistent("Precond")
   net.register_buffer("a", torch.arange(3.0))
   path = edm2.snapshot(tmp_path / "a.pkl", "weak", net=net)
   assert open_tensors(path).metadata[CHOSEN] == "ema"
