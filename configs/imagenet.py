@@ -204,6 +204,7 @@ def decoupled_mean_flow() -> ConfigDict:
   """Decoupled MeanFlow, for a start from REPA's teacher (config.teacher), whose last 8 of 28 blocks see s."""
   config = base("decoupled_mean_flow")
   config.model.late_blocks = 8
+  config.objective.derivative_dtype = "network"  # as in the release, under bfloat16 autocast
   config.optimizer.update(learning_rate=1e-4, b2=0.95, clip_norm=1.0)
   config.ema.update(kind="constant", decay=0.9999)
   config.train.update(steps=400_000, batch_size=256)

@@ -11,9 +11,10 @@ takes two evaluations where FLUX.1-dev takes one. Recipes: π-Flow (arXiv:2510.1
 (arXiv:2602.09014: 15,000 steps; its batch as in configs/flux.py). Published results (FID / patch-FID to the teacher's
 samples, HPSv2 prompts, 4 evaluations): 12.8 / 16.6, without data 12.9 / 16.8.
 
-"ayf" is the flow map of configs/flux.py, with what is chosen there. Its strengths of guidance, in [2, 5] around the
-teacher's 4, are of the guidance against the empty prompt. The network has no input for them: they get a new branch,
-which starts at zero like that of the length, and the student starts as its teacher without guidance at every strength.
+"ayf" is the flow map of configs/flux.py, with what is chosen there and why, the derivative in bfloat16 too. Its
+strengths of guidance, in [2, 5] around the teacher's 4, are of the guidance against the empty prompt. The network has
+no input for them: they get a new branch, which starts at zero like that of the length, and the student starts as its
+teacher without guidance at every strength.
 """
 
 from ml_collections import ConfigDict
@@ -89,6 +90,7 @@ def ayf() -> ConfigDict:
   config.model.attention = JVP_ATTENTION
   config.adapters.table = tuple((pattern, rank, alpha) for pattern, rank, alpha, _ in config.adapters.table)
   config.objective.update(guidance=(2.0, 5.0), shift=3.2, time_mean=-0.6, time_std=1.6, warmup_steps=2000)
+  config.objective.derivative_dtype = "network"
   config.train.update(steps=10_000, batch_size=64)
   return config
 

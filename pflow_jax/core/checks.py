@@ -128,6 +128,13 @@ def check_range(name: str, value, low: float, high: float, *, open_low: bool = F
     raise ValueError(f"{name}: expected a value in {bracket}{low}, {high}], got {value}")
 
 
+def check_names(settings: Any, **allowed: tuple[str, ...]) -> None:
+  """Raises ValueError for the first of these settings that is none of the names that are allowed for it."""
+  for name, names in allowed.items():
+    if getattr(settings, name) not in names:
+      raise ValueError(f"{name}: expected one of {names}, got {getattr(settings, name)!r}")
+
+
 def check_finite(settings: Any) -> None:
   """Raises ValueError for the first number of a dataclass, or of a tuple in it, that is infinite or NaN."""
   for field in dataclasses.fields(settings):

@@ -1,7 +1,11 @@
 """Recipes of Align Your Flow with the networks of EDM2, which configs/imagenet64.py and configs/imagenet512.py share.
 
+Students of a teacher compute their derivative in the network's bfloat16 (objective.derivative_dtype), as sCM does in
+half precision on the same networks: on a small one it errs by 3 %, where the value errs by 2 %, and in float32 the
+products of a step take 2.6 times as long on a TPU. MeanFlow's derivative is in float32, as in its release.
+
 References:
-  Align Your Flow, arXiv:2506.14603; EDM2, arXiv:2312.02696; autoguidance, arXiv:2406.02507.
+  Align Your Flow, arXiv:2506.14603; EDM2, arXiv:2312.02696; autoguidance, arXiv:2406.02507; sCM, arXiv:2410.11081.
 """
 
 from __future__ import annotations
@@ -109,6 +113,7 @@ class Recipes:
     """Returns the settings of students of an autoguided teacher."""
     config = self._base(objective)
     config.teacher.update(guidance=self.strength, dtype="bfloat16")
+    config.objective.derivative_dtype = "network"
     return config
 
   def _flow_map(self, objective: str) -> ConfigDict:

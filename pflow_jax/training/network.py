@@ -84,8 +84,9 @@ class Network:
 
   @property
   def float32(self) -> Network | None:
-    """Returns the same network with float32 as its compute dtype; None if it has that already."""
-    if jnp.dtype(self.module.dtype) == jnp.float32:  # type: ignore[attr-defined]
+    """Returns the same network with float32 as its compute dtype; None if it has that already, or a wider one."""
+    dtype = self.module.dtype  # type: ignore[attr-defined]
+    if accumulation_dtype(dtype) == dtype:
       return None
     return dataclasses.replace(self, module=self.module.clone(dtype=jnp.float32))
 

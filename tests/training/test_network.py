@@ -137,6 +137,7 @@ def test_dropout_engages_with_a_key_alone():
 
 def test_float32_is_the_same_network_in_more_digits():
   assert point_network().float32 is None
+  assert point_network(dtype="float64").float32 is None
   rough = point_network(dtype="bfloat16")
   precise = rough.float32
   assert precise.module.dtype == jnp.float32

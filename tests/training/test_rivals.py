@@ -1,6 +1,7 @@
 """Networks of improved and decoupled MeanFlow and FreeFlow: their start, what trains, and policies from a flow map."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from pflow_jax.training.experiment import build, layout_of
 from pflow_jax.training.step import make_step
 from pflow_jax.training.train import train
+from tests.networks.test_dit import equations
 from tests.programs import quick, write_random
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -187,6 +189,47 @@ def test_a_branch_of_the_network_that_the_objective_does_not_use_is_refused(teac
   config.model[option] = 1
   with pytest.raises(ValueError, match=f"config.model.{option}: the objective .* does not use it"):
     build(config)
+
+
+def at_two_precisions(teacher, variant):
+  """Losses of a bfloat16 network whose derivative is in float32, and as the network's is, by that setting."""
+  batch = {"x0": STATES[0], "cond": STATES[2]}
+  config = quick("digits", variant, teacher)
+  config.model.dtype = "bfloat16"
+  for name in ("float32", "network"):
+    config.objective.derivative_dtype = name
+    experiment = build(config)
+    frozen = experiment.load_frozen()
+    yield lambda params, one=experiment, frozen=frozen: one.loss(params, frozen, batch, jax.random.key(3), 2000)[0]
+
+
+@pytest.mark.parametrize("variant", ["ayf_emd", "improved_mean_flow", "decoupled_mean_flow", "free_flow"])
+def test_a_derivative_as_the_network_computes_is_of_the_evaluation_of_the_value(teacher, variant):
+  config = quick("digits", variant, teacher)
+  experiment = build(config)
+  params = jax.eval_shape(experiment.init, jax.random.key(1), experiment.frozen)
+
+  def products(loss):
+    """Number of products with the first kernels of the blocks' MLPs, by dtype."""
+    dots = [e for e in equations(jax.make_jaxpr(loss)(params).jaxpr) if e.primitive.name == "dot_general"]
+    return Counter(str(e.invars[0].aval.dtype) for e in dots if e.invars[1].aval.shape == (16, 64))
+
+  with_copy, alone = map(products, at_two_precisions(teacher, variant))
+  assert alone["float32"] == (experiment.method.objective.target == "teacher"), "the teacher's"
+  copies = with_copy["float32"] - alone["float32"]
+  assert copies >= 2
+  assert alone["bfloat16"] == with_copy["bfloat16"] + copies // 2, "the other half is the value's"
+  config.objective.derivative_dtype = "bfloat16"
+  with pytest.raises(ValueError, match=r"derivative_dtype: expected one of \('float32', 'network'\), got 'bfloat16'"):
+    build(config)
+
+
+def test_a_derivative_as_the_network_computes_is_close_to_one_in_float32(teacher):
+  experiment = build(quick("digits", "ayf_emd", teacher))
+  params = experiment.init(jax.random.key(1), experiment.load_frozen())
+  exact, rough = jax.jit(lambda params: [loss(params) for loss in at_two_precisions(teacher, "ayf_emd")])(params)
+  assert np.abs(rough - exact).max() > 0
+  np.testing.assert_allclose(rough, exact, rtol=0.02, atol=1e-5)
 
 
 def test_parameters_start_on_a_mesh_without_its_kernels(teacher):

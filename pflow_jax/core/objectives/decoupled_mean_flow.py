@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from pflow_jax.core.checks import check_finite, checked
+from pflow_jax.core.checks import check_finite, check_names, checked
 from pflow_jax.core.guidance import broadcast_condition
-from pflow_jax.core.objectives.flow_map import TARGETS, Network, Teacher, residual
+from pflow_jax.core.objectives.flow_map import DERIVATIVE_DTYPES, TARGETS, Network, Teacher, residual
 from pflow_jax.core.objectives.flow_matching import replace_condition, sample_time
 from pflow_jax.core.policies.base import as_float
 from pflow_jax.core.schedule import add_noise, over_space, shift_time
@@ -46,6 +46,7 @@ class DecoupledMeanFlow:
     cond_dropout: share of the examples whose condition is replaced by the empty one; their target is not guided. It is
       0 with target="teacher".
     offset: of the mean square under the logarithm.
+    derivative_dtype: see `core.objectives.flow_map.FlowMap`; the release's is "network".
   """
 
   sections: ClassVar[tuple[str, ...]] = ("teacher", "adapters", "adversarial")
@@ -61,6 +62,7 @@ class DecoupledMeanFlow:
   interval: tuple[float, float] = (0.0, 0.7)
   cond_dropout: float = 0.1
   offset: float = 0.01
+  derivative_dtype: str = "float32"
 
   guidance: ClassVar[tuple[float, float]] = (1.0, 1.0)
   """Strengths of guidance that the network is conditioned on: none."""
@@ -70,8 +72,7 @@ class DecoupledMeanFlow:
 
   def __post_init__(self):
     check_finite(self)
-    if self.target not in TARGETS:
-      raise ValueError(f"target: expected one of {TARGETS}, got {self.target!r}")
+    check_names(self, target=TARGETS, derivative_dtype=DERIVATIVE_DTYPES)
     if len(self.pair_means) != 2 or len(self.pair_stds) != 2 or min(self.time_std, *self.pair_stds) <= 0:
       raise ValueError(
         "pair_means, pair_stds and time_std: expected two numbers, two > 0 and one > 0, got "

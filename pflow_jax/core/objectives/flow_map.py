@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pflow_jax.core.batches import per_example
-from pflow_jax.core.checks import check_finite, checked
+from pflow_jax.core.checks import check_finite, check_names, checked
 from pflow_jax.core.guidance import broadcast_condition
 from pflow_jax.core.objectives.flow_matching import replace_condition, sample_time
 from pflow_jax.core.policies.base import as_float
@@ -36,6 +36,7 @@ NORMALISATIONS = ("none", "rms", "l2", "adaptive")
 TIMES = ("length", "pair")
 SIDES = ("eulerian", "lagrangian")
 TARGETS = ("teacher", "data")
+DERIVATIVE_DTYPES = ("float32", "network")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,8 @@ class FlowMap:
     interval: flow times (low, high) of t, inclusive, in which omega and kappa count.
     cond_dropout: share of all examples whose condition is replaced by the empty one, with target="data"; they are drawn
       among those with s = t, and their target is not guided.
+    derivative_dtype: what the derivative is computed in. "float32": a network that computes in less is evaluated once
+      more, in float32 with exact products. "network": value and derivative are of one evaluation, as the network is.
   """
 
   sections: ClassVar[tuple[str, ...]] = ("teacher", "adapters", "adversarial")
@@ -91,13 +94,12 @@ class FlowMap:
   kappa: float = 0.0
   interval: tuple[float, float] = (0.0, 1.0)
   cond_dropout: float = 0.0
+  derivative_dtype: str = "float32"
 
   def __post_init__(self):
     check_finite(self)
-    names = {"side": SIDES, "target": TARGETS, "times": TIMES, "normalisation": NORMALISATIONS}
-    for name, allowed in names.items():
-      if getattr(self, name) not in allowed:
-        raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+    check_names(self, side=SIDES, target=TARGETS, times=TIMES, normalisation=NORMALISATIONS)
+    check_names(self, derivative_dtype=DERIVATIVE_DTYPES)
     for name in ("to_data", "anchor", "max_warmup", "cond_dropout"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
@@ -234,7 +236,7 @@ def residual(
     guidance: strengths, (B,), or None.
     side: "eulerian" or "lagrangian".
     warmup: share of the derivative.
-    precise: the network in float32, for the derivative, where `network` computes in less; one more evaluation.
+    precise: the network in float32, for the derivative alone; None is `network` itself, in the same evaluation.
 
   Returns:
     F with its gradient; the residual and dF (dF/dt along the flow, or dF/ds), both without one; all like x.

@@ -22,8 +22,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from pflow_jax.core.checks import check_finite, checked
-from pflow_jax.core.objectives.flow_map import FlowMap, Network, Teacher, regression, residual
+from pflow_jax.core.checks import check_finite, check_names, checked
+from pflow_jax.core.objectives.flow_map import (
+  DERIVATIVE_DTYPES,
+  FlowMap,
+  Network,
+  Teacher,
+  regression,
+  residual,
+)
 from pflow_jax.core.objectives.flow_matching import sample_time
 from pflow_jax.core.schedule import add_noise, shift_time
 
@@ -44,6 +51,7 @@ class FreeFlow:
     correction_mean: of the logit-normal of the noise levels of the correction, and of its network's training.
     correction_std: of that logit-normal.
     learning_rate: of the network that learns the samples' velocity.
+    derivative_dtype: see `core.objectives.flow_map.FlowMap`.
   """
 
   sections: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -58,6 +66,7 @@ class FreeFlow:
   correction_mean: float = 0.0
   correction_std: float = 1.0
   learning_rate: float = 1e-4
+  derivative_dtype: str = "float32"
 
   target: ClassVar[str] = "teacher"
   """Source of the velocity that it learns."""
@@ -70,6 +79,7 @@ class FreeFlow:
 
   def __post_init__(self):
     check_finite(self)
+    check_names(self, derivative_dtype=DERIVATIVE_DTYPES)
     if min(self.time_std, self.correction_std, self.shift, self.norm_offset, self.learning_rate) <= 0:
       raise ValueError(
         "time_std, correction_std, shift, norm_offset and learning_rate: expected > 0, got "

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from pflow_jax.core.checks import check_finite
+from pflow_jax.core.checks import check_finite, check_names
 from pflow_jax.core.guidance import broadcast_condition
-from pflow_jax.core.objectives.flow_map import FlowMap, regression, sample_interval
+from pflow_jax.core.objectives.flow_map import DERIVATIVE_DTYPES, FlowMap, regression, sample_interval
 from pflow_jax.core.objectives.flow_matching import replace_condition
 from pflow_jax.core.policies.base import as_float
 from pflow_jax.core.schedule import add_noise, over_space
@@ -49,6 +49,7 @@ class ImprovedMeanFlow:
       = t, and their target is not guided.
     norm_power: exponent p of the weight of an example's loss, 1 / (squares + c)^p.
     norm_offset: c.
+    derivative_dtype: see `core.objectives.flow_map.FlowMap`.
   """
 
   sections: ClassVar[tuple[str, ...]] = ("teacher", "adversarial")
@@ -63,9 +64,11 @@ class ImprovedMeanFlow:
   cond_dropout: float = 0.1
   norm_power: float = 1.0
   norm_offset: float = 0.01
+  derivative_dtype: str = "float32"
 
   def __post_init__(self):
     check_finite(self)
+    check_names(self, derivative_dtype=DERIVATIVE_DTYPES)
     if self.cond_dropout > 0 and not self.guided:
       raise ValueError("cond_dropout: conditions are dropped for guidance, expected 0 with guidance=(1, 1)")
     _ = self._draws  # raises on bad values
@@ -133,7 +136,7 @@ def improved_mean_flow_loss(
     key: a PRNG key.
     settings: the objective's.
     null_cond: the empty condition, see `core.objectives.flow_matching.replace_condition`.
-    precise: the network in float32, for the derivative, where `network` computes in less; one more evaluation.
+    precise: see `core.objectives.flow_map.residual`.
 
   Returns:
     loss per example (B,), and metrics per example: those of `flow_map_loss`, and the rms "velocity_residual" of v.

@@ -30,7 +30,7 @@ class DecoupledMeanFlowMethod(JumpMethod[DecoupledMeanFlow]):
 
   def loss(self, params, frozen, batch, key, step):
     del step
-    precise, teacher = self.network.float32, self.teacher
+    teacher = self.teacher
     key_loss, key_dropout = jax.random.split(key)
 
     def jump(network, params):
@@ -58,5 +58,5 @@ class DecoupledMeanFlowMethod(JumpMethod[DecoupledMeanFlow]):
       key_loss,
       self.objective,
       null_cond=self.dataset.null_cond,
-      precise=jump(precise, jax.lax.stop_gradient(params)) if precise else None,
+      precise=self.precise(jump, params),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import ClassVar, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ class Jumping(Protocol):
     guidance: (low, high) strengths of guidance that the network is conditioned on; (1, 1) if it is not.
     guided: whether it is.
     shift: time shift of the sampler's grid.
+    derivative_dtype: what its derivative is computed in, see `core.objectives.flow_map.FlowMap`.
   """
 
   @property
@@ -44,6 +46,8 @@ class Jumping(Protocol):
   def guided(self) -> bool: ...
   @property
   def shift(self) -> float: ...
+  @property
+  def derivative_dtype(self) -> str: ...
 
 
 Objective = TypeVar("Objective", bound=Jumping)
@@ -142,6 +146,19 @@ class JumpMethod(Method[Objective]):
 
     return jump
 
+  def precise(self, make: Callable[[Network, Any], Any], params: Any) -> Any:
+    """Makes the function that an objective takes its derivative of, where that is not the one of its value.
+
+    Args:
+      make: (network, params) -> what the objective takes for its network.
+      params: all parameters of the network.
+
+    Returns:
+      `make` of the network in float32; None where value and derivative are of one evaluation.
+    """
+    network = self.network.float32 if self.objective.derivative_dtype == "float32" else None
+    return make(network, jax.lax.stop_gradient(params)) if network else None
+
   def velocity(self, params) -> Velocity:
     """A jump of length 0."""
     jump = self.jump(params)
@@ -184,7 +201,7 @@ class FlowMapMethod(JumpMethod[FlowMap]):
   """Align Your Flow, MeanFlow and consistency models."""
 
   def loss(self, params, frozen, batch, key, step):
-    precise, teacher = self.network.float32, self.teacher
+    teacher = self.teacher
     key_loss, key_dropout = jax.random.split(key)  # both evaluations of a step share their dropout
 
     def jump(network, params):
@@ -206,7 +223,7 @@ class FlowMapMethod(JumpMethod[FlowMap]):
       step,
       self.objective,
       null_cond=self.dataset.null_cond,
-      precise=jump(precise, jax.lax.stop_gradient(params)) if precise else None,
+      precise=self.precise(jump, params),
     )
 
 

@@ -50,17 +50,17 @@ class FreeFlowMethod(JumpMethod[FreeFlow]):
 
   def loss(self, params, frozen, batch, key, step):
     assert self.teacher is not None
-    precise, teacher = self.network.float32, self.teacher.velocity(frozen)
+    teacher = self.teacher.velocity(frozen)
     key_loss, key_noise = jax.random.split(key)
     return prediction_loss(
-      self._average(params),
+      self._average(self.network, params),
       lambda x, t, cond, strength: teacher(x, t, cond),
       self._noise(batch, key_noise),
       batch["cond"],
       key_loss,
       step,
       self.objective,
-      precise=self._average(jax.lax.stop_gradient(params), precise) if precise else None,
+      precise=self.precise(self._average, params),
     )
 
   def correct(self, params, frozen, own, batch, key):
@@ -81,7 +81,7 @@ class FreeFlowMethod(JumpMethod[FreeFlow]):
     noise, cond = self._noise(batch, key_noise), batch["cond"]
     teacher = self.teacher.velocity(frozen)
     return correction_loss(
-      lambda: jump_from_noise(self._average(params), noise, cond),
+      lambda: jump_from_noise(self._average(self.network, params), noise, cond),
       lambda x, t: self.network(own, x, t, cond),
       lambda x, t: teacher(x, t, cond),
       key_loss,
@@ -92,10 +92,10 @@ class FreeFlowMethod(JumpMethod[FreeFlow]):
     """The loss (B,) of the network of the samples' own velocity."""
     return own_velocity_loss(lambda x, t: self.network(own, x, t, cond), samples, key, self.objective)
 
-  def _average(self, params, network=None):
+  def _average(self, network, params):
     def average(x, t, s, cond, strength):
       del strength
-      return (network or self.network)(params, x, t, cond, s=s)
+      return network(params, x, t, cond, s=s)
 
     return average
 

@@ -49,7 +49,6 @@ class ImprovedMeanFlowMethod(JumpMethod[ImprovedMeanFlow]):
 
   def loss(self, params, frozen, batch, key, step):
     del frozen, step
-    precise = self.network.float32
     key_loss, key_dropout = jax.random.split(key)
 
     def both(network, params):
@@ -66,5 +65,5 @@ class ImprovedMeanFlowMethod(JumpMethod[ImprovedMeanFlow]):
       key_loss,
       self.objective,
       null_cond=self.dataset.null_cond,
-      precise=both(precise, jax.lax.stop_gradient(params)) if precise else None,
+      precise=self.precise(both, params),
     )
