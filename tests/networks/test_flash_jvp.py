@@ -231,6 +231,18 @@ def test_a_derivative_of_the_forward_derivative_is_refused():
       f()
 
 
+def test_a_jvp_around_a_jvp_is_taken_where_nothing_depends_on_the_derivative_of_the_tangent():
+  x, dx = jax.random.normal(jax.random.key(0), (2, 1, 4, 1, 8), jnp.float64)
+  one, inner = jnp.ones(()), lambda x: jax.jvp(lambda x: flash(x, x, x), (x,), (dx,))
+  around = lambda f: jax.jvp(f, (one,), (one,))[1]
+  np.testing.assert_allclose(around(lambda c: c * inner(x)[1]), inner(x)[1], atol=1e-12)
+  for f in (lambda c: inner(c * x)[0], lambda c: inner(c * x)[0] + jax.lax.stop_gradient(inner(c * x)[1])):
+    got = jax.jit(lambda f=f: around(f))()
+    np.testing.assert_allclose(got, jax.jvp(lambda c: flash(c * x, c * x, c * x), (one,), (one,))[1], atol=1e-12)
+    with pytest.raises(ValueError, match="and jax.jit around a jvp of that"):
+      around(f)
+
+
 @pytest.mark.usefixtures("float32")
 def test_stays_where_its_examples_and_heads_are():
   """On a mesh, under the vmap of a guidance pair, with both derivatives: no device waits for another."""
