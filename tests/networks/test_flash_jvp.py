@@ -9,7 +9,7 @@ import pytest
 
 from pflow_jax.core.objectives.flow_map import residual
 from pflow_jax.mesh.sharding import make_layout
-from pflow_jax.networks import flash_tpu
+from pflow_jax.networks import flash_gpu, flash_tpu
 from pflow_jax.networks.attention import attention
 from pflow_jax.networks.dit import DiT
 from pflow_jax.networks.flash_jvp import flash_jvp
@@ -319,6 +319,24 @@ def test_lowers_for_tpus_and_gpus(platform, target, size, monkeypatch):
     text = jax.jit(step).trace(*shapes(*size)).lower(lowering_platforms=(platform,)).as_text()
   assert text.count(f"custom_call @{target}(") == 3
   assert f"x{size[0]}x{size[0]}x" not in text
+
+
+@pytest.mark.parametrize(
+  ("dtype", "width", "expected"),
+  [
+    (jnp.bfloat16, 128, (128, 32)),
+    (jnp.float32, 128, (64, 16)),
+    (jnp.float32, 64, (64, 16)),
+    (jnp.bfloat16, 256, (64, 16)),
+  ],
+)
+def test_blocks_of_gpus_leave_room_in_registers(dtype, width, expected):
+  """For the queries of a block, their tangents, and two sums in float32: a thread has 255."""
+  q, _ = shapes(4608, 24, width, dtype)
+  loop = flash_gpu._Loop(q, q, outer=128, inner=32)
+  assert (loop.queries, loop.keys) == expected
+  threads = 32 * (8 if width > 64 else 4)
+  assert loop.queries * width * (2 * q.dtype.itemsize + 2 * 4) / 4 / threads <= 192
 
 
 @pytest.mark.usefixtures("float32")
