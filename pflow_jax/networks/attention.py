@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from pflow_jax.core.batches import BATCH, current_mesh
 from pflow_jax.mesh.sharding import constrain
@@ -134,10 +134,8 @@ def _short(qkv: tuple[jax.Array, ...], num_heads: int, interpret: bool = False) 
   if mesh is None:
     return short_attention(qkv, num_heads, interpret)
   columns = "tensor" if len(qkv) > 1 else None
-  parts = mesh.shape["tensor"] if columns else 1
-  if num_heads % parts:
-    raise ValueError(f"mesh.tensor: expected a number that divides {num_heads} heads, got {parts}; give another")
-  spec, own = PartitionSpec(BATCH, None, columns), num_heads // parts
+  own = _heads_of_device(num_heads, mesh) if columns else num_heads
+  spec = PartitionSpec(BATCH, None, columns)
 
   def local(*qkv: jax.Array) -> jax.Array:
     return short_attention(qkv, own, interpret)
@@ -145,11 +143,20 @@ def _short(qkv: tuple[jax.Array, ...], num_heads: int, interpret: bool = False) 
   return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * len(qkv), out_specs=spec, check_vma=False)(*qkv)
 
 
+def _heads_of_device(num_heads: int, mesh: AbstractMesh) -> int:
+  """Number of heads that each device has of `num_heads`; ValueError if the mesh does not divide them."""
+  parts = mesh.shape["tensor"]
+  if num_heads % parts:
+    raise ValueError(f"mesh.tensor: expected a number that divides {num_heads} heads, got {parts}; give another")
+  return num_heads // parts
+
+
 def _flash_jvp(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
   """Calls the kernels with a forward derivative on each device's examples and heads."""
   mesh = current_mesh()
   if mesh is None:
     return flash_jvp(q, k, v, mask)
+  _heads_of_device(q.shape[2], mesh)
   heads = PartitionSpec(BATCH, None, "tensor")
   specs = (heads, heads, heads, None if mask is None else PartitionSpec(BATCH))
   return jax.shard_map(flash_jvp, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, mask)
@@ -176,6 +183,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, in
 
   if mesh is not None:
     # GSPMD cannot split a kernel; heads of an example are as independent as examples.
+    _heads_of_device(q.shape[1], mesh)
     heads = PartitionSpec(BATCH, "tensor")
     specs = (heads, heads, heads, None if segments is None else PartitionSpec(BATCH))
     local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)

@@ -37,9 +37,11 @@ class _Loop:
     # A product has sides of 16 at least.
     power = lambda n: max(16, pl.next_power_of_2(n))
     self.width = power(self.head)
-    # Rows of four bytes, or of more than 128 channels, take the place of two.
-    inner //= max(1, q.dtype.itemsize // 2) * max(1, self.width // 128)
-    outer, inner = max(16, outer), max(16, inner)
+    # Rows of four bytes, or of more than 128 channels, take the place of two. That goes for the own rows too, which lie
+    # in registers with their float32 sums: 128 queries of 128 channels and four bytes, their tangents and two sums
+    # would take 256 registers of a thread, which has 255.
+    size = max(1, q.dtype.itemsize // 2) * max(1, self.width // 128)
+    outer, inner = max(16, min(outer, 128 // size)), max(16, inner // size)
     self.queries = min(inner if by_keys else outer, power(self.tokens))
     self.keys = min(outer if by_keys else inner, power(self.limit))
 

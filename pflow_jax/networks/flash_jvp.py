@@ -9,7 +9,8 @@ alone, whether a jvp was taken beside it or not. So these are primitives with ru
 * `flash_jvp_linear`: the tangent alone, a linear function of tangents, whose transpose is
 * `flash_jvp_backward`: the cotangents.
 * `flash_jvp_refused`: the derivative of a tangent. The objectives detach the tangent, and nobody asks for it; who does
-  is told.
+  is told. An operation by itself does not know whether its result will be used: so outside of `jax.jit`, which drops
+  what is not, a jvp of a jvp is refused even where its caller wants the value alone.
 
 Nothing computes a tangent that is not used: what remat computes again is the output alone.
 """
@@ -33,7 +34,7 @@ Array = jax.Array
 
 SECOND = (
   'config.model.attention: "flash_jvp" has no derivative of its forward derivative; put jax.lax.stop_gradient around '
-  'the tangent that jax.jvp returns, or set config.model.attention to "xla"'
+  'the tangent that jax.jvp returns, and jax.jit around a jvp of that, or set config.model.attention to "xla"'
 )
 # What JAX calls precise products, see jax.default_matmul_precision.
 PRECISE = ("highest", "float32", "high", "bfloat16_3x", "tensorfloat32")

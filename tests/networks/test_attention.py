@@ -218,11 +218,12 @@ def test_the_chip_that_this_is_traced_for_says_how_long_is_short(monkeypatch, ki
 
 
 @pytest.mark.usefixtures("float32")
-def test_heads_that_the_mesh_does_not_divide_are_refused():
+@pytest.mark.parametrize("implementation", ["pallas", "splash", "flash_jvp"])
+def test_heads_that_the_mesh_does_not_divide_are_refused(implementation):
   """6 heads in 4 parts would be 4 of 12 columns."""
   qkv = np.zeros((8, 24, 3 * 6 * 8), np.float32)
   with make_layout(dict(data=2, tensor=4), ()).context(), pytest.raises(ValueError, match="divides 6 heads, got 4"):
-    jax.eval_shape(lambda qkv: self_attention(qkv, 6, implementation="pallas"), qkv)
+    jax.eval_shape(lambda qkv: self_attention(qkv, 6, implementation=implementation), qkv)
 
 
 @pytest.mark.usefixtures("float32")

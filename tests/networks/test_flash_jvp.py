@@ -9,7 +9,7 @@ import pytest
 
 from pflow_jax.core.objectives.flow_map import residual
 from pflow_jax.mesh.sharding import make_layout
-from pflow_jax.networks import flash_tpu
+from pflow_jax.networks import flash_gpu, flash_tpu
 from pflow_jax.networks.attention import attention
 from pflow_jax.networks.dit import DiT
 from pflow_jax.networks.flash_jvp import flash_jvp
@@ -231,6 +231,18 @@ def test_a_derivative_of_the_forward_derivative_is_refused():
       f()
 
 
+def test_a_jvp_around_a_jvp_is_taken_where_nothing_depends_on_the_derivative_of_the_tangent():
+  x, dx = jax.random.normal(jax.random.key(0), (2, 1, 4, 1, 8), jnp.float64)
+  one, inner = jnp.ones(()), lambda x: jax.jvp(lambda x: flash(x, x, x), (x,), (dx,))
+  around = lambda f: jax.jvp(f, (one,), (one,))[1]
+  np.testing.assert_allclose(around(lambda c: c * inner(x)[1]), inner(x)[1], atol=1e-12)
+  for f in (lambda c: inner(c * x)[0], lambda c: inner(c * x)[0] + jax.lax.stop_gradient(inner(c * x)[1])):
+    got = jax.jit(lambda f=f: around(f))()
+    np.testing.assert_allclose(got, jax.jvp(lambda c: flash(c * x, c * x, c * x), (one,), (one,))[1], atol=1e-12)
+    with pytest.raises(ValueError, match="and jax.jit around a jvp of that"):
+      around(f)
+
+
 @pytest.mark.usefixtures("float32")
 def test_stays_where_its_examples_and_heads_are():
   """On a mesh, under the vmap of a guidance pair, with both derivatives: no device waits for another."""
@@ -307,6 +319,24 @@ def test_lowers_for_tpus_and_gpus(platform, target, size, monkeypatch):
     text = jax.jit(step).trace(*shapes(*size)).lower(lowering_platforms=(platform,)).as_text()
   assert text.count(f"custom_call @{target}(") == 3
   assert f"x{size[0]}x{size[0]}x" not in text
+
+
+@pytest.mark.parametrize(
+  ("dtype", "width", "expected"),
+  [
+    (jnp.bfloat16, 128, (128, 32)),
+    (jnp.float32, 128, (64, 16)),
+    (jnp.float32, 64, (64, 16)),
+    (jnp.bfloat16, 256, (64, 16)),
+  ],
+)
+def test_blocks_of_gpus_leave_room_in_registers(dtype, width, expected):
+  """For the queries of a block, their tangents, and two sums in float32: a thread has 255."""
+  q, _ = shapes(4608, 24, width, dtype)
+  loop = flash_gpu._Loop(q, q, outer=128, inner=32)
+  assert (loop.queries, loop.keys) == expected
+  threads = 32 * (8 if width > 64 else 4)
+  assert loop.queries * width * (2 * q.dtype.itemsize + 2 * 4) / 4 / threads <= 192
 
 
 @pytest.mark.usefixtures("float32")
