@@ -34,16 +34,16 @@ Array = jax.Array
 
 SECOND = (
   'config.model.attention: "flash_jvp" has no derivative of its forward derivative; put jax.lax.stop_gradient around '
-  'the tangent that jax.jvp returns, and jax.jit around a jvp of that, or set config.model.attention to "xla"'
+  'the tangent that jax.jvp returns, or set config.model.attention to "xla"'
 )
-# What JAX calls precise products, see jax.default_matmul_precision.
-PRECISE = ("highest", "float32", "high", "bfloat16_3x", "tensorfloat32")
+SECOND_AT_ONCE = f"{SECOND}; outside jax.jit also where nothing uses it, which cannot be known there: use jax.jit"
 
 
 def flash_jvp(q: Array, k: Array, v: Array, mask: Array | None = None, *, gpu_kernel: bool = False) -> Array:
   """Full attention, softmax in float32 (or wider), with jvp and grad, and with grad of what contains a jvp.
 
-  On a CPU it runs in Pallas' interpreter, which is slow. A zero tangent costs as much as any.
+  On a CPU it runs in Pallas' interpreter, which is slow. A zero tangent costs as much as any. Products of float32 are
+  as precise as `jax.default_matmul_precision` asks, or more: TPUs' kernels know "default" and "highest" alone.
 
   Args:
     q: queries, (B, T, H, D).
@@ -61,10 +61,18 @@ def flash_jvp(q: Array, k: Array, v: Array, mask: Array | None = None, *, gpu_ke
   References:
     `networks.flash_steps`.
   """
-  precise = str(jax.config.jax_default_matmul_precision) in PRECISE  # type: ignore[attr-defined]
-  options = Options(jax.lax.Precision.HIGHEST if precise else jax.lax.Precision.DEFAULT, gpu_kernel)
+  options = Options(_precision(), gpu_kernel)
   k, v = k.astype(q.dtype), v.astype(q.dtype)
   return attend_p.bind(q, k, v, *(() if mask is None else (mask,)), options=options)[0]
+
+
+def _precision() -> jax.lax.Precision:
+  """Returns the precision that JAX's products have by default; for an algorithm, which kernels lack, the highest."""
+  name = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+  try:
+    return jax.lax.Precision(name)
+  except ValueError:
+    return jax.lax.Precision.HIGHEST
 
 
 def products(name: str, operands: int) -> int:
@@ -113,6 +121,10 @@ def _refused(*_: Any, **__: Any) -> Any:
   raise ValueError(SECOND)
 
 
+def _refused_at_once(*_: Any, **__: Any) -> Any:
+  raise ValueError(SECOND_AT_ONCE)
+
+
 def _shapes_of_attend(q: Any, k: Any, v: Any, *rest: Any) -> list[Any]:
   batch, tokens, heads, _ = q.shape
   lse = jax.core.ShapedArray((batch, heads, tokens), jnp.promote_types(q.dtype, jnp.float32))
@@ -133,7 +145,7 @@ def _primitive(name: str, function: Any, shapes: Any) -> Any:
   primitive = Primitive(name)
   primitive.multiple_results = True
   primitive.def_abstract_eval(lambda *operands, options: shapes(*operands))
-  primitive.def_impl(_refused if function is _refused else functools.partial(_eager, primitive=primitive))
+  primitive.def_impl(_refused_at_once if function is _refused else functools.partial(_eager, primitive=primitive))
   for platform in ("tpu", "cuda", "cpu"):
 
     def run(*operands, options, platform=platform):

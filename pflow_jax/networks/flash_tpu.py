@@ -24,7 +24,10 @@ LANES = 128  # of a TPU's registers
 BLOCKS = (512, 384, 256, 128)
 BLOCK_COST = 64
 MAX_BYTES = 40 * 2**20  # of on-chip memory that blocks may take; the smallest, TPU7x's and v5p's, has 64 MiB
-SCORES = 12  # arrays of scores in float32 that Mosaic holds at once
+# Arrays of scores in float32 that Mosaic holds at once, and with tangents for each head of a block: heads are unrolled,
+# and it lets none of them have what another no longer needs. Twice as many for inputs of float32. Measured.
+SCORES = 12
+SCORES_OF_HEAD = 3
 
 
 class _Grid:
@@ -39,7 +42,17 @@ class _Grid:
     bytes: of on-chip memory.
   """
 
-  def __init__(self, q: Array, k: Array, of_queries: int, of_keys: int, sums: int, by_keys: bool = False):
+  def __init__(
+    self,
+    q: Array,
+    k: Array,
+    of_queries: int,
+    of_keys: int,
+    sums: int,
+    *,
+    by_keys: bool = False,
+    tangents: bool = False,
+  ):
     """Chooses blocks for a kernel that reads and writes so many arrays of queries, of keys, and sums so many."""
     batch, tokens, heads, width = q.shape
     self.tokens, self.limit, self.width, self.by_keys = tokens, k.shape[1], width, by_keys
@@ -47,12 +60,13 @@ class _Grid:
     self.heads = min(whole, default=heads)
     self.columns = self.heads * width
     pad = -width % LANES
+    scores = max(SCORES, SCORES_OF_HEAD * self.heads * q.dtype.itemsize // 2) if tangents else SCORES
     for bound in BLOCKS:
       self.queries, self.keys = _block(tokens, bound), _block(self.limit, bound)
       rows = of_queries * self.queries + of_keys * self.keys
       summed = sums * self.heads * (self.keys if by_keys else self.queries) * (width + pad) * 4
       # Blocks are there twice, as the next one is under way.
-      self.bytes = 2 * rows * self.columns * q.dtype.itemsize + summed + SCORES * 4 * self.queries * self.keys + 2**21
+      self.bytes = 2 * rows * self.columns * q.dtype.itemsize + summed + scores * 4 * self.queries * self.keys + 2**21
       if self.bytes <= MAX_BYTES:
         break
     self.q_blocks, self.k_blocks = pl.cdiv(tokens, self.queries), pl.cdiv(self.limit, self.keys)
@@ -142,6 +156,12 @@ def _block(tokens: int, bound: int) -> int:
   return min((size for size in BLOCKS if size <= bound), key=lambda size: pl.cdiv(tokens, size) * (size + BLOCK_COST))
 
 
+def _precision(options: Options) -> jax.lax.Precision:
+  """Precision of a kernel's products; Mosaic has two, and "high" is between them."""
+  high = options.precision == jax.lax.Precision.HIGH
+  return jax.lax.Precision.HIGHEST if high else options.precision
+
+
 def _flat(a: Array) -> Array:
   return a.reshape(*a.shape[:2], -1)
 
@@ -153,9 +173,9 @@ def _flats(arrays: dict[str, Array | None], spec: pl.BlockSpec) -> dict[str, tup
 
 def attend(q, k, v, mask, tangents, means, options: Options) -> tuple[Array, ...]:
   """Computes `networks.flash_kernels.attend`; means are those of k and its tangent, (B, 1, H, D), or none."""
-  wide, scale = steps.wide(q.dtype), 1 / math.sqrt(q.shape[-1])
+  wide, scale, precision = steps.wide(q.dtype), 1 / math.sqrt(q.shape[-1]), _precision(options)
   sums = 2 if tangents else 1
-  grid = _Grid(q, k, of_queries=2 * sums, of_keys=2 * sums, sums=sums)
+  grid = _Grid(q, k, of_queries=2 * sums, of_keys=2 * sums, sums=sums, tangents=bool(tangents))
   dq, dk, dv = tangents or (None,) * 3
   k_mean, dk_mean = means or (None,) * 2
 
@@ -171,7 +191,7 @@ def attend(q, k, v, mask, tangents, means, options: Options) -> tuple[Array, ...
         of_q, of_k = steps.centred(k, mean(r.k_mean), scale), steps.centred(rows(r.dk), mean(r.dk_mean), scale)
         tangents = (grid.read(r.dq, h), of_q, of_k, rows(r.dv))
       valid = grid.valid(r.mask, block)
-      return steps.add_keys(state, q, k, rows(r.v), valid, tangents, scale, options.precision)
+      return steps.add_keys(state, q, k, rows(r.v), valid, tangents, scale, precision)
 
     def write(h, state):
       out, lse, *derivative = steps.finish(state)
@@ -243,7 +263,7 @@ def _sweep(grid: _Grid, start, update, write, load, store) -> None:
 
 def backward(q, k, v, mask, do, lse, delta, options: Options) -> tuple[Array, Array, Array]:
   """Computes `networks.flash_kernels.backward`; do is O's cotangent, delta its products with O, (B, H, T)."""
-  wide, scale = steps.wide(q.dtype), 1 / math.sqrt(q.shape[-1])
+  wide, scale, precision = steps.wide(q.dtype), 1 / math.sqrt(q.shape[-1]), _precision(options)
 
   def inputs(grid):
     return (
@@ -263,7 +283,7 @@ def backward(q, k, v, mask, do, lse, delta, options: Options) -> tuple[Array, Ar
       rows = functools.partial(grid.read, head=h, block=block, tokens=grid.limit)
       q, do = grid.read(r.q, h), grid.read(r.do, h)
       valid = grid.valid(r.mask, block)
-      part = steps.of_queries(q, rows(r.k), rows(r.v), do, r.lse[h].T, r.delta[h].T, valid, scale, options.precision)
+      part = steps.of_queries(q, rows(r.k), rows(r.v), do, r.lse[h].T, r.delta[h].T, valid, scale, precision)
       return (dq + part,)
 
     def write(h, state):
@@ -293,7 +313,7 @@ def backward(q, k, v, mask, do, lse, delta, options: Options) -> tuple[Array, Ar
       if inside is not None:
         lse, delta = jnp.where(inside, lse, -steps.NEVER), jnp.where(inside, delta, 0)
       k, v = over.read(r.k, h), over.read(r.v, h)
-      parts = steps.of_keys(rows(r.q), k, v, rows(r.do), lse, delta, scale, options.precision)
+      parts = steps.of_keys(rows(r.q), k, v, rows(r.do), lse, delta, scale, precision)
       return tuple(a + b for a, b in zip(state, parts, strict=True))
 
     def write(h, state):
