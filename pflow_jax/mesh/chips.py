@@ -6,9 +6,16 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 MIB, GIB = 2**20, 2**30
+
+# A TPU multiplies bfloat16 numbers alone: float32 is one of them rounded, or products of its two or three parts.
+TPU_PASSES = {"DEFAULT": 1, "HIGH": 3, "HIGHEST": 6}
+# TF32, which all but the highest precision take, has half of the bfloat16 rate (H100 and H200: 495 of 989 TFLOP/s);
+# float32 itself has no tensor cores (67 TFLOP/s).
+GPU_PASSES = {"DEFAULT": 2, "HIGH": 2, "HIGHEST": 15}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,11 @@ class Chip:
   max_chips: int
   vmem_bytes: int
   platform: str = "tpu"
+
+  @property
+  def float32_passes(self) -> Mapping[str, int]:
+    """Bfloat16 operations whose time one of float32 takes, by the name of `jax.lax.Precision`."""
+    return {"tpu": TPU_PASSES, "gpu": GPU_PASSES}[self.platform]
 
   @property
   def hbm_bytes_per_device(self) -> int:

@@ -31,7 +31,7 @@ from pflow_jax.planning.report import EFFICIENCY
 from pflow_jax.settings.tree import Settings
 from pflow_jax.training import sample
 from pflow_jax.training.experiment import Experiment, build, layout_of
-from pflow_jax.training.flops import count_flops
+from pflow_jax.training.flops import compute_seconds, count_flops
 from pflow_jax.training.step import Program, bytes_of_device, make_program
 
 CACHE = "~/.cache/pflow_jax/libtpu"
@@ -236,7 +236,7 @@ def _step(
     "flops": flops,
     "memory": memory,
   }
-  seconds = {"compute": flops / where.num_chips / where.chip.peak_flops}
+  seconds = {"compute": compute_seconds(traced.jaxpr, where.chip) / where.num_chips}
   if devices is None:
     report["estimate"] = _estimate(seconds, where, length.steps)
     return report, program
@@ -372,7 +372,7 @@ def _sampler(experiment: Experiment, layout: Layout, where: Slice, fast: bool) -
       traced = run.trace(params, *inputs)
     flops = count_flops(traced.jaxpr)
     compiled, told = _compile(traced, fast, layout.mesh.devices.flat[0].platform)  # type: ignore[union-attr]
-    seconds = flops / where.num_chips / where.chip.peak_flops
+    seconds = compute_seconds(traced.jaxpr, where.chip) / where.num_chips
     reports.append(
       {"nfe": nfe, "batch_size": size, "flops": flops, "compute_seconds": seconds, "fits": compiled is not None} | told
     )

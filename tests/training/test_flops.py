@@ -1,14 +1,18 @@
 """FLOPs against counts by hand: of single operations, and of whole transformers in closed form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pflow_jax.families.flux.network import Flux
+from pflow_jax.mesh.chips import CHIPS
 from pflow_jax.networks.dit import DiT
+from pflow_jax.networks.flash_jvp import flash_jvp
 from pflow_jax.networks.heads import ArcHead, DXHead, GMFlowHead, VelocityHead
 from pflow_jax.networks.layers import FREQUENCIES
-from pflow_jax.training.flops import count_flops
+from pflow_jax.training.flops import compute_seconds, count_flops
 
 
 def flops(f, *shapes):
@@ -20,6 +24,25 @@ def test_products_and_convolutions():
   assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 3, 4), (7, 4, 5)) == 7 * 2 * 3 * 4 * 5
   conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
   assert flops(conv, (2, 8, 8, 3), (3, 3, 3, 16)) == 2 * (2 * 8 * 8 * 16) * 3 * 3 * 3
+
+
+def test_products_of_float32_take_several_passes_of_bfloat16_units():
+  def seconds(f, dtype, chip):
+    """In time of that many operations of bfloat16."""
+    shape = jax.ShapeDtypeStruct((2, 8, 8, 8), dtype)
+    return round(compute_seconds(jax.make_jaxpr(f)(shape, shape), chip) * chip.peak_flops)
+
+  convolve = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME")
+  attend = lambda q, k: flash_jvp(q, k, k)  # of precise products its kernels have the most precise alone
+  rows = ((None, 1, 2), ("high", 3, 2), ("highest", 6, 15))
+  for one, expected in ((jnp.matmul, rows), (convolve, rows), (attend, (rows[0], ("high", 6, 15), rows[2]))):
+    plain = seconds(one, jnp.bfloat16, CHIPS["v5e"])
+    assert plain > 0
+    for precision, tpu, gpu in expected:
+      with jax.default_matmul_precision(precision):
+        assert seconds(one, jnp.bfloat16, CHIPS["h200"]) == plain
+        assert seconds(one, jnp.float32, CHIPS["v5e"]) == tpu * plain
+        assert seconds(one, jnp.float32, CHIPS["h200"]) == gpu * plain
 
 
 def test_loops_count_their_length_and_nesting():
