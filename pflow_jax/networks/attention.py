@@ -144,7 +144,11 @@ def _short(qkv: tuple[jax.Array, ...], num_heads: int, interpret: bool = False) 
 
 
 def _heads_of_device(num_heads: int, mesh: AbstractMesh) -> int:
-  """Number of heads that each device has of `num_heads`; ValueError if the mesh does not divide them."""
+  """Returns the number of heads that each device has.
+
+  Raises:
+    ValueError: the mesh does not divide them.
+  """
   parts = mesh.shape["tensor"]
   if num_heads % parts:
     raise ValueError(f"mesh.tensor: expected a number that divides {num_heads} heads, got {parts}; give another")
