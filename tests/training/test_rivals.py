@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pflow_jax.training.experiment import build, layout_of
+from pflow_jax.training.methods import improved_mean_flow
 from pflow_jax.training.step import make_step
 from pflow_jax.training.train import train
 from tests.networks.test_dit import equations
@@ -58,10 +59,19 @@ def test_both_outputs_of_improved_mean_flow_start_as_the_teacher(teacher, guidan
   close(velocity, expected)
 
 
-def test_its_strength_and_interval_reach_the_network(teacher):
+def test_its_strength_and_interval_reach_the_network(teacher, caplog):
   config = quick("digits", "improved_mean_flow", teacher)
   config.objective.guidance = (1.0, 8.0)
+  improved_mean_flow._tell_strength.cache_clear()
+  config.sample.guidance = 2.0
+  build(config)
+  assert not caplog.messages
+  config.sample.guidance = None
   experiment = build(config)
+  assert caplog.messages == [
+    "config.sample.guidance: not set, so samples are drawn at strength 1 (1 is no guidance); this network is trained "
+    "for strengths from 1 to 8"
+  ]
   params, _ = started(experiment)
   params = jax.tree_util.tree_map_with_path(
     lambda keys, leaf: leaf + 1 if "embed" in str(keys) and "out" in str(keys) else leaf, params
