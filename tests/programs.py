@@ -86,9 +86,9 @@ def write_pretrained(values, folder, seed=0):
 
 
 def write_random(values, folder, seed=0):
-  """A run of `values`, a teacher's config, with random parameters, for which nothing is compiled."""
+  """A run of `values`, a config, with random values of what trains, for which nothing is compiled."""
   settings = Settings.of(values)
-  return _write_checkpoint(settings, build(settings).method.shapes(), folder, seed)
+  return _write_checkpoint(settings, build(settings)._trained_shapes(), folder, seed)
 
 
 def _write_checkpoint(settings, shapes, folder, seed):

@@ -100,12 +100,12 @@ class Experiment:
       return ()
     folder = f"{start.workdir}/{workdir.CHECKPOINTS}"
     params = load_params(folder, which=start.which, step=start.step)  # type: ignore[arg-type]
-    head = workdir.load_settings(start.workdir).head
-    params = self.method.start(params, head, jax.random.key(self.settings.seed))
+    theirs = workdir.load_settings(start.workdir)
+    params = self.method.start(params, theirs.head, jax.random.key(self.settings.seed))
     if others := differing(params, self._trained_shapes()):
       raise ValueError(
         f"config.start.workdir: {start.workdir} trained another network than this run will; parameters that "
-        f"differ: {others[:8]}; start from a run with the same model, head, adapters and guidance"
+        f"differ: {others[:8]}; {_start_that_fits(start.workdir, theirs, self.settings)}"
       )
     if self.network.adapters.table:
       self._check_base_of_start(start.workdir)
@@ -174,6 +174,28 @@ class Experiment:
 OF_A_FUNCTION = ("strong/.*", ())
 
 
+def _start_that_fits(start: str, theirs: Settings, own: Settings) -> str:
+  """Says what to start from in place of the run in `start`, whose settings `theirs` are of another network."""
+  for key in OF_FLOW_MAPS:
+    there, here = (_option_of_flow_maps(settings, key) for settings in (theirs, own))
+    if there != here:
+      return (
+        f"config.model.{key} is {there} there and {here} here; start from a run in which it is the same, a policy from "
+        "a flow map without it, such as 'ayf_emd'"
+      )
+  if theirs.adapters.table and not own.adapters.table:
+    return f"add its adapters to its weights, `pflow merge --workdir {start} --out MERGED`, and start from MERGED"
+  if own.adapters.table and not theirs.adapters.table:
+    return "it trained without adapters; leave config.adapters out, or start from a run that has them"
+  return "start from a run with the same model, head, adapters and guidance"
+
+
+def _option_of_flow_maps(settings: Settings, key: str) -> Any:
+  """Returns an option of the network, one of OF_FLOW_MAPS, or None where the network is without it."""
+  value = settings.model.get(key)
+  return None if (key, value) == ("late_blocks", 0) else value  # the other's 0 is an output layer
+
+
 def layout_of(settings: Settings, devices: Sequence[Any] | int | None = None) -> Layout:
   """Placement of a run's arrays: `settings.mesh` over `devices`, see `make_layout`, and the networks' tables.
 
@@ -217,9 +239,7 @@ def build(
       f"of {heads}"
     )
   for key in OF_FLOW_MAPS:
-    value = settings.model.get(key)
-    is_set = value is not None and (key, value) != ("late_blocks", 0)  # a depth of 0 is an output layer
-    if is_set and key not in method.network_options:
+    if _option_of_flow_maps(settings, key) is not None and key not in method.network_options:
       raise ValueError(f"config.model.{key}: the objective {settings.kind!r} does not use it; leave it out")
   inputs = read_inputs(run) if run is not None else None
   dataset = dataset or (inputs and inputs.dataset(settings.data)) or call(data.load, "data", settings.data)

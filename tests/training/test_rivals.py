@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pflow_jax.training.experiment import build, layout_of
+from pflow_jax.training.methods import improved_mean_flow
 from pflow_jax.training.step import make_step
 from pflow_jax.training.train import train
 from tests.networks.test_dit import equations
@@ -30,6 +31,7 @@ def flow_map(tmp_path_factory, teacher):
   return folder
 
 
+TABLE = (("blocks/(mlp_in|mlp_out)", 2),)
 STATES = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.3, 1, 4), jnp.arange(4)
 
 
@@ -58,10 +60,19 @@ def test_both_outputs_of_improved_mean_flow_start_as_the_teacher(teacher, guidan
   close(velocity, expected)
 
 
-def test_its_strength_and_interval_reach_the_network(teacher):
+def test_its_strength_and_interval_reach_the_network(teacher, caplog):
   config = quick("digits", "improved_mean_flow", teacher)
   config.objective.guidance = (1.0, 8.0)
+  improved_mean_flow._tell_strength.cache_clear()
+  config.sample.guidance = 2.0
+  build(config)
+  assert not caplog.messages
+  config.sample.guidance = None
   experiment = build(config)
+  assert caplog.messages == [
+    "config.sample.guidance: not set, so samples are drawn at strength 1 (1 is no guidance); this network is trained "
+    "for strengths from 1 to 8"
+  ]
   params, _ = started(experiment)
   params = jax.tree_util.tree_map_with_path(
     lambda keys, leaf: leaf + 1 if "embed" in str(keys) and "out" in str(keys) else leaf, params
@@ -152,6 +163,30 @@ def test_a_policy_from_a_flow_map_first_makes_its_jump(teacher, flow_map):
   assert np.sqrt(np.mean((got - expected) ** 2)) < 0.3 * np.sqrt(np.mean((x - expected) ** 2))
   own = build(quick("digits", "gmflow_from_map", teacher)).method
   np.testing.assert_allclose(own._end(jnp.array([1.0, 0.999])), 0.0)
+
+
+@pytest.mark.parametrize(
+  ("variant", "table", "own", "message"),
+  [
+    (
+      "decoupled_mean_flow",
+      (),
+      (),
+      "config.model.late_blocks is 1 there and None here; .* without it, such as 'ayf_emd'",
+    ),
+    ("improved_mean_flow", (), (), "config.model.velocity_depth is 1 there and None here"),
+    ("ayf_emd", TABLE, (), "add its adapters .*, `pflow merge --workdir .* --out MERGED`, and start from MERGED"),
+    ("ayf_emd", (), TABLE, "it trained without adapters; leave config.adapters out"),
+  ],
+)
+def test_a_start_from_another_network_says_what_to_do(teacher, tmp_path, variant, table, own, message):
+  there, config = quick("digits", variant, teacher), quick("digits", "gmflow_from_map", teacher)
+  for values, rows in ((there, table), (config, own)):
+    if rows:
+      values.adapters.table = rows
+  config.start.workdir = str(write_random(there, tmp_path))
+  with pytest.raises(ValueError, match=rf"trained another network .* parameters that differ: .*; {message}"):
+    build(config).start_params()
 
 
 def test_segments_of_a_policy_that_is_told_their_ends(teacher):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +13,8 @@ from pflow_jax.mesh.partition import combine, without
 from pflow_jax.networks.dit import with_velocity_branch
 from pflow_jax.training.methods.base import Teachers, copied
 from pflow_jax.training.methods.flow_map import JumpMethod
+
+logger = logging.getLogger(__name__)
 
 
 class ImprovedMeanFlowMethod(JumpMethod[ImprovedMeanFlow]):
@@ -28,7 +33,10 @@ class ImprovedMeanFlowMethod(JumpMethod[ImprovedMeanFlow]):
       raise ValueError("config.adapters: improved MeanFlow trains in full, expected no rows")
     # The teacher is where it starts; its guidance is not used.
     plain = Teachers(teachers.named, lambda strengths: teachers.find((1.0, 1.0)))
-    return super().bind(settings, network, dataset, plain)
+    method = super().bind(settings, network, dataset, plain)
+    if method.objective.guided and settings.sample.guidance is None:
+      _tell_strength(method.strength(), *method.objective.guidance)
+    return method
 
   def init(self, key, frozen):
     params = self._random(key)
@@ -67,3 +75,14 @@ class ImprovedMeanFlowMethod(JumpMethod[ImprovedMeanFlow]):
       null_cond=self.dataset.null_cond,
       precise=self.precise(both, params),
     )
+
+
+@functools.cache  # a run is built several times by a program
+def _tell_strength(strength: float, low: float, high: float) -> None:
+  logger.warning(
+    "config.sample.guidance: not set, so samples are drawn at strength %g (1 is no guidance); this network is trained "
+    "for strengths from %g to %g",
+    strength,
+    low,
+    high,
+  )
