@@ -24,10 +24,11 @@ LANES = 128  # of a TPU's registers
 BLOCKS = (512, 384, 256, 128)
 BLOCK_COST = 64
 MAX_BYTES = 40 * 2**20  # of on-chip memory that blocks may take; the smallest, TPU7x's and v5p's, has 64 MiB
-# Arrays of scores in float32 that Mosaic holds at once, and with tangents for each head of a block: heads are unrolled,
-# and it lets none of them have what another no longer needs. Twice as many for inputs of float32. Measured.
-SCORES = 12
+SCORES = 12  # arrays of scores in float32 that Mosaic holds at once
+# With tangents it holds more where a block has many heads: they are unrolled, and none has what another needs no more.
+# For each head so many arrays of scores and of rows; bounds of what refusals told for 1 to 16 heads.
 SCORES_OF_HEAD = 3
+ROWS_OF_HEAD = 6
 
 
 class _Grid:
@@ -59,14 +60,17 @@ class _Grid:
     whole = [n for n in range(1, heads) if heads % n == 0 and n * width % LANES == 0]
     self.heads = min(whole, default=heads)
     self.columns = self.heads * width
-    pad = -width % LANES
-    scores = max(SCORES, SCORES_OF_HEAD * self.heads * q.dtype.itemsize // 2) if tangents else SCORES
+    padded = width + -width % LANES
     for bound in BLOCKS:
       self.queries, self.keys = _block(tokens, bound), _block(self.limit, bound)
       rows = of_queries * self.queries + of_keys * self.keys
-      summed = sums * self.heads * (self.keys if by_keys else self.queries) * (width + pad) * 4
+      summed = sums * self.heads * (self.keys if by_keys else self.queries) * padded * 4
+      scores, row = 4 * self.queries * self.keys, padded * self.queries * q.dtype.itemsize
+      held = SCORES * scores
+      if tangents:
+        held = max(held, self.heads * (SCORES_OF_HEAD * scores + ROWS_OF_HEAD * row))
       # Blocks are there twice, as the next one is under way.
-      self.bytes = 2 * rows * self.columns * q.dtype.itemsize + summed + scores * 4 * self.queries * self.keys + 2**21
+      self.bytes = 2 * rows * self.columns * q.dtype.itemsize + summed + held + 2**21
       if self.bytes <= MAX_BYTES:
         break
     self.q_blocks, self.k_blocks = pl.cdiv(tokens, self.queries), pl.cdiv(self.limit, self.keys)
