@@ -26,9 +26,10 @@ BLOCK_COST = 64
 MAX_BYTES = 40 * 2**20  # of on-chip memory that blocks may take; the smallest, TPU7x's and v5p's, has 64 MiB
 SCORES = 12  # arrays of scores in float32 that Mosaic holds at once
 # With tangents it holds more where a block has many heads: they are unrolled, and none has what another needs no more.
-# For each head so many arrays of scores and of rows; bounds of what refusals told for 1 to 16 heads.
+# For each head so many arrays of scores and of rows, without tangents half of it, and that in float32 alone; bounds of
+# what refusals told for 1 to 16 heads on v5e and v6e, of which v6e's are larger.
 SCORES_OF_HEAD = 3
-ROWS_OF_HEAD = 6
+ROWS_OF_HEAD = 10
 
 
 class _Grid:
@@ -66,9 +67,10 @@ class _Grid:
       rows = of_queries * self.queries + of_keys * self.keys
       summed = sums * self.heads * (self.keys if by_keys else self.queries) * padded * 4
       scores, row = 4 * self.queries * self.keys, padded * self.queries * q.dtype.itemsize
-      held = SCORES * scores
-      if tangents:
-        held = max(held, self.heads * (SCORES_OF_HEAD * scores + ROWS_OF_HEAD * row))
+      of_heads = self.heads * (SCORES_OF_HEAD * scores + ROWS_OF_HEAD * row)
+      if not tangents:
+        of_heads = of_heads // 2 if q.dtype.itemsize > 2 else 0
+      held = max(SCORES * scores, of_heads)
       # Blocks are there twice, as the next one is under way.
       self.bytes = 2 * rows * self.columns * q.dtype.itemsize + summed + held + 2**21
       if self.bytes <= MAX_BYTES:
