@@ -33,7 +33,7 @@ its student of FLUX.1-dev the paper's text tells that it has low-rank adapters a
   that embedding, of which the first has no more than 256 inputs, so that a rank of 256 can change it into any other.
 * The derivative is computed in the network's bfloat16 (objective.derivative_dtype), as rCM's is at 14 billion
   parameters (arXiv:2510.08431); embeddings of times, norms and sums of attention are float32. On small networks it errs
-  by 1 to 2 %. In float32 the products of a step take 3.1 times as long on a TPU, 6.6 times on an H200.
+  by 1 to 4 %. In float32 the products of a step take 3.1 times as long on a TPU, 6.6 times on an H200.
 * Lengths of jumps: logit-normal with mean -0.6 and standard deviation 1.6, AYF's for 64 pixels, in the schedule time
   of shift 3.2. 4 % of them are above 0.9, where AYF's other setting, -0.8 and 1, has 0.13 %: one evaluation is a jump
   of 1.

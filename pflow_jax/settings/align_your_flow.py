@@ -1,11 +1,11 @@
 """Recipes of Align Your Flow with the networks of EDM2, which configs/imagenet64.py and configs/imagenet512.py share.
 
-Students of a teacher compute their derivative in the network's bfloat16 (objective.derivative_dtype), as sCM does in
-half precision on the same networks: on a small one it errs by 3 %, where the value errs by 2 %, and in float32 the
-products of a step take 2.6 times as long on a TPU. MeanFlow's derivative is in float32, as in its release.
+Students of a teacher compute their derivative in the network's bfloat16 (objective.derivative_dtype): on a small one it
+errs by 3 %, where the value errs by 2 %, and in float32, which is the safer choice, the products of a step take 2.6
+times as long on a TPU. MeanFlow, whose residual has the noise of the data, keeps float32.
 
 References:
-  Align Your Flow, arXiv:2506.14603; EDM2, arXiv:2312.02696; autoguidance, arXiv:2406.02507; sCM, arXiv:2410.11081.
+  Align Your Flow, arXiv:2506.14603; EDM2, arXiv:2312.02696; autoguidance, arXiv:2406.02507.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def count_flops(jaxpr: Any, passes: Mapping[str, int] | None = None) -> int:
 
   Returns:
     operations of the whole (global) computation. A while loop counts one iteration, a cond its largest branch, a Pallas
-      kernel once for each step of its grid, elementwise work nothing.
+      kernel once for each step of its grid, elementwise work nothing. With `passes`, flash_jvp's products of precision
+      "high" count as such, though its kernels on a TPU take the highest.
   """
   return sum(_equation(eqn, passes or {}) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
